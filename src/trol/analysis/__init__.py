@@ -1,0 +1,1 @@
+"""Pictures and reports, made from arrays, traces and result files only."""

@@ -1,0 +1,79 @@
+"""The `trol` command: one file per verb, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from trol.errors import TrolError, UsageError
+
+if TYPE_CHECKING:
+    import typer
+
+VERBS = {
+    "demo": "trol.cli.demo:demo",
+    "chat": "trol.cli.chat:chat",
+    "map": "trol.cli.map:map_question",
+    "eval": "trol.cli.eval:evaluate",
+    "train": "trol.cli.train:train",
+    "bench": "trol.cli.bench:bench",
+    "info": "trol.cli.info:info",
+}
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the verb that `arguments` (default: the command line) names, and exit with its code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        application(words)(args=words, prog_name="trol")
+        code = 0
+    except UsageError as error:
+        code = told(error, BAD_USAGE)
+    except TrolError as error:
+        code = told(error, FAILED)
+    except BrokenPipeError:
+        # The reader has gone (`trol … | head`): leave quietly, and let the final flush succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    except OSError as error:
+        code = told(error, FAILED)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def application(words: Sequence[str]) -> typer.Typer:
+    """The commands: the verb that `words` starts with, or all of them to list or to suggest."""
+    import typer
+
+    app = typer.Typer(
+        epilog="`trol VERB --help` ends with three commands that run.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    # With a callback of its own, one registered verb is still a verb.
+    app.callback()(_root)
+    named = [words[0]] if words and words[0] in VERBS else list(VERBS)
+    for verb in named:
+        module_name, function = VERBS[verb].split(":")
+        module = importlib.import_module(module_name)
+        epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in module.EXAMPLES)
+        app.command(verb, epilog=epilog)(getattr(module, function))
+    return app
+
+
+def told(error: Exception, code: int) -> int:
+    """Say on stderr what went wrong; returns `code`."""
+    print(f"trol: {error}", file=sys.stderr)
+    return code
+
+
+def _root() -> None:
+    """Let tokens visit a layer again, or not at all."""

@@ -1,0 +1,133 @@
+"""A conversation with a model about pictures: messages in, streamed answers out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trol.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it was made from."""
+
+    text: str
+    input_ids: Any
+    """The prompt's token ids. Shape: [T]."""
+    new_tokens: int
+    seconds: float
+
+
+class Conversation:
+    """Turns with one model; pictures shown between turns go with the next question."""
+
+    def __init__(
+        self, model: Any, processor: Any, *, max_new_tokens: int = DEFAULT_NEW_TOKENS
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.plan: str | None = None
+        self.messages: list[dict[str, Any]] = []
+        self.pictures: list[Image.Image] = []
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer; a text model's processor is its tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def show(self, path: str) -> None:
+        """Put the picture at `path` before the next question."""
+        from trol.data.images import open_image
+
+        if self.tokenizer is self.processor:
+            raise UsageError("this model reads text only; leave the picture out.")
+        self.pictures.append(open_image(path))
+
+    def use_plan(self, text: str | None) -> None:
+        """Answer under the plan `text` from now on (None: the model's own policy)."""
+        self.plan = text or None
+        with self.depth():
+            pass
+
+    def reset(self) -> None:
+        """Forget all turns and pictures."""
+        self.messages.clear()
+        self.pictures.clear()
+
+    def ask(self, question: str, *, stream: bool = False) -> Answer:
+        """The model's answer to `question`; a question that fails leaves no trace in the turns."""
+        if not question.strip():
+            raise UsageError("the question is empty; say what you want to know.")
+        messages = [*self.messages, {"role": "user", "content": self._content(question)}]
+        answer = self._generate(messages, stream=stream)
+        self.messages = [*messages, {"role": "assistant", "content": self._said(answer.text)}]
+        self.pictures.clear()
+        return answer
+
+    @contextlib.contextmanager
+    def depth(self) -> Generator[None]:
+        """The chosen plan while open, if one was chosen."""
+        import trol
+
+        if self.plan is None:
+            yield
+            return
+        with trol.depth(self.model, self.plan):
+            yield
+
+    def _content(self, question: str) -> Any:
+        pictures = [{"type": "image", "image": picture} for picture in self.pictures]
+        return [*pictures, *self._said(question)] if pictures else self._said(question)
+
+    def _said(self, text: str) -> Any:
+        """What chat templates take: a string for text models, parts for the others."""
+        return text if self.tokenizer is self.processor else [{"type": "text", "text": text}]
+
+    def _generate(self, messages: list[dict[str, Any]], *, stream: bool) -> Answer:
+        import torch
+        from transformers import TextStreamer
+
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        streamer = None
+        if stream:
+            streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        started = time.perf_counter()
+        with self.depth(), torch.inference_mode():
+            tokens = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                streamer=streamer,
+            )
+        length = inputs["input_ids"].shape[1]
+        new = tokens[0, length:]
+        text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+        return Answer(text, inputs["input_ids"][0], len(new), time.perf_counter() - started)
+
+
+def start(name: str, *, max_new_tokens: int, plan: str | None) -> Conversation:
+    """A conversation with the model called `name`."""
+    import trol
+    from trol.cli.terminal import noise_to_stderr
+
+    with noise_to_stderr():
+        model, processor = trol.load_model(name)
+    conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
+    conversation.use_plan(plan)
+    return conversation

@@ -1,0 +1,70 @@
+"""`trol map`: which layers a question and a picture visited twice, as a PNG and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trol.cli import terminal
+from trol.cli.conversation import start
+from trol.cli.provenance import run_record
+
+if TYPE_CHECKING:
+    from trol.analysis.maps import DepthMap
+    from trol.cli.conversation import Conversation
+
+EXAMPLES = (
+    'trol map --image docs/board.png --question "what is right of the yellow 5?"',
+    'trol map --image docs/board.png --question "is there a 7?" --out runs/seven',
+    'trol map --image docs/board.png --question "is there a 7?" --depth all:2 --json',
+)
+
+
+def map_question(
+    model: terminal.Model = terminal.DEFAULT_MODEL,
+    *,
+    image: Annotated[str, typer.Option("--image", metavar="PATH", help="The picture.")],
+    question: Annotated[str, typer.Option("--question", metavar="TEXT", help="The question.")],
+    out: terminal.Out = Path("runs/map"),
+    depth: terminal.Depth = None,
+    max_new_tokens: terminal.MaxNewTokens = 16,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Draw which tokens went twice through which layers of MODEL."""
+    from trol.analysis.files import folder, write_json, write_whole
+    from trol.analysis.maps import draw
+    from trol.data.images import open_image
+
+    open_image(image)
+    conversation = start(model, max_new_tokens=max_new_tokens, plan=depth)
+    conversation.show(image)
+    with terminal.noise_to_stderr():
+        depth_map, found = trace_question(conversation, question)
+    place = folder(out)
+    picture = write_whole(place / "map.png", draw(depth_map))
+    result = {"model": model, "image": image, **found, "file": str(picture), "run": run_record()}
+    write_json(place / "map.json", result)
+    terminal.report(result, as_json=as_json, text=lambda: f"{found['answer']}\n{picture}")
+
+
+def trace_question(conversation: Conversation, question: str) -> tuple[DepthMap, dict[str, Any]]:
+    """Ask `question` about the one picture shown; its map, and the same as plain values."""
+    import trol
+    from trol.analysis.prompts import as_values, map_of
+
+    picture = conversation.pictures[-1]
+    with trol.trace(conversation.model) as trace:
+        answer = conversation.ask(question)
+    depth_map = map_of(
+        trace.visits[:, 0],
+        trace.weights[:, :, 0],
+        answer.input_ids,
+        picture=picture,
+        image_token=conversation.model.config.image_token_id,
+        tokenizer=conversation.tokenizer,
+        title=f"“{question}”  →  {answer.text}",
+    )
+    values = {"question": question, "answer": answer.text, "depth": conversation.plan}
+    return depth_map, {**values, **as_values(depth_map), "cost": trace.cost.json()}

@@ -1,0 +1,56 @@
+"""What verbs share: their common arguments, and one way to print results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_MODEL = "trol-tiny"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name, a folder or a hub name.")]
+Depth = Annotated[
+    str | None,
+    typer.Option("--depth", metavar="PLAN", help='Another plan than the model\'s: "0-3:2 4-7".'),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Where randomness starts.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
+]
+
+
+@contextlib.contextmanager
+def noise_to_stderr() -> Generator[None]:
+    """While open, whatever libraries print goes to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def report(result: Mapping[str, Any], *, as_json: bool, text: Callable[[], str]) -> None:
+    """Print `result` as one JSON object, or as `text` for people."""
+    print(json.dumps(result, ensure_ascii=False) if as_json else text(), flush=True)
+
+
+def note(line: str) -> None:
+    """Tell the person, not the pipe: progress and hints go to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def table(rows: list[list[str]]) -> str:
+    """`rows` (the first is the heading) in aligned columns, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)

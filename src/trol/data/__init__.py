@@ -1,0 +1,1 @@
+"""Data: conversations to token rows, pictures, batches, and the built-in boards."""

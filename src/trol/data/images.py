@@ -1,0 +1,63 @@
+"""Opening pictures safely: always RGB, upright, and never larger than the limit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from trol.errors import DataError
+
+MOST_PIXELS = 50_000_000
+"""Largest width x height that is decoded (150 MB as RGB)."""
+
+
+def open_image(source: str | Path | Image.Image, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """The picture as upright RGB (EXIF orientation applied), fully decoded.
+
+    A missing file, no picture, a truncated picture and more than `most_pixels` pixels are a
+    `DataError`; the size is read from the header, before anything is decoded.
+    """
+    if isinstance(source, Image.Image):
+        return _upright(source, "the given picture", most_pixels)
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"no picture at {path}: there is no such file; check the path.")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a picture; name one picture file in it.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return _upright(picture, str(path), most_pixels)
+    except Image.DecompressionBombError as bomb:
+        raise _too_large(str(path), "more pixels than Pillow opens", most_pixels) from bomb
+    except UnidentifiedImageError as unread:
+        raise DataError(
+            f"{path} is not a picture that Pillow can read; give a PNG, JPEG, WebP, GIF or BMP."
+        ) from unread
+    except PermissionError as denied:
+        raise DataError(f"{path} may not be read by this user; change its permissions.") from denied
+    except OSError as broken:
+        raise _broken(str(path), broken) from broken
+
+
+def _upright(picture: Image.Image, name: str, most_pixels: int) -> Image.Image:
+    width, height = picture.size
+    if width * height > most_pixels:
+        raise _too_large(name, f"{width}x{height} pixels", most_pixels)
+    try:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as broken:
+        raise _broken(name, broken) from broken
+
+
+def _broken(name: str, cause: Exception) -> DataError:
+    return DataError(f"{name} is truncated or damaged ({cause}); save or download it again.")
+
+
+def _too_large(name: str, got: str, most_pixels: int) -> DataError:
+    return DataError(
+        f"{name} has {got}; at most {most_pixels:,} pixels are opened. Scale it down first."
+    )

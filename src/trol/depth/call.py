@@ -1,0 +1,116 @@
+"""What belongs to one forward call: who is in scope, what is kept, who watches.
+
+Nothing of this lives on the model, so two threads on one model cannot mix their calls up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.utils.output_capturing import CompileableContextVar
+
+from trol.depth.planes import PlanedCache
+from trol.depth.policy import AbstractPolicy
+from trol.depth.roles import Mask, Prompt, Roles
+from trol.depth.trace import Recorder
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the caller of the model knows about the tokens of one forward pass."""
+
+    roles: Roles = field(default_factory=Roles)
+    keep: bool = True
+    """Whether a later token can still be question; planes above 1 are dropped otherwise."""
+
+
+@dataclass
+class Call:
+    """What the layers need to know during one forward pass of their stack."""
+
+    policy: AbstractPolicy
+    in_scope: Mask
+    """Where the policy applies. Shape: [B, T]."""
+    keep: bool
+    """Whether planes above 1 outlive this call."""
+    start: int
+    """Tokens before this call, if the policy reads it, else 0."""
+    everywhere: bool
+    """Whether the scope in force is `all`: then a layer skipped by plan is never needed."""
+    recorder: Recorder | None
+    config: Any
+    """The stack's configuration."""
+    applied: list[int]
+    """How often each layer was applied; written by the layers."""
+
+    def is_absent(self, layer: int) -> bool:
+        """Whether the whole batch, always, skips this layer: then it has no keys and values."""
+        return self.everywhere and self.policy.skips(layer)
+
+    def runs_once(self, layer: int, cache: Any) -> bool:
+        """Whether this layer does what the plain model's does, and nobody watches."""
+        if self.recorder is not None or isinstance(cache, PlanedCache) and cache.planes:
+            return False
+        return self.policy.is_plain(layer)
+
+    def scratch(self) -> DynamicCache:
+        """A cache for one layer's pass, where keys and values are merged but none is kept."""
+        return DynamicCache(config=self.config)
+
+
+@dataclass(frozen=True)
+class Ambience:
+    """What `trol.depth` and `trol.trace` put in force on one stack, in one thread, for a while."""
+
+    policy: AbstractPolicy | None = None
+    recorder: Recorder | None = None
+
+
+# Compileable: a set and its get that lie in one compiled graph see each other, also in dynamo.
+CALL = CompileableContextVar("trol_call")
+STEP = CompileableContextVar("trol_step")
+
+_PROMPTS: ContextVar[tuple[tuple[int, Prompt], ...]] = ContextVar("trol_prompts", default=())
+_AMBIENCES: ContextVar[dict[int, Ambience]] = ContextVar("trol_ambiences")
+
+
+def prompt_of(host: object) -> Prompt | None:
+    """The prompt that `host` is generating from, in this thread, or None."""
+    innermost = _PROMPTS.get()[-1:]
+    return innermost[0][1] if innermost and innermost[0][0] == id(host) else None
+
+
+def outermost_prompt() -> Prompt | None:
+    """The prompt of the outermost `generate` in this thread: assistants are called inside it."""
+    prompts = _PROMPTS.get()
+    return prompts[0][1] if prompts else None
+
+
+@contextmanager
+def generating(host: object, prompt: Prompt) -> Iterator[None]:
+    """Marks that `host` generates from `prompt`."""
+    token = _PROMPTS.set((*_PROMPTS.get(), (id(host), prompt)))
+    try:
+        yield
+    finally:
+        _PROMPTS.reset(token)
+
+
+def ambience_of(stack: object) -> Ambience:
+    """What is in force on `stack` in this thread."""
+    return _AMBIENCES.get({}).get(id(stack), Ambience())
+
+
+@contextmanager
+def in_force(stack: object, ambience: Ambience) -> Iterator[None]:
+    """Puts `ambience` in force on `stack`."""
+    token = _AMBIENCES.set({**_AMBIENCES.get({}), id(stack): ambience})
+    try:
+        yield
+    finally:
+        _AMBIENCES.reset(token)

@@ -1,0 +1,111 @@
+"""Cost: layer visits, FLOPs, bytes and milliseconds, predicted from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took in the stack of layers (embedding and head not counted)."""
+
+    layer_visits: int
+    """Visits of real tokens, summed over layers."""
+    flops: int | None
+    """Multiplications and additions of the matrix products, padding included, as executed; None
+    where a layer has parts whose count is not known (recurrent mixers)."""
+    kv_bytes: int
+    """What the cache holds at the end. Unit: bytes."""
+    milliseconds: float
+    """Time in the stack."""
+
+    def json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Coefficients of one visit of one layer."""
+
+    per_token: int
+    """FLOPs of the linear maps for one token: 2 * number of weights (experts: those chosen)."""
+    per_key: int
+    """FLOPs of the attention for one token and one key: 4 * heads * head size."""
+    window: int | None
+    """How many positions a sliding attention sees, or None."""
+
+    def flops(self, *, rows: int, tokens: int, past: int) -> int:
+        """FLOPs of one visit of rows x tokens tokens after `past` others."""
+        seen = past if self.window is None else min(past, self.window - 1)
+        return rows * tokens * (self.per_token + self.per_key * (seen + tokens))
+
+
+@dataclass(frozen=True)
+class StackCost:
+    """Predicts FLOPs of a stack of layers from the visits made.
+
+        FLOPs = sum_l visits_l * B * T * (2 P_l + 4 H d (past + T)) + gates
+    """
+
+    layers: tuple[LayerCost | None, ...]
+    """None for a layer whose FLOPs are not known."""
+    gate_per_token: tuple[int, ...]
+    """FLOPs of the policy's own parameters on each layer, for one token."""
+
+    def flops(self, visits: Sequence[int], *, rows: int, tokens: int, past: int = 0) -> int | None:
+        """FLOPs when layer l computes all rows x tokens tokens `visits[l]` times."""
+        total = 0
+        for layer, gate, count in zip(self.layers, self.gate_per_token, visits, strict=True):
+            if layer is None and count:
+                return None
+            if layer is not None:
+                total += count * layer.flops(rows=rows, tokens=tokens, past=past)
+            # A gate looks at every state but the last.
+            total += gate * rows * tokens * max(count - 1, 0)
+        return total
+
+
+def stack_cost(layers: Sequence[nn.Module], gates: Sequence[nn.Module | None], config: Any) -> StackCost:
+    """Reads the coefficients off the modules of a stack and its text configuration."""
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    return StackCost(
+        tuple(_layer_cost(layer, config, kind) for layer, kind in zip(layers, types)),
+        tuple(2 * sum(p.numel() for p in g.parameters() if p.ndim == 2) if g else 0 for g in gates),
+    )
+
+
+def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | None:
+    if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
+        return None
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sliding = kind == "sliding_attention" or (kind is None and _always_slides(config))
+    window = getattr(config, "sliding_window", None) if sliding else None
+    return LayerCost(_weights(layer, config), 4 * heads * size, window)
+
+
+def _always_slides(config: Any) -> bool:
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _weights(layer: nn.Module, config: Any) -> int:
+    linear = sum(
+        module.weight.numel()
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name != "depth"
+    )
+    experts = [p for name, p in layer.named_parameters() if p.ndim == 3]
+    routers = [
+        p for name, p in layer.named_parameters()
+        if p.ndim == 2 and experts and name.endswith(("gate.weight", "router.weight"))
+    ]
+    owned = {id(m.weight) for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linear += sum(p.numel() for p in routers if id(p) not in owned)
+    chosen = getattr(config, "num_experts_per_tok", 1)
+    return 2 * (linear + sum(p.numel() * chosen // p.shape[0] for p in experts))

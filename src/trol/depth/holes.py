@@ -1,0 +1,89 @@
+"""Holes: positions that left no keys and values in a layer because they skipped it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trol.depth.families import LayerSite
+from trol.depth.planes import HOLES, adopt
+from trol.depth.roles import Mask
+from trol.errors import HostError
+
+
+class HoleSlot:
+    """Where a layer has holes, kept beside its planes and cropped and reordered with them."""
+
+    def __init__(self, holes: Tensor) -> None:
+        self.holes = holes
+        """Shape: [B, S], True where a position left nothing."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.holes = self.holes.index_select(0, beam_idx.to(self.holes.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            self.holes = self.holes[:, : -abs(tokens_to_remove)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.holes = self.holes.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.holes = self.holes[indices]
+
+
+class Holes:
+    """The holes of one layer during one call, and the mask that hides them.
+
+    A position is never hidden from itself: a token that runs has no hole, and the output of one
+    that skips is not used, but a row of nothing would make its softmax undefined.
+    """
+
+    def __init__(self, cache: Any, layer: int, tokens: int) -> None:
+        self.cache, self.layer = cache, layer
+        slot = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+        self.start = 0 if slot is None else int(slot.get_seq_length())
+        self.keys, self.offset = (tokens, 0) if slot is None else slot.get_mask_sizes(tokens)
+        self.holes: Tensor | None = None
+
+    def dig(self, need: Mask, state: Tensor) -> None:
+        """Notes who skips: the tokens not in `need`. Shape of state: [B, T, D]."""
+        rows, tokens, _ = state.shape
+        if isinstance(need, bool):
+            need = torch.full((rows, tokens), need, device=state.device)
+        kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
+        past = need.new_zeros(rows, self.start) if kept is None else kept.holes
+        self.holes = torch.cat([past, ~need], dim=1)  # Shape: [B, start + T]
+        if self.cache is not None:
+            adopt(self.cache, getattr(self.cache, "absent", frozenset()))
+            self.cache.planes[self.layer, HOLES] = HoleSlot(self.holes)
+
+    def shown_in(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], site: LayerSite, state: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The layer's arguments with a mask that hides the holes.
+
+        Raises:
+            HostError: the mask is not of the four-dimensional kind that sdpa and eager take.
+        """
+        assert self.holes is not None
+        mask = site.mask_in(args, kwargs)
+        tokens = state.shape[1]
+        keys = torch.arange(self.offset, self.offset + self.keys, device=state.device)
+        queries = torch.arange(self.start, self.start + tokens, device=state.device)[:, None]
+        hidden = torch.nn.functional.pad(
+            self.holes, (0, max(0, self.offset + self.keys - self.holes.shape[1]))
+        )[:, keys]
+        hidden = hidden[:, None, None, :] & (keys != queries)  # Shape: [B, 1, T, S]
+        if mask is None:
+            mask = (keys <= queries)[None, None]
+        if mask.ndim != 4:
+            raise HostError(
+                f"holes need a mask of 4 dimensions, this attention takes {mask.ndim}; load the "
+                'model with attn_implementation="sdpa" or "eager", or set skipped_kv="project".'
+            )
+        if mask.dtype == torch.bool:
+            return site.with_mask(args, kwargs, mask & ~hidden)
+        return site.with_mask(args, kwargs, mask.masked_fill(hidden, torch.finfo(mask.dtype).min))

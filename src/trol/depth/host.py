@@ -1,0 +1,197 @@
+"""Attaching a policy to a transformers model, in place, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import DynamicCache
+
+from trol.depth.call import Ambience, ambience_of, in_force
+from trol.depth.cost import StackCost, stack_cost
+from trol.depth.families import find_decoder, layer_list, layer_site, quirk_of
+from trol.depth.policy import AbstractPolicy
+from trol.depth.specialise import restore, specialise
+from trol.depth.stack import HostMixin, LayerMixin, StackMixin
+from trol.depth.trace import Recorder, Trace
+from trol.errors import HostError, UsageError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(model: Model, policy: AbstractPolicy) -> Model:
+    """Makes every forward pass of `model` follow `policy`, in place; returns the model.
+
+    The module tree, the parameter names and the class names stay; layers whose policy has
+    parameters gain a submodule `depth`.
+
+    Raises:
+        HostError: the model's family cannot be treated rightly.
+        UsageError: a policy is attached already, or this one does not fit the stack.
+    """
+    if _find_host(model) is not None:
+        raise UsageError(
+            "a policy is attached to this model already; call trol.detach(model) first, or use "
+            "`with trol.depth(model, policy):` for a while."
+        )
+    decoder = find_decoder(model)
+    layers = _layers(decoder)
+    check(decoder, policy)
+    sites = [layer_site(layer) for layer in layers]
+    for index, (layer, site) in enumerate(zip(layers, sites, strict=True)):
+        specialise(layer, LayerMixin)
+        layer.depth_index, layer.depth_site = index, site
+    _place_gates(layers, policy, decoder.config.hidden_size)
+    if decoder is model:
+        specialise(decoder, HostMixin, StackMixin)
+    else:
+        specialise(decoder, StackMixin)
+        specialise(model, HostMixin)
+    stack = cast(Any, decoder)
+    stack.depth_policy, stack.depth_layers = policy, len(layers)
+    stack.depth_recurrent = _is_recurrent(decoder.config)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Takes the policy and its parameters off `model`, in place; returns the plain model.
+
+    Raises:
+        UsageError: no policy is attached.
+    """
+    host, stack = attached(model)
+    for layer in _layers(stack):
+        restore(cast(Any, layer))
+        for name in ("depth_index", "depth_site"):
+            delattr(layer, name)
+        layer._modules.pop("depth", None)
+    for name in ("depth_policy", "depth_layers", "depth_recurrent"):
+        delattr(stack, name)
+    stack.__dict__.pop("depth_ambiences", None)
+    restore(cast(Any, stack))
+    if host is not stack:
+        restore(cast(Any, host))
+    return model
+
+
+def attached(model: nn.Module) -> tuple[Any, Any]:
+    """The host inside `model` (which may be wrapped, by PEFT say) and its stack of layers.
+
+    Raises:
+        UsageError: no policy is attached.
+    """
+    host = _find_host(model)
+    if host is None:
+        raise UsageError(
+            "no policy is attached to this model; call trol.attach(model, policy) first."
+        )
+    return host, next(m for m in host.modules() if isinstance(m, StackMixin))
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a policy is attached."""
+    return _find_host(model) is not None
+
+
+def check(decoder: nn.Module, policy: AbstractPolicy) -> None:
+    """Raises `UsageError` or `HostError` where `policy` does not fit this decoder."""
+    layers = _layers(decoder)
+    policy.check(len(layers))
+    skips = any(policy.bounds(layer).least == 0 for layer in range(len(layers)))
+    quirk = quirk_of(decoder)
+    no_holes = quirk.no_holes or (
+        "its recurrent layers have no positions to leave out" if _is_recurrent(decoder.config) else ""
+    )
+    if skips and policy.skipped_kv == "hole" and no_holes:
+        raise HostError(
+            f"skipped_kv='hole' is not possible on {decoder.config.model_type}: {no_holes}; "
+            "set skipped_kv='project'."
+        )
+
+
+def gates_of(stack: nn.Module) -> list[nn.Module | None]:
+    """The policy's parameters, layer by layer."""
+    return [layer._modules.get("depth") for layer in _layers(stack)]
+
+
+def cost_of(model: nn.Module) -> StackCost:
+    """The cost coefficients of an attached model's stack."""
+    _, stack = attached(model)
+    return stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Records every forward pass of an attached model, in this thread, while the block is open."""
+    _, stack = attached(model)
+    made = Trace(cost_of(model))
+    before = ambience_of(stack)
+    with _open_on(stack, Ambience(before.policy, Recorder(made, stack.depth_layers))):
+        yield made
+
+
+@contextmanager
+def depth(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
+    """Puts another policy in force on an attached model, in this thread, for a while.
+
+    Raises:
+        UsageError: the policy has parameters of another kind than the attached one.
+    """
+    _, stack = attached(model)
+    check(stack, policy)
+    width = stack.config.hidden_size
+    for layer, gate in enumerate(gates_of(stack)):
+        wanted = policy.gate(layer, width)
+        if wanted is not None and type(wanted) is not type(gate):
+            raise UsageError(
+                f"{policy.name} has parameters that this model does not carry; attach it with "
+                "trol.attach instead."
+            )
+    with _open_on(stack, Ambience(policy, ambience_of(stack).recorder)):
+        yield
+
+
+@contextmanager
+def _open_on(stack: Any, ambience: Ambience) -> Iterator[None]:
+    stack.depth_ambiences += 1
+    try:
+        with in_force(stack, ambience):
+            yield
+    finally:
+        stack.depth_ambiences -= 1
+
+
+def _place_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> None:
+    for index, layer in enumerate(layers):
+        gate = policy.gate(index, width)
+        if gate is None:
+            continue
+        if policy.tied and index > 0:
+            for name, parameter in cast(nn.Module, layers[0].depth).named_parameters():
+                setattr(gate, name, parameter)
+        else:
+            weight = next(layer.parameters())
+            gate.to(weight.device)
+        gate.train(layer.training)
+        layer.depth = gate
+
+
+def _layers(decoder: nn.Module) -> nn.ModuleList:
+    layers = layer_list(decoder)
+    if layers is None or len(layers) == 0:
+        raise HostError(f"{type(decoder).__name__} has no decoder layers.")
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise HostError(f"{type(decoder).__name__} repeats one layer object; its layers must differ.")
+    return layers
+
+
+def _is_recurrent(config: Any) -> bool:
+    slots = DynamicCache(config=config).layers
+    return any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in slots)
+
+
+def _find_host(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if isinstance(m, HostMixin)), None)

@@ -1,0 +1,253 @@
+"""Planes: one set of keys and values per visit number, each an ordinary transformers cache layer.
+
+Visit r of a token attends, at every earlier position, to the newest plane <= r that the position
+has. That choice is made when keys and values are written: whoever does not make visit r copies
+its plane r - 1 entry into plane r, so reading needs no choice and any cache class serves.
+Plane 1 is the host's own cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
+
+from trol.depth.roles import Mask
+from trol.depth.specialise import specialised
+from trol.errors import HostError
+
+Slot = Any
+"""One layer's place in a cache: a CacheLayerMixin or a LinearAttentionCacheLayerMixin."""
+
+
+HOLES = 0
+"""The "plane" number under which a layer's holes lie beside its planes."""
+
+
+class PlanedCache:
+    """Mixin for a live cache that also holds planes above 1, or has layers that never run."""
+
+    layers: list[Slot]
+    planes: dict[tuple[int, int], Slot]
+    """Planes above 1: (layer, visit number) -> slot; and holes: (layer, HOLES) -> HoleSlot."""
+    absent: frozenset[int]
+    """Layers that have no keys and values because the whole batch skips them."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return super().get_seq_length(self._standing_in_for(layer_idx))  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        stand_in = self._standing_in_for(layer_idx)
+        return super().get_mask_sizes(query_length, stand_in)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        for slot in self.planes.values():
+            slot.reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        for slot in self.planes.values():
+            slot.crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        for slot in self.planes.values():
+            slot.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        for slot in self.planes.values():
+            slot.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()  # type: ignore[misc]
+        for slot in self.planes.values():
+            if hasattr(slot, "activate_past_recording"):
+                slot.activate_past_recording()
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.planes.clear()
+
+    def _standing_in_for(self, layer: int) -> int:
+        # Lengths and mask sizes of a layer that never runs come from one of its kind that does.
+        if layer not in self.absent or layer >= len(self.layers):
+            return layer
+        present = [i for i in range(len(self.layers)) if i not in self.absent and _has_keys(self, i)]
+        sliding = getattr(self.layers[layer], "is_sliding", False)
+        same = [i for i in present if getattr(self.layers[i], "is_sliding", False) == sliding]
+        return next(iter(same or present), layer)
+
+
+def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
+    """Makes a live cache a `PlanedCache`, in place, and tells it which layers never run.
+
+    Raises:
+        HostError: it is no transformers cache, or layers that will run missed tokens before.
+    """
+    if not isinstance(cache, Cache):
+        raise HostError(
+            f"got a {type(cache).__name__} as the cache; pass a transformers Cache "
+            "(DynamicCache, StaticCache, ...)."
+        )
+    if not isinstance(cache, PlanedCache):
+        cache.__class__ = specialised(type(cache), PlanedCache)
+        cache.planes = {}
+        cache.absent = frozenset()
+    if absent or cache.absent:
+        _check_lengths(cache, absent)
+    cache.absent = absent
+    return cache
+
+
+def _check_lengths(cache: Any, absent: frozenset[int]) -> None:
+    running = [i for i in range(len(cache.layers)) if i not in absent and _has_keys(cache, i)]
+    lengths = {i: int(cache.layers[i].get_seq_length()) for i in running}
+    most = max(lengths.values(), default=0)
+    short = [i for i in running if lengths[i] < most]
+    if short:
+        raise HostError(
+            f"layers {short} of this cache hold {lengths[short[0]]} of {most} tokens, because an "
+            "earlier plan skipped them; start a new cache, or keep skipping them."
+        )
+
+
+def _has_keys(cache: Any, layer: int) -> bool:
+    return isinstance(cache.layers[layer], CacheLayerMixin)
+
+
+class VisitSlot:
+    """A slot as one visit sees it: merges new keys and values, remembers them, then stores them."""
+
+    def __init__(self, slot: Slot, in_scope: Mask, fallback: tuple[Tensor, Tensor] | None) -> None:
+        self.slot = slot
+        self.in_scope = in_scope
+        self.fallback = fallback
+        self.fresh: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def __class__(self) -> Any:  # isinstance(slot, LinearAttentionCacheLayerMixin) must still hold
+        return type(self.slot)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.slot, name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stores the step's keys and values. Shape: [B, H, T, d] each, in and out."""
+        if self.fallback is not None and isinstance(self.in_scope, Tensor):
+            mine = self.in_scope[:, None, :, None]  # Shape: [B, 1, T, 1]
+            keys = torch.where(mine, keys, self.fallback[0])
+            values = torch.where(mine, values, self.fallback[1])
+        self.fresh = keys, values
+        return self.slot.update(keys, values, *args, **kwargs)
+
+
+class LayerPlanes:
+    """The planes of one layer while one call passes through it.
+
+    Args:
+        cache: the host's cache for this call.
+        layer: which layer.
+        most: the most visits that a token of this call can make.
+        in_scope: which tokens own entries in planes above 1; the others copy theirs downwards.
+        keep: whether a later token can still read planes above 1.
+    """
+
+    def __init__(self, cache: Any, layer: int, *, most: int, in_scope: Mask, keep: bool) -> None:
+        while len(cache.layers) <= layer:  # DynamicCache makes its layers when they are first used
+            cache.layers.append(cache.layer_class_to_replicate())
+        self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
+        held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
+        self.held = [plane for owner, plane in held if owner == layer and plane > 1]
+        self.slots: list[Slot] = [cache.layers[layer]]
+        self.recurrent = isinstance(self.slots[0], LinearAttentionCacheLayerMixin)
+        if in_scope is False and not (self.recurrent and keep):
+            most = 1
+        for plane in range(2, max(most, *self.held, 1) + 1):
+            # Taken before plane 1 grows: a plane that starts now copies what came before this call.
+            self.slots.append(held.get((layer, plane)) or _fork(self.slots[-1]))
+        self.remembers = (most > 1 and isinstance(in_scope, Tensor)) or bool(keep and self.held)
+        self.fresh: tuple[Tensor, Tensor] | None = None
+        self._open: VisitSlot | None = None
+
+    def opened(self, plane: int) -> Any:
+        """The cache to hand to the layer for its visit number `plane`."""
+        slot = self.slots[plane - 1]
+        if self.remembers and isinstance(slot, CacheLayerMixin):
+            self._open = slot = VisitSlot(slot, self.in_scope, self.fresh)
+        if slot is self.cache.layers[self.layer]:
+            return self.cache
+        view = copy.copy(self.cache)
+        view.layers = list(self.cache.layers)
+        view.layers[self.layer] = slot
+        return view
+
+    def close(self) -> None:
+        """Ends a visit: its keys and values become the fallback of the next."""
+        if self._open is not None:
+            self.fresh = self._open.fresh or self.fresh
+            self._open = None
+
+    def finish(self, visited: int) -> None:
+        """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
+        planes = {plane: self.slots[plane - 1] for plane in range(2, visited + 1)}
+        for plane in self.held:
+            if plane > visited:
+                planes[plane] = self.slots[plane - 1]
+                if self.keep and self.fresh is not None:
+                    planes[plane].update(*self.fresh)
+        if self.keep and planes:
+            adopt_planes(self.cache, {(self.layer, plane): s for plane, s in planes.items()})
+        elif isinstance(self.cache, PlanedCache):
+            drop_planes(self.cache, self.layer)
+
+
+def adopt_planes(cache: Any, planes: dict[tuple[int, int], Slot]) -> None:
+    """Stores planes above 1 with a cache."""
+    if not isinstance(cache, PlanedCache):
+        adopt(cache)
+    cache.planes.update(planes)
+
+
+def drop_planes(cache: PlanedCache, layer: int | None = None) -> None:
+    """Frees the planes above 1 of one layer, or of all."""
+    for key in [key for key in cache.planes if key[1] > 1 and layer in (None, key[0])]:
+        del cache.planes[key]
+
+
+def cache_bytes(cache: Any) -> int:
+    """What a cache holds, planes above 1 included. Unit: bytes."""
+    slots = [*cache.layers, *(cache.planes.values() if isinstance(cache, PlanedCache) else ())]
+    tensors = [t for slot in slots for t in _tensors(slot)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _tensors(slot: Slot) -> list[Tensor]:
+    values = [vars(slot).get("keys"), vars(slot).get("values")]
+    for states in (vars(slot).get("conv_states"), vars(slot).get("recurrent_states")):
+        values.extend((states or {}).values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _fork(slot: Slot) -> Slot:
+    """A private copy. Layers that grow by concatenation share their past; others are cloned."""
+    twin = copy.copy(slot)
+    for name, value in vars(slot).items():
+        if isinstance(value, dict):
+            setattr(twin, name, {k: _cloned(v) for k, v in value.items()})
+        elif isinstance(slot, StaticLayer):
+            setattr(twin, name, _cloned(value))
+    return twin
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,129 @@
+"""A policy: the answer to "after r visits to layer l, does this token go again?"."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from trol.depth.roles import Scope, check_scope
+from trol.errors import UsageError, unknown
+
+Answer = float | Tensor
+"""a_r: one number for all tokens, known without looking at the device, or FloatTensor [B, T]."""
+
+SKIPPED_KV = ("project", "hole")
+
+
+class Bounds(NamedTuple):
+    """How often a token in scope visits a layer, as far as the host knows beforehand."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a policy may look at when it answers `again`."""
+
+    layer: int
+    """l, counted from 0."""
+    number: int
+    """r: how many visits the tokens have made so far; 0 before the first."""
+    state: Tensor
+    """x_r. Shape: [B, T, D]."""
+    gate: nn.Module | None
+    """The parameters that this policy placed on layer l, if any."""
+    start: int
+    """How many tokens of each row came before these, padding included."""
+
+
+class AbstractPolicy(ABC):
+    """Answers, for every layer l and visit r, a_r in [0, 1]: 0 = leave, 1 = go again.
+
+        x_0 = what enters layer l      x_r = layer_l(x_{r-1})      out = sum_r w_r x_r
+        w_r = (1 - a_r) * prod_{j<r} a_j
+
+    A policy is a value: what it decides follows from its settings and the tokens alone, and
+    `settings()` written as JSON makes the same policy again.
+    """
+
+    name: ClassVar[str]
+    """The registered name."""
+    reads_start: ClassVar[bool] = False
+    """Whether `again` reads `Visit.start`, which costs a look at the cache on each call."""
+
+    scope: Scope
+    training_scope: Scope
+    skipped_kv: Literal["project", "hole"] = "project"
+    """What later tokens see of a token that skipped a layer: keys and values made from the state
+    that passed by (`project`), or nothing (`hole`)."""
+
+    def __init__(
+        self,
+        *,
+        scope: Scope = "all",
+        training_scope: Scope | None = None,
+        skipped_kv: Literal["project", "hole"] = "project",
+    ) -> None:
+        check_scope(scope)
+        check_scope(training_scope or scope)
+        if skipped_kv not in SKIPPED_KV:
+            raise unknown("skipped_kv", skipped_kv, SKIPPED_KV)
+        self.scope = scope
+        self.training_scope = training_scope or scope
+        self.skipped_kv = skipped_kv
+
+    @abstractmethod
+    def bounds(self, layer: int) -> Bounds:
+        """The least and most visits of layer `layer` that a token in scope makes."""
+
+    @abstractmethod
+    def again(self, visit: Visit) -> Answer:
+        """a_r for the tokens of this visit; asked for r = 0 .. bounds.most - 1."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that make this policy again, as JSON values."""
+
+    def gate(self, layer: int, width: int) -> nn.Module | None:
+        """New parameters for layer `layer` of hidden size `width`, or None."""
+        del layer, width
+        return None
+
+    @property
+    def tied(self) -> bool:
+        """Whether all layers share the parameters of layer 0."""
+        return False
+
+    def check(self, layers: int) -> None:
+        """Raises `UsageError` when the policy does not fit a stack of `layers` layers."""
+
+    def scope_in(self, *, training: bool) -> Scope:
+        """The scope in force."""
+        return self.training_scope if training else self.scope
+
+    def is_plain(self, layer: int) -> bool:
+        """Whether every token visits this layer exactly once."""
+        return self.bounds(layer) == (1, 1)
+
+    def skips(self, layer: int) -> bool:
+        """Whether no token in scope visits this layer."""
+        return self.bounds(layer).most == 0
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{key}={value!r}" for key, value in self.settings().items())
+        return f"{type(self).__name__}({inside})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.settings() == self.settings()
+
+    __hash__ = None  # type: ignore[assignment]  # settings are JSON values, lists among them
+
+
+def check_share(name: str, value: float, *, below: float = 1.0) -> None:
+    """Raises `UsageError` unless 0 <= value < below."""
+    if not 0 <= value < below:
+        raise UsageError(f"{name} is {value}, but must lie in [0, {below:g}).")

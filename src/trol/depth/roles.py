@@ -1,0 +1,118 @@
+"""Roles: which tokens of a call are question and which are answer, and who is in scope."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trol.errors import UsageError, unknown
+
+Scope = Literal["question", "answer", "all"]
+"""The roles a policy applies to; all other tokens pass as in the plain model."""
+
+Mask = bool | Tensor
+"""One truth for all tokens of a call, known without looking at the device, or BoolTensor [B, T]."""
+
+IGNORED_LABEL = -100
+
+
+def check_scope(scope: str) -> None:
+    """Raises `UsageError` unless `scope` is question, answer or all."""
+    if scope not in get_args(Scope):
+        raise unknown("scope", scope, get_args(Scope))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The roles of the B x T tokens of one call.
+
+    What the user, the system and the template say is *question*; what the assistant says is
+    *answer*. A forward pass that is told nothing holds questions only.
+    """
+
+    answer: Mask = False
+    """Where the answer is. Shape: [B, T]."""
+
+    def in_scope(self, scope: Scope) -> Mask:
+        """Where a policy of this scope applies. Shape: [B, T]."""
+        if scope == "all":
+            return True
+        if isinstance(self.answer, bool):
+            return self.answer == (scope == "answer")
+        return self.answer if scope == "answer" else ~self.answer
+
+    @classmethod
+    def of_labels(cls, labels: Tensor) -> Roles:
+        """Training labels [B, T]: what the loss looks at is answer."""
+        return cls(labels != IGNORED_LABEL)
+
+    @classmethod
+    def of_assistant_masks(cls, masks: Tensor) -> Roles:
+        """A chat template's `assistant_masks` [B, T]: 1 where the assistant speaks."""
+        return cls(masks.bool())
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What `generate` was given: columns before `length` are the prompt, all later ones answer."""
+
+    length: int
+    """Columns of the prompt, padding included. Unit: tokens."""
+    answers: Tensor | None = None
+    """Assistant turns inside the prompt, where there are any. Shape: [B, length]."""
+    cache_is_the_callers: bool = False
+    """Whether the cache lives on after `generate`, so that later questions may read it."""
+
+    @classmethod
+    def of(cls, length: int, masks: Tensor | None, *, cache_is_the_callers: bool) -> Prompt:
+        """The prompt of a `generate` call; `masks` is `assistant_masks` [B, length] or None.
+
+        Raises:
+            UsageError: the masks cover another number of tokens than the prompt.
+        """
+        if masks is not None and masks.shape[-1] != length:
+            raise UsageError(
+                f"assistant_masks cover {masks.shape[-1]} tokens, the prompt has {length}; take "
+                "both from one apply_chat_template(..., return_assistant_tokens_mask=True)."
+            )
+        has_answers = masks is not None and bool(masks.any())
+        return cls(length, masks.bool() if has_answers and masks is not None else None,
+                   cache_is_the_callers)
+
+    def roles(self, start: int, tokens: int, rows: int, device: torch.device) -> Roles:
+        """Roles of columns start .. start + tokens - 1 for `rows` rows (beams included)."""
+        if start >= self.length:
+            return Roles(answer=True)
+        if start + tokens <= self.length and self.answers is None:
+            return Roles(answer=False)
+        answer = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        known = min(tokens, self.length - start)
+        if self.answers is None:
+            answer[:, :known] = False
+        else:
+            here = self.answers[:, start : start + known].to(device)
+            answer[:, :known] = expand_rows(here, rows)
+        return Roles(answer)
+
+    def may_ask_again(self, start: int, tokens: int) -> bool:
+        """Whether a token after these can still be question."""
+        return self.cache_is_the_callers or start + tokens < self.length
+
+
+def expand_rows(values: Tensor, rows: int) -> Tensor:
+    """Repeats each row for its beams: [R, ...] -> [rows, ...] where R divides rows.
+
+    Raises:
+        UsageError: R does not divide rows.
+    """
+    if values.shape[0] == rows:
+        return values
+    if rows % values.shape[0]:
+        raise UsageError(
+            f"something was given for {values.shape[0]} rows, but this batch has {rows}; give one "
+            "for each row."
+        )
+    return values.repeat_interleave(rows // values.shape[0], dim=0)

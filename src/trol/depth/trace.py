@@ -1,0 +1,146 @@
+"""A trace: what really happened, token by token and layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trol.depth.cost import Cost, StackCost
+from trol.depth.planes import cache_bytes
+from trol.depth.policy import Answer
+from trol.depth.roles import Mask
+from trol.errors import UsageError
+
+
+class Trace:
+    """Visits, weights and cost of every forward pass made while the trace was open.
+
+    Later passes (chunks, decoding steps) follow earlier ones along T. Tensors live on the CPU.
+    """
+
+    def __init__(self, stack_cost: StackCost) -> None:
+        self._stack_cost = stack_cost
+        self._visits: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._real: list[Tensor] = []
+        self._flops: list[int | None] = []
+        self._kv_bytes = 0
+        self._milliseconds = 0.0
+
+    @property
+    def visits(self) -> Tensor:
+        """How often each token visited each layer. Shape: [L, B, T]."""
+        return torch.cat(self._some(self._visits), dim=-1)
+
+    @property
+    def weights(self) -> Tensor:
+        """w_r: the share of the r-th visit's output in the layer's output; sums to 1 over r.
+
+        Shape: [L, R + 1, B, T]; TroL's gate is `weights[:, 2]`.
+        """
+        most = max(weights.shape[1] for weights in self._some(self._weights))
+        padded = [
+            torch.nn.functional.pad(w, (0, 0, 0, 0, 0, most - w.shape[1])) for w in self._weights
+        ]
+        return torch.cat(padded, dim=-1)
+
+    @property
+    def real(self) -> Tensor:
+        """Which tokens are no padding. Shape: [B, T]."""
+        return torch.cat(self._some(self._real), dim=-1)
+
+    @property
+    def cost(self) -> Cost:
+        """What it took: layer visits of real tokens, FLOPs, bytes, milliseconds."""
+        flops = [one for one in self._flops if one is not None]
+        return Cost(
+            layer_visits=int((self.visits * self.real).sum()),
+            flops=sum(flops) if len(flops) == len(self._flops) else None,
+            kv_bytes=self._kv_bytes,
+            milliseconds=self._milliseconds,
+        )
+
+    def _some(self, tensors: list[Tensor]) -> list[Tensor]:
+        if not tensors:
+            raise UsageError("this trace saw no forward pass; run the model inside the with block.")
+        if len({t.shape[-2] for t in tensors}) > 1:
+            raise UsageError("this trace saw batches of different sizes; open one trace for each.")
+        return tensors
+
+
+class Recorder:
+    """Writes a `Trace` while forward passes run."""
+
+    def __init__(self, trace: Trace, layers: int) -> None:
+        self.trace, self.layers = trace, layers
+        self._begin()
+
+    def _begin(self) -> None:
+        self._needs: list[list[Tensor]] = [[] for _ in range(self.layers)]
+        self._shares: list[list[Answer]] = [[] for _ in range(self.layers)]
+        self._shape: tuple[int, int] | None = None
+        self._runs = [0] * self.layers
+
+    @contextmanager
+    def one_pass(self, cache: Any, mask: Tensor | None) -> Iterator[None]:
+        """Spans one forward pass of the stack; `mask` is the padding mask [B, S] or None."""
+        self._begin()
+        start = _length(cache)
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.trace._milliseconds += 1000 * (time.perf_counter() - began)
+        self._end(start, mask)
+
+    def visit(self, layer: int, need: Mask, state: Tensor) -> None:
+        """One visit was made by the tokens in `need`. Shape of state: [B, T, D]."""
+        rows, tokens = state.shape[:2]
+        self._shape = rows, tokens
+        if isinstance(need, bool):
+            need = torch.full((rows, tokens), need)
+        self._needs[layer].append(need.detach().long().cpu())
+        self._runs[layer] += 1
+
+    def weights(self, layer: int, made: list[Answer]) -> None:
+        """w_0, w_1, ... of one layer."""
+        self._shares[layer] = [
+            w if isinstance(w, (int, float)) else w.detach().float().cpu() for w in made
+        ]
+
+    def skipped(self, layer: int, state: Tensor) -> None:
+        """The whole batch skipped a layer."""
+        self._shape = state.shape[0], state.shape[1]
+        self._shares[layer] = [1.0]
+
+    def holding(self, cache: Any) -> None:
+        """Notes how much the cache holds after a pass."""
+        self.trace._kv_bytes = 0 if cache is None else cache_bytes(cache)
+
+    def _end(self, start: int, mask: Tensor | None) -> None:
+        assert self._shape is not None
+        rows, tokens = self._shape
+        nobody = torch.zeros(rows, tokens, dtype=torch.long)
+        self.trace._visits.append(torch.stack([sum(n, nobody) for n in self._needs]))
+        most = max(len(shares) for shares in self._shares)
+        full = torch.zeros(self.layers, most, rows, tokens)
+        for layer, shares in enumerate(self._shares):
+            for number, share in enumerate(shares):
+                full[layer, number] = share
+        self.trace._weights.append(full)
+        real = torch.ones(rows, tokens, dtype=torch.bool)
+        if mask is not None and mask.ndim == 2:
+            real = mask[:, -tokens:].bool().cpu()
+        self.trace._real.append(real)
+        self.trace._flops.append(
+            self.trace._stack_cost.flops(self._runs, rows=rows, tokens=tokens, past=start)
+        )
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())

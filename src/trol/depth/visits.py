@@ -1,0 +1,152 @@
+"""The visit loop: after r visits to layer l, does this token go again?
+
+    x_0 = what enters layer l      x_r = layer_l(x_{r-1})      a_r = policy.again(l, r, x_r)
+    out = sum_r w_r x_r            w_r = (1 - a_r) * prod_{j<r} a_j
+
+Every method in trol runs through `traverse`. An *executor* makes one visit: it is called with the
+tokens that go again and the plane they read and write. Contract: (1) it writes that plane exactly
+once, for all T positions; (2) where a token does not go again it returns its state unchanged.
+`dense_visit` computes all tokens and selects: the readable reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trol.depth.call import Call
+from trol.depth.families import LayerSite
+from trol.depth.holes import Holes
+from trol.depth.planes import LayerPlanes
+from trol.depth.policy import Answer, Visit
+from trol.depth.roles import Mask
+
+Forward = Callable[..., Any]
+
+
+class LayerRun:
+    """One layer, one call: applies the host's own layer as often as the visit loop asks."""
+
+    def __init__(
+        self, forward: Forward, site: LayerSite, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.forward, self.site, self.args, self.kwargs = forward, site, args, kwargs
+        self.cache = site.cache_in(args, kwargs)
+        self.planes: LayerPlanes | None = None
+        self.holes: Holes | None = None
+        self.rest: tuple[Any, ...] | None = None
+        self.applied = 0
+
+    def apply(self, state: Tensor, plane: int) -> Tensor:
+        """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out."""
+        args, kwargs = self.args, self.kwargs
+        if self.planes is not None:
+            args, kwargs = self.site.with_cache(args, kwargs, self.planes.opened(plane))
+        if self.holes is not None:
+            args, kwargs = self.holes.shown_in(args, kwargs, self.site, state)
+        out = self.forward(state, *args, **kwargs)
+        self.applied += 1
+        if self.planes is not None:
+            self.planes.close()
+        if not isinstance(out, tuple):
+            return out
+        if self.rest is None:  # what comes beside the hidden states is the first visit's
+            self.rest = out[1:]
+        return out[0]
+
+    def wrap(self, state: Tensor) -> Any:
+        """The layer's output in the form that its family returns."""
+        return state if self.rest is None else (state, *self.rest)
+
+
+def dense_visit(run: LayerRun, state: Tensor, need: Mask, plane: int) -> Tensor:
+    """One visit by computing all tokens; those not in `need` keep their state."""
+    visited = run.apply(state, plane)
+    if isinstance(need, bool):
+        return visited if need else state
+    return torch.where(need[..., None], visited, state)
+
+
+def traverse(run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, call: Call) -> Any:
+    """Passes the tokens through layer `layer` as the policy says; returns the layer's output."""
+    least, most = call.policy.bounds(layer)
+    limit = max(most, 1)  # outside the scope every token visits once
+    _prepare(run, layer, limit, state.shape[1], call)
+    out, alive, made = None, 1.0, []
+    visited = 0
+    for number in range(limit + 1):
+        again = _again(call, layer, number, state, gate) if number < limit else 0.0
+        weight = alive * (1 - again)
+        out = _add(out, weight, state)
+        made.append(weight)
+        alive = alive * again
+        need = call.in_scope if number < least and number > 0 else _positive(alive)
+        if number == 0 and run.holes is not None:
+            run.holes.dig(need, state)
+        if number == limit or (need is False and not _must_run(run, number)):
+            break
+        visited = number + 1
+        state = dense_visit(run, state, need, visited)
+        _record_visit(call, layer, need, state)
+    if run.planes is not None:
+        run.planes.finish(visited)
+    if call.recorder is not None:
+        call.recorder.weights(layer, made)
+    assert out is not None  # alive reaches 0, so some weight was not 0
+    return run.wrap(out.to(state.dtype))
+
+
+def _prepare(run: LayerRun, layer: int, limit: int, tokens: int, call: Call) -> None:
+    partial = isinstance(call.in_scope, Tensor)
+    if run.cache is None and limit > 1 and partial:
+        run.cache = call.scratch()
+    if run.cache is not None:
+        keep = call.keep and run.cache is run.site.cache_in(run.args, run.kwargs)
+        run.planes = LayerPlanes(
+            run.cache, layer, most=limit, in_scope=call.in_scope, keep=keep
+        )
+    if call.policy.skipped_kv == "hole" and call.policy.bounds(layer).least == 0:
+        run.holes = Holes(run.cache, layer, tokens)
+
+
+def _again(call: Call, layer: int, number: int, state: Tensor, gate: nn.Module | None) -> Answer:
+    """a_r of the policy in scope, a_r of the plain model outside it. Shape: [B, T]."""
+    plain = 1.0 if number == 0 else 0.0
+    if call.in_scope is False:
+        return plain
+    most = call.policy.bounds(layer).most
+    own: Answer = 0.0
+    if number < most:
+        own = call.policy.again(Visit(layer, number, state, gate, call.start))
+    if isinstance(call.in_scope, bool) or (isinstance(own, float) and own == plain):
+        return own
+    return torch.where(call.in_scope, own, plain)
+
+
+def _must_run(run: LayerRun, number: int) -> bool:
+    """Whether the layer runs although nobody goes again: for the keys and values it leaves."""
+    if run.cache is None or run.planes is None:
+        return False
+    return number == 0 or (run.planes.recurrent and run.planes.keep)
+
+
+def _add(out: Tensor | None, weight: Answer, state: Tensor) -> Tensor | None:
+    if isinstance(weight, (int, float)):
+        if weight == 0:
+            return out
+        term = state if weight == 1 else weight * state
+    else:
+        term = weight[..., None] * state  # float32 weights: the mixture is made in float32
+    return term if out is None else out + term
+
+
+def _positive(alive: Answer) -> Mask:
+    return alive > 0
+
+
+def _record_visit(call: Call, layer: int, need: Mask, state: Tensor) -> None:
+    if call.recorder is not None:
+        call.recorder.visit(layer, need, state)

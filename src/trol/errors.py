@@ -1,0 +1,34 @@
+"""The errors trol raises: each says what is wrong, what was got, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TrolError(Exception):
+    """Something trol was asked for cannot be done; the message says why and gives the cure."""
+
+
+class UsageError(TrolError, ValueError):
+    """The request itself is malformed (a bad plan, name, key or setting); commands exit with 2."""
+
+
+class HostError(TrolError):
+    """This transformers model, or what was asked of it, cannot be treated rightly by trol."""
+
+
+class DataError(TrolError):
+    """An input file, picture or conversation cannot be read as what it should be."""
+
+
+class AdapterError(TrolError):
+    """A saved depth adapter does not belong to the host it is loaded onto, or is damaged."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not registered: "did you mean", then all that exist."""
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

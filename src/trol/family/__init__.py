@@ -1,0 +1,30 @@
+"""The TroL models: configuration, model, processor and presets, known to transformers' Auto classes.
+
+Importing this package registers them: `AutoModelForImageTextToText.from_pretrained(folder)`,
+`AutoProcessor.from_pretrained(folder)` and `pipeline("image-text-to-text", ...)` work after it.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from trol.family.configuration import TrolConfig
+from trol.family.modeling import TrolForConditionalGeneration, TrolModel
+from trol.family.presets import tiny, tiny_processor
+from trol.family.processing import TrolProcessor
+from trol.family.word_level import word_tokenizer
+
+AutoConfig.register(TrolConfig.model_type, TrolConfig)
+AutoModel.register(TrolConfig, TrolModel)
+AutoModelForImageTextToText.register(TrolConfig, TrolForConditionalGeneration)
+AutoProcessor.register(TrolConfig, TrolProcessor)
+
+__all__ = [
+    "TrolConfig",
+    "TrolForConditionalGeneration",
+    "TrolModel",
+    "TrolProcessor",
+    "tiny",
+    "tiny_processor",
+    "word_tokenizer",
+]

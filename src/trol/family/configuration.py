@@ -1,0 +1,106 @@
+"""TrolConfig: any vision tower, any decoder, the projector between them, and the depth policy."""
+
+import copy
+import json
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+
+from trol.errors import UsageError, unknown
+
+DEFAULT_DEPTH = {"policy": "trol_mixer"}
+"""Published TroL: each layer's gate decides per token how much of a second visit counts."""
+
+DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
+"""The model type of a part whose dict names none."""
+
+
+@strict
+class TrolConfig(PretrainedConfig):
+    """What a TroL model is built from.
+
+    `vision_config` and `text_config` are configs of any registered model type, or their dicts
+    (of a CLIP- or SigLIP-like pair the vision part is taken). `UsageError` where parts do not fit.
+    """
+
+    model_type = "trol"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict[str, Any] | PretrainedConfig | None = None
+    text_config: dict[str, Any] | PretrainedConfig | None = None
+    image_token_id: int = 32000
+    """Stands in `input_ids` where an image feature goes; may lie outside the vocabulary."""
+    projector_hidden_size: int | None = None
+    """Width between the projector's two linear layers; None: the decoder's hidden size."""
+    projector_hidden_act: str = "gelu"
+    projector_positions: int = 0
+    """Learned position embeddings added after the projector: 0, or `tokens_per_image`."""
+    vision_feature_layer: int | None = None
+    """Which of the tower's hidden states is read; None: its last hidden state."""
+    depth: dict[str, Any] | None = None
+    """The depth policy: {"policy": name, **settings}; None: `DEFAULT_DEPTH`."""
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _part("vision_config", self.vision_config)
+        self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        self.text_config = _part("text_config", self.text_config)
+        # Checkpoints of tied decoders say so in their own config; the head lives up here.
+        self.tie_word_embeddings |= bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.depth = _depth(DEFAULT_DEPTH if self.depth is None else self.depth)
+        self._check_projector()
+        super().__post_init__(**kwargs)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Image tokens that one image takes in the text: H/p · W/p patches of p pixels."""
+        height, width = _pair(self.vision_config, "image_size")
+        patch_height, patch_width = _pair(self.vision_config, "patch_size")
+        return (height // patch_height) * (width // patch_width)
+
+    def _check_projector(self) -> None:
+        if self.projector_hidden_act not in ACT2FN:
+            raise unknown("projector_hidden_act", self.projector_hidden_act, ACT2FN)
+        if self.projector_positions not in (0, self.tokens_per_image):
+            raise UsageError(
+                f"projector_positions is {self.projector_positions}, but one image is "
+                f"{self.tokens_per_image} tokens; give {self.tokens_per_image}, or 0 for none."
+            )
+
+
+def _part(name: str, given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    """The config of one part, from a config, its dict, or nothing (the default type's default)."""
+    if isinstance(given, PretrainedConfig):
+        return given
+    settings = dict(given or {})
+    model_type = settings.pop("model_type", DEFAULT_PARTS[name])
+    if model_type not in CONFIG_MAPPING:
+        raise unknown(f"model_type of {name}", model_type, CONFIG_MAPPING.keys())
+    return CONFIG_MAPPING[model_type](**settings)
+
+
+def _pair(config: Any, name: str) -> tuple[int, int]:
+    """`config.name` as (height, width) in pixels; one number stands for both."""
+    value = getattr(config, name, None)
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return int(value[0]), int(value[1])
+    raise UsageError(
+        f"the vision tower {config.model_type!r} has {name}={value!r}, so its image tokens cannot "
+        "be counted; use a tower with a fixed image_size and patch_size (CLIP, SigLIP, ViT, ...)."
+    )
+
+
+def _depth(given: dict[str, Any]) -> dict[str, Any]:
+    """The depth settings, checked as far as can be without knowing the policies."""
+    cure = 'give {"policy": name, ...settings}, for example {"policy": "trol_mixer"}.'
+    if not isinstance(given.get("policy"), str):
+        raise UsageError(f"depth names no policy, got {given!r}; {cure}")
+    try:
+        json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"depth cannot be written as JSON ({error}), got {given!r}; {cure}") from error
+    return copy.deepcopy(given)

@@ -1,0 +1,321 @@
+"""TrolModel and TrolForConditionalGeneration: vision tower -> projector -> decoder (-> head).
+
+Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images in the batch, each
+[3, H, W] pixels and P = `config.tokens_per_image` image tokens. Images are consumed in reading
+order: row by row, and within a row from left to right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils.generic import can_return_tuple
+
+from trol.errors import DataError, HostError
+from trol.family.configuration import TrolConfig
+from trol.family.projector import TrolProjector
+
+Encoded = dict[str, BaseModelOutputWithPooling]
+"""What transformers' generate encodes beforehand: {"image": get_image_features(...)}."""
+
+
+@dataclass
+class TrolModelOutput(BaseModelOutputWithPast):
+    """A decoder's outputs, and the projected image features [N·P, D] where images were given."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class TrolCausalLMOutput(CausalLMOutputWithPast):
+    """Loss, logits and cache, and the projected image features [N·P, D] if there were images."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class TrolPreTrainedModel(PreTrainedModel):
+    """What all TroL models tell transformers about themselves; the parts refuse what they lack."""
+
+    config_class = TrolConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class TrolModel(TrolPreTrainedModel):
+    """Vision tower, projector and decoder, without a language-modelling head."""
+
+    def __init__(self, config: TrolConfig) -> None:
+        super().__init__(config)
+        text_size = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.projector = TrolProjector(
+            config.vision_config.hidden_size,
+            config.projector_hidden_size or text_size,
+            text_size,
+            act=config.projector_hidden_act,
+            positions=config.projector_positions,
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token table."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's token table."""
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Image tokens: tower -> without class tokens -> projector.
+
+        `pixel_values` [N, 3, H, W] -> `pooler_output`: N tensors [P, D]. `DataError` for other
+        shapes; `HostError` where the tower gives fewer than P features for an image.
+        """
+        if pixel_values.ndim != 4:
+            raise DataError(
+                f"pixel_values has the shape {list(pixel_values.shape)}; "
+                "give [images in the batch, 3, height, width], all rows' images in one list."
+            )
+        layer, patches = self.config.vision_feature_layer, self.config.tokens_per_image
+        outputs = self.vision_tower(
+            pixel_values=pixel_values.to(self.vision_tower.dtype),
+            output_hidden_states=layer is not None,
+            return_dict=True,
+        )
+        states = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        if states.ndim != 3 or states.shape[1] < patches:
+            raise HostError(
+                f"the tower {self.config.vision_config.model_type!r} gives features "
+                f"{list(states.shape)}, but {patches} patches an image were expected; use a "
+                "tower that keeps one feature for each patch."
+            )
+        features = self.projector(states[:, -patches:])  # class and register tokens come first
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=list(features))
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where image features go [B, T]: the image token's id, or its embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [B, T] -> [B, T, D]; an image token outside the table is looked up as id 0."""
+        table = self.get_input_embeddings()
+        if self.config.image_token_id >= table.num_embeddings:
+            input_ids = input_ids.masked_fill(self.get_placeholder_mask(input_ids, None), 0)
+        return table(input_ids)
+
+    def _fill_images(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        """Embeddings [B, T, D] with features [N·P, D] in the places of mask [B, T]."""
+        _check_count(mask, features.shape[0], self.config.tokens_per_image)
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask[..., None], features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: Encoded | None = None,
+        **kwargs: Any,
+    ) -> TrolModelOutput:
+        """The decoder's last hidden state [B, T, D].
+
+        `input_ids` [B, T] or `inputs_embeds` [B, T, D]; `pixel_values` [N, 3, H, W] for the
+        B rows together (or `mm_encoder_outputs`, the same already encoded). Without images the
+        tower does not run. `DataError` where placeholders and features differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise DataError("give either input_ids or inputs_embeds, not both and not neither.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        features = None
+        if encoded is not None:
+            features = torch.cat([image.flatten(0, -2) for image in encoded.pooler_output])
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            inputs_embeds = self._fill_images(inputs_embeds, mask, features)
+        elif input_ids is not None and _is_empty(past_key_values):
+            mask = self.get_placeholder_mask(input_ids, None)
+            _check_count(mask, 0, self.config.tokens_per_image)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        return TrolModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+
+class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
+    """TroL with its head: the model that answers questions about images.
+
+    The depth policy that `config.depth` names is attached to the decoder.
+    """
+
+    def __init__(self, config: TrolConfig) -> None:
+        super().__init__(config)
+        self.model = TrolModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self._tied_weights_keys = {"lm_head.weight": self._token_table_name()}
+        if config.image_token_id < text.vocab_size:
+            self.generation_config.suppress_tokens = [config.image_token_id]
+        # Before post_init, so that it initialises what the policy adds to the layers.
+        self._attach_depth()
+        self.post_init()
+
+    def _token_table_name(self) -> str:
+        table = self.model.get_input_embeddings()
+        return next(f"{name}.weight" for name, module in self.named_modules() if module is table)
+
+    def _attach_depth(self) -> None:
+        """Gives the decoder the policy that `config.depth` names."""
+        try:
+            from trol.depth import attach
+            from trol.policies import from_settings
+        except ImportError:
+            return
+        attach(self, from_settings(self.config.depth))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token table."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's token table."""
+        self.model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """As `TrolModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: Encoded | None = None,
+        **kwargs: Any,
+    ) -> TrolCausalLMOutput:
+        """Logits [B, T, V], and the mean next-token loss where labels [B, T] are given.
+
+        The rest as `TrolModel.forward`; label -100 counts for nothing; `logits_to_keep` K > 0
+        computes logits for the last K positions only, a tensor for the positions it names.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        whole = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return TrolCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        """Rows repeated for beams, each copy of a row followed by all of its own images.
+
+        Repeating image by image, as transformers does where it has not encoded them before,
+        would give two copies of a row with images a, b the images (a, a) and (b, b).
+        """
+        pixels = kwargs.pop("pixel_values", None)
+        if pixels is not None and expand_size > 1:
+            placeholders = self.model.get_placeholder_mask(input_ids, kwargs.get("inputs_embeds"))
+            per_row = placeholders.sum(-1) // self.config.tokens_per_image
+            rows = pixels.split(per_row.tolist())
+            pixels = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **kwargs,
+        )
+        return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
+
+
+def _is_empty(cache: Cache | None) -> bool:
+    return cache is None or cache.get_seq_length() == 0
+
+
+def _check_count(mask: torch.Tensor, features: int, tokens_per_image: int) -> None:
+    """`DataError` unless the mask [B, T] marks as many placeholders as there are features."""
+    if torch.compiler.is_compiling():
+        return  # a check on values would break the graph; processors check before
+    rows = mask.sum(-1).tolist()
+    if sum(rows) != features:
+        raise DataError(
+            f"got {sum(rows)} image tokens in the text (row by row: {rows}), expected {features}: "
+            f"{features // tokens_per_image} images of {tokens_per_image} tokens; give "
+            f"{tokens_per_image} image tokens for each image (TrolProcessor does), in pixel_values "
+            "all rows' images in reading order, and do not truncate a row within an image."
+        )

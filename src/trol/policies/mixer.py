@@ -1,0 +1,108 @@
+"""TroL's mixer: every layer runs again on the question, mixed token by token by a tiny gate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
+from trol.depth.policy import check_share
+from trol.errors import UsageError, unknown
+
+SHARING = ("per_layer", "shared")
+
+
+class Gate(nn.Linear):
+    """g(x) = 0.5 * tanh(w . x + b) + 0.5, one number per token; computed in float32."""
+
+    def __init__(self, width: int, initial: float | None) -> None:
+        super().__init__(width, 1)
+        self.initial = initial
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Sets the parameters to their first values."""
+        if self.initial is None:
+            return self.reset_parameters()
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, math.atanh(2 * self.initial - 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The gate of each token. Shape: [B, T, D] -> [B, T]."""
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.float(), self.bias.float()
+            score = nn.functional.linear(input.float(), weight, bias)
+            return 0.5 * torch.tanh(score).squeeze(-1) + 0.5
+
+
+class TrolMixer(AbstractPolicy):
+    """Traversal of layers: out = (1 - g) L(x) + g L(L(x)) with g = 0.5 tanh(w . L(x) + b) + 0.5.
+
+    TroL (https://arxiv.org/abs/2406.12246, section 3): our g is its w, our visit its propagation;
+    its Table 8 is `passes`, its Table 9 is `scope`. The gate reads the first visit's output.
+
+    Args:
+        passes: visits of each layer, N >= 1; visit r + 1 is weighed by g(x_r). 1 is the plain
+            model with unused gates.
+        sharing: one gate for each layer (the paper's L * D parameters) or one for all (the
+            released checkpoints).
+        scope: who is traversed in inference.
+        training_scope: who is traversed in training (published: all tokens).
+        tau: tokens whose gate is <= tau leave without another visit; 0 is exact, and a layer's
+            output then moves by at most tau * |x_2 - x_1|.
+        initial_gate: the gate's value before training, 0.001 for nearly no effect; None for
+            nn.Linear's own initialisation, as published.
+    """
+
+    name = "trol_mixer"
+
+    def __init__(
+        self,
+        passes: int = 2,
+        *,
+        sharing: Literal["per_layer", "shared"] = "per_layer",
+        scope: Scope = "question",
+        training_scope: Scope = "all",
+        tau: float = 0.0,
+        initial_gate: float | None = None,
+    ) -> None:
+        super().__init__(scope=scope, training_scope=training_scope)
+        if passes < 1:
+            raise UsageError(f"passes is {passes}, but a layer must be visited at least once.")
+        if sharing not in SHARING:
+            raise unknown("sharing", sharing, SHARING)
+        if initial_gate is not None and not 0 < initial_gate < 1:
+            raise UsageError(f"initial_gate is {initial_gate}, but must lie in (0, 1).")
+        check_share("tau", tau)
+        self.passes, self.sharing, self.tau = passes, sharing, tau
+        self.initial_gate = initial_gate
+
+    @property
+    def tied(self) -> bool:
+        return self.sharing == "shared"
+
+    def gate(self, layer: int, width: int) -> nn.Module:
+        return Gate(width, self.initial_gate)
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(self.passes if self.tau == 0 else 1, self.passes)
+
+    def again(self, visit: Visit) -> Answer:
+        if visit.number == 0:
+            return 1.0
+        assert visit.gate is not None
+        gate: Tensor = visit.gate(visit.state)
+        return torch.where(gate > self.tau, gate, 0.0) if self.tau else gate
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "passes": self.passes,
+            "sharing": self.sharing,
+            "scope": self.scope,
+            "training_scope": self.training_scope,
+            "tau": self.tau,
+            "initial_gate": self.initial_gate,
+        }

@@ -1,0 +1,75 @@
+"""Policies by name: the one list that attach, adapters, recipes and commands read."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from trol.depth import AbstractPolicy, Plan, attached
+from trol.errors import UsageError, unknown
+
+POLICIES = {
+    "plain": "trol.policies.plain:Plain",
+    "plan": "trol.policies.planned:Planned",
+    "trol_mixer": "trol.policies.mixer:TrolMixer",
+    "replay": "trol.policies.replay:Replay",
+}
+"""Registered name -> where the class lives; imported when first asked for."""
+
+
+def names() -> list[str]:
+    """All registered names."""
+    return sorted(POLICIES)
+
+
+def policy_class(name: str) -> type[AbstractPolicy]:
+    """The class registered under `name`; raises `UsageError` with "did you mean"."""
+    if name not in POLICIES:
+        raise unknown("policy", name, POLICIES)
+    module, _, attribute = POLICIES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def from_settings(settings: dict[str, Any]) -> AbstractPolicy:
+    """The policy of `{"policy": name, **settings}`.
+
+    Raises:
+        UsageError: the name or a setting is unknown.
+    """
+    rest = dict(settings)
+    cls = policy_class(str(rest.pop("policy", None)))
+    known = list(inspect.signature(cls).parameters)
+    for key in rest:
+        if key not in known:
+            raise unknown(f"setting of policy {cls.name}", key, known)
+    return cls(**rest)
+
+
+def to_settings(policy: AbstractPolicy) -> dict[str, Any]:
+    """`{"policy": name, **settings}`, JSON values only; inverse of `from_settings`."""
+    return {"policy": policy.name, **policy.settings()}
+
+
+def resolve(spec: AbstractPolicy | Plan | str) -> AbstractPolicy:
+    """A policy from itself, a registered name, a plan, or plan text."""
+    if isinstance(spec, AbstractPolicy):
+        return spec
+    from trol.policies.planned import Planned
+
+    if isinstance(spec, Plan):
+        return Planned(spec)
+    if spec in POLICIES:
+        return from_settings({"policy": spec})
+    if not spec.strip() or spec.lstrip()[:1].isdigit() or spec.startswith(("all", "exit@")):
+        return Planned(Plan(spec))
+    raise UsageError(
+        f"{unknown('policy', spec, POLICIES)} A plan starts with a layer number, 'all' or 'exit@'."
+    )
+
+
+def attached_policy(model: nn.Module) -> AbstractPolicy:
+    """The policy in force on an attached model."""
+    return attached(model)[1].depth_policy_in_force()

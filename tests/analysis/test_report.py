@@ -1,0 +1,117 @@
+"""The report: self-contained, complete, and worded from its numbers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from trol.analysis import report
+from trol.analysis.files import write_json, write_whole
+from trol.errors import UsageError
+
+TYPES = ("digit", "hop1")
+
+
+def results(place: Path, *, seeds: int = 3, gain: float = 0.0) -> dict[str, Any]:
+    """Made-up results of `seeds` seeds in which traversal gains `gain` over the twin."""
+    place.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(place / "map-0.png")
+    noise = [0.01 * seed for seed in range(seeds)]
+    curve = [{"steps": [0, 10, 20], "losses": [2.0, 1.0, 0.5 + x]} for x in noise]
+    points = [
+        {"tau": 1.0, "share": 0.0, "accuracy": 0.6, "random": 0.6},
+        {"tau": 0.5, "share": 0.5, "accuracy": 0.8, "random": 0.7},
+        {"tau": 0.0, "share": 1.0, "accuracy": 0.8, "random": 0.8},
+    ]
+    return {
+        "model": "trol-tiny",
+        "seeds": list(range(seeds)),
+        "run": {"command": "trol demo <&>", "commit": None, "versions": {"trol": "0"}, "seed": 0},
+        "parameters": {"on": 1000, "twin": 1000},
+        "steps": {"on": 20, "twin": 20},
+        "losses": {"step 1": {"on": curve, "twin": curve}},
+        "accuracy": {
+            "on": [{"digit": 0.9 - x + gain, "hop1": 0.5 + x + gain} for x in noise],
+            "off": [{"digit": 0.5, "hop1": 0.2} for _ in noise],
+            "twin": [{"digit": 0.9 + x, "hop1": 0.5 - 2 * x} for x in noise],
+        },
+        "chance": dict.fromkeys(TYPES, 0.1),
+        "counts": dict.fromkeys(TYPES, 100),
+        "gates": [{"mean": [0.4, 0.6], "low": [0.1, 0.2], "high": [0.8, 0.9]} for _ in noise],
+        "sparse": [{"points": points} for _ in noise],
+        "cost": {"on": {"layer_visits": 80, "flops": 2.5e9}, "twin": {"layer_visits": 40}},
+        "maps": [{"file": "map-0.png", "caption": "Asked: is there a <7>?"}],
+    }
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    page = report.write(results(tmp_path), tmp_path).read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "<script" not in page
+    assert page.count("<svg") == 4
+    assert "currentColor" in page
+    assert "&lt;7&gt;" in page
+    assert "3 seeds (0, 1, 2)" in page
+    assert json.loads((tmp_path / "results.json").read_text())["model"] == "trol-tiny"
+
+
+def test_svg_ids_are_not_shared(tmp_path: Path) -> None:
+    ids = re.findall(r'<(?:clipPath|path|g) id="(p[0-9a-f]{10}|m[0-9a-f]{10})"', _page(tmp_path))
+    assert ids
+    assert len(ids) == len(set(ids))
+
+
+def test_no_gain_is_promised_that_is_not_shown(tmp_path: Path) -> None:
+    page = _page(tmp_path)
+    assert "No difference is shown between traversal on and the twin" in page
+    assert "scored higher than the twin" not in page
+
+
+def test_a_gain_is_told(tmp_path: Path) -> None:
+    page = report.render(results(tmp_path, gain=0.2), tmp_path)
+    assert "Traversal on scored higher than the twin trained without traversal" in page
+    assert "Few seeds" in page
+
+
+def test_one_seed_is_called_one_draw(tmp_path: Path) -> None:
+    page = report.render(results(tmp_path, seeds=1), tmp_path)
+    assert "1 seed (0): there is no spread" in page
+    assert page.count("One seed, so no spread and no conclusion") == 3
+    assert "±" not in page
+
+
+def test_the_table_ends_with_the_mean_over_types(tmp_path: Path) -> None:
+    row = report.accuracy_table(results(tmp_path), TYPES)[-1]
+    assert row["type"] == "all"
+    assert row["n"] == 200
+    assert row["arms"]["off"] == "35.0 ± 0.0"
+
+
+def test_missing_results_are_named(tmp_path: Path) -> None:
+    short = results(tmp_path)
+    del short["gates"], short["chance"]
+    with pytest.raises(UsageError, match="lack chance, gates"):
+        report.render(short, tmp_path)
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    path = write_whole(tmp_path / "a.txt", "first")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    assert path.read_text() == "first"
+    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(80, "80"), (2.5e9, "2.5 G"), (81920, "81.9 k"), (0.1234, "0.123"), (None, "–")],
+)
+def test_numbers_are_readable(value: float | None, text: str) -> None:
+    assert report.readable(value) == text
+
+
+def _page(place: Path) -> str:
+    return report.render(results(place), place)

@@ -1,0 +1,28 @@
+"""Tables and provenance."""
+
+import pytest
+
+from trol.cli import bench, eval, provenance, terminal
+
+
+def test_a_table_is_aligned() -> None:
+    assert terminal.table([["type", "n"], ["hop1", "12"]]) == "type   n\nhop1  12"
+
+
+def test_accuracy_stands_beside_chance() -> None:
+    task = {"accuracy": 0.5, "n": 8, "by_type": {"digit": 0.5}, "chance_by_type": {"digit": 0.125}}
+    text = eval._table({"tasks": {"boards": task}})
+    assert text.splitlines()[1].split() == ["digit", "50.0", "12.5"]
+
+
+def test_a_bench_row_without_a_bound() -> None:
+    row = {"case": "a", "baseline_ms": 1.0, "measured_ms": 2.0, "ratio": 2.0, "must": None}
+    assert bench._table([row]).splitlines()[1].split() == ["a", "1.000", "2.000", "2.000"]
+
+
+def test_the_run_record_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/trol", "chat", "--question", "is there a 7?"])
+    record = provenance.run_record(3)
+    assert record["command"] == "trol chat --question 'is there a 7?'"
+    assert record["seed"] == 3
+    assert record["versions"]["torch"].startswith("2.")

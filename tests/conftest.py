@@ -1,0 +1,46 @@
+"""What every test relies on: no network, one torch thread, fixed seeds, markers that skip."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "trol", deadline=None, derandomize=True, print_blob=False, max_examples=20
+)
+hypothesis.settings.load_profile("trol")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="no CUDA device")
+    if not config.getoption("--slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow: give --slow to run it")
+    for item in items:
+        for name, skip in skips.items():
+            if name in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, in whatever order tests run."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global state is what third parties read
+    torch.manual_seed(0)

@@ -1,0 +1,96 @@
+"""What the laws are tried on: policies with settled random gates, attached to hosts of the zoo."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hosts import HOSTS, Host
+from hosts.host import Inputs
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trol.depth import AbstractPolicy, attach, attached
+from trol.depth.host import gates_of
+from trol.policies.mixer import TrolMixer
+from trol.policies.plain import Plain
+from trol.policies.planned import Planned
+
+POLICIES: dict[str, Callable[[], AbstractPolicy]] = {
+    "plain": Plain,
+    "trol": TrolMixer,
+    "trol_all": lambda: TrolMixer(scope="all"),
+    "trol_three": lambda: TrolMixer(3, scope="all", sharing="shared"),
+    "trol_answer": lambda: TrolMixer(scope="answer"),
+    "trol_tau": lambda: TrolMixer(scope="all", tau=0.5),
+    "skip": lambda: Planned("0 2-3"),
+    "skip_first": lambda: Planned("1-3"),
+    "exit": lambda: Planned("exit@2"),
+    "repeat": lambda: Planned("0:2 1 3:3"),
+    "skip_answer": lambda: Planned("1 3:2", scope="answer"),
+    "skip_question": lambda: Planned("0:2 3", scope="question"),
+}
+"""Every kind of policy, every scope; on stacks of four layers."""
+
+HOLED: dict[str, Callable[[], AbstractPolicy]] = {
+    "hole_answer": lambda: Planned("1-3", scope="answer", skipped_kv="hole"),
+    "hole_question": lambda: Planned("0 2", scope="question", skipped_kv="hole"),
+}
+"""Policies that leave holes; not every family can have them."""
+
+
+def attach_settled(model: PreTrainedModel, policy: AbstractPolicy, seed: int = 0) -> PreTrainedModel:
+    """Attaches, and gives the gates weights that spread their values over (0, 1)."""
+    attach(model, policy)
+    source = torch.Generator().manual_seed(seed)
+    for gate in gates_of(attached(model)[1]):
+        if gate is not None:
+            weight = torch.randn(gate.weight.shape, generator=source)
+            gate.weight.data.copy_(0.15 * weight)
+            gate.bias.data.copy_(0.5 * torch.randn(1, generator=source))
+    return model
+
+
+def hosts_and_attns(*, without: str | None = None) -> list[object]:
+    """One pytest parameter for each family and attention; `without`: families that can do it."""
+    return [
+        pytest.param(host, attn, id=f"{host.name}-{attn}")
+        for host in HOSTS.values()
+        for attn in host.attns
+        if without is None or without not in host.cannot
+    ]
+
+
+def some_hosts(*names: str) -> list[object]:
+    """A few families, for laws that do not depend on the family."""
+    return [pytest.param(HOSTS[name], id=name) for name in names]
+
+
+def answer_masks(prompt: Inputs, whole: Inputs) -> Tensor:
+    """1 at the tokens that follow the prompt. Shape: [B, T]."""
+    masks = torch.zeros_like(whole["input_ids"])
+    masks[:, prompt["input_ids"].shape[1] :] = 1
+    return masks
+
+
+def recomputed(
+    host: Host, model: PreTrainedModel, inputs: Inputs, new: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [B, new] and logits [B, new, V] from whole forwards without a cache."""
+    tokens, steps = inputs["input_ids"][:, :0], []
+    for _ in range(new):
+        whole = host.extend(inputs, tokens)
+        out = model(**whole, assistant_masks=answer_masks(inputs, whole), use_cache=False)
+        steps.append(out.logits[:, -1])
+        tokens = torch.cat([tokens, steps[-1].argmax(-1, keepdim=True)], 1)
+    return tokens, torch.stack(steps, 1)
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def cuts(length: int, size: int) -> Iterator[slice]:
+    """Slices of `size` columns that cover `length` columns."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
