@@ -1,0 +1,52 @@
+"""trol makes depth a choice: each token visits each layer zero, one or several times.
+
+    import trol
+    trol.attach(model, "trol_mixer")    # or trol.TrolMixer(passes=2), or a plan such as "0-7:2 8-23"
+    model.generate(**inputs)
+
+Importing trol is cheap; torch and transformers are imported when a name is first used. The TroL
+model family is registered with transformers' Auto classes when transformers is next imported
+through any of these names, or by `import trol.family`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trol import depth
+    from trol.depth import AbstractPolicy, Plan, Trace, attach, detach, trace
+    from trol.family.loading import load_model
+    from trol.policies.adapter import load, save
+    from trol.policies.mixer import TrolMixer
+    from trol.policies.plain import Plain
+    from trol.policies.planned import Planned
+    from trol.policies.replay import Replay
+
+_HOMES = {
+    "attach": "depth",
+    "detach": "depth",
+    "trace": "depth",
+    "save": "policies.adapter",
+    "load": "policies.adapter",
+    "AbstractPolicy": "depth",
+    "Plan": "depth",
+    "Trace": "depth",
+    "Plain": "policies.plain",
+    "Planned": "policies.planned",
+    "Replay": "policies.replay",
+    "TrolMixer": "policies.mixer",
+    "load_model": "family.loading",
+    "depth": "depth",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trol' has no attribute {name!r}")
+    home = import_module(f"trol.{_HOMES[name]}")
+    return home if name == "depth" else getattr(home, name)

@@ -37,18 +37,33 @@ def test_the_stream_says_what_json_says(board: str, capsys: pytest.CaptureFixtur
 
 
 def test_turns_from_a_pipe(
-    board: str,
-    tiny_model: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    board: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [f"/image {board}", QUESTION, "", "/nonsense", "/depth all", "is there a 7?", "/quit"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    """What fails is said, and the conversation goes on."""
+    lines = [f"/image {board}", QUESTION, "", "/nonsense", "/depth 0-9", "/depth all", "/reset"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "is there a 7?", "/quit"])))
     assert chat() == 0
     captured = capsys.readouterr()
-    assert "question is empty" in captured.err
-    assert "/nonsense" in captured.err
-    assert tiny_model == ["all", "all"]
+    said = [line for line in captured.err.splitlines() if line.startswith("trol: ")]
+    assert len(said) == 3
+    assert "question is empty" in said[0]
+    assert "/nonsense" in said[1]
+    assert "0-9" in said[2]
+
+
+def test_a_plan_is_in_force_for_its_turns(board: str) -> None:
+    conversation = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
+    conversation.show(board)
+    seen = []
+    for plan in (None, "all", "0-1:3 2"):
+        conversation.use_plan(plan)
+        with trol.trace(conversation.model) as trace:
+            conversation.ask("is there a 7?")
+        seen.append(trace.visits[:, 0, 0].tolist())
+    assert seen == [[2, 2, 2, 2], [1, 1, 1, 1], [3, 3, 1, 0]]
+    with pytest.raises(UsageError):
+        conversation.use_plan("7")
+    assert conversation.plan == "0-1:3 2"
 
 
 def test_the_end_of_input_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +91,7 @@ def test_a_question_that_fails_is_forgotten(board: str) -> None:
     [
         (["--question", " "], 2, "--question is empty"),
         (["--json"], 2, "--json needs --question"),
+        (["--depth", "0-9", "--question", "x"], 2, "0-9"),
         (["--image", "absent.png", "--question", "x"], 1, "absent.png"),
         (["--image", "NO_PICTURE", "--question", "x"], 1, "not a picture"),
         (["--image", "TRUNCATED", "--question", "x"], 1, "truncated"),

@@ -2,38 +2,55 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from trol.cli import main
 
-pytestmark = pytest.mark.usefixtures("tiny_model", "traced")
+pytestmark = pytest.mark.usefixtures("tiny_model")
+
+
+def run(board: str, out: Path, *words: str) -> int:
+    asked = ["--image", board, "--question", "is there a 7?", "--out", str(out), "--json"]
+    with pytest.raises(SystemExit) as left:
+        main(["map", *asked, *words])
+    return left.value.code
 
 
 def test_map_writes_a_picture_and_its_numbers(
     board: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "made" / "map"
-    words = ["--image", board, "--question", "is there a 7?", "--out", str(out), "--json"]
-    with pytest.raises(SystemExit) as left:
-        main(["map", *words])
-    assert left.value.code == 0
-    found = json.loads(capsys.readouterr().out)
+    assert run(board, out) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "map.json").read_text())
+    assert found["layers"] == 4
     assert found["image"]["grid"] == [3, 3]
-    assert found["gate_per_layer"] == pytest.approx([0.9, 0.6333, 0.3667, 0.1])
-    assert found["image"]["visits"][0] == [2] * 9
-    assert found["image"]["visits"][-1] == [1] * 9
+    assert found["image"]["visits"] == [[2] * 9] * 4
+    assert all(0 < gate < 1 for layer in found["image"]["gates"] for gate in layer)
     assert found["words"]["text"] == ["is", "there", "a", "7", "?"]
-    assert found["run"]["versions"]["trol"]
+    assert found["cost"]["layer_visits"] > 0
+    assert found["run"]["versions"]["torch"]
     with Image.open(out / "map.png") as picture:
         assert picture.width > 500
 
 
+def test_map_of_a_plan(board: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(board, tmp_path, "--depth", "0-1:2 2-3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gate_per_layer"] == [1, 1, 0, 0]
+    assert [layer[0] for layer in found["image"]["visits"]] == [2, 2, 1, 1]
+
+
 def test_a_bad_picture_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "map"
-    with pytest.raises(SystemExit) as left:
-        main(["map", "--image", "absent.png", "--question", "x", "--out", str(out)])
-    assert left.value.code == 1
+    assert run("absent.png", out) == 1
+    assert not out.exists()
+
+
+def test_an_empty_question_leaves_nothing(board: str, tmp_path: Path) -> None:
+    out = tmp_path / "map"
+    assert run(board, out, "--question", " ") == 2
     assert not out.exists()

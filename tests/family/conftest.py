@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from family.samples import TEXTS, enlarged
 
+from family.samples import TEXTS, enlarged
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from family.samples import picture, question, rows
 from transformers import pipeline
 
+from family.samples import picture, question, rows
 from trol.errors import DataError
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6}
@@ -36,14 +36,13 @@ def test_cached_is_uncached_and_a_plain_loop(model, encode):
     inputs = encode(rows())
     cached = greedy(model, inputs)
     assert torch.equal(cached, greedy(model, inputs, use_cache=False))
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ids, mask, said = inputs["input_ids"], inputs["attention_mask"], inputs["attention_mask"] * 0
     for step in range(6):
-        logits = model(
-            input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]
-        ).logits[:, -1]
+        now = {"input_ids": ids, "attention_mask": mask, "assistant_masks": said}
+        logits = model(**now, pixel_values=inputs["pixel_values"]).logits[:, -1]
         logits[:, [model.config.image_token_id, model.config.text_config.eos_token_id]] = -1e9
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-        mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
+        mask, said = (torch.cat([old, old.new_ones(3, 1)], 1) for old in (mask, said))
         assert torch.equal(ids[:, -1], cached[:, step])
 
 
@@ -90,9 +89,9 @@ def test_generating_with_a_forgotten_image_is_refused(model, encode):
 
 def test_pipeline(model, processor, encode):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    said = pipe(rows()[2], **NEW, do_sample=False)[0]["generated_text"][-1]
+    said = pipe(rows()[2], generate_kwargs={**NEW, "do_sample": False})[0]["generated_text"][-1]
     expected = processor.decode(greedy(model, encode(rows()[2]))[0], skip_special_tokens=True)
     assert said["role"] == "assistant"
     assert said["content"].strip() == expected
-    plain = pipe(images=picture(0), text="<image> what digit", **NEW, return_full_text=False)
+    plain = pipe(images=picture(0), text="<image> what digit", generate_kwargs=NEW)
     assert isinstance(plain[0]["generated_text"], str)

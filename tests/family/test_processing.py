@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from family.samples import picture, question, rows
 from transformers import AutoProcessor
 
+from family.samples import picture, question, rows
 from trol.errors import DataError, UsageError
 from trol.family import TrolProcessor, word_tokenizer
 
@@ -21,7 +21,7 @@ def test_batches_pad_on_the_left_and_take_images_in_reading_order(processor, enc
     batch = encode(rows())
     assert batch["pixel_values"].shape == (3, 3, 48, 48)
     assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [9, 0, 18]
-    assert batch["attention_mask"][1, 0] == 0 and batch["attention_mask"][1, -1] == 1
+    assert batch["attention_mask"][1].sort().values.equal(batch["attention_mask"][1])
     alone = encode(question("x", picture(2)))["pixel_values"]
     assert torch.equal(batch["pixel_values"][2:], alone)
 
@@ -57,9 +57,7 @@ def test_assistant_mask_marks_what_is_said_and_its_end(processor):
         return_assistant_tokens_mask=True,
         return_tensors="pt",
     )
-    for ids, mask, answer in zip(
-        batch["input_ids"], batch["assistant_masks"], said, strict=True
-    ):
+    for ids, mask, answer in zip(batch["input_ids"], batch["assistant_masks"], said, strict=True):
         words = processor.tokenizer.convert_ids_to_tokens(ids[mask.bool()])
         assert words[-1] == "<eos>"
         assert processor.decode(ids[mask.bool()], skip_special_tokens=True) == answer
@@ -98,7 +96,7 @@ def test_bad_input_says_what_and_what_to_do(processor, images, text, says):
 
 @pytest.mark.parametrize("conversation", [[], question(" "), [question("what"), question("")]])
 def test_an_empty_conversation_or_question_is_refused(processor, conversation):
-    with pytest.raises(DataError, match="empty; write a question|at least one message"):
+    with pytest.raises(DataError, match=r"empty; write a question|at least one message"):
         processor.apply_chat_template(conversation)
 
 

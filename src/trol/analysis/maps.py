@@ -69,7 +69,7 @@ def grid_of(tokens: int, picture_size: tuple[int, int]) -> tuple[int, int]:
     width, height = picture_size
     rows = min(
         (r for r in range(1, tokens + 1) if tokens % r == 0),
-        key=lambda r: abs(math.log((r * r / tokens) * (width / height))),
+        key=lambda r: round(abs(math.log((r * r / tokens) * (width / height))), 9),
     )
     return rows, tokens // rows
 
@@ -126,16 +126,21 @@ def _panel(axes: Any, depth_map: DepthMap, layer: int) -> None:
         axes.imshow(depth_map.picture, interpolation="nearest")
         axes.set_title("picture", fontsize=8, color=FAINT, pad=3)
         return
-    width, height = depth_map.picture.size
-    faint = np.asarray(depth_map.picture.convert("L"), dtype=float) / 255 * 0.55 + 0.4
-    axes.imshow(faint, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     gates = depth_map.gates[layer].reshape(depth_map.grid)
     again = depth_map.visits[layer].reshape(depth_map.grid) >= 2
-    overlay = COLORS(gates)
-    overlay[..., 3] = np.where(again, 0.64, 0.0)
-    axes.imshow(overlay, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+    axes.imshow(_tinted(depth_map.picture, gates, again), interpolation="nearest")
     title = f"layer {layer}: {again.mean():.0%} twice, gate {gates.mean():.2f}"
-    axes.set_title(title, fontsize=7.5, color=INK, pad=3)
+    axes.set_title(title, fontsize=7, color=INK, pad=3)
+
+
+def _tinted(picture: Image.Image, gates: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """The picture in grey, in the colour of its gate where a token went again. Shape: [H, W, 3]."""
+    grey = np.asarray(picture.convert("L"), dtype=float)[..., None] / 255  # Shape: [H, W, 1]
+    rows = np.arange(grey.shape[0]) * gates.shape[0] // grey.shape[0]
+    columns = np.arange(grey.shape[1]) * gates.shape[1] // grey.shape[1]
+    cells = np.ix_(rows, columns)
+    color = 0.15 + 0.85 * COLORS(gates)[..., :3][cells]
+    return np.where(again[cells][..., None], color * (0.45 + 0.55 * grey), 0.45 + 0.5 * grey)
 
 
 def _words(axes: Any, depth_map: DepthMap, lines: list[list[int]]) -> None:

@@ -103,12 +103,7 @@ def _turn(conversation: Conversation, line: str) -> None:
         case "/image" if rest.strip():
             conversation.show(rest.strip())
         case "/depth":
-            before = conversation.plan
-            try:
-                conversation.use_plan(rest.strip())
-            except TrolError:
-                conversation.plan = before
-                raise
+            conversation.use_plan(rest.strip())
         case "/reset":
             conversation.reset()
         case _:

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trol.errors import UsageError
+from trol.errors import TrolError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,9 +55,13 @@ class Conversation:
 
     def use_plan(self, text: str | None) -> None:
         """Answer under the plan `text` from now on (None: the model's own policy)."""
-        self.plan = text or None
-        with self.depth():
-            pass
+        before, self.plan = self.plan, text or None
+        try:
+            with self.depth():
+                pass
+        except TrolError:
+            self.plan = before
+            raise
 
     def reset(self) -> None:
         """Forget all turns and pictures."""
@@ -77,12 +81,12 @@ class Conversation:
     @contextlib.contextmanager
     def depth(self) -> Generator[None]:
         """The chosen plan while open, if one was chosen."""
-        import trol
+        from trol.depth.host import depth
 
         if self.plan is None:
             yield
             return
-        with trol.depth(self.model, self.plan):
+        with depth(self.model, self.plan):
             yield
 
     def _content(self, question: str) -> Any:

@@ -82,12 +82,13 @@ def _measure(
 ) -> None:
     """Accuracy of one trained model; for the one with traversal also off, gates, sparse, maps."""
     import trol
+    from trol.depth.host import depth
 
     model, processor = trol.load_model(str(made["model"]))
     _note_accuracy(results, arm, evaluation.evaluate(model, processor, ["boards"], seed=seed))
     if arm == "twin":
         return
-    with trol.depth(model, "all"):
+    with depth(model, "all"):
         _note_accuracy(results, "off", evaluation.evaluate(model, processor, ["boards"], seed=seed))
     results["gates"].append(evaluation.gate_spread(model, processor, seed=seed))
     results["sparse"].append({"points": evaluation.sparse_curve(model, processor, seed=seed)})

@@ -25,7 +25,7 @@ def _collect() -> dict[str, Any]:
     import torch
 
     from trol.depth.families import QUIRKS
-    from trol.policies import registry
+    from trol.depth.registry import names
 
     cuda = torch.cuda.is_available()
     return {
@@ -35,7 +35,7 @@ def _collect() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "default_model": terminal.DEFAULT_MODEL,
-        "policies": list(registry.names()),
+        "policies": list(names()),
         "hosts": {
             "refused": {name: quirk.refused for name, quirk in QUIRKS.items() if quirk.refused},
             "no_holes": {name: quirk.no_holes for name, quirk in QUIRKS.items() if quirk.no_holes},

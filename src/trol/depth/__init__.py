@@ -2,12 +2,22 @@
 
 Letters: B rows of a batch, T tokens of a call, S positions so far, D hidden size, L layers,
 R most visits, H heads, d head size.
+
+This package is also what `with trol.depth(model, policy):` calls.
 """
 
+import sys
+from contextlib import AbstractContextManager
+from types import ModuleType
+
+from torch import nn
+
+from trol.depth import host
 from trol.depth.cost import Cost, StackCost
-from trol.depth.host import attach, attached, cost_of, depth, detach, is_attached, trace
+from trol.depth.host import attach, attached, cost_of, detach, is_attached, trace
 from trol.depth.plan import Plan
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
+from trol.depth.registry import PolicyLike
 from trol.depth.roles import Roles, Scope
 from trol.depth.trace import Trace
 
@@ -17,6 +27,7 @@ __all__ = [
     "Bounds",
     "Cost",
     "Plan",
+    "PolicyLike",
     "Roles",
     "Scope",
     "StackCost",
@@ -25,8 +36,18 @@ __all__ = [
     "attach",
     "attached",
     "cost_of",
-    "depth",
     "detach",
     "is_attached",
     "trace",
 ]
+
+
+class _CallablePackage(ModuleType):
+    """The room `trol.depth` and the verb `trol.depth(model, policy)` share one name."""
+
+    def __call__(self, model: nn.Module, policy: PolicyLike) -> AbstractContextManager[None]:
+        """Puts another policy in force on `model` for a while; see `trol.depth.host.depth`."""
+        return host.depth(model, policy)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trol.depth.call import Ambience, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.families import find_decoder, layer_list, layer_site, quirk_of
 from trol.depth.policy import AbstractPolicy
+from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.specialise import restore, specialise
 from trol.depth.stack import HostMixin, LayerMixin, StackMixin
 from trol.depth.trace import Recorder, Trace
@@ -22,16 +23,21 @@ from trol.errors import HostError, UsageError
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def attach(model: Model, policy: AbstractPolicy) -> Model:
+def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
     """Makes every forward pass of `model` follow `policy`, in place; returns the model.
 
     The module tree, the parameter names and the class names stay; layers whose policy has
     parameters gain a submodule `depth`.
 
+    Args:
+        model: a transformers causal or vision-language model, or its decoder.
+        policy: a policy, a registered name, a plan or plan text.
+
     Raises:
-        HostError: the model's family cannot be treated rightly.
-        UsageError: a policy is attached already, or this one does not fit the stack.
+        HostError: the model's family cannot be treated rightly; the message says why.
+        UsageError: the policy is unknown or does not fit, or one is attached already.
     """
+    policy = resolve(policy)
     if _find_host(model) is not None:
         raise UsageError(
             "a policy is attached to this model already; call trol.detach(model) first, or use "
@@ -125,33 +131,51 @@ def cost_of(model: nn.Module) -> StackCost:
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[Trace]:
-    """Records every forward pass of an attached model, in this thread, while the block is open."""
-    _, stack = attached(model)
-    made = Trace(cost_of(model))
-    before = ambience_of(stack)
-    with _open_on(stack, Ambience(before.policy, Recorder(made, stack.depth_layers))):
-        yield made
+    """Records visits [L, B, T], weights and cost of what runs in this thread inside the block."""
+    with _attached_for_a_while(model, from_settings({"policy": "plain"})):
+        _, stack = attached(model)
+        made = Trace(cost_of(model))
+        before = ambience_of(stack)
+        with _open_on(stack, Ambience(before.policy, Recorder(made, stack.depth_layers))):
+            yield made
 
 
 @contextmanager
-def depth(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
-    """Puts another policy in force on an attached model, in this thread, for a while.
+def depth(model: nn.Module, policy: PolicyLike) -> Iterator[None]:
+    """Puts another policy in force, in this thread, for a while; a plain model is attached for it.
 
     Raises:
-        UsageError: the policy has parameters of another kind than the attached one.
+        UsageError: the policy is unknown, does not fit, or needs parameters that are not there.
     """
-    _, stack = attached(model)
-    check(stack, policy)
-    width = stack.config.hidden_size
+    wanted = resolve(policy)
+    with _attached_for_a_while(model, wanted):
+        _, stack = attached(model)
+        check(stack, wanted)
+        _check_gates(stack, wanted)
+        with _open_on(stack, Ambience(wanted, ambience_of(stack).recorder)):
+            yield
+
+
+@contextmanager
+def _attached_for_a_while(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
+    if is_attached(model):
+        yield
+        return
+    attach(model, policy)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+def _check_gates(stack: Any, policy: AbstractPolicy) -> None:
     for layer, gate in enumerate(gates_of(stack)):
-        wanted = policy.gate(layer, width)
+        wanted = policy.gate(layer, stack.config.hidden_size)
         if wanted is not None and type(wanted) is not type(gate):
             raise UsageError(
                 f"{policy.name} has parameters that this model does not carry; attach it with "
                 "trol.attach instead."
             )
-    with _open_on(stack, Ambience(policy, ambience_of(stack).recorder)):
-        yield
 
 
 @contextmanager

@@ -54,8 +54,9 @@ class PlanedCache:
             slot.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-        for slot in self.planes.values():
+        # Not super().crop: an empty sliding layer, one that never ran, cannot crop itself.
+        present = [slot for i, slot in enumerate(self.layers) if i not in self.absent]
+        for slot in (*present, *self.planes.values()):
             slot.crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -143,7 +144,9 @@ class VisitSlot:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stores the step's keys and values. Shape: [B, H, T, d] each, in and out."""
-        if self.fallback is not None and isinstance(self.in_scope, Tensor):
+        if self.fallback is not None and self.in_scope is False:
+            keys, values = self.fallback
+        elif self.fallback is not None and isinstance(self.in_scope, Tensor):
             mine = self.in_scope[:, None, :, None]  # Shape: [B, 1, T, 1]
             keys = torch.where(mine, keys, self.fallback[0])
             values = torch.where(mine, values, self.fallback[1])
@@ -175,7 +178,7 @@ class LayerPlanes:
         for plane in range(2, max(most, *self.held, 1) + 1):
             # Taken before plane 1 grows: a plane that starts now copies what came before this call.
             self.slots.append(held.get((layer, plane)) or _fork(self.slots[-1]))
-        self.remembers = (most > 1 and isinstance(in_scope, Tensor)) or bool(keep and self.held)
+        self.remembers = (most > 1 and in_scope is not True) or bool(keep and self.held)
         self.fresh: tuple[Tensor, Tensor] | None = None
         self._open: VisitSlot | None = None
 

@@ -36,8 +36,9 @@ class LayerMixin(Specialised):
     depth_site: LayerSite
     depth: nn.Module
     """The policy's parameters on this layer; present only where the policy has any."""
-    depth_beside: tuple[None, ...] | None = None
-    """What the family returns beside the hidden states, once that is known."""
+    depth_beside: int | None = None
+    """How many things the family returns beside the hidden states, -1 where it returns a bare
+    tensor; None until a layer of the class ran."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # As an argument, because gradient checkpointing runs forward again when the call is over.
@@ -71,10 +72,9 @@ class LayerMixin(Specialised):
             args, kwargs = self.depth_site.with_cache(args, kwargs, None)
             with torch.no_grad():
                 out = super().forward(state, *args, **kwargs)  # type: ignore[misc]
-            beside = len(out) - 1 if isinstance(out, tuple) else 0
-            type(self).depth_beside = (None,) * beside
-        assert self.depth_beside is not None
-        return (state, *self.depth_beside) if self.depth_beside else state
+            type(self).depth_beside = len(out) - 1 if isinstance(out, tuple) else -1
+        beside = self.depth_beside
+        return state if beside is None or beside < 0 else (state, *(None,) * beside)
 
 
 class StackMixin(Specialised):

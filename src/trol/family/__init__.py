@@ -1,4 +1,4 @@
-"""The TroL models: configuration, model, processor and presets, known to transformers' Auto classes.
+"""The TroL models: configuration, model, processor and presets, known to the Auto classes.
 
 Importing this package registers them: `AutoModelForImageTextToText.from_pretrained(folder)`,
 `AutoProcessor.from_pretrained(folder)` and `pipeline("image-text-to-text", ...)` work after it.

@@ -26,10 +26,10 @@ class TrolConfig(PretrainedConfig):
     """
 
     model_type = "trol"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore
 
-    vision_config: dict[str, Any] | PretrainedConfig | None = None
-    text_config: dict[str, Any] | PretrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     image_token_id: int = 32000
     """Stands in `input_ids` where an image feature goes; may lie outside the vocabulary."""
     projector_hidden_size: int | None = None
@@ -39,7 +39,7 @@ class TrolConfig(PretrainedConfig):
     """Learned position embeddings added after the projector: 0, or `tokens_per_image`."""
     vision_feature_layer: int | None = None
     """Which of the tower's hidden states is read; None: its last hidden state."""
-    depth: dict[str, Any] | None = None
+    depth: Any = None
     """The depth policy: {"policy": name, **settings}; None: `DEFAULT_DEPTH`."""
     tie_word_embeddings: bool = False
 
@@ -70,10 +70,12 @@ class TrolConfig(PretrainedConfig):
             )
 
 
-def _part(name: str, given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+def _part(name: str, given: Any) -> PretrainedConfig:
     """The config of one part, from a config, its dict, or nothing (the default type's default)."""
     if isinstance(given, PretrainedConfig):
         return given
+    if given is not None and not isinstance(given, dict):
+        raise UsageError(f"{name} is {given!r}; give a transformers config, or its dict.")
     settings = dict(given or {})
     model_type = settings.pop("model_type", DEFAULT_PARTS[name])
     if model_type not in CONFIG_MAPPING:
@@ -94,13 +96,15 @@ def _pair(config: Any, name: str) -> tuple[int, int]:
     )
 
 
-def _depth(given: dict[str, Any]) -> dict[str, Any]:
+def _depth(given: Any) -> dict[str, Any]:
     """The depth settings, checked as far as can be without knowing the policies."""
     cure = 'give {"policy": name, ...settings}, for example {"policy": "trol_mixer"}.'
-    if not isinstance(given.get("policy"), str):
+    if not isinstance(given, dict) or not isinstance(given.get("policy"), str):
         raise UsageError(f"depth names no policy, got {given!r}; {cure}")
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"depth cannot be written as JSON ({error}), got {given!r}; {cure}") from error
+        raise UsageError(
+            f"depth cannot be written as JSON ({error}), got {given!r}; {cure}"
+        ) from error
     return copy.deepcopy(given)

@@ -1,45 +1,29 @@
 """TrolModel and TrolForConditionalGeneration: vision tower -> projector -> decoder (-> head).
 
 Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images in the batch, each
-[3, H, W] pixels and P = `config.tokens_per_image` image tokens. Images are consumed in reading
-order: row by row, and within a row from left to right.
+[3, H, W] pixels and P = `config.tokens_per_image` image tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from trol.depth import attach, attached, is_attached
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
+from trol.family.outputs import TrolCausalLMOutput, TrolModelOutput
+from trol.family.placeholders import check_count, repeat_images
 from trol.family.projector import TrolProjector
+from trol.policies import from_settings, to_settings
 
 Encoded = dict[str, BaseModelOutputWithPooling]
 """What transformers' generate encodes beforehand: {"image": get_image_features(...)}."""
-
-
-@dataclass
-class TrolModelOutput(BaseModelOutputWithPast):
-    """A decoder's outputs, and the projected image features [N·P, D] where images were given."""
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class TrolCausalLMOutput(CausalLMOutputWithPast):
-    """Loss, logits and cache, and the projected image features [N·P, D] if there were images."""
-
-    image_hidden_states: torch.Tensor | None = None
 
 
 class TrolPreTrainedModel(PreTrainedModel):
@@ -47,9 +31,9 @@ class TrolPreTrainedModel(PreTrainedModel):
 
     config_class = TrolConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own declaration
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -74,7 +58,7 @@ class TrolModel(TrolPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's token table."""
         return self.language_model.get_input_embeddings()
 
@@ -82,13 +66,17 @@ class TrolModel(TrolPreTrainedModel):
         """Replaces the decoder's token table."""
         self.language_model.set_input_embeddings(value)
 
+    def get_decoder(self) -> nn.Module:
+        """The module that owns the decoder's layers; within OPT's, for one, it lies deeper."""
+        return self.language_model.get_decoder()
+
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Image tokens: tower -> without class tokens -> projector.
 
-        `pixel_values` [N, 3, H, W] -> `pooler_output`: N tensors [P, D]. `DataError` for other
+        `pixel_values` [N, 3, H, W] -> `pooler_output` [N, P, D]. `DataError` for other
         shapes; `HostError` where the tower gives fewer than P features for an image.
         """
         if pixel_values.ndim != 4:
@@ -110,15 +98,19 @@ class TrolModel(TrolPreTrainedModel):
                 "tower that keeps one feature for each patch."
             )
         features = self.projector(states[:, -patches:])  # class and register tokens come first
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=list(features))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=features)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """Where image features go [B, T]: the image token's id, or its embedding."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
+        """Where image features go [B, T]: the image token's id, or without ids its embedding."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise DataError("give either input_ids or inputs_embeds, not both and not neither.")
+        if inputs_embeds is None:
+            return cast(torch.Tensor, input_ids) == self.config.image_token_id
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        if token >= self.get_input_embeddings().num_embeddings:
+            return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -128,13 +120,15 @@ class TrolModel(TrolPreTrainedModel):
             input_ids = input_ids.masked_fill(self.get_placeholder_mask(input_ids, None), 0)
         return table(input_ids)
 
-    def _fill_images(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor
-    ) -> torch.Tensor:
-        """Embeddings [B, T, D] with features [N·P, D] in the places of mask [B, T]."""
-        _check_count(mask, features.shape[0], self.config.tokens_per_image)
+    def _with_images(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, encoded: BaseModelOutputWithPooling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, T, D] with the image features where mask [B, T] is, and those [N·P, D]."""
+        assert encoded.pooler_output is not None
+        features = encoded.pooler_output.flatten(0, -2)
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(mask[..., None], features)
+        check_count(mask, features.shape[0], self.config.tokens_per_image)
+        return inputs_embeds.masked_scatter(mask[..., None], features), features
 
     @can_return_tuple
     def forward(
@@ -142,6 +136,7 @@ class TrolModel(TrolPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -154,20 +149,17 @@ class TrolModel(TrolPreTrainedModel):
         B rows together (or `mm_encoder_outputs`, the same already encoded). Without images the
         tower does not run. `DataError` where placeholders and features differ in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise DataError("give either input_ids or inputs_embeds, not both and not neither.")
-        encoded = (mm_encoder_outputs or {}).get("image")
+        encoded, features = (mm_encoder_outputs or {}).get("image"), None
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, return_dict=True)
-        inputs_embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        features = None
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(cast(torch.Tensor, input_ids))
         if encoded is not None:
-            features = torch.cat([image.flatten(0, -2) for image in encoded.pooler_output])
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            inputs_embeds = self._fill_images(inputs_embeds, mask, features)
-        elif input_ids is not None and _is_empty(past_key_values):
-            mask = self.get_placeholder_mask(input_ids, None)
-            _check_count(mask, 0, self.config.tokens_per_image)
+            inputs_embeds, features = self._with_images(inputs_embeds, mask, encoded)
+        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+            # Later calls are not checked: guesses of assisted decoding may hold image tokens.
+            check_count(mask, 0, self.config.tokens_per_image)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -176,13 +168,8 @@ class TrolModel(TrolPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return TrolModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=features,
-        )
+        kept = {name: outputs.get(name) for name in BaseModelOutputWithPast.__annotations__}
+        return TrolModelOutput(**kept, image_hidden_states=features)
 
 
 class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
@@ -199,30 +186,33 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": self._token_table_name()}
         if config.image_token_id < text.vocab_size:
             self.generation_config.suppress_tokens = [config.image_token_id]
-        # Before post_init, so that it initialises what the policy adds to the layers.
-        self._attach_depth()
         self.post_init()
+        self._attach_depth()
 
     def _token_table_name(self) -> str:
         table = self.model.get_input_embeddings()
         return next(f"{name}.weight" for name, module in self.named_modules() if module is table)
 
     def _attach_depth(self) -> None:
-        """Gives the decoder the policy that `config.depth` names."""
-        try:
-            from trol.depth import attach
-            from trol.policies import from_settings
-        except ImportError:
-            return
+        """Gives the decoder the policy that `config.depth` names, and declares what it shares.
+
+        After post_init, which would draw the policy's parameters anew.
+        """
         attach(self, from_settings(self.config.depth))
+        shared, first = {}, {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            source = first.setdefault(id(parameter), name)
+            if source != name:
+                shared[name] = source
+        # transformers reads the first when saving, the second when loading.
+        self._tied_weights_keys = {**self._tied_weights_keys, **shared}
+        self.all_tied_weights_keys = {**shared, **self.all_tied_weights_keys}
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's token table."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's token table."""
-        self.model.set_input_embeddings(value)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, with the policy that is attached now in `config.depth`."""
+        policy = attached(self)[1].depth_policy if is_attached(self) else None
+        self.config.depth = {"policy": "plain"} if policy is None else to_settings(policy)
+        super().save_pretrained(*args, **kwargs)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
@@ -236,6 +226,7 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -267,14 +258,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return TrolCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return TrolCausalLMOutput(loss=loss, logits=logits, **rest)
 
     def _expand_inputs_for_generation(
         self,
@@ -283,39 +268,15 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Rows repeated for beams, each copy of a row followed by all of its own images.
-
-        Repeating image by image, as transformers does where it has not encoded them before,
-        would give two copies of a row with images a, b the images (a, a) and (b, b).
-        """
+        """Rows repeated for beams, each copy of a row followed by all of its own images."""
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1:
-            placeholders = self.model.get_placeholder_mask(input_ids, kwargs.get("inputs_embeds"))
-            per_row = placeholders.sum(-1) // self.config.tokens_per_image
-            rows = pixels.split(per_row.tolist())
-            pixels = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
+            mask = self.model.get_placeholder_mask(input_ids, kwargs.get("inputs_embeds"))
+            pixels = repeat_images(pixels, mask, self.config.tokens_per_image, expand_size)
+        input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **kwargs,
         )
         return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
-
-
-def _is_empty(cache: Cache | None) -> bool:
-    return cache is None or cache.get_seq_length() == 0
-
-
-def _check_count(mask: torch.Tensor, features: int, tokens_per_image: int) -> None:
-    """`DataError` unless the mask [B, T] marks as many placeholders as there are features."""
-    if torch.compiler.is_compiling():
-        return  # a check on values would break the graph; processors check before
-    rows = mask.sum(-1).tolist()
-    if sum(rows) != features:
-        raise DataError(
-            f"got {sum(rows)} image tokens in the text (row by row: {rows}), expected {features}: "
-            f"{features // tokens_per_image} images of {tokens_per_image} tokens; give "
-            f"{tokens_per_image} image tokens for each image (TrolProcessor does), in pixel_values "
-            "all rows' images in reading order, and do not truncate a row within an image."
-        )

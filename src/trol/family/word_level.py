@@ -28,9 +28,7 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
     words = {
-        word
-        for text in texts
-        for word, _ in split.pre_tokenize_str(lower.normalize_str(text))
+        word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))
     }
     entries = [*SPECIAL_TOKENS, *sorted(words.difference(SPECIAL_TOKENS))]
     vocabulary = {word: number for number, word in enumerate(entries)}

@@ -1,5 +1,5 @@
-"""Policies: one file each, and the registry that knows them all by name."""
+"""Policies: one file each; `trol.depth.registry` knows them all by name."""
 
-from trol.policies.registry import from_settings, names, resolve, to_settings
+from trol.depth.registry import from_settings, names, resolve, to_settings
 
 __all__ = ["from_settings", "names", "resolve", "to_settings"]

@@ -1,4 +1,8 @@
-"""Policies by name: the one list that attach, adapters, recipes and commands read."""
+"""Policies by name: the one list that attach, adapters, recipes and commands read.
+
+The table holds addresses, not classes: a policy's file is imported when it is first asked for, so
+this room knows every policy without importing any.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,8 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-from torch import nn
-
-from trol.depth import AbstractPolicy, Plan, attached
+from trol.depth.plan import Plan
+from trol.depth.policy import AbstractPolicy
 from trol.errors import UsageError, unknown
 
 POLICIES = {
@@ -17,7 +20,10 @@ POLICIES = {
     "trol_mixer": "trol.policies.mixer:TrolMixer",
     "replay": "trol.policies.replay:Replay",
 }
-"""Registered name -> where the class lives; imported when first asked for."""
+"""Registered name -> module:class."""
+
+PolicyLike = AbstractPolicy | Plan | str
+"""A policy, a registered name, a plan or plan text."""
 
 
 def names() -> list[str]:
@@ -53,23 +59,21 @@ def to_settings(policy: AbstractPolicy) -> dict[str, Any]:
     return {"policy": policy.name, **policy.settings()}
 
 
-def resolve(spec: AbstractPolicy | Plan | str) -> AbstractPolicy:
-    """A policy from itself, a registered name, a plan, or plan text."""
+def resolve(spec: PolicyLike) -> AbstractPolicy:
+    """A policy from itself, a registered name, a plan, or plan text.
+
+    Raises:
+        UsageError: it is none of these.
+    """
     if isinstance(spec, AbstractPolicy):
         return spec
-    from trol.policies.planned import Planned
-
     if isinstance(spec, Plan):
-        return Planned(spec)
+        return from_settings({"policy": "plan", "plan": spec})
     if spec in POLICIES:
         return from_settings({"policy": spec})
     if not spec.strip() or spec.lstrip()[:1].isdigit() or spec.startswith(("all", "exit@")):
-        return Planned(Plan(spec))
+        return from_settings({"policy": "plan", "plan": spec})
     raise UsageError(
         f"{unknown('policy', spec, POLICIES)} A plan starts with a layer number, 'all' or 'exit@'."
     )
 
-
-def attached_policy(model: nn.Module) -> AbstractPolicy:
-    """The policy in force on an attached model."""
-    return attached(model)[1].depth_policy_in_force()

@@ -1,0 +1,149 @@
+"""Benchmark suites: each promises ratios, and shows beside them the bound that they must keep."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trol.depth import AbstractPolicy, attach
+from trol.depth.planes import cache_bytes
+from trol.errors import unknown
+from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
+from trol.policies.mixer import TrolMixer
+from trol.policies.plain import Plain
+
+Row = dict[str, Any]
+
+PROMPTS = (32, 512)
+BATCHES = (1, 4)
+NEW_TOKENS = 16
+
+OVERHEAD: dict[str, tuple[Callable[[], AbstractPolicy], dict[str, tuple[int, float]]]] = {
+    "plain": (Plain, {"prefill": (1, 1.03), "decode": (1, 1.03)}),
+    "question": (TrolMixer, {"prefill": (2, 2.05), "decode": (1, 1.05)}),
+    "all": (lambda: TrolMixer(scope="all"), {"decode": (2, 2.1)}),
+}
+"""Attached policy -> phase -> (visits of each layer, largest ratio to the bare host)."""
+
+
+def run(suite: str, *, rounds: int = 9) -> dict[str, Any]:
+    """Runs one suite in this process: `{"suite", "rows"}`.
+
+    Raises:
+        UsageError: there is no such suite.
+    """
+    if suite not in SUITES:
+        raise unknown("suite", suite, SUITES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return {"suite": suite, "threads": 1, "rows": SUITES[suite](rounds)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def overhead(rounds: int) -> list[Row]:
+    """What attaching costs: a Llama of hidden size 512 and 8 layers, float32, sdpa."""
+    bare = _llama(hidden=512, layers=8)
+    models = {name: attach(copy.deepcopy(bare), make()) for name, (make, _) in OVERHEAD.items()}
+    rows: list[Row] = []
+    for batch in BATCHES:
+        for prompt in PROMPTS:
+            rows += _overhead_rows(bare, models, batch, prompt, rounds)
+    rows.append(_memory_row(bare, models["question"]))
+    rows.append(_exactness_row(models["all"]))
+    return rows
+
+
+def _overhead_rows(
+    bare: Any, models: dict[str, Any], batch: int, prompt: int, rounds: int
+) -> list[Row]:
+    ids = torch.randint(3, bare.config.vocab_size, (batch, prompt))
+    runs = {
+        name: lambda model=model: time_generate(model, ids, NEW_TOKENS)
+        for name, model in {"bare": bare, **models}.items()
+    }
+    times = interleaved(runs, rounds=rounds)
+    return [
+        _row(f"{name} {phase} b{batch} t{prompt}", times["bare"], times[name], phase, visits, must)
+        for name, (_, bounds) in OVERHEAD.items()
+        for phase, (visits, must) in bounds.items()
+    ]
+
+
+def _row(
+    case: str, bare: list[Timing], measured: list[Timing], phase: str, visits: int, must: float
+) -> Row:
+    baseline_ms = [getattr(timing, phase) for timing in bare]
+    measured_ms = [getattr(timing, phase) for timing in measured]
+    ratio, spread = ratio_and_spread(baseline_ms, measured_ms)
+    baseline = statistics.median(baseline_ms)
+    return {
+        "case": case,
+        "baseline_ms": baseline,
+        "measured_ms": statistics.median(measured_ms),
+        "limit_ms": visits * baseline,
+        "ratio": ratio,
+        "spread": spread,
+        "must": must,
+    }
+
+
+def _memory_row(bare: Any, model: Any) -> Row:
+    """Keys and values held after the prefill inside `generate`, to those of the bare host."""
+    held = [_bytes_after_prefill(one) for one in (bare, model)]
+    return _plain_row("question memory after prefill (bytes)", held[1] / held[0], must=1.0)
+
+
+def _bytes_after_prefill(model: Any) -> int:
+    caches: list[Any] = []
+    stack = model.get_decoder()
+    hook = stack.register_forward_hook(lambda _m, _a, out: caches.append(out.past_key_values))
+    try:
+        time_generate(model, torch.randint(3, model.config.vocab_size, (1, 64)), 2)
+    finally:
+        hook.remove()
+    return cache_bytes(caches[0])
+
+
+def _exactness_row(model: Any) -> Row:
+    """Scope all: tokens decoded with a cache that differ from recomputing everything."""
+    ids = torch.randint(3, model.config.vocab_size, (2, 32))
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    cached = model.generate(ids, attention_mask=mask, **settings)
+    recomputed = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    same = (cached == recomputed).float().mean().item()
+    return _plain_row("all: share of tokens equal to recomputing", same, must=1.0)
+
+
+def _plain_row(case: str, ratio: float, *, must: float) -> Row:
+    row: Row = dict.fromkeys(("baseline_ms", "measured_ms", "limit_ms"))
+    return {"case": case, **row, "ratio": ratio, "spread": 0.0, "must": must}
+
+
+def _llama(*, hidden: int, layers: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=2048,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+SUITES: dict[str, Callable[[int], list[Row]]] = {"overhead": overhead}
+"""Suite name -> what measures it, given the number of rounds."""

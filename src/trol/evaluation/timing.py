@@ -1,0 +1,75 @@
+"""Timing two things side by side: interleaved rounds, medians, and how much they scatter."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run of `generate`. Unit: milliseconds."""
+
+    prefill: float
+    """From the call to the first new token."""
+    decode: float
+    """Median time of one further token."""
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each new token was there; never stops the run."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def time_generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Timing:
+    """Times one greedy `generate` of at least two new tokens on ids [B, T]."""
+    clock = _Clock()
+    began = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    steps = [later - sooner for sooner, later in zip(clock.times, clock.times[1:], strict=False)]
+    return Timing(1000 * (clock.times[0] - began), 1000 * statistics.median(steps))
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Timing]], *, rounds: int, warmups: int = 1
+) -> dict[str, list[Timing]]:
+    """Runs everything in turn, `rounds` times, so that a slow moment of the machine hits all."""
+    for _ in range(warmups):
+        for run in runs.values():
+            run()
+    found: dict[str, list[Timing]] = {name: [] for name in runs}
+    names = list(runs)
+    gc.collect()
+    for number in range(rounds):
+        turn = number % len(names)  # whoever goes first, or last, changes from round to round
+        for name in names[turn:] + names[:turn]:
+            found[name].append(runs[name]())
+    return found
+
+
+def ratio_and_spread(baseline: list[float], measured: list[float]) -> tuple[float, float]:
+    """Median of the rounds' ratios, and half their interquartile range."""
+    ratios = [m / b for b, m in zip(baseline, measured, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return statistics.median(ratios), (high - low) / 2

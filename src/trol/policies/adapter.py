@@ -1,0 +1,142 @@
+"""Saving what trol adds to a host, and putting it on again: two files, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trol.depth import attach, attached, detach
+from trol.depth.families import find_decoder
+from trol.depth.host import gates_of
+from trol.depth.registry import from_settings, to_settings
+from trol.errors import AdapterError
+
+CONFIG_NAME = "depth_config.json"
+WEIGHTS_NAME = "depth.safetensors"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_NOT_THE_HOST = {
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "architectures",
+    "_attn_implementation",
+    "attn_implementation",
+}
+"""Configuration entries that do not change what the layers compute."""
+
+
+def host_digest(decoder: Any) -> str:
+    """Sixteen hexadecimal digits that name a decoder's configuration."""
+    config = {k: v for k, v in decoder.config.to_dict().items() if k not in _NOT_THE_HOST}
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Writes the attached policy: `depth_config.json` and `depth.safetensors`.
+
+    Raises:
+        UsageError: no policy is attached.
+    """
+    _, stack = attached(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = to_settings(stack.depth_policy)
+    config = {
+        "trol_version": _version(),
+        "host_class": type(stack).__name__,
+        "host_digest": host_digest(stack),
+        **settings,
+    }
+    _write_whole(folder / WEIGHTS_NAME, lambda path: save_file(_parameters(stack), path))
+    text = json.dumps(config, indent=2) + "\n"
+    _write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def load(model: Model, folder: str | Path) -> Model:
+    """Attaches the policy of an adapter directory to `model`, in place; returns the model.
+
+    Raises:
+        AdapterError: files are missing or damaged, or were saved from another host.
+        UsageError: a policy is attached already.
+    """
+    config, weights = _read(Path(folder))
+    decoder = find_decoder(model)
+    digest = host_digest(decoder)
+    if config.get("host_digest") != digest:
+        raise AdapterError(
+            f"the adapter in {folder} was saved from {config.get('host_class')} "
+            f"{config.get('host_digest')}, this host is {type(decoder).__name__} {digest}; load "
+            "it onto the model it was trained on."
+        )
+    about = ("trol_version", "host_class", "host_digest")
+    attach(model, from_settings({k: v for k, v in config.items() if k not in about}))
+    try:
+        _fill(attached(model)[1], weights, folder)
+    except AdapterError:
+        detach(model)
+        raise
+    return model
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{folder} has no {name}; give the folder that trol.save(model, folder) wrote."
+            )
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (ValueError, SafetensorError) as error:
+        raise AdapterError(f"the adapter in {folder} is damaged: {error}; save it again.") from error
+    return config, weights
+
+
+def _parameters(stack: Any) -> dict[str, Tensor]:
+    tied = stack.depth_policy.tied
+    return {
+        f"{layer}.{name}": parameter.detach().contiguous()
+        for layer, gate in enumerate(gates_of(stack))
+        if gate is not None and not (tied and layer)
+        for name, parameter in gate.named_parameters()
+    }
+
+
+def _fill(stack: Any, weights: dict[str, Tensor], folder: str | Path) -> None:
+    wanted = _parameters(stack)
+    if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in weights.items()}:
+        raise AdapterError(
+            f"{folder} holds {sorted(weights)}, its policy needs {sorted(wanted)}; the files do "
+            "not belong together."
+        )
+    for layer, gate in enumerate(gates_of(stack)):
+        if gate is None or (stack.depth_policy.tied and layer):
+            continue
+        for name, parameter in gate.named_parameters():
+            parameter.data.copy_(weights[f"{layer}.{name}"])
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.replace(path)
+
+
+def _version() -> str:
+    try:
+        return version("trol-vlm")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "source"
