@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import DynamicCache
@@ -24,9 +24,13 @@ from trol.depth.trace import Recorder
 class Step:
     """What the caller of the model knows about the tokens of one forward pass."""
 
-    roles: Roles = field(default_factory=Roles)
+    roles: Roles = Roles()
     keep: bool = True
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
+
+
+UNTOLD = Step()
+"""The step of a forward pass that was told nothing: questions only."""
 
 
 @dataclass

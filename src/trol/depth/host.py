@@ -59,6 +59,8 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
     stack = cast(Any, decoder)
     stack.depth_policy, stack.depth_layers = policy, len(layers)
     stack.depth_recurrent = _is_recurrent(decoder.config)
+    if policy.tied:
+        _declare_tied(model)
     return model
 
 
@@ -201,6 +203,21 @@ def _place_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> N
             gate.to(weight.device)
         gate.train(layer.training)
         layer.depth = gate
+
+
+def _declare_tied(model: Any) -> None:
+    """Tells transformers which parameters are one: it reads the first when saving, the second
+    when loading."""
+    names: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = names.setdefault(id(parameter), name)
+        if source != name and ".depth." in name:
+            tied[name] = source
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        known = getattr(model, attribute, None)
+        if known is not None or attribute == "_tied_weights_keys":
+            setattr(model, attribute, {**tied, **(known or {})})
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from trol.depth.call import (
     CALL,
     STEP,
+    UNTOLD,
     Ambience,
     Call,
     Step,
@@ -24,6 +26,7 @@ from trol.depth.families import LayerSite
 from trol.depth.planes import HOLES, PlanedCache, adopt, drop_planes
 from trol.depth.policy import AbstractPolicy
 from trol.depth.roles import Prompt, Roles
+from trol.depth.saving import mark
 from trol.depth.specialise import Specialised
 from trol.depth.visits import LayerRun, traverse
 from trol.errors import HostError, UsageError
@@ -92,7 +95,7 @@ class StackMixin(Specialised):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward pass, with a `Call` for its layers to read."""
         ambience = self._ambience()
-        call = self._open(STEP.get() or Step(), ambience, args, kwargs)
+        call = self._open(STEP.get() or UNTOLD, ambience, args, kwargs)
         token = CALL.set(call)
         try:
             with self._recorded(ambience, args, kwargs):
@@ -186,6 +189,8 @@ class StackMixin(Specialised):
 class HostMixin(Specialised):
     """The model that trol is attached to: knows question from answer."""
 
+    modules: Any
+
     def forward(
         self,
         *args: Any,
@@ -234,6 +239,16 @@ class HostMixin(Specialised):
         inputs["depth_step"] = Step(roles, keep=prompt.may_ask_again(start, count))
         return inputs
 
+    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """The host's own saving; the configuration then says that the model needs trol."""
+        saved = super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        # The TroL family's own configuration says already that it needs trol.
+        in_config = getattr(self.trol_original, "depth_in_config", False)
+        if not in_config and (Path(folder) / "config.json").is_file():
+            stack = next(m for m in self.modules() if isinstance(m, StackMixin))
+            mark(folder, stack.depth_policy)
+        return saved
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the paged cache of continuous batching cannot hold planes."""
         del args, kwargs
@@ -251,7 +266,7 @@ def _told(assistant_masks: Tensor | None, labels: Tensor | None) -> Step:
         return Step(Roles.of_assistant_masks(assistant_masks))
     if labels is not None:
         return Step(Roles.of_labels(labels))
-    return Step()
+    return UNTOLD
 
 
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

@@ -178,6 +178,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
     The depth policy that `config.depth` names is attached to the decoder.
     """
 
+    depth_in_config = True
+
     def __init__(self, config: TrolConfig) -> None:
         super().__init__(config)
         self.model = TrolModel(config)
@@ -194,19 +196,11 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
         return next(f"{name}.weight" for name, module in self.named_modules() if module is table)
 
     def _attach_depth(self) -> None:
-        """Gives the decoder the policy that `config.depth` names, and declares what it shares.
+        """Gives the decoder the policy that `config.depth` names.
 
         After post_init, which would draw the policy's parameters anew.
         """
         attach(self, from_settings(self.config.depth))
-        shared, first = {}, {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            source = first.setdefault(id(parameter), name)
-            if source != name:
-                shared[name] = source
-        # transformers reads the first when saving, the second when loading.
-        self._tied_weights_keys = {**self._tied_weights_keys, **shared}
-        self.all_tied_weights_keys = {**shared, **self.all_tied_weights_keys}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the policy that is attached now in `config.depth`."""

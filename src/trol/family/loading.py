@@ -1,0 +1,89 @@
+"""Opening a model by preset name, folder or hub name."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import trol.family  # noqa: F401  # registers the TroL classes with the Auto classes
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import cached_file
+from trol.depth import attach
+from trol.depth.registry import from_settings
+from trol.depth.saving import marks
+from trol.errors import HostError, unknown
+
+SHIPPED = ("trol-tiny",)
+"""Models that lie inside the package."""
+
+
+def load_model(name: str | Path, **settings: Any) -> tuple[Any, Any]:
+    """A model, in evaluation mode, and its processor (of a text model: its tokenizer).
+
+    Args:
+        name: a shipped model's name, a folder, or a hub name.
+        settings: passed on to `from_pretrained`, such as `dtype` or `device_map`.
+
+    Raises:
+        HostError: nothing of that name can be opened, or what lies there is no model.
+    """
+    source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
+    if not Path(source).is_dir() and "/" not in source:
+        raise unknown("model", name, SHIPPED)
+    try:
+        found = cached_file(source, "config.json")
+        assert found is not None
+        config = json.loads(Path(found).read_text(encoding="utf-8"))
+        model = _open_marked(config, Path(found).parent) if marks(config) else None
+        if model is None:
+            auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
+            model = auto.from_pretrained(source, **settings)
+        reader = AutoProcessor if type(model.config) in _SEEING else AutoTokenizer
+        return model.eval(), reader.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise HostError(
+            f"no model can be opened from {str(name)!r}: {error} Give a shipped model "
+            f"({', '.join(SHIPPED)}), the folder of a saved model, or a hub name."
+        ) from error
+
+
+def shipped_folder(name: str) -> str:
+    """Where a shipped model lies."""
+    return str(files("trol") / "models" / name)
+
+
+_SEEING = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _sees(source: str) -> bool:
+    return type(AutoConfig.from_pretrained(source)) in _SEEING
+
+
+def _open_marked(config: dict[str, Any], folder: Path) -> Any:
+    """A host that was saved with its policy attached."""
+    host = dict(config["host"])
+    made = AutoConfig.for_model(host.pop("model_type"), **host)
+    auto = AutoModelForImageTextToText if type(made) in _SEEING else AutoModelForCausalLM
+    model = attach(auto.from_config(made), from_settings(config["depth"]))
+    weights: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)
+    missing, surplus = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if surplus or set(missing) - tied:
+        raise HostError(
+            f"the weights in {folder} do not fit: missing {sorted(set(missing) - tied)}, "
+            f"surplus {list(surplus)}; save the model again."
+        )
+    model.tie_weights()
+    return model
