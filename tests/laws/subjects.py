@@ -7,9 +7,10 @@ import torch
 from hosts import HOSTS, Host
 from hosts.host import Inputs
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from trol.depth import AbstractPolicy, attach, attached
+from trol.depth.families import layer_list
 from trol.depth.host import gates_of
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
@@ -38,6 +39,18 @@ HOLED: dict[str, Callable[[], AbstractPolicy]] = {
 """Policies that leave holes; not every family can have them."""
 
 
+KEY = ("trol", "trol_all", "skip_first", "skip_answer", "hole_answer")
+"""One policy of each kind: laws that hang on the family are tried on every host with these."""
+
+NO_HOLES = tuple(host.name for host in HOSTS.values() if host.hybrid or host.name == "bloom")
+"""Hosts on which `skipped_kv="hole"` is refused."""
+
+
+def made(name: str) -> AbstractPolicy:
+    """The policy of this name, new."""
+    return {**POLICIES, **HOLED}[name]()
+
+
 def attach_settled(model: PreTrainedModel, policy: AbstractPolicy, seed: int = 0) -> PreTrainedModel:
     """Attaches, and gives the gates weights that spread their values over (0, 1)."""
     attach(model, policy)
@@ -57,6 +70,28 @@ def hosts_and_attns(*, without: str | None = None) -> list[object]:
         for host in HOSTS.values()
         for attn in host.attns
         if without is None or without not in host.cannot
+    ]
+
+
+def key_cases(*, without: str | None = None) -> list[object]:
+    """(host, attention, policy's name) for every host and the key policies."""
+    return [
+        pytest.param(host, attn, name, id=f"{host.name}-{attn}-{name}")
+        for host in HOSTS.values()
+        for attn in host.attns
+        for name in KEY
+        if (without is None or without not in host.cannot)
+        and not (name in HOLED and host.name in NO_HOLES)
+    ]
+
+
+def policy_cases(*hosts: str) -> list[object]:
+    """(host, policy's name) for a few hosts and every policy that they can have."""
+    return [
+        pytest.param(HOSTS[host], name, id=f"{host}-{name}")
+        for host in hosts
+        for name in (*POLICIES, *HOLED)
+        if not (name in HOLED and host in NO_HOLES)
     ]
 
 
@@ -94,3 +129,43 @@ def cuts(length: int, size: int) -> Iterator[slice]:
     """Slices of `size` columns that cover `length` columns."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers of a host, attached or bare."""
+    layers = layer_list(model.get_decoder())
+    assert layers is not None
+    return layers
+
+
+def gates_as_tensors(model: PreTrainedModel) -> list[tuple[Tensor, Tensor] | None]:
+    """Weight [D] and bias [1] of each layer's gate; None where the policy has none."""
+    return [
+        None if gate is None else (gate.weight[0].detach().clone(), gate.bias.detach().clone())
+        for gate in gates_of(attached(model)[1])
+    ]
+
+
+class Spoken(LogitsProcessor):
+    """Notes the logits of every step: `generate` then has no reason to hand out its cache."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.clone())
+        return scores
+
+
+def spoken(model: PreTrainedModel, inputs: Inputs, **settings) -> tuple[Tensor, Tensor]:
+    """Greedy new tokens [B, N] and logits [B, N, V] of a `generate` that keeps its cache."""
+    notes = Spoken()
+    settings = {"max_new_tokens": 3, "do_sample": False} | settings
+    out = model.generate(**inputs, **settings, logits_processor=LogitsProcessorList([notes]))
+    return out[:, inputs["input_ids"].shape[1] :], torch.stack(notes.steps, 1)
+
+
+def assert_same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], exact: float) -> None:
+    """The same tokens, and logits within `exact`."""
+    assert a[0].tolist() == b[0].tolist()
+    assert gap(a[1], b[1]) <= exact

@@ -12,9 +12,9 @@ from types import ModuleType
 
 from torch import nn
 
-from trol.depth import host
+
 from trol.depth.cost import Cost, StackCost
-from trol.depth.host import attach, attached, cost_of, detach, is_attached, trace
+from trol.depth.host import attach, attached, cost_of, depth, detach, is_attached, trace
 from trol.depth.plan import Plan
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.registry import PolicyLike
@@ -36,6 +36,7 @@ __all__ = [
     "attach",
     "attached",
     "cost_of",
+    "depth",
     "detach",
     "is_attached",
     "trace",
@@ -47,7 +48,7 @@ class _CallablePackage(ModuleType):
 
     def __call__(self, model: nn.Module, policy: PolicyLike) -> AbstractContextManager[None]:
         """Puts another policy in force on `model` for a while; see `trol.depth.host.depth`."""
-        return host.depth(model, policy)
+        return depth(model, policy)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

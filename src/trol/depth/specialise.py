@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 Class = type[Any]
-T = TypeVar("T", bound="Specialised")
+
+SIGNED = ("forward", "prepare_inputs_for_generation")
+"""Methods whose signature transformers and PEFT inspect, to learn which inputs a model takes."""
 
 
 class Specialised:
@@ -25,7 +27,7 @@ class Specialised:
 
 @functools.lru_cache(maxsize=None)
 def specialised(original: Class, *mixins: Class) -> Class:
-    """The class `original` with `mixins` in front; its name, module and `forward` signature stay."""
+    """The class `original` with `mixins` in front; its name, module and signatures stay."""
     body: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -33,8 +35,9 @@ def specialised(original: Class, *mixins: Class) -> Class:
         "trol_mixins": mixins,
         "trol_original": original,
     }
-    if hasattr(original, "forward"):
-        body["forward"] = _signed_as(original.forward, mixins[0])
+    for name in SIGNED:
+        if hasattr(original, name) and hasattr(mixins[0], name):
+            body[name] = _signed_as(original, mixins[0], name)
     return type(original.__name__, (*mixins, original), body)
 
 
@@ -50,13 +53,12 @@ def restore(target: Specialised) -> None:
     _rebind(target)
 
 
-def _signed_as(base_forward: Any, mixin: Class) -> Any:
-    # transformers and PEFT decide by inspect.signature(model.forward) which inputs a model takes.
-    @functools.wraps(base_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
+def _signed_as(original: Class, mixin: Class, name: str) -> Any:
+    @functools.wraps(getattr(original, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(mixin, name)(self, *args, **kwargs)
 
-    return forward
+    return method
 
 
 def _rebind(target: Any) -> None:

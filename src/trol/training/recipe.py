@@ -15,8 +15,8 @@ import yaml
 
 from trol.errors import UsageError, unknown
 
-DATA = ("cells", "board_texts", "boards")
-"""What a stage can learn from: labelled cells, boards in words, pictures of boards."""
+DATA = ("cells", "symbols", "boards")
+"""What a stage can learn from: labelled cells, boards as words, pictures of boards."""
 
 PARTS = ("vision", "projector", "mixers", "decoder")
 """What a stage can train; all other parameters stay as they are."""
@@ -43,8 +43,8 @@ class Stage:
     warmup_steps: int = 20
     decay: float = 0.4
     """Share of the steps over which the learning rate falls to zero at the end."""
-    easy: float = 0.0
-    """Share of the steps, at the start, that ask only the first four types of question."""
+    easy: bool = False
+    """Whether only the first four types of question are asked."""
     traverse: bool = True
     """Whether the policy is in force; the plain model learns otherwise."""
     lora: int = 0

@@ -1,0 +1,5 @@
+"""Evaluation: tasks, curves and benchmarks."""
+
+from trol.evaluation.tasks import check_tasks, evaluate, sample_questions
+
+__all__ = ["check_tasks", "evaluate", "sample_questions"]

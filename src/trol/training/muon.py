@@ -1,0 +1,66 @@
+"""Muon for many small matrices: those of one shape are orthogonalised together.
+
+torch.optim.Muon does the same to one matrix after another, in bfloat16: measured on a CPU with 28
+matrices of a 64-wide decoder, 106 ms a step against 4 ms here (LAB.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS
+
+
+class BatchedMuon(torch.optim.Optimizer):
+    """Momentum, then the nearest semi-orthogonal matrix as the step (Jordan et al., 2024).
+
+        m <- beta m + (1 - beta) g      W <- W - lr sqrt(max(1, rows / columns)) NS(nesterov(m))
+
+    Args:
+        params: matrices [rows, columns]; all of one parameter group share `lr`.
+        lr: the learning rate.
+        momentum: beta.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), matrices in by_shape.items():
+                directions = _orthogonal(self._momentum(matrices, group["momentum"]))
+                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                torch._foreach_add_(matrices, list(directions.unbind(0)), alpha=-rate)
+
+    def _momentum(self, matrices: list[Tensor], beta: float) -> Tensor:
+        """Nesterov's look ahead. Shape: [matrices, rows, columns]."""
+        looks = []
+        for matrix in matrices:
+            state = self.state[matrix]
+            gradient = matrix.grad
+            assert gradient is not None
+            kept = state.setdefault("momentum", torch.zeros_like(gradient))
+            kept.lerp_(gradient, 1 - beta)
+            looks.append(gradient.lerp(kept, beta))
+        return torch.stack(looks)
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """Newton-Schulz iteration towards U V^T of each matrix. Shape: [N, rows, columns]."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(DEFAULT_NS_STEPS):
+        gram = x @ x.mT
+        x = DEFAULT_A * x + (DEFAULT_B * gram + DEFAULT_C * gram @ gram) @ x
+    return x.mT if tall else x
