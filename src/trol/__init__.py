@@ -1,7 +1,7 @@
 """trol makes depth a choice: each token visits each layer zero, one or several times.
 
     import trol
-    trol.attach(model, "trol_mixer")    # or trol.TrolMixer(passes=2), or a plan such as "0-7:2 8-23"
+    trol.attach(model, "trol_mixer")    # or trol.TrolMixer(passes=2), or a plan: "0-7:2 8-23"
     model.generate(**inputs)
 
 Importing trol is cheap; torch and transformers are imported when a name is first used. The TroL

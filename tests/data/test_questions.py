@@ -16,7 +16,9 @@ COLOURS = ("red", "green", "blue", "yellow", "purple")
 def solve(board: Board, text: str) -> str:
     """The answer, from the words of the question and a grid of (colour, digit)."""
     grid = {
-        (n // 3, n % 3): (t.colour, str(t.digit)) for n, t in enumerate(board.cells) if t is not None
+        (n // 3, n % 3): (t.colour, str(t.digit))
+        for n, t in enumerate(board.cells)
+        if t is not None
     }
     words = [word for word in text.rstrip("?").split() if word not in ("the", "of", "a", "an")]
     colour = next((word for word in words if word in COLOURS), None)
@@ -45,9 +47,11 @@ def solve(board: Board, text: str) -> str:
         _, c1, d1, way, c2, d2 = words
         (r1, k1), (r2, k2) = places[c1, d1], places[c2, d2]
         assert (k1 != k2) if way in ("left", "right") else (r1 != r2)
-        return "yes" if {"left": k1 < k2, "right": k1 > k2, "above": r1 < r2, "below": r1 > r2}[
-            way
-        ] else "no"
+        return (
+            "yes"
+            if {"left": k1 < k2, "right": k1 > k2, "above": r1 < r2, "below": r1 > r2}[way]
+            else "no"
+        )
     assert words[:2] == ["what", "is"]
     row, column = places[words[-2], words[-1]]
     for word in reversed(words[2:-2]):

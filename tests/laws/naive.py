@@ -92,9 +92,13 @@ class NaiveLayer:
         token = len(planes) - 1
         seen = [at for at in range(token) if planes[at]]
         shelf = Shelf([planes[at][max(p for p in planes[at] if p <= plane)] for at in seen])
-        here = {name: _of_token(name, value, token, [*seen, token]) for name, value in given.items()}
-        cache = "layer_past" if "layer_past" in inspect.signature(type(layer).forward).parameters else (
-            "past_key_values"
+        here = {
+            name: _of_token(name, value, token, [*seen, token]) for name, value in given.items()
+        }
+        cache = (
+            "layer_past"
+            if "layer_past" in inspect.signature(type(layer).forward).parameters
+            else ("past_key_values")
         )
         out = type(layer).forward(layer, x, **here | {cache: shelf})
         planes[token][plane] = shelf.fresh

@@ -51,7 +51,9 @@ def made(name: str) -> AbstractPolicy:
     return {**POLICIES, **HOLED}[name]()
 
 
-def attach_settled(model: PreTrainedModel, policy: AbstractPolicy, seed: int = 0) -> PreTrainedModel:
+def attach_settled(
+    model: PreTrainedModel, policy: AbstractPolicy, seed: int = 0
+) -> PreTrainedModel:
     """Attaches, and gives the gates weights that spread their values over (0, 1)."""
     attach(model, policy)
     source = torch.Generator().manual_seed(seed)

@@ -40,7 +40,9 @@ def test_cached_is_uncached_at_every_step(host: Host, attn: str, name: str) -> N
     assert_same(spoken(model, inputs, use_cache=False), expected, host.default_exact)
 
 
-@pytest.mark.parametrize(("host", "name"), policy_cases("llama", "gemma3", "qwen3_next", "qwen3_vl"))
+@pytest.mark.parametrize(
+    ("host", "name"), policy_cases("llama", "gemma3", "qwen3_next", "qwen3_vl")
+)
 def test_every_policy_cached_is_uncached(host: Host, name: str) -> None:
     model, inputs = attach_settled(host.build(), made(name)), host.inputs(batch=2)
     expected = recomputed(host, model, inputs)
@@ -143,7 +145,9 @@ def test_a_prompt_of_embeddings(host: Host) -> None:
         output_logits=True,
         return_dict_in_generate=True,
     )
-    assert_same((said.sequences, torch.stack(said.logits, 1)), recomputed(host, model, inputs), 5e-5)
+    assert_same(
+        (said.sequences, torch.stack(said.logits, 1)), recomputed(host, model, inputs), 5e-5
+    )
 
 
 def test_another_policy_takes_over_a_cache() -> None:
@@ -166,10 +170,13 @@ def test_another_policy_takes_over_a_cache() -> None:
     trol(ids[:, :6], past_key_values=cache)
     with depth(trol, "all"):
         trol(ids[:, 6:8], past_key_values=cache)
-    assert gap(
-        trol(ids[:, 8:], past_key_values=cache).logits,
-        trol(ids, assistant_masks=roles, use_cache=False).logits[:, 8:],
-    ) <= 5e-5
+    assert (
+        gap(
+            trol(ids[:, 8:], past_key_values=cache).logits,
+            trol(ids, assistant_masks=roles, use_cache=False).logits[:, 8:],
+        )
+        <= 5e-5
+    )
 
 
 def turns(inputs: Inputs, *, from_column: int) -> Tensor:

@@ -24,7 +24,6 @@ from .subjects import (
     policy_cases,
     recomputed,
     some_hosts,
-    spoken,
 )
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -67,12 +66,14 @@ def test_sampling_with_a_seed(host: Host, name: str) -> None:
     drawn = []
     for seed, settings in ((7, {}), (7, {"use_cache": False}), (8, {})):
         torch.manual_seed(seed)
-        draw = {"do_sample": True, "top_k": 0, "temperature": 1.5, "max_new_tokens": 6}
+        draw = {"do_sample": True, "top_k": 5, "temperature": 2.0, "max_new_tokens": 6}
         drawn.append(model.generate(**inputs, **draw, **settings).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("target", ["trol", "trol_all", "trol_answer", "skip_answer", "repeat", None])
+@pytest.mark.parametrize(
+    "target", ["trol", "trol_all", "trol_answer", "skip_answer", "repeat", None]
+)
 @pytest.mark.parametrize("draft", ["trol", "exit", "skip_question", None])
 def test_assistant_models(target: str | None, draft: str | None) -> None:
     """Drafts by another model change nothing, whichever of the two has a policy."""
@@ -85,7 +86,8 @@ def test_assistant_models(target: str | None, draft: str | None) -> None:
         attach_settled(helper, made(draft))
     expected = greedy(model, inputs, max_new_tokens=6)
     assert_same(greedy(model, inputs, max_new_tokens=6, assistant_model=helper), expected, 5e-5)
-    assert_same(spoken(model, inputs, max_new_tokens=6, assistant_model=helper), expected, 5e-5)
+    dropped = model.generate(**inputs, max_new_tokens=6, do_sample=False, assistant_model=helper)
+    assert dropped[:, -6:].tolist() == expected[0].tolist()
 
 
 def test_an_assistant_with_the_same_policy_is_always_right() -> None:
@@ -103,8 +105,9 @@ def test_an_assistant_with_the_same_policy_is_always_right() -> None:
     assert set(seen.visits[0, 0, 9:].tolist()) == {1}
 
 
-@pytest.mark.parametrize("host", [h for h in some_hosts(*HOSTS)
-                                  if "early_exit_assistant" not in h.values[0].cannot])
+@pytest.mark.parametrize(
+    "host", [h for h in some_hosts(*HOSTS) if "early_exit_assistant" not in h.values[0].cannot]
+)
 @pytest.mark.parametrize("name", ["trol", "trol_all", "skip_answer", "repeat"])
 def test_drafts_from_its_own_first_layers(host: Host, name: str) -> None:
     model = attach_settled(host.build(), made(name))

@@ -159,9 +159,7 @@ def _inks() -> np.ndarray:
     return torch.stack(inks, 1).numpy()
 
 
-def _warp(
-    scans: torch.Tensor, *, size: int, gen: torch.Generator, strength: float
-) -> torch.Tensor:
+def _warp(scans: torch.Tensor, *, size: int, gen: torch.Generator, strength: float) -> torch.Tensor:
     """Scans [S, 1, 8, 8] -> [S, size, size], turned <= 12 deg, scaled 12 %, moved 1 pixel."""
     count = len(scans)
 

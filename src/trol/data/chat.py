@@ -150,8 +150,10 @@ def _fill_part(part: Mapping[str, Any], waiting: list[Image.Image | str]) -> dic
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind != "image":
-        raise DataError(f'the part {dict(part)!r} is neither {{"type": "text", "text": ...}} nor '
-                        '{"type": "image"}; trol reads texts and pictures.')
+        raise DataError(
+            f'the part {dict(part)!r} is neither {{"type": "text", "text": ...}} nor '
+            '{"type": "image"}; trol reads texts and pictures.'
+        )
     given = next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
     if given is None and not waiting:
         raise DataError(

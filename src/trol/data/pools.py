@@ -23,6 +23,22 @@ EASY = tuple(ASKERS)[:4]
 
 DRAWN_AT_ONCE = 256
 
+TokenRow = tuple[list[int], list[int]]
+"""Token ids of a conversation, and 1 where they are answer."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One row's tokens, T of them."""
+
+    ids: tuple[int, ...]
+    answers: tuple[int, ...]
+    """1 at answer tokens, 0 elsewhere."""
+    parts: tuple[int, ...]
+    """0 for what every token may look back to, k > 0 for the k-th question packed behind it."""
+    positions: tuple[int, ...]
+    """Where each token would stand if its question were the only one."""
+
 
 @dataclass(frozen=True)
 class BoardPool(Dataset[int]):
@@ -35,10 +51,7 @@ class BoardPool(Dataset[int]):
     """What the image processor made of the pictures. Shape: [boards, 3, H, W]."""
     cells: Tensor
     """Colour number and digit of each cell. Shape: [boards, 9, 2]."""
-    ids: tuple[tuple[int, ...], ...]
-    """Token ids of each conversation."""
-    answers: tuple[tuple[int, ...], ...]
-    """1 at answer tokens, 0 elsewhere."""
+    texts: tuple[Text, ...]
     pad_token_id: int
 
     def __len__(self) -> int:
@@ -48,21 +61,16 @@ class BoardPool(Dataset[int]):
         return index
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Token ids, padding mask, labels [B, T], pixels and cells of these boards."""
-        width = max(len(self.ids[i]) for i in indices)
-        ids = torch.full((len(indices), width), self.pad_token_id)
-        labels = torch.full((len(indices), width), IGNORED)
-        mask = torch.zeros(len(indices), width, dtype=torch.long)
-        for row, i in enumerate(indices):
-            tokens = torch.tensor(self.ids[i])
-            answers = torch.tensor(self.answers[i], dtype=torch.bool)
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-            labels[row, : len(tokens)] = tokens.where(answers, IGNORED)
+        """Ids, labels, positions [B, T], mask [B, 1, T, T], pixels and cells of these boards."""
+        texts = [self.texts[i] for i in indices]
+        ids = _padded([text.ids for text in texts], self.pad_token_id)
+        answers = _padded([text.answers for text in texts], 0).bool()
         where = torch.as_tensor(indices)
         return {
             "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
+            "attention_mask": _sight(_padded([text.parts for text in texts], 0)),
+            "position_ids": _padded([text.positions for text in texts], 0),
+            "labels": ids.where(answers, IGNORED),
             "pixel_values": self.pixels[where],
             "cells": self.cells[where],
         }
@@ -75,6 +83,7 @@ def board_pool(
     first: int,
     boards: int,
     turns_each: int,
+    packed: float = 1.0,
     easy: bool = False,
     fewest: int = 4,
 ) -> BoardPool:
@@ -85,26 +94,68 @@ def board_pool(
         split: train, validation or test.
         first: the first board's seed.
         boards: how many.
-        turns_each: questions in each conversation.
+        turns_each: questions about each board.
+        packed: share of the boards whose questions are conversations of their own that share the
+            picture and do not see each other; the questions of the others are turns of one.
         easy: whether only the first four types are asked.
         fewest: tiles on a board, at least.
     """
     made = [make_board(split, first + i, fewest=fewest) for i in range(boards)]
     kinds = EASY if easy else None
     asked = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in made]
-    ids, answers = _tokenised(processor, asked)
+    alone = [[pair] for pairs in asked[: round(packed * boards)] for pair in pairs]
+    chats = asked[round(packed * boards) :]
+    rows = _tokenised(processor, alone + chats)
+    single, rest = rows[: len(alone)], rows[len(alone) :]
+    packs = [single[i : i + turns_each] for i in range(0, len(single), turns_each)]
+    texts = [_packed(pack) for pack in packs] + [_one(ids, answers) for ids, answers in rest]
     return BoardPool(
         _pixels(processor, made),
         torch.tensor([_cells(board) for board in made]),
-        ids,
-        answers,
+        tuple(texts),
         processor.tokenizer.pad_token_id,
     )
 
 
+def _one(ids: Sequence[int], answers: Sequence[int]) -> Text:
+    """A row that is one conversation."""
+    length = len(ids)
+    return Text(tuple(ids), tuple(answers), (0,) * length, tuple(range(length)))
+
+
+def _packed(rows: Sequence[TokenRow]) -> Text:
+    """Conversations with the same beginning as one row: the beginning once, then their rests."""
+    shared = 0
+    while len({row[0][shared] for row in rows}) == 1:
+        shared += 1
+    shared = min(shared, rows[0][1].index(1))
+    ids, answers = list(rows[0][0][:shared]), [0] * shared
+    parts, positions = [0] * shared, list(range(shared))
+    for number, (row, marks) in enumerate(rows, start=1):
+        ids += row[shared:]
+        answers += marks[shared:]
+        parts += [number] * (len(row) - shared)
+        positions += range(shared, len(row))
+    return Text(tuple(ids), tuple(answers), tuple(parts), tuple(positions))
+
+
+def _sight(parts: Tensor) -> Tensor:
+    """Who may look at whom: earlier tokens of one's own part or of part 0. Shape: [B, 1, T, T]."""
+    width = parts.shape[1]
+    earlier = torch.ones(width, width, dtype=torch.bool).tril()
+    same = parts[:, :, None] == parts[:, None, :]
+    return (earlier & (same | (parts == 0)[:, None, :]))[:, None]
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Rows of T_i integers, padded on the right. Shape: [B, T]."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *(fill,) * (width - len(row))] for row in rows])
+
+
 def _tokenised(
     processor: Any, asked: Sequence[Sequence[tuple[str, str]]]
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+) -> list[TokenRow]:
     """All conversations through the chat template at once, their pictures already expanded."""
     picture = processor.image_token * processor.tokens_per_image
     conversations = []
@@ -122,9 +173,7 @@ def _tokenised(
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    pairs = [(tuple(ids), tuple(masks)) for ids, masks in rows]
-    return tuple(ids for ids, _ in pairs), tuple(masks for _, masks in pairs)
+    return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
 
 
 def _pixels(processor: Any, boards: Sequence[Board]) -> Tensor:

@@ -12,7 +12,6 @@ from types import ModuleType
 
 from torch import nn
 
-
 from trol.depth.cost import Cost, StackCost
 from trol.depth.host import attach, attached, cost_of, depth, detach, is_attached, trace
 from trol.depth.plan import Plan

@@ -5,7 +5,7 @@ Nothing of this lives on the model, so two threads on one model cannot mix their
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from trol.depth.trace import Recorder
 class Step:
     """What the caller of the model knows about the tokens of one forward pass."""
 
-    roles: Roles = Roles()
+    roles: Roles
     keep: bool = True
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
 
 
-UNTOLD = Step()
+UNTOLD = Step(Roles())
 """The step of a forward pass that was told nothing: questions only."""
 
 
@@ -58,7 +58,7 @@ class Call:
 
     def runs_once(self, layer: int, cache: Any) -> bool:
         """Whether this layer does what the plain model's does, and nobody watches."""
-        if self.recorder is not None or isinstance(cache, PlanedCache) and cache.planes:
+        if self.recorder is not None or (isinstance(cache, PlanedCache) and cache.planes):
             return False
         return self.policy.is_plain(layer)
 
@@ -96,7 +96,7 @@ def outermost_prompt() -> Prompt | None:
 
 
 @contextmanager
-def generating(host: object, prompt: Prompt) -> Iterator[None]:
+def generating(host: object, prompt: Prompt) -> Generator[None]:
     """Marks that `host` generates from `prompt`."""
     token = _PROMPTS.set((*_PROMPTS.get(), (id(host), prompt)))
     try:
@@ -111,7 +111,7 @@ def ambience_of(stack: object) -> Ambience:
 
 
 @contextmanager
-def in_force(stack: object, ambience: Ambience) -> Iterator[None]:
+def in_force(stack: object, ambience: Ambience) -> Generator[None]:
     """Puts `ambience` in force on `stack`."""
     token = _AMBIENCES.set({**_AMBIENCES.get({}), id(stack): ambience})
     try:

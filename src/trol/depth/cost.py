@@ -50,7 +50,7 @@ class LayerCost:
 class StackCost:
     """Predicts FLOPs of a stack of layers from the visits made.
 
-        FLOPs = sum_l visits_l * B * T * (2 P_l + 4 H d (past + T)) + gates
+    FLOPs = sum_l visits_l * B * T * (2 P_l + 4 H d (past + T)) + gates
     """
 
     layers: tuple[LayerCost | None, ...]
@@ -71,13 +71,19 @@ class StackCost:
         return total
 
 
-def stack_cost(layers: Sequence[nn.Module], gates: Sequence[nn.Module | None], config: Any) -> StackCost:
+def stack_cost(
+    layers: Sequence[nn.Module], gates: Sequence[nn.Module | None], config: Any
+) -> StackCost:
     """Reads the coefficients off the modules of a stack and its text configuration."""
     types = getattr(config, "layer_types", None) or [None] * len(layers)
     return StackCost(
-        tuple(_layer_cost(layer, config, kind) for layer, kind in zip(layers, types)),
-        tuple(2 * sum(p.numel() for p in g.parameters() if p.ndim == 2) if g else 0 for g in gates),
+        tuple(_layer_cost(layer, config, kind) for layer, kind in zip(layers, types, strict=True)),
+        tuple(0 if gate is None else _gate_flops(gate) for gate in gates),
     )
+
+
+def _gate_flops(gate: nn.Module) -> int:
+    return 2 * sum(p.numel() for p in gate.parameters() if p.ndim == 2)
 
 
 def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | None:
@@ -100,9 +106,10 @@ def _weights(layer: nn.Module, config: Any) -> int:
         for name, module in layer.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and name != "depth"
     )
-    experts = [p for name, p in layer.named_parameters() if p.ndim == 3]
+    experts = [p for p in layer.parameters() if p.ndim == 3]
     routers = [
-        p for name, p in layer.named_parameters()
+        p
+        for name, p in layer.named_parameters()
         if p.ndim == 2 and experts and name.endswith(("gate.weight", "router.weight"))
     ]
     owned = {id(m.weight) for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))}

@@ -116,8 +116,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
         raise HostError(
             f"{type(model).__name__} is an encoder-decoder; trol treats decoder-only stacks."
         )
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
-    decoder = model if decoder is None else decoder
+    host: Any = model
+    decoder: Any = host.get_decoder() if hasattr(host, "get_decoder") else host
+    decoder = host if decoder is None else decoder
     if layer_list(decoder) is None:
         raise HostError(
             f"{type(model).__name__} has no list of decoder layers named "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -43,22 +43,22 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
             "a policy is attached to this model already; call trol.detach(model) first, or use "
             "`with trol.depth(model, policy):` for a while."
         )
-    decoder = find_decoder(model)
+    decoder: Any = find_decoder(model)
     layers = _layers(decoder)
     check(decoder, policy)
     sites = [layer_site(layer) for layer in layers]
     for index, (layer, site) in enumerate(zip(layers, sites, strict=True)):
         specialise(layer, LayerMixin)
-        layer.depth_index, layer.depth_site = index, site
+        traversing = cast(Any, layer)
+        traversing.depth_index, traversing.depth_site = index, site
     _place_gates(layers, policy, decoder.config.hidden_size)
     if decoder is model:
         specialise(decoder, HostMixin, StackMixin)
     else:
         specialise(decoder, StackMixin)
         specialise(model, HostMixin)
-    stack = cast(Any, decoder)
-    stack.depth_policy, stack.depth_layers = policy, len(layers)
-    stack.depth_recurrent = _is_recurrent(decoder.config)
+    decoder.depth_policy, decoder.depth_layers = policy, len(layers)
+    decoder.depth_recurrent = _is_recurrent(decoder.config)
     if policy.tied:
         _declare_tied(model)
     return model
@@ -79,9 +79,9 @@ def detach(model: Model) -> Model:
     for name in ("depth_policy", "depth_layers", "depth_recurrent"):
         delattr(stack, name)
     stack.__dict__.pop("depth_ambiences", None)
-    restore(cast(Any, stack))
+    restore(stack)
     if host is not stack:
-        restore(cast(Any, host))
+        restore(host)
     return model
 
 
@@ -104,14 +104,16 @@ def is_attached(model: nn.Module) -> bool:
     return _find_host(model) is not None
 
 
-def check(decoder: nn.Module, policy: AbstractPolicy) -> None:
+def check(decoder: Any, policy: AbstractPolicy) -> None:
     """Raises `UsageError` or `HostError` where `policy` does not fit this decoder."""
     layers = _layers(decoder)
     policy.check(len(layers))
     skips = any(policy.bounds(layer).least == 0 for layer in range(len(layers)))
     quirk = quirk_of(decoder)
     no_holes = quirk.no_holes or (
-        "its recurrent layers have no positions to leave out" if _is_recurrent(decoder.config) else ""
+        "its recurrent layers have no positions to leave out"
+        if _is_recurrent(decoder.config)
+        else ""
     )
     if skips and policy.skipped_kv == "hole" and no_holes:
         raise HostError(
@@ -132,7 +134,7 @@ def cost_of(model: nn.Module) -> StackCost:
 
 
 @contextmanager
-def trace(model: nn.Module) -> Iterator[Trace]:
+def trace(model: nn.Module) -> Generator[Trace]:
     """Records visits [L, B, T], weights and cost of what runs in this thread inside the block."""
     with _attached_for_a_while(model, from_settings({"policy": "plain"})):
         _, stack = attached(model)
@@ -143,7 +145,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
 
 @contextmanager
-def depth(model: nn.Module, policy: PolicyLike) -> Iterator[None]:
+def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
     """Puts another policy in force, in this thread, for a while; a plain model is attached for it.
 
     Raises:
@@ -159,7 +161,7 @@ def depth(model: nn.Module, policy: PolicyLike) -> Iterator[None]:
 
 
 @contextmanager
-def _attached_for_a_while(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
+def _attached_for_a_while(model: nn.Module, policy: AbstractPolicy) -> Generator[None]:
     if is_attached(model):
         yield
         return
@@ -181,7 +183,7 @@ def _check_gates(stack: Any, policy: AbstractPolicy) -> None:
 
 
 @contextmanager
-def _open_on(stack: Any, ambience: Ambience) -> Iterator[None]:
+def _open_on(stack: Any, ambience: Ambience) -> Generator[None]:
     stack.depth_ambiences += 1
     try:
         with in_force(stack, ambience):
@@ -206,8 +208,10 @@ def _place_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> N
 
 
 def _declare_tied(model: Any) -> None:
-    """Tells transformers which parameters are one: it reads the first when saving, the second
-    when loading."""
+    """Tells transformers which parameters are one.
+
+    It reads `_tied_weights_keys` when saving and `all_tied_weights_keys` when loading.
+    """
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -225,7 +229,9 @@ def _layers(decoder: nn.Module) -> nn.ModuleList:
     if layers is None or len(layers) == 0:
         raise HostError(f"{type(decoder).__name__} has no decoder layers.")
     if len({id(layer) for layer in layers}) < len(layers):
-        raise HostError(f"{type(decoder).__name__} repeats one layer object; its layers must differ.")
+        raise HostError(
+            f"{type(decoder).__name__} repeats one layer object; its layers must differ."
+        )
     return layers
 
 

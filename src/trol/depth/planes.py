@@ -9,7 +9,7 @@ Plane 1 is the host's own cache.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,9 @@ class PlanedCache:
         # Lengths and mask sizes of a layer that never runs come from one of its kind that does.
         if layer not in self.absent or layer >= len(self.layers):
             return layer
-        present = [i for i in range(len(self.layers)) if i not in self.absent and _has_keys(self, i)]
+        present = [
+            i for i in range(len(self.layers)) if i not in self.absent and _has_keys(self, i)
+        ]
         sliding = getattr(self.layers[layer], "is_sliding", False)
         same = [i for i in present if getattr(self.layers[i], "is_sliding", False) == sliding]
         return next(iter(same or present), layer)
@@ -100,14 +102,15 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
             f"got a {type(cache).__name__} as the cache; pass a transformers Cache "
             "(DynamicCache, StaticCache, ...)."
         )
+    planed = cast(Any, cache)
     if not isinstance(cache, PlanedCache):
-        cache.__class__ = specialised(type(cache), PlanedCache)
-        cache.planes = {}
-        cache.absent = frozenset()
-    if absent or cache.absent:
-        _check_lengths(cache, absent)
-    cache.absent = absent
-    return cache
+        planed.__class__ = specialised(type(cache), PlanedCache)
+        planed.planes = {}
+        planed.absent = frozenset()
+    if absent or planed.absent:
+        _check_lengths(planed, absent)
+    planed.absent = absent
+    return planed
 
 
 def _check_lengths(cache: Any, absent: frozenset[int]) -> None:

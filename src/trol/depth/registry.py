@@ -76,4 +76,3 @@ def resolve(spec: PolicyLike) -> AbstractPolicy:
     raise UsageError(
         f"{unknown('policy', spec, POLICIES)} A plan starts with a layer number, 'all' or 'exit@'."
     )
-

@@ -79,8 +79,11 @@ class Prompt:
                 "both from one apply_chat_template(..., return_assistant_tokens_mask=True)."
             )
         has_answers = masks is not None and bool(masks.any())
-        return cls(length, masks.bool() if has_answers and masks is not None else None,
-                   cache_is_the_callers)
+        return cls(
+            length,
+            masks.bool() if has_answers and masks is not None else None,
+            cache_is_the_callers,
+        )
 
     def roles(self, start: int, tokens: int, rows: int, device: torch.device) -> Roles:
         """Roles of columns start .. start + tokens - 1 for `rows` rows (beams included)."""

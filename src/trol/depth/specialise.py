@@ -25,7 +25,7 @@ class Specialised:
         return (_blank, (self.trol_original, *self.trol_mixins), *reduced[2:])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def specialised(original: Class, *mixins: Class) -> Class:
     """The class `original` with `mixins` in front; its name, module and signatures stay."""
     body: dict[str, Any] = {
@@ -68,5 +68,5 @@ def _rebind(target: Any) -> None:
 
 
 def _blank(original: Class, *mixins: Class) -> Any:
-    made = specialised(original, *mixins)
+    made: Any = specialised(original, *mixins)
     return made.__new__(made)

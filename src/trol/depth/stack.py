@@ -64,9 +64,9 @@ class LayerMixin(Specialised):
         if call.runs_once(layer, run.cache):
             call.applied[layer] = 1
             return forward(state, *args, **kwargs)
-        out = traverse(run, state, layer, self._modules.get("depth"), call)
+        out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
-        return out
+        return out if run.applied else self._passed_by(state, args, kwargs)
 
     def _passed_by(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The skipped layer's output, in the form that its family returns."""
@@ -276,4 +276,3 @@ def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     if ids is not None and ids.numel() == 0 and embeds is None:
         raise UsageError("an empty prompt: input_ids has no tokens; give at least one.")
     return max(lengths, default=1)
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,7 @@ class Recorder:
         self._runs = [0] * self.layers
 
     @contextmanager
-    def one_pass(self, cache: Any, mask: Tensor | None) -> Iterator[None]:
+    def one_pass(self, cache: Any, mask: Tensor | None) -> Generator[None]:
         """Spans one forward pass of the stack; `mask` is the padding mask [B, S] or None."""
         self._begin()
         start = _length(cache)

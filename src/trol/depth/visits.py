@@ -105,9 +105,7 @@ def _prepare(run: LayerRun, layer: int, limit: int, tokens: int, call: Call) -> 
         run.cache = call.scratch()
     if run.cache is not None:
         keep = call.keep and run.cache is run.site.cache_in(run.args, run.kwargs)
-        run.planes = LayerPlanes(
-            run.cache, layer, most=limit, in_scope=call.in_scope, keep=keep
-        )
+        run.planes = LayerPlanes(run.cache, layer, most=limit, in_scope=call.in_scope, keep=keep)
     if call.policy.skipped_kv == "hole" and call.policy.bounds(layer).least == 0:
         run.holes = Holes(run.cache, layer, tokens)
 

@@ -140,8 +140,8 @@ def _llama(*, hidden: int, layers: int) -> Any:
         max_position_embeddings=4096,
         bos_token_id=1,
         eos_token_id=2,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config).eval()
 
 

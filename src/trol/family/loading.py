@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import trol.family  # noqa: F401  # registers the TroL classes with the Auto classes
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -17,7 +16,9 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
+
+import trol.family  # noqa: F401  # registers the TroL classes with the Auto classes
 from trol.depth import attach
 from trol.depth.registry import from_settings
 from trol.depth.saving import marks

@@ -101,7 +101,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS_NAME)
     except (ValueError, SafetensorError) as error:
-        raise AdapterError(f"the adapter in {folder} is damaged: {error}; save it again.") from error
+        raise AdapterError(
+            f"the adapter in {folder} is damaged: {error}; save it again."
+        ) from error
     return config, weights
 
 

@@ -40,7 +40,8 @@ class BatchedMuon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 directions = _orthogonal(self._momentum(matrices, group["momentum"]))
                 rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-                torch._foreach_add_(matrices, list(directions.unbind(0)), alpha=-rate)
+                for matrix, direction in zip(matrices, directions, strict=True):
+                    matrix.add_(direction, alpha=-rate)
 
     def _momentum(self, matrices: list[Tensor], beta: float) -> Tensor:
         """Nesterov's look ahead. Shape: [matrices, rows, columns]."""

@@ -35,7 +35,9 @@ class Stage:
     batch: int = 32
     """Conversations per step (for `cells`: boards)."""
     questions: int = 6
-    """Turns of each conversation."""
+    """Questions about each board."""
+    packed: float = 1.0
+    """Share of the boards whose questions do not see each other; turns of one chat elsewhere."""
     learning_rate: float = 1e-3
     """AdamW's, at its highest."""
     muon: float = 0.0
@@ -162,8 +164,10 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _number(value, where)  # YAML 1.1 reads 1e-3 as a string
     origin = typing.get_origin(kind) or kind
-    if origin is types.UnionType or not isinstance(value, origin) or (
-        isinstance(value, bool) and origin is not bool
+    if (
+        origin is types.UnionType
+        or not isinstance(value, origin)
+        or (isinstance(value, bool) and origin is not bool)
     ):
         raise UsageError(f"{where} is {value!r}, but must be {getattr(origin, '__name__', kind)}.")
     return value

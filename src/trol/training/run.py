@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -31,6 +31,21 @@ POOL_BOARDS = 6000
 
 BOARD_SEEDS = 1_000_000
 """Board seeds that belong to one recipe seed."""
+
+
+class Asks(NamedTuple):
+    """Which boards and questions a stage learns from; the arguments of `board_pool`."""
+
+    boards: int
+    turns_each: int
+    packed: float
+    easy: bool
+    fewest: int
+
+
+def _asks(stage: Stage, lesson: Lesson) -> Asks:
+    boards = min(POOL_BOARDS, stage.steps * stage.batch)
+    return Asks(boards, stage.questions, stage.packed, stage.easy, lesson.fewest)
 
 
 def run(
@@ -109,8 +124,7 @@ def _train(
     let_learn(learner, stage.train, low_rank=bool(stage.lora))
     lesson = LESSONS[stage.data]
     reader = lesson.reader(learner, processor)
-    boards = min(POOL_BOARDS, stage.steps * stage.batch)
-    pool = _pool(processor, lesson, boards, stage.questions, stage.easy, seed)
+    pool = _pool(processor, _asks(stage, lesson), seed)
     reader.train()
     made = optimiser(reader, stage)
     trainer = Trainer(
@@ -127,25 +141,17 @@ def _train(
     if stage.lora:
         learner = learner.merge_and_unload()
     learner.requires_grad_(True)
-    logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    logged = [
+        (entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
+    ]
     steps, losses = zip(*logged, strict=True)
     return learner.eval(), {"steps": list(steps), "losses": list(losses)}
 
 
 @lru_cache(maxsize=4)
-def _pool(
-    processor: TrolProcessor, lesson: Lesson, boards: int, turns_each: int, easy: bool, seed: int
-) -> BoardPool:
+def _pool(processor: TrolProcessor, asks: Asks, seed: int) -> BoardPool:
     # Cached, because both arms of a comparison learn from the same boards.
-    return board_pool(
-        processor,
-        "train",
-        first=seed * BOARD_SEEDS,
-        boards=boards,
-        turns_each=turns_each,
-        easy=easy,
-        fewest=lesson.fewest,
-    )
+    return board_pool(processor, "train", first=seed * BOARD_SEEDS, **asks._asdict())
 
 
 def _arguments(stage: Stage, seed: int) -> TrainingArguments:

@@ -19,7 +19,7 @@ NOTHING = "nothing"
 class CellReader(nn.Module):
     """The vision tower with two linear heads: colour and digit of each cell.
 
-        loss = CE(colour) + CE(digit), a mean over the nine cells
+    loss = CE(colour) + CE(digit), a mean over the nine cells
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,7 +31,9 @@ class CellReader(nn.Module):
 
     def forward(self, pixel_values: Tensor, cells: Tensor, **_: Any) -> dict[str, Tensor]:
         """Pixels [B, 3, H, W] and cells [B, 9, 2] to the loss."""
-        states = self.vision_tower(pixel_values=pixel_values).last_hidden_state[:, -cells.shape[1] :]
+        states = self.vision_tower(pixel_values=pixel_values).last_hidden_state[
+            :, -cells.shape[1] :
+        ]
         ask = nn.functional.cross_entropy
         colour = ask(self.colour(states).flatten(0, 1), cells[..., 0].flatten())
         digit = ask(self.digit(states).flatten(0, 1), cells[..., 1].flatten())
@@ -48,6 +50,8 @@ class SymbolReader(nn.Module):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model = model
+        self.colours: Tensor
+        self.digits: Tensor
         number = processor.tokenizer.convert_tokens_to_ids
         nothing = number(NOTHING)
         colours = [number(name) for name in COLOURS]
