@@ -12,15 +12,20 @@ from trol.data.chat import IGNORED, Row, encode, fill, turns
 from trol.data.collator import Collator
 from trol.errors import DataError, UsageError
 
-WORDS = "<pad> <unk> <eos> <user> <assistant> <system> <image> is there a red 7 yes no ?".split()
+WORDS = [
+    *("<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<system>", "<image>"),
+    *("is", "there", "a", "red", "7", "yes", "no", "?"),
+]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' }}"
     "{% if m['content'] is string %}{% set parts = [{'type': 'text', 'text': m['content']}] %}"
     "{% else %}{% set parts = m['content'] %}{% endif %}"
     "{% if m['role'] == 'assistant' %}{% generation %}"
-    "{% for p in parts %}{{ p['text'] }}{% endfor %}{{ ' <eos>' }}{% endgeneration %}{{ ' ' }}{% else %}"
+    "{% for p in parts %}{{ p['text'] }}{% endfor %}{{ ' <eos>' }}{% endgeneration %}{{ ' ' }}"
+    "{% else %}"
     "{% for p in parts %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{{ ' ' }}"
-    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 PAIRS = [("is there a red 7?", "yes"), ("is there a 7?", "no")]
 

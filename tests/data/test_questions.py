@@ -13,7 +13,7 @@ MOVES = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 
 
-def solve(board: Board, text: str) -> str:
+def solve(board: Board, text: str) -> str:  # noqa: PLR0911 - one return per kind of sentence
     """The answer, from the words of the question and a grid of (colour, digit)."""
     grid = {
         (n // 3, n % 3): (t.colour, str(t.digit))

@@ -9,7 +9,7 @@ from hosts.checks import greedy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trol.depth import attach, attached, detach, trace
+from trol.depth import Plan, attach, attached, detach, trace
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
 
@@ -136,7 +136,7 @@ def test_skipping_is_a_model_without_these_layers(
         pytest.skip("its deepstack adds image features behind layers 0 and 1, skipped or not")
     model, inputs = host.build(attn), host.left_padded().batch
     small = without_layers(host, model, attn, kept)
-    attach(model, Planned([int(i in kept) for i in range(4)]))
+    attach(model, Planned(Plan([int(i in kept) for i in range(4)])))
     assert gap(model(**inputs).logits[:, -1], small(**inputs).logits[:, -1]) <= host.default_exact
     assert_same(greedy(model, inputs), greedy(small, inputs), host.default_exact)
     detach(model)
@@ -175,9 +175,9 @@ def test_exit_is_monotone(host: Host) -> None:
         assert gap(states[4], full[4]) > 1e-2
 
 
-@pytest.mark.parametrize("host", some_hosts("llama", "gemma3", "gpt2"))
+@pytest.mark.parametrize("host", some_hosts("llama", "gemma3", "qwen3_moe"))
 def test_tau_moves_a_layer_by_at_most_tau(host: Host) -> None:
-    """|out_tau - out| <= tau |x_2 - x_1| for every token of layer 0, with equality nowhere near."""
+    """|out_tau - out| <= tau |x_2 - x_1| for every token of layer 0."""
     model, inputs = host.build(), host.inputs(batch=3)
     x1 = model(**inputs, output_hidden_states=True).hidden_states[1]
     attach(model, Planned("0:2 1-3"))
@@ -198,21 +198,20 @@ def test_tau_moves_a_layer_by_at_most_tau(host: Host) -> None:
 @pytest.mark.parametrize("name", ["hole_answer", "hole_question"])
 @pytest.mark.parametrize("host", some_hosts("llama", "mistral", "gpt2", "gemma3_vl"))
 def test_a_hole_is_not_a_projection(host: Host, name: str) -> None:
-    """Only tokens behind a hole see the difference."""
+    """Only tokens that visit the layer, behind one that did not, see the difference."""
     model, inputs = host.build(), host.inputs(length=10)
     policy = made(name)
     roles = torch.zeros_like(inputs["input_ids"])
-    last = roles.shape[1] - 4
-    roles[:, last + 1 if name == "hole_answer" else 1 :] = 1
+    roles[:, -3:-1] = 1  # question ..., answer, answer, question
     outs = []
     for kv in ("hole", "project"):
         attach(model, Planned(policy.plans[0], scope=policy.scope, skipped_kv=kv))
         outs.append(model(**inputs, assistant_masks=roles).logits)
         detach(model)
     apart = (outs[0] - outs[1]).abs().amax(-1)[0]
-    untouched = last + 2 if name == "hole_answer" else 1
-    assert apart[:untouched].max() <= 1e-5 if host.name != "gemma3_vl" else True
-    assert apart[untouched:].max() > 1e-2
+    sees = -1 if name == "hole_answer" else -3
+    assert apart[:sees].max() <= 1e-5
+    assert apart[sees] > 1e-2
 
 
 @pytest.mark.parametrize("host", some_hosts("llama", "gpt2", "qwen3_vl"))

@@ -128,8 +128,9 @@ class Conversation:
 def start(name: str, *, max_new_tokens: int, plan: str | None) -> Conversation:
     """A conversation with the model called `name`."""
     import trol
-    from trol.cli.terminal import noise_to_stderr
+    from trol.cli.terminal import no_library_bars, noise_to_stderr
 
+    no_library_bars()
     with noise_to_stderr():
         model, processor = trol.load_model(name)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)

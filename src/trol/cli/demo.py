@@ -34,7 +34,7 @@ def demo(
     ] = 2,
     recipe: Annotated[
         str, typer.Option("--recipe", metavar="RECIPE", help="What to run.")
-    ] = "tiny",
+    ] = "demo",
     as_json: terminal.AsJson = False,
 ) -> None:
     """Train a small model here and report what traversal did to it."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trol.cli.terminal import no_library_bars
+
 ARMS = {"on": [], "twin": ["policy.passes=1"]}
 """Arm -> what differs in the recipe. The twin has the same gates, and never a second visit."""
 
@@ -24,6 +26,7 @@ def run_seed(recipe: str, overrides: Sequence[str], seed: int, out: Path) -> dic
     import torch
 
     torch.set_num_threads(1)  # seeds run side by side, one core each
+    no_library_bars()
     made = _train_arms(recipe, [*overrides, f"seed={seed}"], seed, out)
     found: dict[str, Any] = {"losses": _losses(made), "accuracy": {}, "cost": {}}
     found["parameters"] = {arm: made[arm]["parameters"] for arm in ARMS}

@@ -33,6 +33,13 @@ def noise_to_stderr() -> Generator[None]:
         yield
 
 
+def no_library_bars() -> None:
+    """Silences transformers' own progress bars: a model of a verb opens in a moment."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def report(result: Mapping[str, Any], *, as_json: bool, text: Callable[[], str]) -> None:
     """Print `result` as one JSON object, or as `text` for people."""
     print(json.dumps(result, ensure_ascii=False) if as_json else text(), flush=True)

@@ -36,6 +36,7 @@ def train(
     if show:
         print(resolved.yaml(), end="")
         return
+    terminal.no_library_bars()
     with terminal.noise_to_stderr():
         found = training.run(resolved, out=out or Path("runs") / Path(recipe).stem)
     result = {**found, "run": run_record(found.get("seed"))}

@@ -129,7 +129,7 @@ _COLOUR_ARRAYS = {name: np.array(rgb, np.float32) for name, rgb in COLOURS.items
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """All scans as ink [S, 8, 8] in 0-1, and their digits [S]."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - heavy, and only boards need it
 
     data = load_digits()
     return data.images.astype(np.float32) / 16, data.target

@@ -47,15 +47,15 @@ class BoardPool(Dataset[int]):
     An item is a board's number; `batch` makes a batch of such numbers, which is the collator.
     """
 
-    pixels: Tensor
-    """What the image processor made of the pictures. Shape: [boards, 3, H, W]."""
+    pixels: Tensor | None
+    """What the image processor made of the pictures, if any. Shape: [boards, 3, H, W]."""
     cells: Tensor
     """Colour number and digit of each cell. Shape: [boards, 9, 2]."""
     texts: tuple[Text, ...]
     pad_token_id: int
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.texts)
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -66,12 +66,13 @@ class BoardPool(Dataset[int]):
         ids = _padded([text.ids for text in texts], self.pad_token_id)
         answers = _padded([text.answers for text in texts], 0).bool()
         where = torch.as_tensor(indices)
+        pictures = {} if self.pixels is None else {"pixel_values": self.pixels[where]}
         return {
+            **pictures,
             "input_ids": ids,
             "attention_mask": _sight(_padded([text.parts for text in texts], 0)),
             "position_ids": _padded([text.positions for text in texts], 0),
             "labels": ids.where(answers, IGNORED),
-            "pixel_values": self.pixels[where],
             "cells": self.cells[where],
         }
 
@@ -86,6 +87,7 @@ def board_pool(
     packed: float = 1.0,
     easy: bool = False,
     fewest: int = 4,
+    drawn: bool = True,
 ) -> BoardPool:
     """The boards numbered first .. first + boards - 1 of a split.
 
@@ -99,6 +101,7 @@ def board_pool(
             picture and do not see each other; the questions of the others are turns of one.
         easy: whether only the first four types are asked.
         fewest: tiles on a board, at least.
+        drawn: whether the boards are drawn.
     """
     made = [make_board(split, first + i, fewest=fewest) for i in range(boards)]
     kinds = EASY if easy else None
@@ -110,7 +113,7 @@ def board_pool(
     packs = [single[i : i + turns_each] for i in range(0, len(single), turns_each)]
     texts = [_packed(pack) for pack in packs] + [_one(ids, answers) for ids, answers in rest]
     return BoardPool(
-        _pixels(processor, made),
+        _pixels(processor, made) if drawn else None,
         torch.tensor([_cells(board) for board in made]),
         tuple(texts),
         processor.tokenizer.pad_token_id,
@@ -125,10 +128,8 @@ def _one(ids: Sequence[int], answers: Sequence[int]) -> Text:
 
 def _packed(rows: Sequence[TokenRow]) -> Text:
     """Conversations with the same beginning as one row: the beginning once, then their rests."""
-    shared = 0
-    while len({row[0][shared] for row in rows}) == 1:
-        shared += 1
-    shared = min(shared, rows[0][1].index(1))
+    asked = min(marks.index(1) for _, marks in rows)  # each keeps its own prompt's end
+    shared = next((i for i in range(asked) if len({row[0][i] for row in rows}) > 1), asked - 1)
     ids, answers = list(rows[0][0][:shared]), [0] * shared
     parts, positions = [0] * shared, list(range(shared))
     for number, (row, marks) in enumerate(rows, start=1):
@@ -153,9 +154,7 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *(fill,) * (width - len(row))] for row in rows])
 
 
-def _tokenised(
-    processor: Any, asked: Sequence[Sequence[tuple[str, str]]]
-) -> list[TokenRow]:
+def _tokenised(processor: Any, asked: Sequence[Sequence[tuple[str, str]]]) -> list[TokenRow]:
     """All conversations through the chat template at once, their pictures already expanded."""
     picture = processor.image_token * processor.tokens_per_image
     conversations = []

@@ -105,8 +105,7 @@ def _chance(boards: int, split: str) -> tuple[tuple[str, float], ...]:
             guesses = [(tile.colour, str(tile.digit), tile.name) for tile in tiles]
             lucky[kind] += sum(question.answer in guess for guess in guesses) / len(guesses)
     return tuple(
-        (kind, max(max(seen.values()), lucky[kind]) / seen.total())
-        for kind, seen in answers.items()
+        (kind, max(*seen.values(), lucky[kind]) / seen.total()) for kind, seen in answers.items()
     )
 
 

@@ -22,6 +22,9 @@ from trol.errors import HostError, UsageError
 
 Model = TypeVar("Model", bound=nn.Module)
 
+TIED = ("_tied_weights_keys", "all_tied_weights_keys")
+"""Where transformers keeps which parameters are one: on the class, and on each model."""
+
 
 def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
     """Makes every forward pass of `model` follow `policy`, in place; returns the model.
@@ -82,6 +85,7 @@ def detach(model: Model) -> Model:
     restore(stack)
     if host is not stack:
         restore(host)
+    _undeclare_tied(host)
     return model
 
 
@@ -218,10 +222,20 @@ def _declare_tied(model: Any) -> None:
         source = names.setdefault(id(parameter), name)
         if source != name and ".depth." in name:
             tied[name] = source
-    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+    for attribute in TIED:
         known = getattr(model, attribute, None)
         if known is not None or attribute == "_tied_weights_keys":
             setattr(model, attribute, {**tied, **(known or {})})
+
+
+def _undeclare_tied(model: Any) -> None:
+    for attribute in TIED:
+        known: dict[str, str] = vars(model).get(attribute) or {}
+        if any(".depth." in name for name in known):
+            delattr(model, attribute)  # what the class says shows again, where it says anything
+            rest = {name: source for name, source in known.items() if ".depth." not in name}
+            if rest != (getattr(model, attribute, None) or {}) or attribute != "_tied_weights_keys":
+                setattr(model, attribute, rest)
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

@@ -67,6 +67,8 @@ class Planned(AbstractPolicy):
 def _plan(plan: Plan | str | dict[str, Any]) -> Plan:
     if isinstance(plan, Plan):
         return plan
+    if isinstance(plan, int):
+        raise UsageError(f"{plan} is no plan; write Plan([2, 1, 0]) for the visits of each layer.")
     return Plan.from_json(plan) if isinstance(plan, dict) else Plan(plan)
 
 

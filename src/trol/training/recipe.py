@@ -34,6 +34,8 @@ class Stage:
     """Optimiser steps."""
     batch: int = 32
     """Conversations per step (for `cells`: boards)."""
+    boards: int = 6000
+    """Boards that are made; a longer stage sees each of them more than once."""
     questions: int = 6
     """Questions about each board."""
     packed: float = 1.0
@@ -187,7 +189,7 @@ def _check(recipe: Recipe) -> None:
         for part in stage.train:
             if part not in PARTS:
                 raise unknown(f"part to train in stage {name}", part, PARTS)
-        for key in ("steps", "batch", "questions"):
+        for key in ("steps", "batch", "boards", "questions"):
             if getattr(stage, key) < 1:
                 raise UsageError(f"stages.{name}.{key} is {getattr(stage, key)}; give 1 or more.")
 

@@ -26,9 +26,6 @@ from trol.training.progress import Progress
 from trol.training.recipe import Recipe, Stage
 from trol.training.stages import LESSONS, NOTHING, Lesson
 
-POOL_BOARDS = 6000
-"""Boards drawn for a stage; longer stages see each of them more than once."""
-
 BOARD_SEEDS = 1_000_000
 """Board seeds that belong to one recipe seed."""
 
@@ -41,11 +38,13 @@ class Asks(NamedTuple):
     packed: float
     easy: bool
     fewest: int
+    drawn: bool
 
 
 def _asks(stage: Stage, lesson: Lesson) -> Asks:
-    boards = min(POOL_BOARDS, stage.steps * stage.batch)
-    return Asks(boards, stage.questions, stage.packed, stage.easy, lesson.fewest)
+    boards = min(stage.boards, stage.steps * stage.batch)
+    asks = (boards, stage.questions, stage.packed, stage.easy)
+    return Asks(*asks, fewest=lesson.fewest, drawn=lesson.drawn)
 
 
 def run(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.data.boards import COLOURS
-from trol.data.pools import EMPTY, BoardPool
+from trol.data.pools import EMPTY
 
 NOTHING = "nothing"
 """The word for a cell without a tile."""
@@ -66,7 +66,6 @@ class SymbolReader(nn.Module):
         words = words + self.model.model.projector.positions.weight
         where = (input_ids == self.model.config.image_token_id)[..., None]
         embeds = table(input_ids).masked_scatter(where, words.to(table.weight.dtype))
-        inputs.pop("pixel_values", None)
         return {"loss": self.model(inputs_embeds=embeds, use_cache=False, **inputs).loss}
 
 
@@ -91,13 +90,13 @@ class Lesson:
     """(model, processor) -> the module whose loss is minimised."""
     fewest: int
     """Tiles on each board, at least."""
+    drawn: bool
+    """Whether it looks at pictures."""
 
 
 LESSONS: dict[str, Lesson] = {
-    "cells": Lesson(lambda model, _: CellReader(model), fewest=8),
-    "symbols": Lesson(SymbolReader, fewest=4),
-    "boards": Lesson(lambda model, _: BoardReader(model), fewest=4),
+    "cells": Lesson(lambda model, _: CellReader(model), fewest=8, drawn=True),
+    "symbols": Lesson(SymbolReader, fewest=4, drawn=False),
+    "boards": Lesson(lambda model, _: BoardReader(model), fewest=4, drawn=True),
 }
 """Every kind of data that a stage can name."""
-
-__all__ = ["LESSONS", "BoardPool", "Lesson"]
