@@ -131,8 +131,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     """All scans as ink [S, 8, 8] in 0-1, and their digits [S]."""
     from sklearn.datasets import load_digits  # noqa: PLC0415 - heavy, and only boards need it
 
-    data = load_digits()
-    return data.images.astype(np.float32) / 16, data.target
+    ink, digits = load_digits(return_X_y=True)
+    return np.asarray(ink, np.float32).reshape(-1, 8, 8) / 16, np.asarray(digits)
 
 
 @cache

@@ -93,7 +93,7 @@ def chance_by_type(*, boards: int = 2000, split: str = "validation") -> dict[str
 @cache
 def _chance(boards: int, split: str) -> tuple[tuple[str, float], ...]:
     answers: dict[str, Counter[str]] = {kind: Counter() for kind in ASKERS}
-    lucky: Counter[str] = Counter()
+    lucky = dict.fromkeys(ASKERS, 0.0)
     for seed in range(boards):
         board = make_board(split, seed)
         tiles = list(board.tiles.values())

@@ -128,7 +128,13 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
 
 def gates_of(stack: nn.Module) -> list[nn.Module | None]:
     """The policy's parameters, layer by layer."""
-    return [layer._modules.get("depth") for layer in _layers(stack)]
+    return [_in_use(layer._modules.get("depth")) for layer in _layers(stack)]
+
+
+def _in_use(gate: nn.Module | None) -> nn.Module | None:
+    # PEFT's `modules_to_save` wraps a gate, to train a copy of it: the copy is what runs.
+    copies = None if gate is None else gate._modules.get("modules_to_save")
+    return gate if copies is None else cast(Any, copies)[cast(Any, gate).active_adapters[0]]
 
 
 def cost_of(model: nn.Module) -> StackCost:

@@ -100,6 +100,7 @@ class AbstractPolicy(ABC):
 
     def check(self, layers: int) -> None:
         """Raises `UsageError` when the policy does not fit a stack of `layers` layers."""
+        del layers
 
     def scope_in(self, *, training: bool) -> Scope:
         """The scope in force."""

@@ -1,4 +1,4 @@
-"""The visit loop: after r visits to layer l, does this token go again?
+"""The visit loop, which asks after r visits to layer l whether a token goes again.
 
     x_0 = what enters layer l      x_r = layer_l(x_{r-1})      a_r = policy.again(l, r, x_r)
     out = sum_r w_r x_r            w_r = (1 - a_r) * prod_{j<r} a_j

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trol.depth import AbstractPolicy, attach
 from trol.depth.planes import cache_bytes
 from trol.errors import unknown
-from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
+from trol.evaluation.timing import interleaved, ratio_and_spread, time_generate
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 
@@ -70,18 +70,18 @@ def _overhead_rows(
         for name, model in {"bare": bare, **models}.items()
     }
     times = interleaved(runs, rounds=rounds)
-    return [
-        _row(f"{name} {phase} b{batch} t{prompt}", times["bare"], times[name], phase, visits, must)
-        for name, (_, bounds) in OVERHEAD.items()
-        for phase, (visits, must) in bounds.items()
-    ]
+    rows = []
+    for name, (_, bounds) in OVERHEAD.items():
+        for phase, (visits, must) in bounds.items():
+            bare_ms, measured_ms = ([getattr(t, phase) for t in times[n]] for n in ("bare", name))
+            case = f"{name} {phase} b{batch} t{prompt}"
+            rows.append(_row(case, bare_ms, measured_ms, visits=visits, must=must))
+    return rows
 
 
 def _row(
-    case: str, bare: list[Timing], measured: list[Timing], phase: str, visits: int, must: float
+    case: str, baseline_ms: list[float], measured_ms: list[float], *, visits: int, must: float
 ) -> Row:
-    baseline_ms = [getattr(timing, phase) for timing in bare]
-    measured_ms = [getattr(timing, phase) for timing in measured]
     ratio, spread = ratio_and_spread(baseline_ms, measured_ms)
     baseline = statistics.median(baseline_ms)
     return {

@@ -1,4 +1,4 @@
-"""The optimiser of a stage: AdamW, and Muon for the matrices inside decoder layers if wanted."""
+"""The optimiser of a stage: AdamW, and Muon for the inner matrices if wanted."""
 
 from __future__ import annotations
 
@@ -64,4 +64,5 @@ def schedule(optimiser: torch.optim.Optimizer, stage: Stage) -> LambdaLR:
 
 
 def _is_inner_matrix(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim == 2 and ".layers." in name and ".depth." not in name
+    inner = ".layers." in name or ".linear_" in name  # of the projector
+    return parameter.ndim == 2 and inner and ".depth." not in name

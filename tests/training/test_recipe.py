@@ -1,0 +1,68 @@
+"""Recipes: carried, resolved, overridden, and refused with a cure."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trol.errors import UsageError
+from trol.training import names, resolve
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_carried_recipe_resolves_to_yaml_that_resolves_to_itself(
+    name: str, tmp_path: Path
+) -> None:
+    recipe = resolve(name)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.yaml(), encoding="utf-8")
+    assert resolve(again) == recipe
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_carried_recipe_is_short_and_its_header_is_a_command(name: str) -> None:
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    assert lines[0].startswith("# trol ")
+
+
+def test_overrides_reach_into_stages_and_policy() -> None:
+    recipe = resolve("tiny", ["seed=3", "stages.step2.learning_rate=1e-4", "policy.passes=1"])
+    assert (recipe.seed, recipe.policy["passes"]) == (3, 1)
+    assert recipe.stages["step2"].learning_rate == 1e-4
+    assert recipe.stages["step1"] == resolve("tiny").stages["step1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sed=1", "Did you mean 'seed'"),
+        ("stages.step1.step=9", "Did you mean 'steps'"),
+        ("stages.step1.steps=many", "stages.step1.steps is 'many'"),
+        ("stages.step1.steps=0", "give 1 or more"),
+        ("stages.step1.data=board", "Did you mean 'boards'"),
+        ("stages.step1.train=[mixer]", "Did you mean 'mixers'"),
+        ("stages.new={data: boards}", "lacks steps, train"),
+        ("seed", "write key=value"),
+        ("seed.deep=1", "nothing lies below it"),
+    ],
+)
+def test_a_wrong_override_is_told_with_the_cure(override: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told.replace("(", r"\(")):
+        resolve("tiny", [override])
+
+
+def test_a_missing_recipe_and_a_broken_one_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'tiny'"):
+        resolve("tinny")
+    with pytest.raises(UsageError, match="no recipe file"):
+        resolve(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("stages: [", encoding="utf-8")
+    with pytest.raises(UsageError, match="no YAML"):
+        resolve(broken)
+    broken.write_text(yaml.safe_dump([1]), encoding="utf-8")
+    with pytest.raises(UsageError, match="not keys and values"):
+        resolve(broken)

@@ -1,0 +1,100 @@
+"""A recipe runs: who is frozen stays, both arms start alike, what is saved opens again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trol import depth
+from trol.depth import attached
+from trol.errors import UsageError
+from trol.family.loading import load_model
+from trol.training import resolve, run
+from trol.training.parts import part_of
+
+SHORT = [
+    "preset.hidden_size=32",
+    "stages.vision.steps=4",
+    "stages.reason.steps=4",
+    "stages.step1.steps=4",
+    "stages.step2.steps=4",
+    *(f"stages.{name}.batch=4" for name in ("vision", "reason", "step1", "step2")),
+]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model after the stages that need no policy."""
+    out = tmp_path_factory.mktemp("runs") / "shared"
+    run(resolve("demo", SHORT), out, only=["vision", "reason"])
+    return out
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(load_model(folder)[0].state_dict())
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """The parts of which some parameter moved."""
+    return {part_of(name) for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [("step1", {"projector", "mixers"}), ("step2", {"projector", "mixers", "decoder"})],
+)
+def test_only_the_named_parts_learn(shared: Path, tmp_path: Path, stage: str, parts: set) -> None:
+    made = run(resolve("demo", SHORT), tmp_path / "one", start=shared, only=[stage])
+    assert changed(weights(shared), weights(Path(made["model"]))) == parts
+    assert len(made["losses"][stage]["losses"]) > 1
+
+
+def test_the_twin_never_traverses_and_leaves_its_gates_alone(shared: Path, tmp_path: Path) -> None:
+    recipe = resolve("demo", [*SHORT, "policy.passes=1"])
+    made = run(recipe, tmp_path / "twin", start=shared, only=["step1"])
+    model, _ = load_model(made["model"])
+    assert attached(model)[1].depth_policy.passes == 1
+    assert changed(weights(shared), dict(model.state_dict())) == {"projector"}
+
+
+def test_low_rank_updates_train_the_decoder_and_are_merged(shared: Path, tmp_path: Path) -> None:
+    recipe = resolve("demo", [*SHORT, "stages.step2.lora=2", "stages.step2.muon=0"])
+    made = run(recipe, tmp_path / "lora", start=shared, only=["step2"])
+    before, after = weights(shared), weights(Path(made["model"]))
+    assert set(after) == set(before)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = {name for name in moved if part_of(name) == "decoder"}
+    assert inside
+    assert all("proj" in name for name in inside)  # neither norms nor the token table
+    assert {part_of(name) for name in moved} == {"projector", "mixers", "decoder"}
+
+
+def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
+    recipe = resolve("demo", [*SHORT, "seed=5"])
+    one, two = (run(recipe, tmp_path / name) for name in ("a", "b"))
+    assert one["losses"] == two["losses"]
+    assert not changed(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_run_leaves_what_it_was_made_of_and_nothing_half_written(shared: Path) -> None:
+    assert resolve(shared / "recipe.yaml") == resolve("demo", SHORT)
+    assert (shared / "training.json").is_file()
+    assert [path.name for path in shared.parent.iterdir()] == ["shared"]
+
+
+def test_an_unknown_stage_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no stage 'step3'"):
+        run(resolve("demo", SHORT), tmp_path / "never", only=["step3"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_trained_model_answers_differently_with_traversal_off(shared: Path) -> None:
+    model, _ = load_model(shared)
+    ids = torch.tensor([[1, 6, 8, 9, 7]])
+    with torch.no_grad():
+        on = model(input_ids=ids).logits
+        with depth(model, "plain"):
+            off: Any = model(input_ids=ids).logits
+    assert (on - off).abs().max() > 1e-2
