@@ -42,6 +42,7 @@ def test_flops_of_a_question(host: Host) -> None:
     counts = []
     for name in ("plain", "trol", "trol_three", "skip", "repeat"):
         attach_settled(model, made(name))
+        model(**inputs)  # a class's first skip runs one layer, to learn what it returns
         counted = _count(model, inputs)
         with trace(model) as seen:
             model(**inputs, use_cache=False)
@@ -63,6 +64,7 @@ def test_flops_of_pieces_and_decoding(host: Host, name: str) -> None:
     model, inputs = attach_settled(_counting(host), made(name)), host.inputs(length=12)
     ids, cache, total = inputs["input_ids"], DynamicCache(config=model.config), 0
     twin = DynamicCache(config=model.config)
+    model(**inputs)  # a class's first skip runs one layer, to learn what it returns
     for cut in (slice(0, 8), slice(8, 11), slice(11, 12)):
         answer = torch.full_like(ids[:, cut], int(cut.start == 11))
         said = {"input_ids": ids[:, cut], "assistant_masks": answer}
@@ -183,6 +185,22 @@ def test_visits_are_what_was_asked_for(host: Host, name: str) -> None:
         gates = seen.weights[:, 2]
         assert torch.equal(seen.visits == 2, gates > 0.5)
         assert 0 < (gates > 0.5).float().mean() < 1
+
+
+@pytest.mark.parametrize("host", some_hosts(*HOSTS))
+def test_padding_is_no_visit(host: Host) -> None:
+    """In a forward, in `generate`, on a static cache: hosts hand their decoders masks of all kinds."""
+    model, rows = attach_settled(host.build(), made("trol")), host.left_padded((5, 8))
+    padding = (rows.batch["attention_mask"] == 0).sum(1).tolist()
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for settings in ({}, static if "static_cache" not in host.cannot else {}):
+        with trace(model) as seen:
+            model.generate(**rows.batch, max_new_tokens=3, do_sample=False, **settings)
+        assert (~seen.real).sum(1).tolist() == padding
+        assert not seen.real[0, : padding[0]].any()
+    with trace(model) as seen:
+        model(**rows.batch)
+    assert (~seen.real).sum(1).tolist() == padding == [3, 0]
 
 
 def test_every_policy_has_its_visits_written_here() -> None:

@@ -89,6 +89,32 @@ class Conversation:
         with depth(self.model, self.plan):
             yield
 
+    def _encoded(self, messages: list[dict[str, Any]]) -> Any:
+        """The messages as model inputs; who said what, where the template and the model know."""
+        from trol.depth import is_attached
+        from trol.errors import DataError
+
+        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask="{%- generation" in str(template),
+        )
+        if not is_attached(self.model):
+            inputs.pop("assistant_masks", None)
+        length = inputs["input_ids"].shape[1]
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and length + self.max_new_tokens > most:
+            raise DataError(
+                f"the conversation has {length} tokens and the answer may take "
+                f"{self.max_new_tokens}, but the model has {most} positions; ask something "
+                "shorter, start again with /reset, or lower --max-new-tokens."
+            )
+        return inputs
+
     def _content(self, question: str) -> Any:
         pictures = [{"type": "image", "image": picture} for picture in self.pictures]
         return [*pictures, *self._said(question)] if pictures else self._said(question)
@@ -101,13 +127,7 @@ class Conversation:
         import torch
         from transformers import TextStreamer
 
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device)
+        inputs = self._encoded(messages).to(self.model.device)
         streamer = None
         if stream:
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils.output_capturing import CompileableContextVar
 
@@ -27,6 +28,8 @@ class Step:
     roles: Roles
     keep: bool = True
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
+    real: Tensor | None = None
+    """1 at tokens that are no padding, as the caller says; read by traces. Shape: [B, S]."""
 
 
 UNTOLD = Step(Roles())

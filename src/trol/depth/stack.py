@@ -95,10 +95,11 @@ class StackMixin(Specialised):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward pass, with a `Call` for its layers to read."""
         ambience = self._ambience()
-        call = self._open(STEP.get() or UNTOLD, ambience, args, kwargs)
+        step = STEP.get() or UNTOLD
+        call = self._open(step, ambience, args, kwargs)
         token = CALL.set(call)
         try:
-            with self._recorded(ambience, args, kwargs):
+            with self._recorded(ambience, step, args, kwargs):
                 out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             CALL.reset(token)
@@ -159,11 +160,13 @@ class StackMixin(Specialised):
             return policy.skipped_kv != "hole"
         return all(policy.is_plain(layer) for layer in range(self.depth_layers))
 
-    def _recorded(self, ambience: Ambience, args: Any, kwargs: Any) -> Any:
+    def _recorded(self, ambience: Ambience, step: Step, args: Any, kwargs: Any) -> Any:
         if ambience.recorder is None:
             return nullcontext()
         cache = self._argument("past_key_values", args, kwargs)
-        return ambience.recorder.one_pass(cache, self._argument("attention_mask", args, kwargs))
+        # Some hosts hand their decoder ready masks of 4 dimensions: then only the caller's tells.
+        own = self._argument("attention_mask", args, kwargs)
+        return ambience.recorder.one_pass(cache, own if step.real is None else step.real)
 
     def _close(self, call: Call, out: Any) -> Any:
         cache = getattr(out, "past_key_values", None)
@@ -190,6 +193,7 @@ class HostMixin(Specialised):
     """The model that trol is attached to: knows question from answer."""
 
     modules: Any
+    generation_config: Any
 
     def forward(
         self,
@@ -200,7 +204,7 @@ class HostMixin(Specialised):
     ) -> Any:
         """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
         if depth_step is None:
-            depth_step = _told(assistant_masks, kwargs.get("labels"))
+            depth_step = _told(assistant_masks, kwargs.get("labels"), kwargs.get("attention_mask"))
         token = STEP.set(depth_step)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -215,10 +219,8 @@ class HostMixin(Specialised):
         outer = outermost_prompt()
         if outer is not None:  # as the assistant of another generate, whose prompt is the question
             length = min(length, outer.length)
-        config = args[0] if args else kwargs.get("generation_config")
-        returned = kwargs.get("return_dict_in_generate")
-        if returned is None:
-            returned = getattr(config, "return_dict_in_generate", None)
+        config = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
+        returned = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
         callers = kwargs.get("past_key_values") is not None or bool(returned)
         prompt = Prompt.of(length, assistant_masks, cache_is_the_callers=callers)
         with generating(self, prompt):
@@ -236,7 +238,8 @@ class HostMixin(Specialised):
         start = 0 if cache is None else int(cache.get_seq_length())
         rows, count = tokens.shape[:2]
         roles = prompt.roles(start, count, rows, tokens.device)
-        inputs["depth_step"] = Step(roles, keep=prompt.may_ask_again(start, count))
+        keep = prompt.may_ask_again(start, count)
+        inputs["depth_step"] = Step(roles, keep=keep, real=kwargs.get("attention_mask"))
         return inputs
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -261,12 +264,12 @@ class HostMixin(Specialised):
     continuous_batching_context_manager = generate_batch
 
 
-def _told(assistant_masks: Tensor | None, labels: Tensor | None) -> Step:
+def _told(assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None) -> Step:
     if assistant_masks is not None:
-        return Step(Roles.of_assistant_masks(assistant_masks))
+        return Step(Roles.of_assistant_masks(assistant_masks), real=real)
     if labels is not None:
-        return Step(Roles.of_labels(labels))
-    return UNTOLD
+        return Step(Roles.of_labels(labels), real=real)
+    return UNTOLD if real is None else Step(Roles(), real=real)
 
 
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

@@ -87,7 +87,7 @@ class Recorder:
         self._runs = [0] * self.layers
 
     @contextmanager
-    def one_pass(self, cache: Any, mask: Tensor | None) -> Generator[None]:
+    def one_pass(self, cache: Any, mask: Any) -> Generator[None]:
         """Spans one forward pass of the stack; `mask` is the padding mask [B, S] or None."""
         self._begin()
         start = _length(cache)
@@ -122,7 +122,7 @@ class Recorder:
         """Notes how much the cache holds after a pass."""
         self.trace._kv_bytes = 0 if cache is None else cache_bytes(cache)
 
-    def _end(self, start: int, mask: Tensor | None) -> None:
+    def _end(self, start: int, mask: Any) -> None:
         assert self._shape is not None
         rows, tokens = self._shape
         nobody = torch.zeros(rows, tokens, dtype=torch.long)
@@ -134,7 +134,7 @@ class Recorder:
                 full[layer, number] = share
         self.trace._weights.append(full)
         real = torch.ones(rows, tokens, dtype=torch.bool)
-        if mask is not None and mask.ndim == 2:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -tokens:].bool().cpu()
         self.trace._real.append(real)
         self.trace._flops.append(

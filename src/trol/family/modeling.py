@@ -130,6 +130,14 @@ class TrolModel(TrolPreTrainedModel):
         check_count(mask, features.shape[0], self.config.tokens_per_image)
         return inputs_embeds.masked_scatter(mask[..., None], features), features
 
+    def _check_length(self, inputs_embeds: torch.Tensor) -> None:
+        most = getattr(self.config.text_config, "max_position_embeddings", None)
+        if most is not None and inputs_embeds.shape[1] > most:
+            raise DataError(
+                f"the prompt has {inputs_embeds.shape[1]} tokens, images included, but the "
+                f"decoder has {most} positions; shorten the text or give fewer images."
+            )
+
     @can_return_tuple
     def forward(
         self,
@@ -160,6 +168,7 @@ class TrolModel(TrolPreTrainedModel):
         elif past_key_values is None or past_key_values.get_seq_length() == 0:
             # Later calls are not checked: guesses of assisted decoding may hold image tokens.
             check_count(mask, 0, self.config.tokens_per_image)
+        self._check_length(inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
