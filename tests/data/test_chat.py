@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -84,6 +86,17 @@ def test_a_prompt_ends_where_the_assistant_is_to_speak(tokenizer: PreTrainedToke
     assert whole.input_ids[: len(row.input_ids)] == row.input_ids
 
 
+OLD = Version(transformers.__version__) < Version("5.18")
+beside_pictures = pytest.mark.skipif(OLD, reason="transformers < 5.18 marks the wrong tokens")
+
+
+@pytest.mark.skipif(not OLD, reason="transformers 5.18 and newer mark the right tokens")
+def test_old_transformers_are_refused_beside_pictures(processor: LlavaProcessor) -> None:
+    with pytest.raises(DataError, match=r"install transformers 5\.18"):
+        encode(processor, turns(PAIRS, image=True), [Image.new("RGB", (48, 40), "red")])
+
+
+@beside_pictures
 def test_pictures_come_through_the_processor(processor: LlavaProcessor) -> None:
     picture = Image.new("RGB", (48, 40), "red")
     row = encode(processor, turns(PAIRS, image=True), [picture])
@@ -132,6 +145,7 @@ def test_more_tokens_than_positions_are_refused(tokenizer: PreTrainedTokenizerFa
         encode(tokenizer, turns(PAIRS), most_tokens=long - 1)
 
 
+@beside_pictures
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_of_pictures_and_text(processor: LlavaProcessor, side: Any) -> None:
     pictured = encode(processor, turns(PAIRS[:1], image=True), [PICTURE])

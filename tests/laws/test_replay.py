@@ -48,7 +48,8 @@ def test_replay_is_the_policy(host: Host, name: str) -> None:
     replay = Replay.of(seen, scope=policy.scope)
     with depth(model, replay), trace(model) as again:
         assert_same(greedy(model, inputs), decoded, host.default_exact)
-    assert torch.equal(again.visits, seen.visits)
+    gates = seen.weights[:, -1]  # one may be exactly 0: then the last visit did not show
+    assert ((again.visits == seen.visits) | (gates == 0)).all()
     assert (again.weights - seen.weights).abs().max() <= 1e-5
 
 

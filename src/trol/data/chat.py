@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -77,6 +79,11 @@ def encode(
     """
     filled = fill(messages, images)
     sees = isinstance(processor, ProcessorMixin)
+    if sees and _marks_wrongly(processor, filled):
+        raise DataError(
+            f"transformers {transformers.__version__} marks the wrong tokens as answer beside "
+            "pictures; install transformers 5.18 or newer."
+        )
     if not sees:
         filled = [_as_text(message) for message in filled]
     encoded = processor.apply_chat_template(
@@ -123,6 +130,12 @@ def fill(
         if message["role"] == "user" and not "".join(words).strip():
             raise DataError("the question is empty; write what you want to know.")
     return filled
+
+
+def _marks_wrongly(processor: Any, filled: Sequence[Message]) -> bool:
+    pictures = any(part["type"] == "image" for m in filled for part in m["content"])
+    own = getattr(processor, "marks_answers_itself", False)
+    return pictures and not own and Version(transformers.__version__) < Version("5.18")
 
 
 def _role(message: Message) -> str:

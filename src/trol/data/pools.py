@@ -21,6 +21,9 @@ EMPTY = len(COLOURS), 10
 EASY = tuple(ASKERS)[:4]
 """Types of question that need no comparison and no chain."""
 
+MIX = (*ASKERS, "exists", "count", "relation", "hop1")
+"""All types, those that are slow to learn twice as often."""
+
 DRAWN_AT_ONCE = 256
 
 TokenRow = tuple[list[int], list[int]]
@@ -104,7 +107,7 @@ def board_pool(
         drawn: whether the boards are drawn.
     """
     made = [make_board(split, first + i, fewest=fewest) for i in range(boards)]
-    kinds = EASY if easy else None
+    kinds = EASY if easy else MIX
     asked = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in made]
     alone = [[pair] for pairs in asked[: round(packed * boards)] for pair in pairs]
     chats = asked[round(packed * boards) :]

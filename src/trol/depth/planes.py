@@ -107,9 +107,9 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
         planed.__class__ = specialised(type(cache), PlanedCache)
         planed.planes = {}
         planed.absent = frozenset()
-    if absent or planed.absent:
+    if absent != planed.absent:
         _check_lengths(planed, absent)
-    planed.absent = absent
+        planed.absent = absent
     return planed
 
 
@@ -131,6 +131,8 @@ def _has_keys(cache: Any, layer: int) -> bool:
 
 class VisitSlot:
     """A slot as one visit sees it: merges new keys and values, remembers them, then stores them."""
+
+    slot: Slot = None  # on the class too: dynamo asks for `__class__` before `__init__` has run
 
     def __init__(self, slot: Slot, in_scope: Mask, fallback: tuple[Tensor, Tensor] | None) -> None:
         self.slot = slot

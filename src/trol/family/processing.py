@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
@@ -46,6 +47,8 @@ CHAT_TEMPLATE = """\
 class TrolProcessor(ProcessorMixin):
     """An image processor and a tokenizer; every image becomes `tokens_per_image` image tokens."""
 
+    marks_answers_itself = True
+
     def __init__(
         self,
         image_processor: Any,
@@ -85,7 +88,53 @@ class TrolProcessor(ProcessorMixin):
                     f"the user message {dict(message)!r} is empty; "
                     "write a question, or take the message out."
                 )
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        wants_masks = kwargs.pop("return_assistant_tokens_mask", False)
+        encoded = super().apply_chat_template(conversation, *args, **kwargs)
+        if wants_masks:
+            encoded["assistant_masks"] = self._answers(conversation, encoded["input_ids"], kwargs)
+        return encoded
+
+    def _answers(self, conversation: Any, ids: Any, settings: dict[str, Any]) -> Any:
+        """1 where the assistant speaks, in the form of `ids`: [T], or [B, T] padded as they are.
+
+        Asked of the tokenizer, with the images already expanded: the processor's own way marks
+        nothing beside images before transformers 5.18, and takes several times as long after.
+        """
+        single = isinstance(conversation[0], Mapping)
+        conversations = [conversation] if single else conversation
+        told = self.tokenizer.apply_chat_template(
+            [self._expanded(getattr(one, "messages", one)) for one in conversations],
+            chat_template=settings.get("chat_template") or self.chat_template,
+            add_generation_prompt=settings.get("add_generation_prompt", False),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )["assistant_masks"]
+        rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        batched = bool(rows) and isinstance(rows[0], list)
+        left = self.tokenizer.padding_side == "left"
+        padded = []
+        for row, masks in zip(rows if batched else [rows], told, strict=True):
+            rest = [0] * (len(row) - len(masks))
+            padded.append(rest + masks if left else masks + rest)
+        padded = padded if batched else padded[0]
+        return torch.tensor(padded) if isinstance(ids, torch.Tensor) else padded
+
+    def _expanded(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with texts for contents, each image as its image tokens."""
+        image = self.image_token * self.tokens_per_image
+        return [
+            {
+                **message,
+                "content": message["content"].replace(self.image_token, image)
+                if isinstance(message["content"], str)
+                else "".join(
+                    image if part["type"] == "image" else part["text"]
+                    for part in message["content"]
+                ),
+            }
+            for message in messages
+        ]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """What stands in the text for the image with this number."""
