@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from hosts.host import Inputs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hosts.host import Inputs
 from trol.depth import AbstractPolicy
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hosts import HOSTS, Host
-from hosts.host import Inputs
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from hosts import HOSTS, Host
+from hosts.host import Inputs
 from trol.depth import AbstractPolicy, attach, attached
 from trol.depth.families import layer_list
 from trol.depth.host import gates_of
@@ -65,25 +65,26 @@ def attach_settled(
     return model
 
 
-def hosts_and_attns(*, without: str | None = None) -> list[object]:
-    """One pytest parameter for each family and attention; `without`: families that can do it."""
+def hosts_and_attns() -> list[object]:
+    """One pytest parameter for each family and attention."""
     return [
         pytest.param(host, attn, id=f"{host.name}-{attn}")
         for host in HOSTS.values()
         for attn in host.attns
-        if without is None or without not in host.cannot
     ]
 
 
-def key_cases(*, without: str | None = None) -> list[object]:
-    """(host, attention, policy's name) for every host and the key policies."""
+def key_cases(*, every_attn: bool = True) -> list[object]:
+    """(host, attention, policy's name) for every host and the key policies.
+
+    `every_attn=False`: for laws that do not hang on it, only the last that the host supports.
+    """
     return [
         pytest.param(host, attn, name, id=f"{host.name}-{attn}-{name}")
         for host in HOSTS.values()
-        for attn in host.attns
+        for attn in (host.attns if every_attn else host.attns[-1:])
         for name in KEY
-        if (without is None or without not in host.cannot)
-        and not (name in HOLED and host.name in NO_HOLES)
+        if not (name in HOLED and host.name in NO_HOLES)
     ]
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
-from hosts import HOSTS, Host
-from hosts.checks import greedy
 from torch import nn
 from transformers import PreTrainedModel
 
+from hosts import HOSTS, Host
+from hosts.checks import greedy
 from trol import depth
 from trol.depth import attach, attached, cost_of, detach, is_attached, trace
 from trol.policies.mixer import TrolMixer
@@ -208,8 +208,14 @@ def test_an_error_inside_a_call_leaves_no_trace_of_it() -> None:
 def _anatomy(model: PreTrainedModel) -> dict[str, Any]:
     """Everything that attaching could leave behind."""
     return {
-        name: (type(module), sorted(vars(module)), list(module._parameters), list(module._modules),
-               module.training, _tied(module))
+        name: (
+            type(module),
+            sorted(vars(module)),
+            list(module._parameters),
+            list(module._modules),
+            module.training,
+            _tied(module),
+        )
         for name, module in model.named_modules()
     }
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hosts import HOSTS, Host
-from hosts.checks import greedy
-from hosts.host import Inputs
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from hosts import HOSTS, Host
+from hosts.checks import greedy
+from hosts.host import Inputs
 from trol import depth
 
 from .subjects import (

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hosts import HOSTS, Host
-from hosts.checks import greedy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from hosts import HOSTS, Host
+from hosts.checks import greedy
 from trol.depth import attach, cost_of, detach, trace
 from trol.depth.planes import cache_bytes
 from trol.policies.planned import Planned
@@ -114,9 +114,11 @@ def test_unknown_flops_are_none(host: Host) -> None:
 def test_planes_are_dropped_after_the_prompt(host: Host) -> None:
     """Scope question: `generate` ends with the bare host's cache; scope all holds planes twice."""
     model, inputs = host.build(), host.inputs(batch=2)
-    bare = cache_bytes(model.generate(
-        **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
-    ).past_key_values)
+    bare = cache_bytes(
+        model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        ).past_key_values
+    )
     held = {}
     for name in ("plain", "trol", "trol_all", "trol_three", "skip_answer", "skip_question", "exit"):
         attach_settled(model, made(name))

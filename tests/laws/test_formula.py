@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import HOSTS, Host
-from hosts.checks import greedy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hosts import HOSTS, Host
+from hosts.checks import greedy
 from trol.depth import Plan, attach, attached, detach, trace
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
@@ -109,9 +109,7 @@ def test_trol_is_its_formula(host: Host, attn: str, passes: int, sharing: Any) -
 def test_skip_all_is_embed_norm_head(host: Host) -> None:
     """With a cache and without, as a forward and in `generate`."""
     model, inputs = host.build(), host.inputs(batch=2)
-    hooks = [
-        layer.register_forward_hook(_pass_by, with_kwargs=True) for layer in layers_of(model)
-    ]
+    hooks = [layer.register_forward_hook(_pass_by, with_kwargs=True) for layer in layers_of(model)]
     expected = model(**inputs, use_cache=False).logits
     for hook in hooks:
         hook.remove()

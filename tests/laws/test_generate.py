@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
+from transformers import GenerationConfig, pipeline
+
 from hosts import CHECKS, HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import VOCABULARY
-from transformers import GenerationConfig, pipeline
-
 from trol import depth
 from trol.depth import attach, detach, trace
 from trol.errors import HostError

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from hosts import HOSTS, Host
 from hosts.checks import greedy
-
 from trol import depth
 from trol.depth import attach, trace
 from trol.depth.registry import from_settings, to_settings
@@ -48,8 +48,8 @@ def test_replay_is_the_policy(host: Host, name: str) -> None:
     replay = Replay.of(seen, scope=policy.scope)
     with depth(model, replay), trace(model) as again:
         assert_same(greedy(model, inputs), decoded, host.default_exact)
-    gates = seen.weights[:, -1]  # one may be exactly 0: then the last visit did not show
-    assert ((again.visits == seen.visits) | (gates == 0)).all()
+    # Also where a gate is 3e-8 (llama-trol has one; 1 - w_1 rounds it away), but not where it is 0.
+    assert torch.equal(again.visits, seen.visits.where(seen.weights[:, -1] > 0, again.visits))
     assert (again.weights - seen.weights).abs().max() <= 1e-5
 
 

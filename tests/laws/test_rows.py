@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hosts import CHECKS, HOSTS, Host
-from hosts.checks import greedy
 from torch import Tensor
 
+from hosts import CHECKS, HOSTS, Host
+from hosts.checks import greedy
 from trol.depth import attach, detach
 from trol.policies.planned import Planned
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import HOSTS, Host
-from hosts.checks import greedy
 from transformers import AutoModelForCausalLM
 
+from hosts import HOSTS, Host
+from hosts.checks import greedy
 from trol import depth, load_model
 from trol.depth import attach, attached, detach, is_attached
 from trol.errors import AdapterError, TrolError, UsageError
@@ -59,8 +59,9 @@ def test_another_host_is_refused_by_both_names(tmp_path: Path) -> None:
         assert not is_attached(other)
 
 
-@pytest.mark.parametrize("spoilt", ["no config", "no weights", "config", "weights", "cut", "other",
-                                    "policy", "setting"])
+@pytest.mark.parametrize(
+    "spoilt", ["no config", "no weights", "config", "weights", "cut", "other", "policy", "setting"]
+)
 def test_damaged_adapters_are_refused(spoilt: str, tmp_path: Path) -> None:
     """One clear error, and the host stays as it was."""
     host = HOSTS["llama"]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import HOSTS, Host
-from hosts.checks import greedy
-from hosts.host import Inputs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from hosts import HOSTS, Host
+from hosts.checks import greedy
+from hosts.host import Inputs
 from trol import depth
 from trol.depth import attach, attached, detach, trace
 from trol.depth.host import gates_of
@@ -218,7 +218,9 @@ def test_gates_learn_beside_lora(tmp_path: Path) -> None:
     assert all(".depth." in name or "lora_" in name for name in grown)
     save(tuned, tmp_path)
     fresh = load(host.build(), tmp_path)
-    for mine, theirs in zip(gates_of(attached(fresh)[1]), gates_of(attached(tuned)[1]), strict=True):
+    for mine, theirs in zip(
+        gates_of(attached(fresh)[1]), gates_of(attached(tuned)[1]), strict=True
+    ):
         assert torch.equal(mine.weight, theirs.weight)
 
 

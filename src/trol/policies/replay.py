@@ -13,7 +13,7 @@ from trol.errors import UsageError
 
 
 class Replay(AbstractPolicy):
-    """a_r = 1 - w_r / (1 - sum_{j<r} w_j): the answers that give a trace's weights again.
+    """a_r = (sum_{j>r} w_j) / (sum_{j>=r} w_j): the answers that give a trace's weights again.
 
     Args:
         weights: w_r of every layer and token. Shape: [L, R + 1, B, T]; columns count from the
@@ -34,9 +34,10 @@ class Replay(AbstractPolicy):
         super().__init__(scope=scope)
         self.weights = torch.as_tensor(weights, dtype=torch.float32)
         self.visits = torch.as_tensor(visits)
-        gone = self.weights.cumsum(dim=1) - self.weights  # sum_{j<r} w_j
-        left = 1 - gone
-        again = torch.where(left > 1e-6, 1 - self.weights / left.clamp(min=1e-6), 0.0)
+        # sum_{j>=r} w_j, from behind: 1 - w would round the smallest gates to 0.
+        left = self.weights.flip(1).cumsum(dim=1).flip(1)
+        later = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], dim=1)
+        again = torch.where(left > 0, later / left, 0.0)
         self.answers = again.clamp(0, 1)  # Shape: [L, R + 1, B, T]
 
     @classmethod

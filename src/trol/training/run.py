@@ -179,7 +179,8 @@ def _save(model: Any, processor: Any, recipe: Recipe, found: dict[str, Any], out
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     (partial / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
-    (partial / "training.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    told = {key: value for key, value in found.items() if key != "model"}  # folders move
+    (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     partial.replace(out)

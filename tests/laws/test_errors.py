@@ -1,0 +1,182 @@
+"""What trol cannot do rightly it refuses by name, with the reason and the cure."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+)
+
+import trol
+from hosts import HOSTS
+from trol.depth import attach, detach
+from trol.depth.planes import adopt
+from trol.depth.registry import from_settings, names, to_settings
+from trol.errors import HostError, UsageError
+from trol.policies.mixer import TrolMixer
+from trol.policies.planned import Planned
+
+from .subjects import HOLED, NO_HOLES, POLICIES, gap, made
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture
+def llama():
+    return HOSTS["llama"].build()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda m: attach(m, "trol_mixr"), "unknown policy 'trol_mixr'. Did you mean 'trol_mixer'"),
+        (lambda m: attach(m, "0-40"), "layer 40 of plan '0-40': this stack has 4 layers (0-3)"),
+        (lambda m: attach(m, "0-x"), "'0-x' in plan '0-x' is no segment"),
+        (lambda m: attach(m, ""), "an empty plan"),
+        (lambda m: attach(m, Planned(["all", "0-4"])), "layer 4 of plan '0-4'"),
+        (
+            lambda _: TrolMixer(scope="questions"),
+            "unknown scope 'questions'. Did you mean 'question'",
+        ),
+        (lambda _: TrolMixer(training_scope="al"), "unknown scope 'al'. Did you mean 'all'"),
+        (lambda _: TrolMixer(0), "passes is 0, but a layer must be visited at least once"),
+        (lambda _: TrolMixer(sharing="share"), "unknown sharing 'share'. Did you mean 'shared'"),
+        (lambda _: TrolMixer(tau=1.0), "tau is 1.0, but must lie in [0, 1)"),
+        (lambda _: TrolMixer(tau=-0.1), "tau is -0.1"),
+        (lambda _: TrolMixer(initial_gate=0), "initial_gate is 0, but must lie in (0, 1)"),
+        (lambda _: Planned(skipped_kv="holes"), "unknown skipped_kv 'holes'. Did you mean 'hole'"),
+        (lambda _: from_settings({"policy": "trol_mixer", "pases": 2}), "Did you mean 'passes'"),
+        (lambda _: from_settings({"policy": "plann"}), "unknown policy 'plann'"),
+        (lambda m: detach(m), "no policy is attached to this model; call trol.attach"),
+        (lambda m: attach(attach(m, "all"), "all"), "attached to this model already"),
+    ],
+)
+def test_usage_errors_give_the_cure(llama, make, said: str) -> None:
+    before = set(vars(llama))
+    with pytest.raises(UsageError) as caught:
+        make(llama)
+    assert said in str(caught.value)
+    if not trol.depth.is_attached(llama):
+        assert set(vars(llama)) == before  # nothing half-attached
+
+
+def test_calls_that_cannot_be_right(llama) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with (
+        pytest.raises(UsageError, match="has parameters that this model does not carry"),
+        trol.depth(attach(llama, "all"), TrolMixer()),
+    ):
+        pass
+    detach(llama)
+    attach(llama, Planned(["all", "exit@1", "0 3"]))
+    with pytest.raises(UsageError, match="given for 3 rows, but this batch has 2"):
+        llama(ids)
+    with pytest.raises(UsageError, match="an empty prompt"):
+        llama.generate(ids[:, :0], max_new_tokens=1)
+    with pytest.raises(UsageError, match="assistant_masks cover 2 tokens, the prompt has 3"):
+        llama.generate(ids, assistant_masks=torch.zeros(2, 2), max_new_tokens=1)
+    detach(llama)
+    assert gap(llama(ids).logits, HOSTS["llama"].build()(ids).logits) == 0
+
+
+def test_a_cache_that_misses_tokens_is_refused(llama) -> None:
+    """Filled while a layer was skipped by all, then asked to run it: it would see a past with gaps."""
+    attach(llama, "all")
+    cache = DynamicCache(config=llama.config)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with trol.depth(llama, "0 2-3"):
+        llama(ids, past_key_values=cache)
+    with pytest.raises(HostError, match=r"layers \[1\] of this cache hold 0 of 5 tokens"):
+        llama(ids[:, :1], past_key_values=cache)
+    with trol.depth(llama, "0 2-3"):
+        assert llama(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+    with pytest.raises(HostError, match="got a list as the cache"):
+        adopt([])
+
+
+@pytest.mark.parametrize("name", NO_HOLES)
+def test_holes_are_refused_where_they_cannot_be(name: str) -> None:
+    model = HOSTS[name].build()
+    with pytest.raises(
+        HostError, match="skipped_kv='hole' is not possible on .*set skipped_kv='project'"
+    ):
+        attach(model, made("hole_answer"))
+    attach(model, made("skip_answer"))
+    with pytest.raises(HostError, match="not possible"), trol.depth(model, made("hole_answer")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("gemma4_text", SMALL, "share keys and values"),
+        ("gemma3n_text", SMALL | {"num_kv_shared_layers": 0}, "share keys"),
+        (
+            "mamba",
+            {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2},
+            "no attention layer",
+        ),
+    ],
+)
+def test_families_that_cannot_be_right_are_refused(model_type: str, settings, reason: str) -> None:
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(HostError, match=f"{model_type} rightly: .*{reason}"):
+        attach(model, "all")
+    assert not trol.depth.is_attached(model)
+
+
+def test_other_models_are_refused() -> None:
+    t5 = AutoConfig.for_model(
+        "t5", d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=99
+    )
+    with pytest.raises(HostError, match="is an encoder-decoder"):
+        attach(AutoModelForSeq2SeqLM.from_config(t5), "all")
+    bert = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=99,
+    )
+    with pytest.raises(HostError, match="no list of decoder layers"):
+        attach(BertModel(bert), "all")
+    with pytest.raises(HostError, match="no list of decoder layers"):
+        attach(torch.nn.Linear(2, 2), "all")
+
+
+def test_an_empty_stack_and_a_repeated_layer_are_refused() -> None:
+    model = HOSTS["llama"].build()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(HostError, match="repeats one layer object"):
+        attach(model, "all")
+
+
+@pytest.mark.parametrize("name", [*POLICIES, *HOLED])
+def test_policies_are_values(name: str) -> None:
+    """Settings make the policy again; equal settings are equal policies."""
+    policy = made(name)
+    assert from_settings(to_settings(policy)) == policy == made(name)
+    assert policy != Planned("0:7")
+    assert type(policy).__name__ in repr(policy)
+    assert policy.name in names()
+
+
+def test_every_registered_policy_has_laws() -> None:
+    """A policy that is added to the registry must be added to the subjects of the laws."""
+    assert {made(name).name for name in (*POLICIES, *HOLED)} | {"replay"} == set(names())
