@@ -46,12 +46,15 @@ def test_exit_is_all_layers_before_it(layer: int) -> None:
 
 @given(st.text(alphabet="0123456789-: alexit@", max_size=14))
 def test_any_text_is_a_plan_or_one_clear_error(text: str) -> None:
+    text = text[:8]  # no ranges of millions of layers
     try:
-        plan = Plan(text) if len(text) < 8 else Plan(text[:8])
-    except UsageError as error:
-        assert "plan" in str(error)
+        plan = Plan(text)
+    except UsageError as refusal:
+        error = refusal
+    else:
+        assert Plan(str(plan)) == plan
         return
-    assert Plan(str(plan)) == plan
+    assert "plan" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_all_is_every_layer_of_any_stack() -> None:
     ],
 )
 def test_what_is_no_plan(text: str, cure: str) -> None:
-    with pytest.raises(UsageError, match="^.*$") as caught:
+    with pytest.raises(UsageError, match="plan") as caught:
         Plan(text)
     assert cure in str(caught.value)
 
@@ -125,8 +128,8 @@ def test_plans_as_policies_come_back_from_their_settings(rows: list[list[int]]) 
     policy = Planned([Plan(row) for row in rows], scope="answer", skipped_kv="hole")
     assert Planned(**policy.settings()) == policy
     assert policy.bounds(0) == (
-        min((row + [0])[0] for row in rows),
-        max((row + [0])[0] for row in rows),
+        min([*row, 0][0] for row in rows),
+        max([*row, 0][0] for row in rows),
     )
 
 

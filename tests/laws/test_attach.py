@@ -21,6 +21,8 @@ from trol.policies.plain import Plain
 
 from .subjects import (
     HOLED,
+    KEY,
+    NO_HOLES,
     POLICIES,
     assert_same,
     attach_settled,
@@ -56,10 +58,10 @@ def test_detach_gives_back_the_host(host: Host, attn: str) -> None:
     model, inputs = host.build(attn), host.inputs(batch=2)
     bare, said = model(**inputs).logits, greedy(model, inputs)
     before, weights = _anatomy(model), copy.deepcopy(model.state_dict())
-    for name, make in {**POLICIES, **HOLED}.items():
-        if name in HOLED and (host.hybrid or host.name == "bloom"):
+    for name in (*POLICIES, *HOLED) if attn == host.attns[-1] else ("trol_three", *KEY):
+        if name in HOLED and host.name in NO_HOLES:
             continue
-        attach(model, make())
+        attach(model, made(name))
         model(**inputs)
         greedy(model, inputs)
         kept = {k: v for k, v in model.state_dict().items() if ".depth." not in k}
@@ -112,7 +114,7 @@ def test_pickle_and_deepcopy(host: Host, name: str) -> None:
 @pytest.mark.parametrize("host", some_hosts("llama", "gpt2", "falcon", "qwen3_vl"))
 @pytest.mark.parametrize("name", ["trol", "skip_first"])
 def test_accelerate_hooks(host: Host, name: str) -> None:
-    """Hooks keep a layer's old forward on the instance: without rebinding, trol would do nothing."""
+    """Hooks keep a layer's old forward on the instance: not rebound, trol would do nothing."""
     inputs = host.inputs(batch=2)
     bare = greedy(host.build(), inputs)
     expected = greedy(attach_settled(host.build(), made(name)), inputs)
@@ -187,9 +189,8 @@ def test_depth_and_trace_on_a_plain_model_leave_nothing() -> None:
     with trace(model) as seen:
         assert torch.equal(model(**inputs).logits, bare)
     assert set(seen.visits.flatten().tolist()) == {1}
-    with pytest.raises(ZeroDivisionError), depth(model, "exit@1"):
-        assert gap(model(**inputs).logits, bare) > 1e-2
-        raise ZeroDivisionError
+    with pytest.raises(IndexError), depth(model, "exit@1"):
+        model(input_ids=torch.tensor([[10_000]]))
     assert not is_attached(model)
     assert _anatomy(model) == before
 

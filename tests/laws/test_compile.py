@@ -6,8 +6,10 @@ from transformers import StaticCache
 
 from hosts import HOSTS, Host
 from trol import depth
-from trol.depth import trace
+from trol.depth import AbstractPolicy, trace
 from trol.errors import HostError
+from trol.policies.mixer import TrolMixer
+from trol.policies.planned import Planned
 
 from .subjects import attach_settled, gap, made, some_hosts
 
@@ -23,8 +25,8 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize("host", some_hosts("llama", "gpt2", "internvl"))
 def test_one_graph(host: Host) -> None:
-    """A question, then question and answer: without a cache, then as a chunk on a filled one."""
-    model, inputs = host.build(layers=2), host.inputs(batch=2)
+    """Question and answer in one call; then as a chunk on a cache that holds planes."""
+    model, inputs = host.build(layers=1), host.inputs(batch=2)
     key, given = "input_ids", inputs["input_ids"]
     if host.kind == "vlm":  # its decoder alone: towers compile or not for reasons of their own
         key, given = "inputs_embeds", model.get_input_embeddings()(given)
@@ -36,22 +38,22 @@ def test_one_graph(host: Host) -> None:
     question = model(**{key: given}, use_cache=False)[0]
     talk = model(**{key: given}, assistant_masks=roles, use_cache=False)[0]
     assert gap(question, talk) > 1e-2
-    assert gap(compiled(**{key: given}, use_cache=False)[0], question) <= host.default_exact
     told = compiled(**{key: given}, assistant_masks=roles, use_cache=False)[0]
     assert gap(told, talk) <= host.default_exact
+    if host.name != "llama":
+        return
     # A fresh cache gets its planes outside the graph.
     cache = StaticCache(model.config, max_cache_len=20)
     model(**{key: given[:, :3]}, past_key_values=cache)
     rest = {key: given[:, 3:], "assistant_masks": roles[:, 3:]}
     assert gap(compiled(**rest, past_key_values=cache)[0], talk[:, 3:]) <= host.default_exact
-    assert gap(model(**{key: given}, use_cache=False)[0], question) == 0  # nothing stays behind
 
 
-@pytest.mark.parametrize("name", ["trol_tau", "skip_first"])
-def test_skips_and_thresholds_in_one_graph(name: str) -> None:
-    """Thresholds select with torch.where; a skipped layer is not in the graph at all."""
+@pytest.mark.parametrize("policy", [TrolMixer(tau=0.5), Planned("1")], ids=["tau", "skip"])
+def test_thresholds_and_skips_in_one_graph(policy: AbstractPolicy) -> None:
+    """A threshold selects with torch.where; a skipped layer is not in the graph at all."""
     host = HOSTS["llama"]
-    model, inputs = attach_settled(host.build(), made(name)), host.inputs()
+    model, inputs = attach_settled(host.build(layers=2), policy), host.inputs()
     expected = model(**inputs, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert gap(compiled(**inputs, use_cache=False).logits, expected) <= host.default_exact

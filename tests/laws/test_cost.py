@@ -191,7 +191,7 @@ def test_visits_are_what_was_asked_for(host: Host, name: str) -> None:
 
 @pytest.mark.parametrize("host", some_hosts(*HOSTS))
 def test_padding_is_no_visit(host: Host) -> None:
-    """In a forward, in `generate`, on a static cache: hosts hand their decoders masks of all kinds."""
+    """In a forward, in `generate`, on a static cache: decoders get masks of all kinds."""
     model, rows = attach_settled(host.build(), made("trol")), host.left_padded((5, 8))
     padding = (rows.batch["attention_mask"] == 0).sum(1).tolist()
     static = {"cache_implementation": "static", "disable_compile": True}

@@ -62,7 +62,7 @@ def llama():
         (lambda _: Planned(skipped_kv="holes"), "unknown skipped_kv 'holes'. Did you mean 'hole'"),
         (lambda _: from_settings({"policy": "trol_mixer", "pases": 2}), "Did you mean 'passes'"),
         (lambda _: from_settings({"policy": "plann"}), "unknown policy 'plann'"),
-        (lambda m: detach(m), "no policy is attached to this model; call trol.attach"),
+        (detach, "no policy is attached to this model; call trol.attach"),
         (lambda m: attach(attach(m, "all"), "all"), "attached to this model already"),
     ],
 )
@@ -95,7 +95,7 @@ def test_calls_that_cannot_be_right(llama) -> None:
 
 
 def test_a_cache_that_misses_tokens_is_refused(llama) -> None:
-    """Filled while a layer was skipped by all, then asked to run it: it would see a past with gaps."""
+    """Filled while all skipped a layer, then asked to run it: its past would have gaps."""
     attach(llama, "all")
     cache = DynamicCache(config=llama.config)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -113,7 +113,7 @@ def test_a_cache_that_misses_tokens_is_refused(llama) -> None:
 def test_holes_are_refused_where_they_cannot_be(name: str) -> None:
     model = HOSTS[name].build()
     with pytest.raises(
-        HostError, match="skipped_kv='hole' is not possible on .*set skipped_kv='project'"
+        HostError, match=r"skipped_kv='hole' is not possible on .*set skipped_kv='project'"
     ):
         attach(model, made("hole_answer"))
     attach(model, made("skip_answer"))

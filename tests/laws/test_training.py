@@ -79,8 +79,15 @@ def test_the_first_value_of_a_gate(initial: float) -> None:
     assert all(_learns(gate.weight) for gate in gates_of(attached(model)[1]))
 
 
-@pytest.mark.parametrize("host", EVERY)
-@pytest.mark.parametrize("name", ["trol", "trol_question", "trol_three"])
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        pytest.param(host, name, id=f"{host.name}-{name}")
+        for host in HOSTS.values()
+        for name in ("trol_question", "trol", "trol_three", "trol_tau", "skip_answer")
+        if name == "trol_question" or host.name in ("llama", "gpt2", "qwen3_next", "gemma3_vl")
+    ],
+)
 def test_gradient_checkpointing_changes_nothing(host: Host, name: str) -> None:
     """Loss and every gradient; with labels a question is in scope and its answer is not.
 
@@ -218,10 +225,8 @@ def test_gates_learn_beside_lora(tmp_path: Path) -> None:
     assert all(".depth." in name or "lora_" in name for name in grown)
     save(tuned, tmp_path)
     fresh = load(host.build(), tmp_path)
-    for mine, theirs in zip(
-        gates_of(attached(fresh)[1]), gates_of(attached(tuned)[1]), strict=True
-    ):
-        assert torch.equal(mine.weight, theirs.weight)
+    gates = zip(gates_of(attached(fresh)[1]), gates_of(attached(tuned)[1]), strict=True)
+    assert all(torch.equal(mine.weight, theirs.weight) for mine, theirs in gates)
 
 
 def test_modules_to_save_keeps_the_gates(tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def test_modules_to_save_keeps_the_gates(tmp_path: Path) -> None:
     assert sum(p.ndim == 2 and _learns(p) for p in trained.values()) == 4
     with torch.no_grad():
         for parameter in trained.values():
-            parameter += 1.0
+            parameter.add_(1.0)
     said = greedy(tuned, inputs)[1]
     assert gap(said, alone) > 1e-2
     tuned.save_pretrained(tmp_path)

@@ -44,8 +44,12 @@ def optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """AdamW for all that learns, or Muon for decoder matrices and AdamW for the rest."""
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in learning.items() if stage.muon and _is_inner_matrix(n, p)}
-    rest = [p for n, p in learning.items() if n not in matrices]
-    adamw = torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    mixers = [p for n, p in learning.items() if ".depth." in n]
+    rest = [p for n, p in learning.items() if n not in matrices and ".depth." not in n]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": stage.learning_rate}]
+    if mixers:
+        groups.append({"params": mixers, "lr": stage.mixer_learning_rate})
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     if not matrices:
         return adamw
     muon = BatchedMuon(matrices.values(), stage.muon)

@@ -42,6 +42,9 @@ class Stage:
     """Share of the boards whose questions do not see each other; turns of one chat elsewhere."""
     learning_rate: float = 1e-3
     """AdamW's, at its highest."""
+    mixer_learning_rate: float = 1e-4
+    """AdamW's for the mixers (published: 1e-4); a fast one closes the gates before the decoder
+    has learnt what to do with a second visit."""
     muon: float = 0.0
     """Muon's learning rate for the matrices inside decoder layers; 0 leaves them to AdamW."""
     warmup_steps: int = 20
