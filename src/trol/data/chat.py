@@ -86,7 +86,7 @@ def encode(
         )
     if not sees:
         filled = [_as_text(message) for message in filled]
-    encoded = processor.apply_chat_template(
+    encoded: Any = processor.apply_chat_template(
         filled,
         tokenize=True,
         return_dict=True,

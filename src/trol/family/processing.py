@@ -89,7 +89,7 @@ class TrolProcessor(ProcessorMixin):
                     "write a question, or take the message out."
                 )
         wants_masks = kwargs.pop("return_assistant_tokens_mask", False)
-        encoded = super().apply_chat_template(conversation, *args, **kwargs)
+        encoded: Any = super().apply_chat_template(conversation, *args, **kwargs)
         if wants_masks:
             encoded["assistant_masks"] = self._answers(conversation, encoded["input_ids"], kwargs)
         return encoded
