@@ -8,6 +8,7 @@ import pytest
 from trol import depth, trace
 from trol.evaluation import evaluate
 from trol.family.loading import load_model, shipped_folder
+from trol.training import resolve
 
 FRESH = 77
 """An evaluation seed that no development run looked at: other test boards, other questions."""
@@ -28,6 +29,10 @@ def test_it_is_a_few_megabytes_of_safetensors_and_no_pickle() -> None:
     files = list(Path(shipped_folder("trol-tiny")).iterdir())
     assert sum(path.stat().st_size for path in files) < 4_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".yaml"}
+
+
+def test_it_was_trained_by_the_recipe_that_is_carried() -> None:
+    assert resolve(Path(shipped_folder("trol-tiny")) / "recipe.yaml") == resolve("tiny")
 
 
 def test_it_is_accurate_on_fresh_boards(shipped: tuple[Any, Any]) -> None:
