@@ -15,7 +15,7 @@ from trol.errors import UsageError
 class Words:
     """A tokenizer of three words; 0 is special."""
 
-    all_special_ids = (0,)
+    pad_token_id = 0
 
     def decode(self, ids: list[int]) -> str:
         return ["<s>", "what", "costs $5", "?"][ids[0]]

@@ -30,7 +30,8 @@ def test_map_writes_a_picture_and_its_numbers(
     assert found["image"]["grid"] == [3, 3]
     assert found["image"]["visits"] == [[2] * 9] * 4
     assert all(0 < gate < 1 for layer in found["image"]["gates"] for gate in layer)
-    assert found["words"]["text"] == ["is", "there", "a", "7", "?"]
+    asked = ["<bos>", "<user>", "is", "there", "a", "7", "?", "<assistant>"]
+    assert found["words"]["text"] == asked
     assert found["cost"]["layer_visits"] > 0
     assert found["run"]["versions"]["torch"]
     with Image.open(out / "map.png") as picture:

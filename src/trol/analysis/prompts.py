@@ -39,7 +39,7 @@ def map_of(
     of_picture = np.flatnonzero(tokens == image_token)
     if not len(of_picture):
         raise UsageError("the prompt holds no image token; give one picture with --image.")
-    quiet = {image_token, *tokenizer.all_special_ids}
+    quiet = {image_token, tokenizer.pad_token_id}  # role marks are shown: they go twice as well
     of_words = [place for place, token in enumerate(tokens.tolist()) if token not in quiet]
     words = {place: str(tokenizer.decode([tokens[place]])).strip() for place in of_words}
     shown = [place for place, word in words.items() if word]
