@@ -110,7 +110,7 @@ def test_what_is_no_plan(text: str, cure: str) -> None:
 
 
 def test_other_bad_plans() -> None:
-    with pytest.raises(UsageError, match="negative visits"):
+    with pytest.raises(UsageError, match="a plan got visits"):
         Plan([1, -1])
     with pytest.raises(UsageError, match="has no text form"):
         str(Plan([2, 3], beyond=1))

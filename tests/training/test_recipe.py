@@ -45,6 +45,14 @@ def test_overrides_reach_into_stages_and_policy() -> None:
         ("stages.step1.data=board", "Did you mean 'boards'"),
         ("stages.step1.train=[mixer]", "Did you mean 'mixers'"),
         ("stages.new={data: boards}", "lacks steps, train"),
+        ("stages.step3.steps=1", "unknown stage 'step3'"),
+        ("stages.step1.learning_rate=nan", "give 0.0 to 10.0"),
+        ("stages.step1.packed=7", "give 0.0 to 1.0"),
+        ("stages.step1.train=decoder", "must be a list"),
+        ("stages={}", "no stage"),
+        ("policy.policy=trol_mixr", "Did you mean 'trol_mixer'"),
+        ("policy=plain", "must be keys and values"),
+        ("seed=-1", "give 0 or more"),
         ("seed", "write key=value"),
         ("seed.deep=1", "nothing lies below it"),
     ],
@@ -62,6 +70,9 @@ def test_a_missing_recipe_and_a_broken_one_are_told(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("stages: [", encoding="utf-8")
     with pytest.raises(UsageError, match="no YAML"):
+        resolve(broken)
+    broken.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is not text"):
         resolve(broken)
     broken.write_text(yaml.safe_dump([1]), encoding="utf-8")
     with pytest.raises(UsageError, match="not keys and values"):

@@ -98,3 +98,13 @@ def test_a_trained_model_answers_differently_with_traversal_off(shared: Path) ->
         with depth(model, "plain"):
             off: Any = model(input_ids=ids).logits
     assert (on - off).abs().max() > 1e-2
+
+
+def test_a_file_in_the_way_and_a_bad_preset_are_refused_before_training(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match="is a file"):
+        run(resolve("demo", SHORT), taken)
+    assert taken.read_text(encoding="utf-8") == "mine"
+    with pytest.raises(UsageError, match="no model can be made from preset"):
+        run(resolve("demo", [*SHORT, "preset.heads=3"]), tmp_path / "never")

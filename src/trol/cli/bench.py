@@ -17,7 +17,7 @@ EXAMPLES = (
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="The suite's name.")],
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="The suite: overhead.")],
     as_json: terminal.AsJson = False,
 ) -> None:
     """Measure what SUITE promises, beside the bound that it must keep."""

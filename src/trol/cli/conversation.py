@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trol.errors import TrolError, UsageError
+from trol.errors import DataError, TrolError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,6 +72,8 @@ class Conversation:
         """The model's answer to `question`; a question that fails leaves no trace in the turns."""
         if not question.strip():
             raise UsageError("the question is empty; say what you want to know.")
+        if not question.isprintable() and any("\ud800" <= mark <= "\udfff" for mark in question):
+            raise DataError("the question is not UTF-8 text; type it again.")
         messages = [*self.messages, {"role": "user", "content": self._content(question)}]
         answer = self._generate(messages, stream=stream)
         self.messages = [*messages, {"role": "assistant", "content": self._said(answer.text)}]
@@ -92,7 +94,6 @@ class Conversation:
     def _encoded(self, messages: list[dict[str, Any]]) -> Any:
         """The messages as model inputs; who said what, where the template and the model know."""
         from trol.depth import is_attached
-        from trol.errors import DataError
 
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
         inputs = self.processor.apply_chat_template(
@@ -154,5 +155,7 @@ def start(name: str, *, max_new_tokens: int, plan: str | None) -> Conversation:
     with noise_to_stderr():
         model, processor = trol.load_model(name)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
+    if plan is not None and not plan.strip():
+        raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")
     conversation.use_plan(plan)
     return conversation

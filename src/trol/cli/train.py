@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,8 @@ def train(
 
     resolved = training.resolve(recipe, overrides or [])
     if show:
-        print(resolved.yaml(), end="")
+        recipe_json = dataclasses.asdict(resolved)
+        terminal.report(recipe_json, as_json=as_json, text=lambda: resolved.yaml().rstrip())
         return
     terminal.no_library_bars()
     with terminal.noise_to_stderr():

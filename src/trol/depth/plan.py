@@ -10,6 +10,9 @@ from typing import Any
 
 from trol.errors import UsageError
 
+MOST_VISITS = 64
+"""The most visits that a plan may give a layer: more is a slip of the keyboard."""
+
 _SEGMENT = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+))?(?::(?P<visits>\d+))?")
 _EVERY = re.compile(r"all(?::(?P<visits>\d+))?")
 _EXIT = re.compile(r"exit@(?P<layer>\d+)")
@@ -40,8 +43,11 @@ class Plan:
             counts, beyond = _parse(spec)
         else:
             counts = list(spec)
-        if any(count < 0 for count in (*counts, beyond)):
-            raise UsageError(f"a plan got negative visits {counts}; write 0 to skip a layer.")
+        if any(not 0 <= count <= MOST_VISITS for count in (*counts, beyond)):
+            raise UsageError(
+                f"a plan got visits {[*counts, beyond]}; give each layer 0 (skipped) to "
+                f"{MOST_VISITS}."
+            )
         while counts and counts[-1] == beyond:  # one plan has one form, so that == and hash agree
             counts.pop()
         object.__setattr__(self, "visits", tuple(counts))

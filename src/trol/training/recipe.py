@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trol.depth.registry import from_settings
 from trol.errors import UsageError, unknown
 
 DATA = ("cells", "symbols", "boards")
@@ -110,7 +111,7 @@ def _carried() -> Any:
 def _read(recipe: str | Path) -> dict[str, Any]:
     path = Path(recipe)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     elif path.suffix in (".yaml", ".yml") or "/" in str(recipe):
         raise UsageError(f"there is no recipe file {str(recipe)!r}; carried are {names()}.")
     elif str(recipe) in names():
@@ -126,8 +127,17 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     return data
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no YAML: it is not text.") from error
+
+
 def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
-    for key in path[:-1]:
+    for depth, key in enumerate(path[:-1]):
+        if path[0] == "stages" and depth == 1 and key not in data:
+            raise unknown("stage", key, data)
         inside = data.setdefault(key, {})
         if not isinstance(inside, dict):
             raise UsageError(f"{override!r}: {key!r} holds {inside!r}, nothing lies below it.")
@@ -174,8 +184,18 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         or not isinstance(value, origin)
         or (isinstance(value, bool) and origin is not bool)
     ):
-        raise UsageError(f"{where} is {value!r}, but must be {getattr(origin, '__name__', kind)}.")
+        raise UsageError(f"{where} is {value!r}, but must be {_KINDS.get(origin, str(kind))}.")
     return value
+
+
+_KINDS = {
+    tuple: "a list, such as [decoder]",
+    dict: "keys and values, such as {policy: plain}",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+}
 
 
 def _number(value: int | str, where: str) -> float:
@@ -185,8 +205,29 @@ def _number(value: int | str, where: str) -> float:
         raise UsageError(f"{where} is {value!r}, but must be a number.") from error
 
 
+_BOUNDS = {
+    "learning_rate": (0.0, 10.0),
+    "mixer_learning_rate": (0.0, 10.0),
+    "muon": (0.0, 10.0),
+    "packed": (0.0, 1.0),
+    "decay": (0.0, 1.0),
+    "lora": (0, 4096),
+}
+"""Stage setting -> least and greatest value."""
+
+
 def _check(recipe: Recipe) -> None:
+    if not recipe.stages:
+        raise UsageError("the recipe has no stage; give at least one.")
+    if recipe.seed < 0:
+        raise UsageError(f"seed is {recipe.seed}; give 0 or more.")
+    from_settings(recipe.policy)
     for name, stage in recipe.stages.items():
+        for key, (least, most) in _BOUNDS.items():
+            if not least <= getattr(stage, key) <= most:  # a NaN is in no range
+                raise UsageError(
+                    f"stages.{name}.{key} is {getattr(stage, key)}; give {least} to {most}."
+                )
         if stage.data not in DATA:
             raise unknown(f"data of stage {name}", stage.data, DATA)
         for part in stage.train:

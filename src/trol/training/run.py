@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from trol.data.boards import make_board
@@ -72,6 +73,8 @@ def run(
         UsageError: `only` names a stage that the recipe does not have.
     """
     stages = _chosen(recipe, only)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{str(out)!r} is a file; name a folder to save the model in.")
     set_seed(recipe.seed)
     model, processor = _opened(recipe, start)
     found: dict[str, Any] = {"losses": {}, "seconds": {}}
@@ -102,8 +105,13 @@ def _chosen(recipe: Recipe, only: Sequence[str] | None) -> dict[str, Stage]:
 def _opened(recipe: Recipe, start: Path | None) -> tuple[Any, TrolProcessor]:
     if start is None:
         processor = tiny_processor(_texts())
-        config = tiny(len(processor.tokenizer), **recipe.preset, depth=recipe.policy)
-        return TrolForConditionalGeneration(config), processor
+        try:
+            config = tiny(len(processor.tokenizer), **recipe.preset, depth=recipe.policy)
+            return TrolForConditionalGeneration(config), processor
+        except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UsageError(
+                f"no model can be made from preset {recipe.preset}: {error}"
+            ) from error
     processor = TrolProcessor.from_pretrained(start)
     model = TrolForConditionalGeneration.from_pretrained(start, depth=recipe.policy)
     return model, processor
