@@ -98,7 +98,10 @@ def test_gradient_checkpointing_changes_nothing(host: Host, name: str) -> None:
     for reentrant in (None, False, True):
         model = attach_settled(host.build(), policy).train()
         if reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            old = "gradient_checkpointing_enable"  # its name before transformers 5.23
+            new = "activation_checkpointing_enable"
+            enable = getattr(model, new if hasattr(model, new) else old)
+            enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         loss = _loss(model, host.inputs(batch=2))
         loss.backward()
