@@ -10,7 +10,7 @@ from trol.evaluation import evaluate
 from trol.family.loading import load_model, shipped_folder
 from trol.training import resolve
 
-FRESH = 77
+FRESH = 4242
 """An evaluation seed that no development run looked at: other test boards, other questions."""
 
 AT_LEAST = {"digit": 0.95, "colour": 0.95, "exists": 0.90, "count": 0.90}
