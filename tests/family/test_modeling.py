@@ -13,7 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from family.samples import enlarged, picture, question, rows
+from family.samples import enable_checkpointing, enlarged, picture, question, rows
 from trol.depth import attach, detach
 from trol.errors import DataError
 from trol.family import TrolConfig, TrolForConditionalGeneration, TrolModel, tiny
@@ -156,7 +156,7 @@ def test_any_decoder_with_a_tower_that_has_a_class_token(name, encode, tmp_path)
     with torch.no_grad():
         logits = model(**batch).logits
         encoded = model.get_image_features(batch["pixel_values"])
-        assert encoded.last_hidden_state.shape[1] == 10
+        assert encoded.last_hidden_state.shape[1] == 9
         assert encoded.pooler_output[0].shape == (9, 32)
         tower = model.model.vision_tower(batch["pixel_values"]).last_hidden_state[:, 1:]
         torch.testing.assert_close(encoded.pooler_output, model.model.projector(tower), **CLOSE)
@@ -172,7 +172,7 @@ def test_a_chosen_hidden_state_is_read(encode):
     pixels = encode(rows())["pixel_values"]
     with torch.no_grad():
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        assert torch.equal(model.get_image_features(pixels).last_hidden_state, states[-2])
+        assert torch.equal(model.get_image_features(pixels).last_hidden_state, states[-2][:, -9:])
 
 
 def test_an_image_token_outside_the_vocabulary(encode):
@@ -214,12 +214,6 @@ def test_tuples_hidden_states_and_attentions(model, encode):
         as_tuple = model(**batch, return_dict=False)
     assert len(outputs.hidden_states) == model.config.text_config.num_hidden_layers + 1
     assert torch.equal(as_tuple[0], outputs.logits)
-
-
-def enable_checkpointing(model):
-    """By its name since transformers 5.2x, where the old one warns."""
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)()
 
 
 def test_gradient_checkpointing_changes_nothing_and_all_parts_learn(encode, processor):

@@ -9,17 +9,22 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from trol.family.configuration import TrolConfig
+from trol.family.internlm2 import InternLM2Config, InternLM2Model
 from trol.family.modeling import TrolForConditionalGeneration, TrolModel
 from trol.family.presets import tiny, tiny_processor
 from trol.family.processing import TrolProcessor
 from trol.family.word_level import word_tokenizer
 
+AutoConfig.register(InternLM2Config.model_type, InternLM2Config)
+AutoModel.register(InternLM2Config, InternLM2Model)
 AutoConfig.register(TrolConfig.model_type, TrolConfig)
 AutoModel.register(TrolConfig, TrolModel)
 AutoModelForImageTextToText.register(TrolConfig, TrolForConditionalGeneration)
 AutoProcessor.register(TrolConfig, TrolProcessor)
 
 __all__ = [
+    "InternLM2Config",
+    "InternLM2Model",
     "TrolConfig",
     "TrolForConditionalGeneration",
     "TrolModel",

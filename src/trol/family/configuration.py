@@ -37,6 +37,10 @@ class TrolConfig(PretrainedConfig):
     projector_hidden_act: str = "gelu"
     projector_positions: int = 0
     """Learned position embeddings added after the projector: 0, or `tokens_per_image`."""
+    projector_norm: bool = False
+    """Whether a LayerNorm comes before the projector's first linear layer."""
+    downsample_ratio: float = 1.0
+    """Pixel shuffle before the projector: 0.5 makes one wider feature of 2 x 2 patches."""
     vision_feature_layer: int | None = None
     """Which of the tower's hidden states is read; None: its last hidden state."""
     depth: Any = None
@@ -54,13 +58,25 @@ class TrolConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def tokens_per_image(self) -> int:
-        """Image tokens that one image takes in the text: H/p · W/p patches of p pixels."""
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that the tower makes of one image: H/p, W/p."""
         height, width = _pair(self.vision_config, "image_size")
         patch_height, patch_width = _pair(self.vision_config, "patch_size")
-        return (height // patch_height) * (width // patch_width)
+        return height // patch_height, width // patch_width
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Image tokens of one image, or of one tile of a tiled image: H/p · r · W/p · r."""
+        rows, columns = self.patch_grid
+        return int(rows * self.downsample_ratio) * int(columns * self.downsample_ratio)
 
     def _check_projector(self) -> None:
+        fewer = 1 / self.downsample_ratio if 0 < self.downsample_ratio <= 1 else 0.5
+        if not fewer.is_integer() or any(side % fewer for side in self.patch_grid):
+            raise UsageError(
+                f"downsample_ratio is {self.downsample_ratio}, but must be 1, 1/2, 1/3, ... and "
+                f"divide the grid of {self.patch_grid} patches evenly."
+            )
         if self.projector_hidden_act not in ACT2FN:
             raise unknown("projector_hidden_act", self.projector_hidden_act, ACT2FN)
         if self.projector_positions not in (0, self.tokens_per_image):

@@ -10,16 +10,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from trol.depth import attach, attached, is_attached
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
+from trol.family.generation import TrolGenerationMixin
 from trol.family.outputs import TrolCausalLMOutput, TrolModelOutput
-from trol.family.placeholders import check_count, repeat_images
-from trol.family.projector import TrolProjector
+from trol.family.placeholders import check_count
+from trol.family.projector import TrolProjector, pixel_shuffle
+from trol.family.rope import by_row, has_no_end
 from trol.policies import from_settings, to_settings
 
 Encoded = dict[str, BaseModelOutputWithPooling]
@@ -49,13 +51,15 @@ class TrolModel(TrolPreTrainedModel):
         text_size = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.projector = TrolProjector(
-            config.vision_config.hidden_size,
+            round(config.vision_config.hidden_size / config.downsample_ratio**2),
             config.projector_hidden_size or text_size,
             text_size,
             act=config.projector_hidden_act,
             positions=config.projector_positions,
+            norm=config.projector_norm,
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        by_row(self.language_model, config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -70,35 +74,48 @@ class TrolModel(TrolPreTrainedModel):
         """The module that owns the decoder's layers; within OPT's, for one, it lies deeper."""
         return self.language_model.get_decoder()
 
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Image tokens: tower -> without class tokens -> projector.
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the projector reads: the tower's patches, class tokens left out, pixel-shuffled.
 
-        `pixel_values` [N, 3, H, W] -> `pooler_output` [N, P, D]. `DataError` for other
-        shapes; `HostError` where the tower gives fewer than P features for an image.
+        `pixel_values` [N, 3, H, W] -> [N, P, width of the tower / downsample_ratio²].
+        `DataError` for other shapes; `HostError` where the tower gives too few features.
         """
         if pixel_values.ndim != 4:
             raise DataError(
                 f"pixel_values has the shape {list(pixel_values.shape)}; "
                 "give [images in the batch, 3, height, width], all rows' images in one list."
             )
-        layer, patches = self.config.vision_feature_layer, self.config.tokens_per_image
+        layer, (rows, columns) = self.config.vision_feature_layer, self.config.patch_grid
         outputs = self.vision_tower(
             pixel_values=pixel_values.to(self.vision_tower.dtype),
             output_hidden_states=layer is not None,
             return_dict=True,
         )
         states = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
-        if states.ndim != 3 or states.shape[1] < patches:
+        if states.ndim != 3 or states.shape[1] < rows * columns:
             raise HostError(
                 f"the tower {self.config.vision_config.model_type!r} gives features "
-                f"{list(states.shape)}, but {patches} patches an image were expected; use a "
-                "tower that keeps one feature for each patch."
+                f"{list(states.shape)}, but {rows * columns} patches an image were expected; use "
+                "a tower that keeps one feature for each patch."
             )
-        features = self.projector(states[:, -patches:])  # class and register tokens come first
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=features)
+        patches = states[:, -rows * columns :]  # class and register tokens come first
+        if self.config.downsample_ratio == 1:
+            return patches
+        return pixel_shuffle(
+            patches.unflatten(1, (rows, columns)), self.config.downsample_ratio
+        ).flatten(1, 2)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Image tokens: tower -> without class tokens -> pixel shuffle -> projector.
+
+        `pixel_values` [N, 3, H, W] -> `last_hidden_state`, what the projector read, and
+        `pooler_output` [N, P, D], what it made of it. Raises as `get_vision_features`.
+        """
+        features = self.get_vision_features(pixel_values)
+        return BaseModelOutputWithPooling(features, self.projector(features))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -132,7 +149,9 @@ class TrolModel(TrolPreTrainedModel):
 
     def _check_length(self, inputs_embeds: torch.Tensor) -> None:
         most = getattr(self.config.text_config, "max_position_embeddings", None)
-        if most is not None and inputs_embeds.shape[1] > most:
+        if most is None or has_no_end(self.config.text_config):
+            return
+        if inputs_embeds.shape[1] > most:
             raise DataError(
                 f"the prompt has {inputs_embeds.shape[1]} tokens, images included, but the "
                 f"decoder has {most} positions; shorten the text or give fewer images."
@@ -165,6 +184,8 @@ class TrolModel(TrolPreTrainedModel):
             inputs_embeds = self._embed(cast(torch.Tensor, input_ids))
         if encoded is not None:
             inputs_embeds, features = self._with_images(inputs_embeds, mask, encoded)
+            if getattr(self.language_model, "reads_image_tokens", False):
+                kwargs["image_tokens"] = mask
         elif past_key_values is None or past_key_values.get_seq_length() == 0:
             # Later calls are not checked: guesses of assisted decoding may hold image tokens.
             check_count(mask, 0, self.config.tokens_per_image)
@@ -181,7 +202,7 @@ class TrolModel(TrolPreTrainedModel):
         return TrolModelOutput(**kept, image_hidden_states=features)
 
 
-class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
+class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
     """TroL with its head: the model that answers questions about images.
 
     The depth policy that `config.depth` names is attached to the decoder.
@@ -263,23 +284,3 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return TrolCausalLMOutput(loss=loss, logits=logits, **rest)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Rows repeated for beams, each copy of a row followed by all of its own images."""
-        pixels = kwargs.pop("pixel_values", None)
-        if pixels is not None and expand_size > 1:
-            mask = self.model.get_placeholder_mask(input_ids, kwargs.get("inputs_embeds"))
-            pixels = repeat_images(pixels, mask, self.config.tokens_per_image, expand_size)
-        input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **kwargs,
-        )
-        return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
