@@ -28,6 +28,8 @@ class Step:
     roles: Roles
     keep: bool = True
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
+    last_only: bool = False
+    """Whether nobody reads what comes out above any token but the last of each row."""
     real: Tensor | None = None
     """1 at tokens that are no padding, as the caller says; read by traces. Shape: [B, S]."""
 
@@ -54,6 +56,8 @@ class Call:
     """The stack's configuration."""
     applied: list[int]
     """How often each layer was applied; written by the layers."""
+    last_only: bool = False
+    """Whether only the last token's output of the last layer is read, and nobody watches."""
 
     def is_absent(self, layer: int) -> bool:
         """Whether the whole batch, always, skips this layer: then it has no keys and values."""
@@ -64,6 +68,10 @@ class Call:
         if self.recorder is not None or (isinstance(cache, PlanedCache) and cache.planes):
             return False
         return self.policy.is_plain(layer)
+
+    def only_last_of(self, layer: int) -> bool:
+        """Whether only the last token's output of this layer is read."""
+        return self.last_only and layer == len(self.applied) - 1
 
     def scratch(self) -> DynamicCache:
         """A cache for one layer's pass, where keys and values are merged but none is kept."""

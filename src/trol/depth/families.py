@@ -52,6 +52,8 @@ class LayerSite:
     cache_position: int
     """Counted after the hidden states."""
     mask_position: int | None
+    names: tuple[str, ...] = ()
+    """The layer's parameters after the hidden states, as far as they have a position."""
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
@@ -102,7 +104,7 @@ def layer_site(layer: nn.Module) -> LayerSite:
             "attaches to transformers decoder layers."
         )
     mask = names.index("attention_mask") if "attention_mask" in names else None
-    return LayerSite(found[0], names.index(found[0]), mask)
+    return LayerSite(found[0], names.index(found[0]), mask, tuple(names))
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,13 @@ class StackMixin(Specialised):
             recorder=ambience.recorder,
             config=self.config,
             applied=[0] * self.depth_layers,
+            last_only=self._last_only(step, ambience),
         )
+
+    def _last_only(self, step: Step, ambience: Ambience) -> bool:
+        """Not in training or compiled code, nor where a trace wants to see all visits."""
+        observed = ambience.recorder is not None or torch.is_grad_enabled()
+        return step.last_only and not observed and not torch.compiler.is_compiling()
 
     def _all_plain(self, policy: AbstractPolicy, in_scope: Any, keep: bool, cache: Any) -> bool:
         planed = isinstance(cache, PlanedCache) and bool(cache.planes)
@@ -193,6 +200,7 @@ class HostMixin(Specialised):
     """The model that trol is attached to: knows question from answer."""
 
     modules: Any
+    config: Any
     generation_config: Any
 
     def forward(
@@ -205,11 +213,20 @@ class HostMixin(Specialised):
         """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
         if depth_step is None:
             depth_step = _told(assistant_masks, kwargs.get("labels"), kwargs.get("attention_mask"))
+        if self._reads_last_only(kwargs):
+            depth_step = replace(depth_step, last_only=True)
         token = STEP.set(depth_step)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             STEP.reset(token)
+
+    def _reads_last_only(self, kwargs: dict[str, Any]) -> bool:
+        shown = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name, False)) for name in shown):
+            return False
+        kept = kwargs.get("logits_to_keep", 0)
+        return isinstance(kept, int) and kept == 1
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, assistant_masks: Any = None, **kwargs: Any

@@ -6,7 +6,7 @@
 Every method in trol runs through `traverse`. An *executor* makes one visit: it is called with the
 tokens that go again and the plane they read and write. Contract: (1) it writes that plane exactly
 once, for all T positions; (2) where a token does not go again it returns its state unchanged.
-`dense_visit` computes all tokens and selects: the readable reference.
+`dense_visit` computes all tokens and selects: the readable reference; `packed` has the others.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from trol.depth.call import Call
 from trol.depth.families import LayerSite
 from trol.depth.holes import Holes
+from trol.depth.packed import last_visit
 from trol.depth.planes import LayerPlanes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
 
 Forward = Callable[..., Any]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer takes beside the hidden states."""
 
 
 class LayerRun:
@@ -42,15 +46,24 @@ class LayerRun:
 
     def apply(self, state: Tensor, plane: int) -> Tensor:
         """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out."""
-        args, kwargs = self.args, self.kwargs
+        args, kwargs, cache = self.args, self.kwargs, None
         if self.planes is not None:
-            args, kwargs = self.site.with_cache(args, kwargs, self.planes.opened(plane))
+            cache = self.planes.opened(plane)
         if self.holes is not None:
+            args, kwargs = self.site.with_cache(args, kwargs, cache)
             args, kwargs = self.holes.shown_in(args, kwargs, self.site, state)
-        out = self.forward(state, *args, **kwargs)
+        out = self.call(state, (args, kwargs), cache)
         self.applied += 1
         if self.planes is not None:
             self.planes.close()
+        return out
+
+    def call(self, state: Tensor, inputs: Inputs, cache: Any) -> Tensor:
+        """The host's layer once, on these side inputs and, if not None, this cache."""
+        args, kwargs = inputs
+        if cache is not None:
+            args, kwargs = self.site.with_cache(args, kwargs, cache)
+        out = self.forward(state, *args, **kwargs)
         if not isinstance(out, tuple):
             return out
         if self.rest is None:  # what comes beside the hidden states is the first visit's
@@ -89,7 +102,10 @@ def traverse(run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, c
         if number == limit or (need is False and not _must_run(run, number)):
             break
         visited = number + 1
-        state = dense_visit(run, state, need, visited)
+        packed = None
+        if visited == limit > 1 and need is True and call.only_last_of(layer) and not run.holes:
+            packed = last_visit(run, state, layer, visited)
+        state = dense_visit(run, state, need, visited) if packed is None else packed
         _record_visit(call, layer, need, state)
     if run.planes is not None:
         run.planes.finish(visited)

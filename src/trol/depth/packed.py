@@ -1,0 +1,117 @@
+"""Packed visits: only tokens whose output somebody reads are computed.
+
+One selection so far: in generation nothing but the last token's logits is read, so the last
+visit to the last layer is made by the last token alone. It attends to keys and values of all
+tokens, which are made by entering the layer with all of them and leaving it at its cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
+
+if TYPE_CHECKING:
+    from trol.depth.visits import LayerRun
+
+PER_TOKEN = {
+    "attention_mask": -2,
+    "image_tokens": -1,
+    "per_layer_input": -2,
+    "position_embeddings": -2,
+    "position_ids": -1,
+}
+"""Side inputs of a layer that go with its tokens, and in which dimension the tokens lie."""
+
+PER_KEY = ("alibi",)
+"""Side inputs that go with the keys, which stay as they are."""
+
+
+class KeysWritten(Exception):
+    """Leaves a layer once its keys and values are stored."""
+
+
+class WrittenOnce:
+    """A slot that stores keys and values of all tokens, ends that pass, and shows them after it."""
+
+    slot: Any = None
+
+    def __init__(self, slot: Any) -> None:
+        self.slot = slot
+        self.held: Any = None
+
+    @property
+    def __class__(self) -> Any:  # what the slot is an instance of, this is too
+        return type(self.slot)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.slot, name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """All keys and values of the layer so far. Shape: [B, H, S, d] each."""
+        if self.held is None:
+            self.held = self.slot.update(keys, values, *args, **kwargs)
+            raise KeysWritten
+        return self.held
+
+
+def last_visit(run: LayerRun, state: Tensor, layer: int, plane: int) -> Tensor | None:
+    """One visit whose output only the last token of each row has; the others keep their state.
+
+    Shape: [B, T, D], in and out. None, and nothing done, where this layer cannot do it.
+    """
+    planes, last = run.planes, last_inputs(run, state.shape[1])
+    if planes is None or last is None or not _packable(run, planes.slots[plane - 1]):
+        return None
+    view = planes.opened(plane)
+    view.layers[layer] = WrittenOnce(view.layers[layer])
+    try:
+        run.call(state, (run.args, run.kwargs), view)
+    except KeysWritten:
+        planes.close()
+    out = run.call(state[:, -1:], last, view)
+    run.applied += 1
+    return torch.cat([state[:, :-1], out], dim=1)
+
+
+def _packable(run: LayerRun, slot: Any) -> bool:
+    if not isinstance(slot, CacheLayerMixin) or isinstance(slot, LinearAttentionCacheLayerMixin):
+        return False
+    # Without a mask one query sees all keys: right, unless some of them are not written yet.
+    return run.site.mask_in(run.args, run.kwargs) is not None or not isinstance(slot, StaticLayer)
+
+
+def last_inputs(run: LayerRun, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A layer's arguments for its last token, or None where one of them is not understood."""
+    names = run.site.names[: len(run.args)]
+    given = {**dict(zip(names, run.args, strict=True)), **run.kwargs}
+    kept = {
+        name: value if name in PER_KEY else _last(value, PER_TOKEN.get(name), tokens)
+        for name, value in given.items()
+    }
+    if any(kept[name] is None and value is not None for name, value in given.items()):
+        return None
+    return tuple(kept.pop(name) for name in names), kept
+
+
+def _last(value: Any, dimension: int | None, tokens: int) -> Any:
+    if isinstance(value, tuple | list) and value and dimension is not None:
+        parts = [_last(part, dimension, tokens) for part in value]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if not isinstance(value, Tensor):
+        return value if _plain(value) else None
+    if dimension is None or value.ndim < -dimension or value.shape[dimension] != tokens:
+        return None
+    return value.narrow(dimension, tokens - 1, 1)
+
+
+def _plain(value: Any) -> bool:
+    """Whether an argument says the same for every selection of tokens."""
+    return value is None or isinstance(value, bool | int | float | str | Cache)
