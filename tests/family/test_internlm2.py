@@ -55,11 +55,16 @@ def test_a_text_is_read_as_by_llama_and_no_update_runs(model):
 
 @torch.no_grad()
 def test_the_update_runs_on_the_prompt_and_not_in_decoding(model):
-    runs, hooks = counted(model)
-    model.generate(**batch(model, [1], [4]), **NEW)
-    assert len(runs) == 2 * 3 * 7  # two visits of three layers
-    for hook in hooks:
-        hook.remove()
+    counts = []
+    for new in (1, 5):
+        runs, hooks = counted(model)
+        model.generate(
+            **batch(model, [1], [4]), **{**NEW, "max_new_tokens": new, "min_new_tokens": new}
+        )
+        counts.append(len(runs))
+        for hook in hooks:
+            hook.remove()
+    assert counts[0] == counts[1] > 0
 
 
 @torch.no_grad()

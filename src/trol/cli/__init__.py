@@ -20,6 +20,7 @@ VERBS = {
     "eval": "trol.cli.eval:evaluate",
     "train": "trol.cli.train:train",
     "bench": "trol.cli.bench:bench",
+    "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",
 }
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130

@@ -31,17 +31,27 @@ def chat(
     question: Annotated[
         str | None, typer.Option("--question", metavar="TEXT", help="Answer this and leave.")
     ] = None,
+    named: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The same as MODEL.")
+    ] = None,
     depth: terminal.Depth = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", metavar="4|8", help="Quantise the decoder's weights.")
+    ] = None,
     max_new_tokens: terminal.MaxNewTokens = DEFAULT_NEW_TOKENS,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Ask MODEL about pictures, turn by turn."""
+    if named is not None:
+        if model != terminal.DEFAULT_MODEL:
+            raise UsageError(f"two models are named, {model!r} and --model {named!r}; name one.")
+        model = named
     if question is not None and not question.strip():
         raise UsageError("--question is empty; say what you want to know.")
     if as_json and question is None:
         raise UsageError("--json needs --question: a conversation is not one object.")
     _check_pictures(image or [])
-    conversation = start(model, max_new_tokens=max_new_tokens, plan=depth)
+    conversation = start(model, max_new_tokens=max_new_tokens, plan=depth, bits=bits)
     for path in image or []:
         conversation.show(path)
     if question is None:

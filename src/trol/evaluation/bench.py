@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
-from trol.depth import AbstractPolicy, attach
+from trol.depth import AbstractPolicy, attach, depth
 from trol.depth.planes import cache_bytes
 from trol.errors import unknown
-from trol.evaluation.timing import interleaved, ratio_and_spread, time_generate
+from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
+from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 
@@ -56,6 +57,7 @@ def overhead(rounds: int) -> list[Row]:
     for batch in BATCHES:
         for prompt in PROMPTS:
             rows += _overhead_rows(bare, models, batch, prompt, rounds)
+    rows += _published_rows(rounds)
     rows.append(_memory_row(bare, models["question"]))
     rows.append(_exactness_row(models["all"]))
     return rows
@@ -66,7 +68,7 @@ def _overhead_rows(
 ) -> list[Row]:
     ids = torch.randint(3, bare.config.vocab_size, (batch, prompt))
     runs = {
-        name: lambda model=model: time_generate(model, ids, NEW_TOKENS)
+        name: lambda model=model: time_generate(model, {"input_ids": ids}, NEW_TOKENS)
         for name, model in {"bare": bare, **models}.items()
     }
     times = interleaved(runs, rounds=rounds)
@@ -77,6 +79,64 @@ def _overhead_rows(
             case = f"{name} {phase} b{batch} t{prompt}"
             rows.append(_row(case, bare_ms, measured_ms, visits=visits, must=must))
     return rows
+
+
+def _published_rows(rounds: int) -> list[Row]:
+    """The released models' kind: partial LoRA, one gate, 256 image tokens in a prompt of 300.
+
+    The bounds are what the official code takes of its own single pass, measured alike.
+    """
+    model = _published()
+    image = torch.full((1, model.config.tokens_per_image), model.config.image_token_id)
+    words = torch.randint(3, 2000, (1, 300 - image.shape[1]))
+    side = model.config.vision_config.image_size
+    inputs = {
+        "input_ids": torch.cat([words[:, :8], image, words[:, 8:]], dim=1),
+        "pixel_values": torch.randn(1, 3, side, side),
+    }
+
+    def bare() -> Timing:
+        with depth(model, "all"):
+            return time_generate(model, inputs, NEW_TOKENS)
+
+    runs = {"bare": bare, "trol": lambda: time_generate(model, inputs, NEW_TOKENS)}
+    times = interleaved(runs, rounds=rounds)
+    rows = []
+    for phase, visits, must in (("prefill", 2, 1.95), ("decode", 1, 1.0)):
+        bare_ms, measured_ms = ([getattr(t, phase) for t in times[name]] for name in runs)
+        case = f"published {phase} b1 t300"
+        rows.append(_row(case, bare_ms, measured_ms, visits=visits, must=must))
+    return rows
+
+
+def _published() -> TrolForConditionalGeneration:
+    """InternLM2 of hidden size 512 and 8 layers behind a tower that costs next to nothing."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=64,
+        patch_size=4,
+    )
+    text = InternLM2Config(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=512 * 8 // 3,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        eos_token_id=2,
+    )
+    depth_settings = {"policy": "trol_mixer", "sharing": "shared"}
+    config = TrolConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=text.vocab_size,
+        depth=depth_settings,
+    )
+    return TrolForConditionalGeneration(config).eval()
 
 
 def _row(
@@ -106,7 +166,8 @@ def _bytes_after_prefill(model: Any) -> int:
     stack = model.get_decoder()
     hook = stack.register_forward_hook(lambda _m, _a, out: caches.append(out.past_key_values))
     try:
-        time_generate(model, torch.randint(3, model.config.vocab_size, (1, 64)), 2)
+        ids = torch.randint(3, model.config.vocab_size, (1, 64))
+        time_generate(model, {"input_ids": ids}, 2)
     finally:
         hook.remove()
     return cache_bytes(caches[0])

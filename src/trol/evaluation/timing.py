@@ -34,13 +34,12 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def time_generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Timing:
-    """Times one greedy `generate` of at least two new tokens on ids [B, T]."""
+def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Timing:
+    """Times one greedy `generate` of at least two new tokens; `inputs` hold ids [B, T] at least."""
     clock = _Clock()
     began = time.perf_counter()
     model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        **{"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs},
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

@@ -6,13 +6,21 @@ Importing this package registers them: `AutoModelForImageTextToText.from_pretrai
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from trol.family.configuration import TrolConfig
 from trol.family.internlm2 import InternLM2Config, InternLM2Model
 from trol.family.modeling import TrolForConditionalGeneration, TrolModel
 from trol.family.presets import tiny, tiny_processor
 from trol.family.processing import TrolProcessor
+from trol.family.square import SquareImageProcessor
+from trol.family.tiled import TiledImageProcessor
 from trol.family.word_level import word_tokenizer
 
 AutoConfig.register(InternLM2Config.model_type, InternLM2Config)
@@ -21,6 +29,9 @@ AutoConfig.register(TrolConfig.model_type, TrolConfig)
 AutoModel.register(TrolConfig, TrolModel)
 AutoModelForImageTextToText.register(TrolConfig, TrolForConditionalGeneration)
 AutoProcessor.register(TrolConfig, TrolProcessor)
+# One entry for each: of several classes in one entry, transformers opens the first by any name.
+AutoImageProcessor.register(InternLM2Config, image_processor_classes={"pil": SquareImageProcessor})
+AutoImageProcessor.register(TrolConfig, image_processor_classes={"pil": TiledImageProcessor})
 
 __all__ = [
     "InternLM2Config",

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -18,34 +19,46 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.hub import cached_file
 
-import trol.family  # noqa: F401  # registers the TroL classes with the Auto classes
 from trol.depth import attach
 from trol.depth.registry import from_settings
 from trol.depth.saving import marks
 from trol.errors import HostError, unknown
+from trol.family import TrolForConditionalGeneration  # registers the family's classes as well
+from trol.family.published.opening import open_published
+from trol.family.published.quantisation import quantised
+from trol.family.published.reading import open_published_processor
 
 SHIPPED = ("trol-tiny",)
 """Models that lie inside the package."""
 
 
-def load_model(name: str | Path, **settings: Any) -> tuple[Any, Any]:
+def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) -> tuple[Any, Any]:
     """A model, in evaluation mode, and its processor (of a text model: its tokenizer).
 
     Args:
-        name: a shipped model's name, a folder, or a hub name.
+        name: a shipped model's name, a folder (of a saved model, or of a published TroL
+            checkpoint), or a hub name.
+        bits: 4 or 8 for quantised weights (then float16 is the type of the others, unless
+            `dtype` says otherwise); None for the weights as they are.
         settings: passed on to `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
         HostError: nothing of that name can be opened, or what lies there is no model.
+        DataError: a published checkpoint is damaged.
     """
     source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
     if not Path(source).is_dir() and "/" not in source:
         raise unknown("model", name, SHIPPED)
+    if bits is not None:
+        settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
     try:
+        model = open_published(TrolForConditionalGeneration, source, **settings)
+        if model is not None:
+            return model.eval(), open_published_processor(source, **settings)
         found = cached_file(source, "config.json")
         assert found is not None
         config = json.loads(Path(found).read_text(encoding="utf-8"))
-        model = _open_marked(config, Path(found).parent) if marks(config) else None
+        model = _open_marked(config, Path(found).parent, bits) if marks(config) else None
         if model is None:
             auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
             model = auto.from_pretrained(source, **settings)
@@ -70,8 +83,13 @@ def _sees(source: str) -> bool:
     return type(AutoConfig.from_pretrained(source)) in _SEEING
 
 
-def _open_marked(config: dict[str, Any], folder: Path) -> Any:
+def _open_marked(config: dict[str, Any], folder: Path, bits: int | None) -> Any:
     """A host that was saved with its policy attached."""
+    if bits is not None:
+        raise HostError(
+            f"{folder} is a host saved with its policy, which opens with its full weights only; "
+            "leave the bits out, or quantise the host and attach the policy's adapter."
+        )
     host = dict(config["host"])
     made = AutoConfig.for_model(host.pop("model_type"), **host)
     auto = AutoModelForImageTextToText if type(made) in _SEEING else AutoModelForCausalLM

@@ -21,7 +21,9 @@ from trol.family.generation import TrolGenerationMixin
 from trol.family.outputs import TrolCausalLMOutput, TrolModelOutput
 from trol.family.placeholders import check_count
 from trol.family.projector import TrolProjector, pixel_shuffle
-from trol.family.rope import by_row, has_no_end
+from trol.family.published.opening import open_published
+from trol.family.published.quantisation import spare_parts
+from trol.family.rope import by_row, goes_by_length
 from trol.policies import from_settings, to_settings
 
 Encoded = dict[str, BaseModelOutputWithPooling]
@@ -149,7 +151,7 @@ class TrolModel(TrolPreTrainedModel):
 
     def _check_length(self, inputs_embeds: torch.Tensor) -> None:
         most = getattr(self.config.text_config, "max_position_embeddings", None)
-        if most is None or has_no_end(self.config.text_config):
+        if most is None or goes_by_length(self.config.text_config):
             return
         if inputs_embeds.shape[1] > most:
             raise DataError(
@@ -220,6 +222,17 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
             self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
         self._attach_depth()
+
+    @classmethod
+    def from_pretrained(cls, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; opens the published TroL checkpoints too, by hub name or folder.
+
+        `DataError` for a damaged checkpoint, `HostError` for one that cannot be had. Whatever a
+        `quantization_config` says, tower, projector, head and gates are not quantised.
+        """
+        kwargs = spare_parts(kwargs)
+        opened = open_published(cls, source, **kwargs)
+        return super().from_pretrained(source, *args, **kwargs) if opened is None else opened
 
     def _token_table_name(self) -> str:
         table = self.model.get_input_embeddings()

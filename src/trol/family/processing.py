@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trol.data.images import open_image
 from trol.errors import DataError, UsageError
 
 IMAGE_TOKEN = "<image>"
-"""Stands for one image in the text, and for one image feature in the token ids."""
+"""Stands for one image in every text and template, whatever the tokenizer's image token is."""
 
 CHAT_TEMPLATE = """\
 {%- macro say(content) -%}
@@ -45,28 +47,43 @@ CHAT_TEMPLATE = """\
 
 
 class TrolProcessor(ProcessorMixin):
-    """An image processor and a tokenizer; every image becomes `tokens_per_image` image tokens."""
+    """An image processor and a tokenizer; every `<image>` becomes the image tokens of one image.
+
+    An image of n tiles (1, unless the image processor cuts it) becomes `image_prefix`,
+    n * `tokens_per_image` times `image_token`, and `image_suffix`.
+    """
 
     marks_answers_itself = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # from_pretrained reads the settings off the positional parameters
         self,
         image_processor: Any,
         tokenizer: Any,
         tokens_per_image: int,
         image_token: str = IMAGE_TOKEN,
+        image_prefix: str = "",
+        image_suffix: str = "",
         chat_template: str | dict[str, str] | None = None,
     ) -> None:
-        # from_pretrained reads the settings off the positional parameters: none is keyword-only.
         self.tokens_per_image = tokens_per_image
         self.image_token = image_token
         self.image_token_id = _token_id(tokenizer, image_token)
+        self.image_prefix = image_prefix
+        self.image_suffix = image_suffix
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Token ids and attention mask [B, T], and pixels [N, 3, H, W] where there are images.
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; opens the published TroL checkpoints' processors too."""
+        from trol.family.published.reading import open_published_processor  # noqa: PLC0415 - a circle
 
-        `text` is one text or B texts with one placeholder per image; `images` is one image, the
+        opened = open_published_processor(source, **kwargs)
+        return super().from_pretrained(source, *args, **kwargs) if opened is None else opened
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Token ids and attention mask [B, T], and pixels [N, 3, H, W] of all tiles of all images.
+
+        `text` is one text or B texts with one `<image>` per image; `images` is one image, the
         images of all texts in reading order, or a list of images per text; each a PIL image,
         array, path or address. Several texts are padded unless `padding` says otherwise.
         `DataError` for an empty text, an image that cannot be read, or counts that differ.
@@ -78,7 +95,11 @@ class TrolProcessor(ProcessorMixin):
         pictures = self._pictures(images, texts)
         if len(texts) > 1 and "padding" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("padding", True)
-        return super().__call__(images=pictures or None, text=texts, **kwargs)
+        # The image token itself marks the places from here on: ProcessorMixin looks for it.
+        marked = [one.replace(IMAGE_TOKEN, self.image_token) for one in texts]
+        encoded = super().__call__(images=pictures or None, text=marked, **kwargs)
+        encoded.pop("num_patches", None)  # counted the tokens; no model takes it
+        return encoded
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As `ProcessorMixin.apply_chat_template`; `DataError` for a user who says nothing."""
@@ -97,48 +118,57 @@ class TrolProcessor(ProcessorMixin):
     def _answers(self, conversation: Any, ids: Any, settings: dict[str, Any]) -> Any:
         """1 where the assistant speaks, in the form of `ids`: [T], or [B, T] padded as they are.
 
-        Asked of the tokenizer, with the images already expanded: the processor's own way marks
-        nothing beside images before transformers 5.18, and takes several times as long after.
+        Read off the texts with one image token per image: the processor's own way marks nothing
+        beside images before transformers 5.18, and takes several times as long after.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
-        told = self.tokenizer.apply_chat_template(
-            [self._expanded(getattr(one, "messages", one)) for one in conversations],
-            chat_template=settings.get("chat_template") or self.chat_template,
-            add_generation_prompt=settings.get("add_generation_prompt", False),
-            tokenize=True,
-            return_dict=True,
+        rendered: Any = render_jinja_template(
+            [_without_pixels(getattr(one, "messages", one)) for one in conversations],
+            chat_template=self._template(settings.get("chat_template")),
             return_assistant_tokens_mask=True,
-        )["assistant_masks"]
+            add_generation_prompt=settings.get("add_generation_prompt", False),
+            **self.tokenizer.special_tokens_map,
+        )
         rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         batched = bool(rows) and isinstance(rows[0], list)
+        rows = rows if batched else [rows]
         left = self.tokenizer.padding_side == "left"
-        padded = []
-        for row, masks in zip(rows if batched else [rows], told, strict=True):
-            rest = [0] * (len(row) - len(masks))
-            padded.append(rest + masks if left else masks + rest)
-        padded = padded if batched else padded[0]
-        return torch.tensor(padded) if isinstance(ids, torch.Tensor) else padded
-
-    def _expanded(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with texts for contents, each image as its image tokens."""
-        image = self.image_token * self.tokens_per_image
-        return [
-            {
-                **message,
-                "content": message["content"].replace(self.image_token, image)
-                if isinstance(message["content"], str)
-                else "".join(
-                    image if part["type"] == "image" else part["text"]
-                    for part in message["content"]
-                ),
-            }
-            for message in messages
+        masks = [
+            _stretched(*self._told(text, said), row, self.image_token_id, left=left)
+            for text, said, row in zip(*rendered, rows, strict=True)
         ]
+        masks = masks if batched else masks[0]
+        return torch.tensor(masks) if isinstance(ids, torch.Tensor) else masks
+
+    def _template(self, given: str | None) -> str | None:
+        """The template of this name, or the given one itself, or the default."""
+        if isinstance(self.chat_template, dict):
+            return self.chat_template.get(given or "default", given)
+        return given or self.chat_template
+
+    def _told(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Token ids of a rendered text, one image token per image, and 1 inside the spans."""
+        image = self._image(1)
+        longer = len(image) - len(IMAGE_TOKEN)
+        # The characters move by what the images before them have grown.
+        moved = [
+            range(*(place + longer * text.count(IMAGE_TOKEN, 0, place) for place in span))
+            for span in spans
+        ]
+        encoded = self.tokenizer(
+            text.replace(IMAGE_TOKEN, image), add_special_tokens=False, return_offsets_mapping=True
+        )
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        return encoded["input_ids"], [int(any(s in span for span in moved)) for s in starts]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """What stands in the text for the image with this number."""
-        return self.image_token * self.tokens_per_image
+        tiles = image_inputs.get("num_patches")
+        return self._image(self.tokens_per_image * (1 if tiles is None else int(tiles[image_idx])))
+
+    def _image(self, tokens: int) -> str:
+        return self.image_prefix + self.image_token * tokens + self.image_suffix
 
     def _texts(self, text: Any) -> list[str]:
         texts = [text] if isinstance(text, str) else text
@@ -147,11 +177,16 @@ class TrolProcessor(ProcessorMixin):
         for number, one in enumerate(texts):
             if not isinstance(one, str) or not one.strip():
                 raise DataError(f"text {number} is {one!r}: empty; write a question into it.")
+            if self.image_token != IMAGE_TOKEN and self.image_token in one:
+                raise DataError(
+                    f"text {number} has {self.image_token!r} in it, which stands for image "
+                    f"features; write {IMAGE_TOKEN!r} where an image goes."
+                )
         return list(texts)
 
     def _pictures(self, images: Any, texts: list[str]) -> list[Any]:
         """All images in reading order, as many as the texts have placeholders."""
-        wanted = [text.count(self.image_token) for text in texts]
+        wanted = [text.count(IMAGE_TOKEN) for text in texts]
         rows = [] if images is None else images if isinstance(images, list | tuple) else [images]
         nested = bool(rows) and all(row is None or isinstance(row, list | tuple) for row in rows)
         pictures = [picture for row in rows for picture in row or ()] if nested else list(rows)
@@ -164,7 +199,7 @@ class TrolProcessor(ProcessorMixin):
         if given != wanted if nested else len(pictures) != sum(wanted):
             raise DataError(
                 f"got {_listed(given)} images, expected {_listed(wanted)}, one for each "
-                f"{self.image_token!r} in the texts; give an image for every placeholder, "
+                f"{IMAGE_TOKEN!r} in the texts; give an image for every placeholder, "
                 "and a placeholder for every image."
             )
         return [self._opened(picture) for picture in pictures]
@@ -189,6 +224,43 @@ def _token_id(tokenizer: Any, token: str) -> int:
             f"tokenizer.add_tokens([{token!r}], special_tokens=True), or name its own image token."
         )
     return found
+
+
+def _without_pixels(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as far as a template reads them: whatever is not text is an image."""
+    return [
+        {**message, "content": [_part(part) for part in message["content"]]}
+        if not isinstance(message.get("content"), str | None)
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(part) if part["type"] == "text" else {"type": "image"}
+
+
+def _stretched(
+    told: list[int], masks: list[int], row: list[int], image_token_id: int, *, left: bool
+) -> list[int]:
+    """The masks of `told` for `row`: the same tokens with longer runs of image tokens, padded."""
+    others = [mask for token, mask in zip(told, masks, strict=True) if token != image_token_id]
+    padding = [0] * (sum(token != image_token_id for token in row) - len(others))
+    if len(row) < len(told):
+        raise DataError(
+            f"the conversation was cut from at least {len(told)} tokens to {len(row)}, so its "
+            "answers cannot be marked; leave truncation and max_length out."
+        )
+    rest = iter(padding + others if left else others + padding)
+    runs = groupby(zip(told, masks, strict=True), key=lambda pair: pair[0] == image_token_id)
+    images = iter([next(run)[1] for is_image, run in runs if is_image])
+    stretched: list[int] = []
+    for is_image, run in groupby(row, key=lambda token: token == image_token_id):
+        if is_image:
+            stretched += [next(images)] * len(list(run))
+        else:
+            stretched += [next(rest) for _ in run]
+    return stretched
 
 
 def _messages(conversation: Any) -> Iterator[Mapping[str, Any]]:

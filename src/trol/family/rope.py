@@ -75,8 +75,7 @@ class RowRotaryEmbedding(nn.Module):
 
 def by_row(decoder: nn.Module, config: Any) -> None:
     """Gives a decoder whose RoPE depends on the length one that looks at each row by itself."""
-    settings = getattr(config, "rope_parameters", None) or {}
-    if settings.get("rope_type") in BY_LENGTH:
+    if goes_by_length(config):
         decoder.rotary_emb = RowRotaryEmbedding(config)
 
 
@@ -103,7 +102,7 @@ def switch_length(config: Any) -> int | None:
     return settings["original_max_position_embeddings"]
 
 
-def has_no_end(config: Any) -> bool:
-    """Whether the decoder's RoPE stretches to any length."""
+def goes_by_length(config: Any) -> bool:
+    """Whether the decoder's RoPE looks at the length of a text, and so has one for any length."""
     settings = getattr(config, "rope_parameters", None) or {}
-    return settings.get("rope_type") == "dynamic"
+    return settings.get("rope_type") in BY_LENGTH

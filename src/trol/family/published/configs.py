@@ -1,0 +1,196 @@
+"""The configuration of a published checkpoint: from its `config.json` and its tensors' shapes.
+
+What the shapes tell is taken from them, and `config.json` must not contradict it; what they cannot
+tell (heads, RoPE, special ids) must be there. InternLM2's file is flat, like that of
+InternLM-XComposer2; Phi-3's has a part each for decoder and tower, like that of InternVL-Chat.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import CLIPVisionConfig, InternVLVisionConfig, Phi3Config
+
+from trol.errors import DataError
+from trol.family.configuration import TrolConfig
+from trol.family.internlm2 import InternLM2Config
+from trol.family.published.files import CONFIG, CURE, Checkpoint, read_json
+from trol.family.published.ropes import internlm2_rope, phi3_rope
+from trol.family.published.stated import Stated, image_token_id
+
+PUBLISHED_GRID = 35
+"""Patches along each side that InternLM2's models see; their tower's own table has `CLIP_GRID`."""
+CLIP_GRID = 24
+
+HEAD_SIZE = 64
+"""Of the published vision towers, where `config.json` does not tell."""
+
+POSITIONS = {
+    "internlm2": "vit.vision_tower.vision_model.embeddings.position_embedding.weight",
+    "phi3": "vision_model.embeddings.position_embedding",
+}
+"""Family -> its vision tower's position table."""
+
+HEADS = {"internlm2": "output.weight", "phi3": "language_model.lm_head.weight"}
+"""Family -> the head, whose type is the checkpoint's."""
+
+_FIRST_LINEAR = {"internlm2": 0, "phi3": 1}
+"""Family -> place of the first linear map in its projector."""
+
+
+def trol_config(family: str, checkpoint: Checkpoint) -> TrolConfig:
+    """The TroL configuration of a checkpoint, all but its depth policy.
+
+    Raises:
+        DataError: `config.json` lacks what is needed or contradicts the tensors.
+    """
+    file = checkpoint.folder / CONFIG
+    stated = Stated(read_json(file), str(file))
+    made = {"internlm2": _internlm2, "phi3": _phi3}[family](stated, checkpoint)
+    return TrolConfig(
+        **made,
+        projector_hidden_size=checkpoint.shape(f"vision_proj.{_FIRST_LINEAR[family]}.weight")[0],
+        dtype=checkpoint.read(HEADS[family]).dtype,
+    )
+
+
+def _internlm2(stated: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
+    vocab, hidden = checkpoint.shape(HEADS["internlm2"])
+    heads, layer = stated.need("num_attention_heads"), "model.layers.0"
+    rank = checkpoint.shape(f"{layer}.attention.wqkv.lora_A.weight")[0]
+    text = InternLM2Config(
+        **stated.agree(
+            hidden_size=hidden,
+            intermediate_size=checkpoint.shape(f"{layer}.feed_forward.w1.ffn.weight")[0],
+            num_hidden_layers=_count(checkpoint, "model.layers."),
+            num_key_value_heads=_key_heads(
+                checkpoint, f"{layer}.attention.wqkv.ffn.weight", heads, hidden
+            ),
+        ),
+        **stated.take("hidden_act", "initializer_range", "rms_norm_eps"),
+        vocab_size=vocab,
+        num_attention_heads=heads,
+        max_position_embeddings=stated.need("max_position_embeddings"),
+        rope_parameters=internlm2_rope(stated),
+        image_lora_rank=rank,
+        image_lora_alpha=stated.get("lora_alpha", default=rank),
+        image_lora_dropout=stated.get("lora_dropout", default=0.05),
+        image_rows=checkpoint.shape("model.tok_embeddings.weight")[0] - vocab,
+        **_special_ids(stated),
+    )
+    tower = "vit.vision_tower.vision_model"
+    vision = _clip(stated, stated.part("vision_config"), checkpoint, tower)
+    return {"text_config": text, "vision_config": vision, "image_token_id": vocab}
+
+
+def _clip(whole: Stated, stated: Stated, checkpoint: Checkpoint, tower: str) -> CLIPVisionConfig:
+    size, channels, patch, _ = checkpoint.shape(f"{tower}.embeddings.patch_embedding.weight")
+    grid = position_grid(checkpoint, "internlm2")
+    grid = PUBLISHED_GRID if grid == CLIP_GRID else grid
+    pixels = whole.get("img_size", "image_size", default=grid * patch)
+    return CLIPVisionConfig(
+        hidden_size=size,
+        intermediate_size=checkpoint.shape(f"{tower}.encoder.layers.0.mlp.fc1.weight")[0],
+        num_hidden_layers=_count(checkpoint, f"{tower}.encoder.layers."),
+        num_attention_heads=stated.get("num_attention_heads", default=max(1, size // HEAD_SIZE)),
+        num_channels=channels,
+        patch_size=patch,
+        image_size=pixels // patch * patch,
+        **stated.take("hidden_act", "layer_norm_eps"),
+    )
+
+
+def _phi3(whole: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
+    stated = whole.part("llm_config")
+    vocab, hidden = checkpoint.shape("language_model.model.embed_tokens.weight")
+    heads, layers = stated.need("num_attention_heads"), "language_model.model.layers."
+    most = stated.need("max_position_embeddings")
+    window = stated.get("sliding_window")
+    text = Phi3Config(
+        **stated.agree(
+            hidden_size=hidden,
+            intermediate_size=checkpoint.shape(f"{layers}0.mlp.gate_up_proj.weight")[0] // 2,
+            num_hidden_layers=_count(checkpoint, layers),
+            num_key_value_heads=_key_heads(
+                checkpoint, f"{layers}0.self_attn.qkv_proj.weight", heads, hidden
+            ),
+        ),
+        **stated.take("hidden_act", "initializer_range", "original_max_position_embeddings"),
+        **stated.take("rms_norm_eps", "attention_dropout", "embd_pdrop", "resid_pdrop"),
+        vocab_size=vocab,
+        num_attention_heads=heads,
+        max_position_embeddings=most,
+        # A window no shorter than the longest text hides nothing.
+        sliding_window=window if window and window < most else None,
+        rope_parameters=phi3_rope(stated),
+        **_special_ids(stated),
+    )
+    return {
+        "text_config": text,
+        "vision_config": _internvit(whole, checkpoint),
+        "image_token_id": image_token_id(whole, checkpoint.folder, vocab),
+        "projector_norm": True,
+        "downsample_ratio": whole.get("downsample_ratio", default=0.5),
+    }
+
+
+def _internvit(whole: Stated, checkpoint: Checkpoint) -> InternVLVisionConfig:
+    stated = whole.part("vision_config")
+    tower, layer = "vision_model.", "vision_model.encoder.layers.0"
+    size, channels, *patch = checkpoint.shape(f"{tower}embeddings.patch_embedding.weight")
+    pixels = whole.get("force_image_size", default=position_grid(checkpoint, "phi3") * patch[0])
+    return InternVLVisionConfig(
+        hidden_size=size,
+        intermediate_size=checkpoint.shape(f"{layer}.mlp.fc1.weight")[0],
+        num_hidden_layers=_count(checkpoint, f"{tower}encoder.layers."),
+        num_attention_heads=stated.get("num_attention_heads", default=max(1, size // HEAD_SIZE)),
+        num_channels=channels,
+        patch_size=patch,
+        image_size=pixels // patch[0] * patch[0],
+        attention_bias=f"{layer}.attn.qkv.bias" in checkpoint,
+        use_qk_norm=f"{layer}.attn.q_norm.weight" in checkpoint,
+        norm_type="layer_norm" if f"{layer}.norm1.bias" in checkpoint else "rms_norm",
+        use_mean_pooling=True,  # the published tower has no final norm
+        **stated.take("hidden_act", "layer_norm_eps"),
+    )
+
+
+def position_grid(checkpoint: Checkpoint, family: str) -> int:
+    """Patches along each side that the position table in the file is made for."""
+    *_, rows, _ = checkpoint.shape(POSITIONS[family])
+    grid = math.isqrt(rows - 1)
+    if grid * grid + 1 != rows:
+        raise DataError(
+            f"{checkpoint.file(POSITIONS[family])}: {POSITIONS[family]!r} has {rows} rows, "
+            f"expected one and a square number of patches; {CURE}."
+        )
+    return grid
+
+
+def _count(checkpoint: Checkpoint, prefix: str) -> int:
+    """How many layers there are: one more than the highest number after `prefix`."""
+    numbers = [n[len(prefix) :].split(".")[0] for n in checkpoint.names() if n.startswith(prefix)]
+    return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
+
+
+def _key_heads(checkpoint: Checkpoint, name: str, heads: int, hidden: int) -> int:
+    """Key heads k, from a fused map of (heads + 2 k) · hidden / heads rows."""
+    rows, size = checkpoint.shape(name)[0], hidden // heads
+    found = (rows // size - heads) // 2
+    if found < 1 or (heads + 2 * found) * size != rows or heads % found:
+        raise DataError(
+            f"{checkpoint.file(name)}: {name!r} has {rows} rows, which do not divide into {heads} "
+            f"query heads of {size} and pairs of key and value heads; {CURE}."
+        )
+    return found
+
+
+def _special_ids(stated: Stated) -> dict[str, Any]:
+    end = stated.get("eos_token_id", default=2)
+    single = end[0] if isinstance(end, list) else end
+    return {
+        "bos_token_id": stated.get("bos_token_id", default=1),
+        "eos_token_id": end,
+        "pad_token_id": stated.get("pad_token_id", default=single),
+    }

@@ -1,0 +1,181 @@
+"""The files of a published checkpoint: which tensor lies where, read only when asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trol.errors import DataError
+
+STEMS = {".safetensors": "model", ".bin": "pytorch_model"}
+"""Kind of weight file -> what transformers calls such files."""
+
+GATING = "trol_gating.pt"
+"""The file of the gates, beside the weights."""
+
+CONFIG = "config.json"
+
+MARKER = "unfinished_conversion.json"
+"""Lies in a folder while a checkpoint is converted into it, and says which."""
+
+BYTES_BETWEEN_TRIMS = 32 * 2**20
+
+CURE = "download the files again from where the checkpoint was published"
+
+
+class Checkpoint:
+    """The tensors of a folder's weight files by name.
+
+    A value is a view of its file, which the operating system reads page by page and drops again:
+    reading takes no memory of its own.
+
+    Raises:
+        DataError: there are no weight files, one is missing or damaged, or the index does not fit.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._held: dict[str, tuple[Path, Any]] = {}
+        self._read = 0
+        index, files = _weight_files(self.folder)
+        listed = {} if index is None else _weight_map(index)
+        for file in files:
+            self._held |= {name: (file, tensor) for name, tensor in _tensors(file).items()}
+        for name, file in listed.items():
+            if name not in self._held or self._held[name][0].name != file:
+                raise DataError(
+                    f"{index} says that {name!r} lies in {file}, which does not hold it; {CURE}."
+                )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def names(self) -> list[str]:
+        """All tensors' names."""
+        return list(self._held)
+
+    def files(self) -> list[Path]:
+        """All weight files."""
+        return sorted({file for file, _ in self._held.values()})
+
+    def file(self, name: str) -> Path:
+        """Where a tensor lies."""
+        return self._entry(name)[0]
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape; its values are not read."""
+        tensor = self._entry(name)[1]
+        return list(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, lying in its file."""
+        tensor = self._entry(name)[1][...]
+        self._read += tensor.nbytes
+        if self._read > BYTES_BETWEEN_TRIMS:
+            self._read = 0
+            trim_memory()
+        return tensor
+
+    def _entry(self, name: str) -> tuple[Path, Any]:
+        if name not in self._held:
+            files = ", ".join(file.name for file in self.files())
+            raise DataError(
+                f"{self.folder} lacks the tensor {name!r}: it is in none of {files}; {CURE}."
+            )
+        return self._held[name]
+
+
+def trim_memory() -> None:
+    """Gives memory that is free in this process back to the operating system, where it can be.
+
+    Quantising leaves small results between large freed inputs; glibc then keeps the latter's pages,
+    up to more than the whole checkpoint's size.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; `DataError` for anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as JSON ({error}); {CURE}.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds a {type(content).__name__}, not an object; {CURE}.")
+    return content
+
+
+def read_pickled(file: Path, *, mmap: bool = True) -> dict[str, Tensor]:
+    """The tensors of a `.bin` or `.pt` file; `DataError` where it is damaged or holds code."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{file} is no plain file of tensors: it holds other objects, or code, and was not "
+            f"opened ({str(error).splitlines()[0]}); {CURE}."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{file} is damaged: {file.stat().st_size} bytes that torch.load cannot read "
+            f"({str(error).splitlines()[0]}); {CURE}."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise DataError(f"{file} holds other things than tensors by name; {CURE}.")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise DataError(f'{index} has no "weight_map" of tensors to files; {CURE}.')
+    return listed
+
+
+def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The index, if there is one, and the weight files, of the first kind that is there."""
+    for kind, stem in STEMS.items():
+        index = folder / f"{stem}{kind}.index.json"
+        if index.is_file():
+            return index, _indexed(index)
+        if found := sorted(folder.glob(f"{stem}*{kind}")):
+            return None, found
+    kinds = " or ".join(f"{stem}*{kind}" for kind, stem in STEMS.items())
+    raise DataError(f"{folder} has no weight files ({kinds}); give the folder that has them.")
+
+
+def _indexed(index: Path) -> list[Path]:
+    listed = _weight_map(index)
+    files = [index.with_name(name) for name in sorted(set(listed.values()))]
+    for file in files:
+        if not file.is_file():
+            missing = [tensor for tensor, name in listed.items() if name == file.name]
+            raise DataError(
+                f"{file} is missing: the index puts {len(missing)} tensors there, such as "
+                f"{missing[0]!r}; {CURE}."
+            )
+    return files
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """The tensors of one file by name, or what reads one when `[...]` is asked of it."""
+    if file.suffix != ".safetensors":
+        return read_pickled(file)
+    try:
+        opened = safe_open(file, framework="pt")
+        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{file} is damaged: {file.stat().st_size} bytes that are no whole safetensors file "
+            f"({error}); {CURE}."
+        ) from error

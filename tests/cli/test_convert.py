@@ -1,0 +1,94 @@
+"""`trol convert`: makes a folder that `trol chat` opens, and says what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from family.published.folders import FAMILIES, published_folder
+from trol.cli import main
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    return left.value.code
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_convert_then_chat(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = published_folder(tmp_path / "source", family)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (30, 20), "red").save(picture)
+    assert run("convert", source, tmp_path / "made", "--dtype", "float16", "--json") == 0
+    captured = capsys.readouterr()
+    made = json.loads(captured.out)
+    assert (made["family"], made["dtype"], made["sharing"]) == (family, "float16", "shared")
+    assert made["bytes"] == 2 * made["parameters"]
+    assert "writing 1/1" in captured.err
+    answers = []
+    for model in (source, tmp_path / "made"):
+        words = ("--image", picture, "--question", "which digit?", "--max-new-tokens", 3)
+        assert run("chat", "--model", model, *words, "--json") == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["prompt_tokens"] == answers[1]["prompt_tokens"]
+
+
+def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = published_folder(tmp_path / "source", "phi3")
+    assert run("convert", source, tmp_path / "made") == 0
+    said = capsys.readouterr().out
+    assert "equal to" in said
+    assert f"trol chat {tmp_path / 'made'}" in said
+
+
+def test_chat_with_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    source = published_folder(tmp_path / "source", "internlm2")
+    words = ("chat", source, "--question", "which digit?", "--max-new-tokens", 3, "--json")
+    assert run(*words, "--bits", 4) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] >= 1
+
+
+def test_one_model_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("chat", "here", "--model", "there", "--question", "why?") == 2
+    assert "name one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["SOURCE", "SOURCE/made"], 2, "lies within"),
+        (["SOURCE", "FULL"], 2, "not empty"),
+        (["SOURCE", "NEW", "--dtype", "float61"], 2, "Did you mean 'float16'?"),
+        (["FULL", "NEW"], 1, "no published TroL checkpoint"),
+        (["nobody/nothing", "NEW"], 1, "no folder here"),
+    ],
+)
+def test_refused(
+    words: list[str],
+    code: int,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, full = published_folder(tmp_path / "SOURCE", "phi3"), tmp_path / "FULL"
+    full.mkdir()
+    (full / "letter.txt").write_text("mine")
+    places = {
+        "SOURCE": source,
+        "SOURCE/made": source / "made",
+        "FULL": full,
+        "NEW": tmp_path / "new",
+    }
+    assert run("convert", *(places.get(word, word) for word in words)) == code
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_bits_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("chat", "trol-tiny", "--question", "x", "--bits", "3") == 2
+    assert "bits is 3; give 4 or 8" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Checkpoints in the layout of the official TroL releases."""

@@ -1,0 +1,144 @@
+"""Four and eight bits: only the decoder's own linear maps, read one by one; saved and opened."""
+
+import logging
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from family.published.folders import FAMILIES, published_folder
+from family.published.test_loading import image_inputs
+from trol.errors import HostError, UsageError
+from trol.family import TrolForConditionalGeneration
+from trol.family.loading import load_model
+from trol.family.published import quantisation
+from trol.family.published.opening import open_published
+from trol.family.published.quantisation import quantised, spare_parts
+from trol.family.published.weights import Lazy
+
+bnb = pytest.importorskip("bitsandbytes")
+functional = pytest.importorskip("bitsandbytes.functional")
+
+KINDS = {4: "Linear4bit", 8: "Linear8bitLt"}
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request, tmp_path):
+    return published_folder(tmp_path / "it", request.param, dtype=torch.float16)
+
+
+def opened(folder, bits, **settings):
+    settings = {"dtype": torch.float16, "quantization_config": quantised(bits), **settings}
+    return open_published(TrolForConditionalGeneration, folder, **settings)
+
+
+def maps(model):
+    """Names of the linear maps, whether quantised or not."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_only_the_decoders_own_maps_are_quantised(folder, bits):
+    kinds = maps(opened(folder, bits))
+    plain = maps(open_published(TrolForConditionalGeneration, folder))
+    assert kinds.keys() == plain.keys()
+    for name, kind in kinds.items():
+        in_layers = name.startswith("model.language_model.layers.")
+        spared = name.endswith(("depth", "image_down", "image_up"))
+        assert (kind == KINDS[bits]) == (in_layers and not spared), name
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_a_configuration_of_the_callers_own_spares_them_too(folder, bits):
+    own = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    for given in (own, own.to_dict()):
+        model = TrolForConditionalGeneration.from_pretrained(
+            folder, quantization_config=given, dtype=torch.float16
+        )
+        assert maps(model) == maps(opened(folder, bits))
+    assert own.llm_int8_skip_modules is None, "the caller's own is left alone"
+
+
+def test_other_settings_are_left_alone():
+    assert spare_parts({"dtype": "auto"}) == {"dtype": "auto"}
+    given = {"quantization_config": {"quant_method": "torchao"}}
+    assert spare_parts(given) is given
+    kept = spare_parts({"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=["x"])})
+    assert kept["quantization_config"].llm_int8_skip_modules[:2] == ["x", "model.vision_tower"]
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_it_computes_what_its_rounded_weights_say(folder, bits):
+    """As the full model does that is given the quantised weights' values."""
+    model = opened(folder, bits)
+    full = open_published(TrolForConditionalGeneration, folder, dtype=torch.float32)
+    inputs = image_inputs(full)
+    with torch.no_grad():
+        own = full(**inputs).logits
+        for name, module in model.named_modules():
+            if type(module).__name__ == KINDS[bits]:
+                full.get_submodule(name).weight.copy_(values(module, bits))
+        rounded, found = full(**inputs).logits, model(**inputs).logits.float()
+    assert (found - rounded).abs().max() < 0.1 * rounded.std()
+    if bits == 4:  # eight bits round the states as well, by about as much as the weights
+        assert (own - rounded).abs().max() > 0.5 * rounded.std()
+
+
+def values(module, bits):
+    if bits == 4:
+        return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return module.weight.data.float() * module.weight.SCB[:, None] / 127
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_saved_and_opened_again(folder, bits, tmp_path):
+    model = opened(folder, bits)
+    model.save_pretrained(tmp_path / "saved")
+    again = TrolForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert maps(again) == maps(model)
+    inputs = image_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(again.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_it_is_read_one_tensor_after_the_other(folder, bits, monkeypatch):
+    """Read as float16 for a model of float32: what was read before is gone, converted."""
+    held, read = [], []
+    before = Lazy.__getitem__
+
+    def watched(self, index):
+        tensor = before(self, index).clone()
+        read.append(sum(one() is not None for one in held))
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Lazy, "__getitem__", watched)
+    opened(folder, bits, dtype=torch.float32)
+    assert len(read) > 60
+    assert max(read) <= 2
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_a_model_by_its_folder_and_bits(folder, bits, caplog):
+    with caplog.at_level(logging.WARNING):
+        model, processor = load_model(folder, bits=bits)
+    assert KINDS[bits] in maps(model).values()
+    assert processor.tokens_per_image == model.config.tokens_per_image
+    assert [record for record in caplog.records if "trol" in record.name] == []
+
+
+def test_what_cannot_be(monkeypatch):
+    with pytest.raises(UsageError, match="bits is 3; give 4 or 8"):
+        quantised(3)
+    monkeypatch.setattr(quantisation, "find_spec", lambda name: None)
+    with pytest.raises(HostError, match=r"pip install 'trol-vlm\[quant\]'"):
+        quantised(4)
