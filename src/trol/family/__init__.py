@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+
+# From its own module: before transformers 5.2x the other name wants torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trol.family.configuration import TrolConfig
 from trol.family.internlm2 import InternLM2Config, InternLM2Model

@@ -24,8 +24,9 @@ class TrolGenerationMixin(GenerationMixin):
         """As transformers does; every chunk of a prompt is rotated as the whole prompt is."""
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         held = _held(input_ids, embeds)
-        # A mask of nothing but ones is taken away beforehand, and only its length kept.
-        total = max(held, getattr(generation_config, "_mask_length", held))
+        # A mask of nothing but ones may be taken away beforehand, and only its length kept.
+        known = getattr(generation_config, "_mask_length", held) if mask is None else mask.shape[-1]
+        total = max(held, known)
         self._start_anew_where_rope_switches(
             model_kwargs.get("past_key_values"), mask, held=held, total=total
         )
@@ -93,6 +94,9 @@ class TrolGenerationMixin(GenerationMixin):
                 "the new ones, so that the cache can be made anew."
             )
         cache.reset()
+        left = int(cache.get_seq_length())
+        if left:  # before transformers 5.2x, resetting sets to zero but keeps the length
+            cache.crop(-left)
         return True
 
     def _expand_inputs_for_generation(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import trol.family  # noqa: F401  # registers the image processor
 from trol.errors import DataError
