@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 import trol
@@ -121,6 +122,26 @@ def test_checkpointing_changes_nothing_and_the_update_learns(model):
     updates = [g for n, g in gradients[0].items() if "image_down" in n or "image_up" in n]
     assert len(updates) == 2 * 3 * 7
     assert all(g.abs().max() > 0 for g in updates)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [0, 1])
+def test_predicted_flops_are_counted_flops(images):
+    model = internlm2()
+    model.set_attn_implementation("eager")  # torch counts the products of this one
+    inputs = batch(model, [images], [6])
+    hidden, layers = [], model.model.language_model.layers
+    hook = layers[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: hidden.append((args, kwargs)), with_kwargs=True
+    )
+    with trol.depth(model, "all"), trol.trace(model) as seen:
+        model(**inputs, use_cache=False)
+    hook.remove()
+    args, kwargs = hidden[0]
+    with FlopCounterMode(display=False) as counter:
+        layers[0](*args, **kwargs)
+    counted = 3 * counter.get_total_flops()
+    assert seen.cost.flops == counted
 
 
 @torch.no_grad()

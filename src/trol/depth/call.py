@@ -38,6 +38,15 @@ UNTOLD = Step(Roles())
 """The step of a forward pass that was told nothing: questions only."""
 
 
+def told(assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None) -> Step:
+    """The step of a forward pass whose caller gave these, each [B, T], or None."""
+    if assistant_masks is not None:
+        return Step(Roles.of_assistant_masks(assistant_masks), real=real)
+    if labels is not None:
+        return Step(Roles.of_labels(labels), real=real)
+    return UNTOLD if real is None else Step(Roles(), real=real)
+
+
 @dataclass
 class Call:
     """What the layers need to know during one forward pass of their stack."""

@@ -37,13 +37,16 @@ class LayerCost:
     """FLOPs of the linear maps for one token: 2 * number of weights (experts: those chosen)."""
     per_key: int
     """FLOPs of the attention for one token and one key: 4 * heads * head size."""
+    per_image_call_token: int
+    """FLOPs more for one token of a call that holds image tokens: maps that run only then."""
     window: int | None
     """How many positions a sliding attention sees, or None."""
 
-    def flops(self, *, rows: int, tokens: int, past: int) -> int:
+    def flops(self, *, rows: int, tokens: int, past: int, images: bool) -> int:
         """FLOPs of one visit of rows x tokens tokens after `past` others."""
         seen = past if self.window is None else min(past, self.window - 1)
-        return rows * tokens * (self.per_token + self.per_key * (seen + tokens))
+        one = self.per_token + self.per_key * (seen + tokens)
+        return rows * tokens * (one + self.per_image_call_token * images)
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,25 @@ class StackCost:
     gate_per_token: tuple[int, ...]
     """FLOPs of the policy's own parameters on each layer, for one token."""
 
-    def flops(self, visits: Sequence[int], *, rows: int, tokens: int, past: int = 0) -> int | None:
-        """FLOPs when layer l computes all rows x tokens tokens `visits[l]` times."""
+    def flops(
+        self,
+        visits: Sequence[int],
+        *,
+        rows: int,
+        tokens: int,
+        past: int = 0,
+        images: bool = False,
+    ) -> int | None:
+        """FLOPs when layer l computes all rows x tokens tokens `visits[l]` times.
+
+        `images`: whether there are image tokens among them, for decoders that treat them apart.
+        """
         total = 0
         for layer, gate, count in zip(self.layers, self.gate_per_token, visits, strict=True):
             if layer is None and count:
                 return None
             if layer is not None:
-                total += count * layer.flops(rows=rows, tokens=tokens, past=past)
+                total += count * layer.flops(rows=rows, tokens=tokens, past=past, images=images)
             # A gate looks at every state but the last.
             total += gate * rows * tokens * max(count - 1, 0)
         return total
@@ -93,7 +107,18 @@ def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | 
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sliding = kind == "sliding_attention" or (kind is None and _always_slides(config))
     window = getattr(config, "sliding_window", None) if sliding else None
-    return LayerCost(_weights(layer, config), 4 * heads * size, window)
+    beside = _image_maps(layer)
+    extra = 2 * sum(module.weight.numel() for module in beside)
+    return LayerCost(_weights(layer, config) - extra, 4 * heads * size, extra, window)
+
+
+def _image_maps(layer: nn.Module) -> list[nn.Linear]:
+    """The linear maps of a layer that its modules declare, by name, to run on images alone."""
+    return [
+        getattr(module, name)
+        for module in layer.modules()
+        for name in getattr(module, "runs_on_images", ())
+    ]
 
 
 def _always_slides(config: Any) -> bool:

@@ -22,11 +22,12 @@ from trol.depth.call import (
     generating,
     outermost_prompt,
     prompt_of,
+    told,
 )
 from trol.depth.families import LayerSite
 from trol.depth.planes import HOLES, PlanedCache, adopt, drop_planes
 from trol.depth.policy import AbstractPolicy
-from trol.depth.roles import Prompt, Roles
+from trol.depth.roles import Prompt
 from trol.depth.saving import mark
 from trol.depth.specialise import Specialised
 from trol.depth.visits import LayerRun, traverse
@@ -173,7 +174,9 @@ class StackMixin(Specialised):
         cache = self._argument("past_key_values", args, kwargs)
         # Some hosts hand their decoder ready masks of 4 dimensions: then only the caller's tells.
         own = self._argument("attention_mask", args, kwargs)
-        return ambience.recorder.one_pass(cache, own if step.real is None else step.real)
+        real = own if step.real is None else step.real
+        images = kwargs.get("image_tokens") is not None
+        return ambience.recorder.one_pass(cache, real, images=images)
 
     def _close(self, call: Call, out: Any) -> Any:
         cache = getattr(out, "past_key_values", None)
@@ -212,7 +215,7 @@ class HostMixin(Specialised):
     ) -> Any:
         """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
         if depth_step is None:
-            depth_step = _told(assistant_masks, kwargs.get("labels"), kwargs.get("attention_mask"))
+            depth_step = told(assistant_masks, kwargs.get("labels"), kwargs.get("attention_mask"))
         if self._reads_last_only(kwargs):
             depth_step = replace(depth_step, last_only=True)
         token = STEP.set(depth_step)
@@ -279,14 +282,6 @@ class HostMixin(Specialised):
 
     init_continuous_batching = generate_batch
     continuous_batching_context_manager = generate_batch
-
-
-def _told(assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None) -> Step:
-    if assistant_masks is not None:
-        return Step(Roles.of_assistant_masks(assistant_masks), real=real)
-    if labels is not None:
-        return Step(Roles.of_labels(labels), real=real)
-    return UNTOLD if real is None else Step(Roles(), real=real)
 
 
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

@@ -87,7 +87,7 @@ class Recorder:
         self._runs = [0] * self.layers
 
     @contextmanager
-    def one_pass(self, cache: Any, mask: Any) -> Generator[None]:
+    def one_pass(self, cache: Any, mask: Any, *, images: bool = False) -> Generator[None]:
         """Spans one forward pass of the stack; `mask` is the padding mask [B, S] or None."""
         self._begin()
         start = _length(cache)
@@ -96,7 +96,7 @@ class Recorder:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.trace._milliseconds += 1000 * (time.perf_counter() - began)
-        self._end(start, mask)
+        self._end(start, mask, images)
 
     def visit(self, layer: int, need: Mask, state: Tensor) -> None:
         """One visit was made by the tokens in `need`. Shape of state: [B, T, D]."""
@@ -122,7 +122,7 @@ class Recorder:
         """Notes how much the cache holds after a pass."""
         self.trace._kv_bytes = 0 if cache is None else cache_bytes(cache)
 
-    def _end(self, start: int, mask: Any) -> None:
+    def _end(self, start: int, mask: Any, images: bool) -> None:
         assert self._shape is not None
         rows, tokens = self._shape
         nobody = torch.zeros(rows, tokens, dtype=torch.long)
@@ -138,7 +138,9 @@ class Recorder:
             real = mask[:, -tokens:].bool().cpu()
         self.trace._real.append(real)
         self.trace._flops.append(
-            self.trace._stack_cost.flops(self._runs, rows=rows, tokens=tokens, past=start)
+            self.trace._stack_cost.flops(
+                self._runs, rows=rows, tokens=tokens, past=start, images=images
+            )
         )
 
 

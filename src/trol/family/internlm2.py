@@ -49,6 +49,8 @@ class PartialLora(nn.Module):
     call is an image token, A and B do not run.
     """
 
+    runs_on_images = ("image_down", "image_up")
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.base = base
