@@ -19,6 +19,7 @@ VERBS = {
     "map": "trol.cli.map:map_question",
     "eval": "trol.cli.eval:evaluate",
     "train": "trol.cli.train:train",
+    "data": "trol.cli.data:data",
     "bench": "trol.cli.bench:bench",
     "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",

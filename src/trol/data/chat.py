@@ -18,6 +18,7 @@ from packaging.version import Version
 from PIL import Image
 from transformers import ProcessorMixin
 
+from trol.data.damage import RowError
 from trol.data.images import open_image
 from trol.errors import DataError
 
@@ -99,11 +100,7 @@ def encode(
             "the chat template marks no token as answer; put {% generation %} ... "
             "{% endgeneration %} around what the assistant says in it."
         )
-    if most_tokens is not None and len(ids) > most_tokens:
-        raise DataError(
-            f"the conversation is {len(ids)} tokens long, but the model has {most_tokens} "
-            "positions; shorten the text, drop turns, or give fewer or smaller pictures."
-        )
+    _check_length(len(ids), most_tokens)
     pixels = encoded.get("pixel_values")
     stacked = None if pixels is None else torch.stack([torch.as_tensor(p) for p in pixels])
     return Row(ids, masks, stacked)
@@ -130,6 +127,15 @@ def fill(
         if message["role"] == "user" and not "".join(words).strip():
             raise DataError("the question is empty; write what you want to know.")
     return filled
+
+
+def _check_length(tokens: int, most_tokens: int | None) -> None:
+    if most_tokens is not None and tokens > most_tokens:
+        raise RowError(
+            "too_long",
+            f"the conversation is {tokens} tokens long, but the model has {most_tokens} "
+            "positions; shorten the text, drop turns, or give fewer or smaller pictures.",
+        )
 
 
 def _marks_wrongly(processor: Any, filled: Sequence[Message]) -> bool:

@@ -17,7 +17,8 @@ class Collator:
     """Pads rows of T_i tokens to one batch of B rows and T = max T_i tokens.
 
     Gives `input_ids`, `attention_mask`, `labels`, `assistant_masks` [B, T] (int64) and, where
-    any row has pictures, `pixel_values` [N, ...]: those of all rows, in row order.
+    any row has pictures, `pixel_values` [N, ...]: those of all rows, in row order, a row's
+    pictures being any number of tiles each.
     """
 
     pad_token_id: int
@@ -35,23 +36,36 @@ class Collator:
         """The batch of these rows."""
         if not rows:
             raise DataError("a batch needs at least one row, got none.")
-        longest = max(len(row.input_ids) for row in rows)
-        width = -(-longest // self.multiple) * self.multiple
+
+        def stacked(lists: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+            return padded(lists, fill, side=self.padding_side, multiple=self.multiple)
+
         batch = {
-            "input_ids": self._stack([row.input_ids for row in rows], width, self.pad_token_id),
-            "attention_mask": self._stack([[1] * len(row.input_ids) for row in rows], width, 0),
-            "labels": self._stack([row.labels for row in rows], width, IGNORED),
-            "assistant_masks": self._stack([row.assistant_masks for row in rows], width, 0),
+            "input_ids": stacked([row.input_ids for row in rows], self.pad_token_id),
+            "attention_mask": stacked([[1] * len(row.input_ids) for row in rows], 0),
+            "labels": stacked([row.labels for row in rows], IGNORED),
+            "assistant_masks": stacked([row.assistant_masks for row in rows], 0),
         }
         pictures = [row.pixel_values for row in rows if row.pixel_values is not None]
         if pictures:
+            if len(shapes := {tuple(part.shape[1:]) for part in pictures}) > 1:
+                raise DataError(
+                    f"the pictures of one batch have the shapes {sorted(shapes)}; use an image "
+                    "processor that resizes all pictures, or all their tiles, to one size."
+                )
             batch["pixel_values"] = torch.cat(pictures)
         return batch
 
-    def _stack(self, lists: list[list[int]], width: int, fill: int) -> torch.Tensor:
-        """Lists of T_i integers -> [B, width], `fill` on the padding side."""
-        if self.padding_side == "left":
-            padded = [[fill] * (width - len(values)) + values for values in lists]
-        else:
-            padded = [values + [fill] * (width - len(values)) for values in lists]
-        return torch.tensor(padded)
+
+def padded(
+    rows: Sequence[Sequence[int]],
+    fill: int,
+    *,
+    side: Literal["left", "right"] = "right",
+    multiple: int = 1,
+) -> torch.Tensor:
+    """Rows of T_i integers as [B, T] (int64), `fill` on one side; T is a multiple of `multiple`."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    if side == "left":
+        return torch.tensor([[*(fill,) * (width - len(row)), *row] for row in rows])
+    return torch.tensor([[*row, *(fill,) * (width - len(row))] for row in rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,34 +14,42 @@ MOST_PIXELS = 50_000_000
 """Largest width x height that is decoded (150 MB as RGB)."""
 
 
-def open_image(source: str | Path | Image.Image, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """The picture as upright RGB (EXIF orientation applied), fully decoded.
+def open_image(
+    source: str | Path | bytes | Image.Image, *, most_pixels: int = MOST_PIXELS
+) -> Image.Image:
+    """The picture of a path, or of a file's bytes, as upright RGB (EXIF applied), fully decoded.
 
     A missing file, no picture, a truncated picture and more than `most_pixels` pixels are a
     `DataError`; the size is read from the header, before anything is decoded.
     """
     if isinstance(source, Image.Image):
         return _upright(source, "the given picture", most_pixels)
+    if isinstance(source, bytes):
+        return _decoded(BytesIO(source), f"the picture of {len(source):,} bytes", most_pixels)
     path = Path(source)
     if not path.exists():
         raise DataError(f"no picture at {path}: there is no such file; check the path.")
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a picture; name one picture file in it.")
+    return _decoded(path, str(path), most_pixels)
+
+
+def _decoded(file: Path | BytesIO, name: str, most_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return _upright(picture, str(path), most_pixels)
+            with Image.open(file) as picture:
+                return _upright(picture, name, most_pixels)
     except Image.DecompressionBombError as bomb:
-        raise _too_large(str(path), "more pixels than Pillow opens", most_pixels) from bomb
+        raise _too_large(name, "more pixels than Pillow opens", most_pixels) from bomb
     except UnidentifiedImageError as unread:
         raise DataError(
-            f"{path} is not a picture that Pillow can read; give a PNG, JPEG, WebP, GIF or BMP."
+            f"{name} is not a picture that Pillow can read; give a PNG, JPEG, WebP, GIF or BMP."
         ) from unread
     except PermissionError as denied:
-        raise DataError(f"{path} may not be read by this user; change its permissions.") from denied
+        raise DataError(f"{name} may not be read by this user; change its permissions.") from denied
     except OSError as broken:
-        raise _broken(str(path), broken) from broken
+        raise _broken(name, broken) from broken
 
 
 def _upright(picture: Image.Image, name: str, most_pixels: int) -> Image.Image:

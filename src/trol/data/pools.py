@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from trol.data.boards import COLOURS, Board, draw_array, make_board
 from trol.data.chat import IGNORED, turns
+from trol.data.collator import padded
 from trol.data.questions import ASKERS, questions
 
 EMPTY = len(COLOURS), 10
@@ -66,15 +67,15 @@ class BoardPool(Dataset[int]):
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Ids, labels, positions [B, T], mask [B, 1, T, T], pixels and cells of these boards."""
         texts = [self.texts[i] for i in indices]
-        ids = _padded([text.ids for text in texts], self.pad_token_id)
-        answers = _padded([text.answers for text in texts], 0).bool()
+        ids = padded([text.ids for text in texts], self.pad_token_id)
+        answers = padded([text.answers for text in texts], 0).bool()
         where = torch.as_tensor(indices)
         pictures = {} if self.pixels is None else {"pixel_values": self.pixels[where]}
         return {
             **pictures,
             "input_ids": ids,
-            "attention_mask": _sight(_padded([text.parts for text in texts], 0)),
-            "position_ids": _padded([text.positions for text in texts], 0),
+            "attention_mask": _sight(padded([text.parts for text in texts], 0)),
+            "position_ids": padded([text.positions for text in texts], 0),
             "labels": ids.where(answers, IGNORED),
             "cells": self.cells[where],
         }
@@ -149,12 +150,6 @@ def _sight(parts: Tensor) -> Tensor:
     earlier = torch.ones(width, width, dtype=torch.bool).tril()
     same = parts[:, :, None] == parts[:, None, :]
     return (earlier & (same | (parts == 0)[:, None, :]))[:, None]
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Rows of T_i integers, padded on the right. Shape: [B, T]."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *(fill,) * (width - len(row))] for row in rows])
 
 
 def _tokenised(processor: Any, asked: Sequence[Sequence[tuple[str, str]]]) -> list[TokenRow]:

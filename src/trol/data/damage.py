@@ -1,0 +1,37 @@
+"""What can be wrong with one row of training data, by name."""
+
+from __future__ import annotations
+
+from trol.errors import DataError, unknown
+
+KINDS = {
+    "broken_row": "no readable row: broken JSON, or no keys and values",
+    "wrong_format": "other columns, roles or contents than the format has",
+    "role_order": "not user and assistant in turn, ending with the assistant",
+    "empty_question": "the user says nothing",
+    "empty_answer": "the assistant says nothing",
+    "image_count": "another number of images than of placeholders",
+    "image_missing": "no image file at the path",
+    "image_unreadable": "an image that is truncated, damaged, too large or none",
+    "image_url": "an address where addresses are not allowed, or that does not answer",
+    "too_long": "more tokens than the model has positions",
+}
+"""Kind of damage -> what it means."""
+
+
+class RowError(DataError):
+    """One row that cannot be trained on; `kind` is one of `KINDS`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        if kind not in KINDS:
+            raise unknown("kind of damage", kind, KINDS)
+        super().__init__(kind, message)  # both, so that the error can be pickled
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def as_row_error(error: DataError) -> RowError:
+    """The error itself if it has a kind, or else as one of a wrong format."""
+    return error if isinstance(error, RowError) else RowError("wrong_format", str(error))

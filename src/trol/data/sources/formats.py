@@ -1,0 +1,207 @@
+"""Row formats: what a row's columns mean, as messages with references to their pictures.
+
+A message is `{"role", "content": [{"type": "text", "text"}, {"type": "image", "image"}]}`, where
+`image` is a path, an address, a data URL or the bytes of a file: nothing is opened here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trol.data.damage import RowError
+
+Messages = list[dict[str, Any]]
+Turn = tuple[str, Any]
+"""Role, and a text or a list of parts."""
+
+
+def read_messages(row: Mapping[str, Any]) -> list[Turn]:
+    """OpenAI messages: role, and a text or a list of text and image parts."""
+    return [(str(m.get("role")), m.get("content")) for m in _dicts(row, "messages")]
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""How ShareGPT calls the roles that have another name here."""
+
+
+def read_sharegpt(row: Mapping[str, Any]) -> list[Turn]:
+    """ShareGPT, LLaVA and ShareGPT4V conversations: `from` and `value`."""
+    said = _dicts(row, "conversations")
+    return [(SPEAKERS.get(str(m.get("from")), str(m.get("from"))), m.get("value")) for m in said]
+
+
+def read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
+    """Alpaca: one instruction with an input (a list is choices A, B, C ...) and one output."""
+    question, given = row.get("instruction"), row.get("input")
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        given = "\n".join(f"{chr(ord('A') + n)}. {choice}" for n, choice in enumerate(given))
+    if given and isinstance(question, str):
+        question = f"{question}\n{given}"
+    turns: list[Turn] = [("user", question), ("assistant", row.get("output"))]
+    return [("system", row["system"]), *turns] if row.get("system") else turns
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of one format are read."""
+
+    read: Callable[[Mapping[str, Any]], list[Turn]]
+    """A row's turns."""
+    columns: tuple[str, ...]
+    """What it reads; `image` or `images` holds what fills the placeholders in the texts."""
+    marked: bool = True
+    """Whether each picture must have a placeholder; they go before the question otherwise."""
+
+
+FORMATS = {
+    "messages": Format(read_messages, ("messages", "image", "images")),
+    "sharegpt": Format(read_sharegpt, ("conversations", "image", "images")),
+    "alpaca": Format(
+        read_alpaca, ("instruction", "input", "output", "system", "image", "images"), marked=False
+    ),
+}
+"""Format name -> how its rows are read."""
+
+
+def read_row(
+    row: Mapping[str, Any], format_name: str, columns: Mapping[str, str], placeholder: str
+) -> Messages:
+    """The row's messages; `columns` says under which name a column of the format lies in the row.
+
+    Raises:
+        RowError: another format, wrong order of roles, an empty text, or a number of pictures
+            that differs from the number of placeholders.
+    """
+    form = FORMATS[format_name]
+    if columns:
+        row = {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+    turns = form.read(row)
+    _check_order([role for role, _ in turns])
+    waiting = _pictures(row)
+    given = len(waiting)
+    messages = [
+        {"role": role, "content": _parts(role, content, placeholder)} for role, content in turns
+    ]
+    marks = [part for message in messages for part in message["content"] if _waits(part)]
+    if not marks and given and not form.marked:
+        asked = next(message for message in messages if message["role"] == "user")
+        marks = [{"type": "image", "image": None} for _ in waiting]
+        asked["content"][:0] = marks
+    if len(marks) != given:
+        raise RowError(
+            "image_count",
+            f"{given} images for {len(marks)} placeholders {placeholder!r}; "
+            "give one placeholder for each image.",
+        )
+    for part, picture in zip(marks, waiting, strict=True):
+        part["image"] = picture
+    for message in messages:
+        _check_said(message)
+    return messages
+
+
+def _dicts(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    said = row.get(column)
+    if not isinstance(said, list) or not said or not all(isinstance(m, Mapping) for m in said):
+        raise RowError(
+            "wrong_format",
+            f"{column!r} is {_short(said)}, not a list of messages; the row has the columns "
+            f"{', '.join(map(str, row)) or 'none'}: set `format` or `columns` of the source.",
+        )
+    return said
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    spoken = roles[1:] if roles[0] == "system" else roles
+    for role in roles:
+        if role not in ("system", "user", "assistant"):
+            raise RowError(
+                "wrong_format", f"the role {role!r} is none of system, user and assistant."
+            )
+    if not spoken or list(spoken) != ["user", "assistant"] * (len(spoken) // 2):
+        raise RowError(
+            "role_order",
+            f"the roles are {', '.join(roles)}; give a user and an assistant in turn, the "
+            "assistant last, and at most one system message before them.",
+        )
+
+
+def _pictures(row: Mapping[str, Any]) -> list[Any]:
+    """References to the pictures that fill the placeholders."""
+    given = row.get("image") or row.get("images") or []
+    found = [_reference(one) for one in (given if isinstance(given, list) else [given])]
+    if any(not isinstance(one, str | bytes) for one in found):
+        raise RowError("wrong_format", f"the image {_short(given)} is no path and no bytes.")
+    return found
+
+
+def _reference(given: Any) -> Any:
+    """The bytes of `{"bytes", "path"}`, as `datasets` keeps pictures, or else its path."""
+    return given.get("bytes") or given.get("path") if isinstance(given, Mapping) else given
+
+
+def _parts(role: str, content: Any, placeholder: str) -> list[dict[str, Any]]:
+    """The parts of a message; a picture that fills from the row is None as yet."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        raise RowError("wrong_format", f"the {role} says {_short(content)}, which is no text.")
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            parts += _split(part["text"], placeholder)
+        elif part.get("type") in ("image", "image_url"):
+            parts.append({"type": "image", "image": _inline(part)})
+        else:
+            raise RowError(
+                "wrong_format", f"the part {_short(dict(part))} is neither text nor image."
+            )
+    if role != "user" and any(part["type"] == "image" for part in parts):
+        raise RowError("wrong_format", f"an image in what the {role} says; only users show images.")
+    return parts
+
+
+def _split(text: str, placeholder: str) -> list[dict[str, Any]]:
+    """Text and picture parts; line breaks around a placeholder belong to neither."""
+    if placeholder not in text:
+        return [{"type": "text", "text": text}]
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(placeholder)):
+        if number:
+            parts.append({"type": "image", "image": None})
+        if words := piece.strip("\n"):
+            parts.append({"type": "text", "text": words})
+    return parts
+
+
+def _inline(part: Mapping[str, Any]) -> Any:
+    """The reference that an image part carries itself, if any."""
+    given = next(
+        (part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None
+    )
+    if isinstance(given, Mapping) and "url" in given:
+        given = given["url"]
+    found = _reference(given)
+    if found is not None and not isinstance(found, str | bytes):
+        raise RowError("wrong_format", f"the image {_short(found)} is no path and no bytes.")
+    return found
+
+
+def _waits(part: Mapping[str, Any]) -> bool:
+    return part["type"] == "image" and part["image"] is None
+
+
+def _check_said(message: Mapping[str, Any]) -> None:
+    role = message["role"]
+    if not any(part["type"] == "text" and part["text"].strip() for part in message["content"]):
+        if role == "user":
+            raise RowError("empty_question", "the user says nothing; delete the row.")
+        if role == "assistant":
+            raise RowError("empty_answer", "the assistant says nothing; delete the row.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
