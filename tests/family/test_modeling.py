@@ -197,6 +197,20 @@ def test_loss_is_the_mean_over_labelled_tokens(model, encode):
     torch.testing.assert_close(outputs.loss, expected)
 
 
+def test_ids_as_labels_count_no_image_token(encode):
+    """Neither where the image token's id lies within the vocabulary nor where it does not."""
+    for token in (4, 40):
+        config = TrolConfig(**parts("qwen3"), image_token_id=token)
+        model = enlarged(TrolForConditionalGeneration(config)).train()  # where all are in scope
+        batch = encode(rows())
+        ids = batch["input_ids"].masked_fill(batch["input_ids"] == 4, token)
+        batch["input_ids"] = ids
+        with torch.no_grad():
+            whole = model(**batch, labels=ids).loss
+            masked = model(**batch, labels=ids.masked_fill(ids == token, -100)).loss
+        assert torch.equal(whole, masked)
+
+
 def test_logits_are_kept_where_asked(model, encode):
     batch = encode(rows())
     with torch.no_grad():

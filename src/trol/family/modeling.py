@@ -14,6 +14,7 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from trol.data.chat import IGNORED
 from trol.depth import attach, attached, is_attached
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
@@ -23,7 +24,7 @@ from trol.family.placeholders import check_count
 from trol.family.projector import TrolProjector, pixel_shuffle
 from trol.family.published.opening import open_published
 from trol.family.published.quantisation import spare_parts
-from trol.family.rope import by_row, goes_by_length
+from trol.family.rope import by_row, check_length
 from trol.policies import from_settings, to_settings
 
 Encoded = dict[str, BaseModelOutputWithPooling]
@@ -149,16 +150,6 @@ class TrolModel(TrolPreTrainedModel):
         check_count(mask, features.shape[0], self.config.tokens_per_image)
         return inputs_embeds.masked_scatter(mask[..., None], features), features
 
-    def _check_length(self, inputs_embeds: torch.Tensor) -> None:
-        most = getattr(self.config.text_config, "max_position_embeddings", None)
-        if most is None or goes_by_length(self.config.text_config):
-            return
-        if inputs_embeds.shape[1] > most:
-            raise DataError(
-                f"the prompt has {inputs_embeds.shape[1]} tokens, images included, but the "
-                f"decoder has {most} positions; shorten the text or give fewer images."
-            )
-
     @can_return_tuple
     def forward(
         self,
@@ -191,7 +182,7 @@ class TrolModel(TrolPreTrainedModel):
         elif past_key_values is None or past_key_values.get_seq_length() == 0:
             # Later calls are not checked: guesses of assisted decoding may hold image tokens.
             check_count(mask, 0, self.config.tokens_per_image)
-        self._check_length(inputs_embeds)
+        check_length(self.config.text_config, inputs_embeds.shape[1])
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -274,8 +265,9 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
     ) -> TrolCausalLMOutput:
         """Logits [B, T, V], and the mean next-token loss where labels [B, T] are given.
 
-        The rest as `TrolModel.forward`; label -100 counts for nothing; `logits_to_keep` K > 0
-        computes logits for the last K positions only, a tensor for the positions it names.
+        The rest as `TrolModel.forward`; labels of -100 and of image tokens count for nothing;
+        `logits_to_keep` K > 0 computes logits for the last K positions only, a tensor for the
+        positions it names.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -294,6 +286,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            # Whoever copies the ids for labels does not mean the image tokens: nobody says them.
+            said = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
+            loss = self.loss_function(logits=logits, labels=said, vocab_size=vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return TrolCausalLMOutput(loss=loss, logits=logits, **rest)

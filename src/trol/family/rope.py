@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.output_capturing import CompileableContextVar
 
+from trol.errors import DataError
+
 _AT_LEAST = CompileableContextVar("trol_row_lengths")
 """What each row will be long when its prompt is read [B, 1]; None where its positions tell."""
 
@@ -106,3 +108,13 @@ def goes_by_length(config: Any) -> bool:
     """Whether the decoder's RoPE looks at the length of a text, and so has one for any length."""
     settings = getattr(config, "rope_parameters", None) or {}
     return settings.get("rope_type") in BY_LENGTH
+
+
+def check_length(config: Any, tokens: int) -> None:
+    """`DataError` for a prompt of more tokens than the decoder has positions."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and tokens > most and not goes_by_length(config):
+        raise DataError(
+            f"the prompt has {tokens} tokens, images included, but the decoder has {most} "
+            "positions; shorten the text or give fewer images."
+        )
