@@ -1,4 +1,4 @@
-"""The overhead suite runs and says what it must; its bounds are not tested here."""
+"""The suites run and say what they must; their bounds are not tested here."""
 
 import pytest
 
@@ -7,16 +7,20 @@ from trol.evaluation import bench
 from trol.evaluation.timing import ratio_and_spread
 
 
-def test_a_suite_gives_rows_of_the_promised_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suite", bench.SUITES)
+def test_a_suite_gives_rows_of_the_promised_form(
+    suite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = bench._llama
     monkeypatch.setattr(bench, "_llama", lambda **_: small(hidden=64, layers=2))
     monkeypatch.setattr(bench, "PROMPTS", (8,))
     monkeypatch.setattr(bench, "BATCHES", (1,))
-    found = bench.run("overhead", rounds=2)
+    found = bench.run(suite, rounds=2)
     keys = {"case", "baseline_ms", "measured_ms", "limit_ms", "ratio", "spread", "must"}
     assert all(set(row) == keys for row in found["rows"])
+    assert found["rows"]
     exact = {row["case"]: row["ratio"] for row in found["rows"] if row["baseline_ms"] is None}
-    assert set(exact.values()) == {1.0}  # memory as the bare host's, tokens as recomputed
+    assert set(exact.values()) <= {1.0}  # memory as the bare host's, tokens as recomputed
 
 
 def test_an_unknown_suite_is_told() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
+from trol.data.chat import IGNORED
 from trol.depth import AbstractPolicy, attach, depth
 from trol.depth.planes import cache_bytes
 from trol.errors import unknown
-from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
+from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate, time_step
 from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
@@ -43,12 +44,12 @@ def run(suite: str, *, rounds: int = 9) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
-            return {"suite": suite, "threads": 1, "rows": SUITES[suite](rounds)}
+        return {"suite": suite, "threads": 1, "rows": SUITES[suite](rounds)}
     finally:
         torch.set_num_threads(threads)
 
 
+@torch.no_grad()
 def overhead(rounds: int) -> list[Row]:
     """What attaching costs: a Llama of hidden size 512 and 8 layers, float32, sdpa."""
     bare = _llama(hidden=512, layers=8)
@@ -78,6 +79,28 @@ def _overhead_rows(
             bare_ms, measured_ms = ([getattr(t, phase) for t in times[n]] for n in ("bare", name))
             case = f"{name} {phase} b{batch} t{prompt}"
             rows.append(_row(case, bare_ms, measured_ms, visits=visits, must=must))
+    return rows
+
+
+def train(rounds: int) -> list[Row]:
+    """What a training step with a second visit for all tokens takes, to the same without."""
+    bare = _llama(hidden=512, layers=8).train()
+    traversing = attach(copy.deepcopy(bare), TrolMixer())
+    rows = []
+    for batch, tokens in ((1, 512), (4, 256)):
+        ids = torch.randint(3, bare.config.vocab_size, (batch, tokens))
+        labels = ids.clone()
+        labels[:, : tokens // 2] = IGNORED
+        inputs = {"input_ids": ids, "labels": labels}
+        times = interleaved(
+            {
+                "bare": lambda inputs=inputs: time_step(bare, inputs),
+                "traversing": lambda inputs=inputs: time_step(traversing, inputs),
+            },
+            rounds=rounds,
+        )
+        case = f"all tokens b{batch} t{tokens}"
+        rows.append(_row(case, times["bare"], times["traversing"], visits=2, must=2.05))
     return rows
 
 
@@ -206,5 +229,5 @@ def _llama(*, hidden: int, layers: int) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-SUITES: dict[str, Callable[[int], list[Row]]] = {"overhead": overhead}
+SUITES: dict[str, Callable[[int], list[Row]]] = {"overhead": overhead, "train": train}
 """Suite name -> what measures it, given the number of rounds."""

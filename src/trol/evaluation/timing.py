@@ -7,10 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,22 @@ def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: in
     return Timing(1000 * (clock.times[0] - began), 1000 * statistics.median(steps))
 
 
+def time_step(model: Any, batch: Mapping[str, torch.Tensor]) -> float:
+    """Milliseconds of one loss and its gradients, without the optimiser's step."""
+    model.zero_grad(set_to_none=True)
+    began = time.perf_counter()
+    model(**batch, use_cache=False).loss.backward()
+    return 1000 * (time.perf_counter() - began)
+
+
 def interleaved(
-    runs: Mapping[str, Callable[[], Timing]], *, rounds: int, warmups: int = 1
-) -> dict[str, list[Timing]]:
+    runs: Mapping[str, Callable[[], Measured]], *, rounds: int, warmups: int = 1
+) -> dict[str, list[Measured]]:
     """Runs everything in turn, `rounds` times, so that a slow moment of the machine hits all."""
     for _ in range(warmups):
         for run in runs.values():
             run()
-    found: dict[str, list[Timing]] = {name: [] for name in runs}
+    found: dict[str, list[Measured]] = {name: [] for name in runs}
     names = list(runs)
     gc.collect()
     for number in range(rounds):
