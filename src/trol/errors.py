@@ -22,6 +22,10 @@ class DataError(TrolError):
     """An input file, picture or conversation cannot be read as what it should be."""
 
 
+class TrainingError(TrolError):
+    """A training run cannot go on; what it had saved before is intact."""
+
+
 class AdapterError(TrolError):
     """A saved depth adapter does not belong to the host it is loaded onto, or is damaged."""
 

@@ -1,6 +1,7 @@
 """`trol convert`: makes a folder that `trol chat` opens, and says what it refuses."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from PIL import Image
 
 from family.published.folders import FAMILIES, published_folder
 from trol.cli import main
+from trol.family.published import conversion
 
 
-def run(*words: str) -> int:
+def run(*words: object) -> int:
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
     return left.value.code
@@ -39,8 +41,56 @@ def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = published_folder(tmp_path / "source", "phi3")
     assert run("convert", source, tmp_path / "made") == 0
     said = capsys.readouterr().out
-    assert "equal to" in said
+    assert "in 1 file; gates shared; opened anew and equal to" in said
     assert f"trol chat {tmp_path / 'made'}" in said
+
+
+@pytest.mark.parametrize("words", [["convert", "NEW"], ["chat", "--question", "why?"]])
+def test_gates_that_differ_are_one_plain_line(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = published_folder(tmp_path / "source", "phi3", sharing="per_layer")
+    verb, *rest = (str(tmp_path / "new") if word == "NEW" else word for word in words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run(verb, source, *rest) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "gates" in line]
+    assert lines
+    assert all(line.startswith(f"trol: the gates in {source}") for line in lines)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_interrupted(
+    begun: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source = published_folder(tmp_path / "source", "phi3")
+    monkeypatch.setattr(conversion, "_write_rest" if begun else "published_processor", stopped)
+    assert run("convert", source, tmp_path / "made") == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ("are kept, and the same command goes on" in said) == begun
+    assert ("before anything was written" in said) != begun
+    assert (tmp_path / "made" / "model.safetensors").exists() == begun
+
+
+def test_chat_without_such_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("chat", "./nosuch", "--question", "why?") == 2
+    said = capsys.readouterr().err
+    assert "there is no such folder here" in said
+    assert "trol-tiny" in said
+
+
+def test_chat_in_four_bits_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert run("chat", "trol-tiny", "--question", "why?", "--bits", 4) == 1
+    captured = capsys.readouterr()
+    assert "has the shape [170, 64]" in captured.err
+    assert "--bits 8" in captured.err
 
 
 def test_chat_with_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +112,13 @@ def test_one_model_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
         (["SOURCE", "SOURCE/made"], 2, "lies within"),
         (["SOURCE", "FULL"], 2, "not empty"),
         (["SOURCE", "NEW", "--dtype", "float61"], 2, "Did you mean 'float16'?"),
-        (["FULL", "NEW"], 1, "no published TroL checkpoint"),
+        (["FULL", "NEW"], 1, "(missing here: config.json, trol_gating.pt)"),
         (["nobody/nothing", "NEW"], 1, "no folder here"),
+        (["nosuch", "NEW"], 2, "no such folder here"),
+        (["SOURCE/config.json", "NEW"], 2, "is a file; give the folder"),
+        (["trol-tiny", "NEW"], 2, "a model that trol ships"),
+        (["", "NEW"], 2, "the name of the model is empty"),
+        (["SOURCE", ""], 2, "the destination is empty"),
     ],
 )
 def test_refused(
@@ -79,6 +134,7 @@ def test_refused(
     places = {
         "SOURCE": source,
         "SOURCE/made": source / "made",
+        "SOURCE/config.json": source / "config.json",
         "FULL": full,
         "NEW": tmp_path / "new",
     }

@@ -80,8 +80,8 @@ def test_template_and_settings_survive_saving(processor, tmp_path, encode):
     ("images", "text", "says"),
     [
         (None, "<image> what", "got 0 images, expected 1"),
-        (picture(0), "what", "got 1 images, expected 0"),
-        ([[picture(0)], []], ["what", "<image> is"], r"\[1, 0\]\) images, expected 1 \(.*\[0, 1\]"),
+        (picture(0), "what", "got 1 image, expected 0"),
+        ([[picture(0)], []], ["what", "<image> is"], r"\[1, 0\]\) image, expected 1 \(.*\[0, 1\]"),
         ([[picture(0)]], ["<image> what", "is"], "got images for 1 texts, expected 2"),
         (None, "  ", "empty; write"),
         (None, ["what", ""], "text 1 is ''"),

@@ -49,3 +49,25 @@ def test_the_rate_rises_stays_and_falls_to_nothing() -> None:
     rates = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), stage)
     (share,) = rates.lr_lambdas
     assert [round(share(step), 3) for step in (0, 1, 5, 6, 9, 10)] == [0.5, 1.0, 1.0, 0.8, 0.2, 0.0]
+
+
+def test_a_cosine_falls_to_the_final_rate_of_every_group() -> None:
+    settings = {"learning_rate": 1e-2, "final_rate": 1e-4, "mixer_learning_rate": 1e-3}
+    stage = Stage(train=(), data="boards", steps=10, warmup_steps=2, schedule="cosine", **settings)
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [
+        {"params": [weight], "lr": settings[name]}
+        for weight, name in zip(weights, ("learning_rate", "mixer_learning_rate"), strict=True)
+    ]
+    made = torch.optim.SGD(groups)
+    rates = schedule(made, stage)
+    seen = []
+    for _ in range(11):
+        seen.append([group["lr"] for group in made.param_groups])
+        made.step()
+        rates.step()
+    half = 1e-4 + (1e-2 - 1e-4) / 2
+    for step, wanted in ((0, 5e-3), (1, 1e-2), (2, 1e-2), (6, half), (10, 1e-4)):
+        assert abs(seen[step][0] - wanted) < 1e-9
+        assert abs(seen[step][1] - wanted / 10) < 1e-9
+    assert seen == sorted(seen[:2]) + sorted(seen[2:], reverse=True)

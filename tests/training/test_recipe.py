@@ -44,7 +44,7 @@ def test_overrides_reach_into_stages_and_policy() -> None:
         ("stages.step1.steps=0", "give 1 or more"),
         ("stages.step1.data=board", "Did you mean 'boards'"),
         ("stages.step1.train=[mixer]", "Did you mean 'mixers'"),
-        ("stages.new={data: boards}", "lacks steps, train"),
+        ("stages.new={data: boards}", "lacks train"),
         ("stages.step3.steps=1", "unknown stage 'step3'"),
         ("stages.step1.learning_rate=nan", "give 0.0 to 10.0"),
         ("stages.step1.packed=7", "give 0.0 to 1.0"),
@@ -53,6 +53,21 @@ def test_overrides_reach_into_stages_and_policy() -> None:
         ("policy.policy=trol_mixr", "Did you mean 'trol_mixer'"),
         ("policy=plain", "must be keys and values"),
         ("seed=-1", "give 0 or more"),
+        ("bits=5", "give 4, 8, or 0"),
+        ("precision=fp8", "unknown precision 'fp8'"),
+        ("keep=0", "keep is 0; give 1 or more"),
+        ("save_every=-1", "give 0 or more"),
+        ("host=a/b", "both a preset and a host"),
+        ("preset={}", "names no model"),
+        ("stages.step1.epochs=1", "give 1 or more of the one and 0 of the other"),
+        ("stages.step1.schedule=cosin", "Did you mean 'cosine'"),
+        ("stages.step1.final_rate=1", "give 0 to the learning rate"),
+        ("stages.step1.accumulate=5", "give a multiple"),
+        ("stages.step1.lora_alpha=8", "lora is 0; give a rank"),
+        ("stages.step1.per_visit=true", "lora is 0; give a rank"),
+        ("stages.step1.data=trol-2.27", "Did you mean 'trol-2.27m'"),
+        ("stages.step1.data=chat.txt", "unknown data of stage step1"),
+        ("bits=4", "8 bits|4 bits and cannot learn"),
         ("seed", "write key=value"),
         ("seed.deep=1", "nothing lies below it"),
     ],
@@ -60,6 +75,19 @@ def test_overrides_reach_into_stages_and_policy() -> None:
 def test_a_wrong_override_is_told_with_the_cure(override: str, told: str) -> None:
     with pytest.raises(UsageError, match=told.replace("(", r"\(")):
         resolve("tiny", [override])
+
+
+def test_updates_that_are_not_merged_follow_no_decoder_that_is_trained_whole() -> None:
+    apart = ["stages.step2.lora=4", "stages.step2.merge=false"]
+    with pytest.raises(UsageError, match="stage reason trains the decoder itself"):
+        resolve("tiny", apart)
+    only = ["stages={step2: {train: [decoder], data: boards, steps: 1, lora: 4, merge: false}}"]
+    assert not resolve("tiny", only).stages["step2"].merge
+
+
+@pytest.mark.parametrize("data", ["mix.yaml", "chats/a.jsonl", "chats/a.json", "trol-2.27m"])
+def test_a_stage_learns_from_files_too(data: str) -> None:
+    assert resolve("any-vlm", [f"stages.step1.data={data}"]).stages["step1"].data == data
 
 
 def test_a_missing_recipe_and_a_broken_one_are_told(tmp_path: Path) -> None:

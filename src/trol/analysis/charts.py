@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
+def new_axes(width: float, height: float) -> tuple[Figure, Any]:
     """A figure with one pair of axes, on no background."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
@@ -45,7 +45,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def as_svg(figure: Figure, name: str) -> str:
     """`figure` as an SVG element; `name` keeps its ids apart from those of other charts."""
     out = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
@@ -57,7 +57,7 @@ def _svg(figure: Figure, name: str) -> str:
 def losses(stage: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Training loss of one stage: a thin line per seed, colour by arm. Nats per token by step."""
     with rc_context(STYLE):
-        figure, axes = _axes(4.4, 2.5)
+        figure, axes = new_axes(4.4, 2.5)
         for arm, runs in arms.items():
             for number, run in enumerate(runs):
                 label = ARM_NAMES.get(arm, arm) if number == 0 and len(arms) > 1 else None
@@ -68,7 +68,7 @@ def losses(stage: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         axes.set_ylim(bottom=0)
         if len(arms) > 1:
             axes.legend(fontsize=8)
-        return _svg(figure, f"loss-{stage}")
+        return as_svg(figure, f"loss-{stage}")
 
 
 def accuracies(
@@ -78,7 +78,7 @@ def accuracies(
 ) -> str:
     """Accuracy per question type: bars are means over seeds, dots the seeds, dashes chance."""
     with rc_context(STYLE):
-        figure, axes = _axes(max(6.5, 1.0 * len(types)), 3.1)
+        figure, axes = new_axes(max(6.5, 1.0 * len(types)), 3.1)
         places = np.arange(len(types))
         width = 0.8 / len(arms)
         for index, (arm, seeds) in enumerate(arms.items()):
@@ -98,13 +98,13 @@ def accuracies(
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("accuracy")
         axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        return _svg(figure, "accuracy")
+        return as_svg(figure, "accuracy")
 
 
 def gates(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Gate per layer: a dot per seed (mean over tokens) on a bar, 5th to 95th percentile."""
     with rc_context(STYLE):
-        figure, axes = _axes(4.4, 2.5)
+        figure, axes = new_axes(4.4, 2.5)
         offset = np.linspace(-0.16, 0.16, len(seeds)) if len(seeds) > 1 else np.zeros(1)
         for shift, seed in zip(offset, seeds, strict=True):
             layers = np.arange(len(seed["mean"])) + shift
@@ -116,13 +116,13 @@ def gates(seeds: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(0, 1)
         axes.set_xlabel("layer")
         axes.set_ylabel("gate")
-        return _svg(figure, "gates")
+        return as_svg(figure, "gates")
 
 
 def sparse(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy by share of second visits made: smallest gates left out beside random ones."""
     with rc_context(STYLE):
-        figure, axes = _axes(4.4, 2.5)
+        figure, axes = new_axes(4.4, 2.5)
         for number, seed in enumerate(seeds):
             points = sorted(seed["points"], key=lambda point: point["share"])
             shares = [100 * point["share"] for point in points]
@@ -137,4 +137,4 @@ def sparse(seeds: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("second visits made (%)")
         axes.set_ylabel("accuracy")
         axes.legend(fontsize=8)
-        return _svg(figure, "sparse")
+        return as_svg(figure, "sparse")

@@ -150,13 +150,12 @@ def start(
     name: str, *, max_new_tokens: int, plan: str | None, bits: int | None = None
 ) -> Conversation:
     """A conversation with the model called `name`, its weights quantised to `bits` if given."""
-    import trol
+    from trol.cli.models import open_model
     from trol.cli.terminal import no_library_bars, noise_to_stderr
 
     no_library_bars()
     with noise_to_stderr():
-        settings = {} if bits is None else {"bits": bits}
-        model, processor = trol.load_model(name, **settings)
+        model, processor = open_model(name, bits=bits)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
     if plan is not None and not plan.strip():
         raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")

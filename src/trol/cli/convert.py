@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,7 +29,7 @@ def convert(
         str, typer.Argument(metavar="SOURCE", help="A published checkpoint: folder or hub name.")
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="The folder to make, or to go on with.")
+        str, typer.Argument(metavar="DEST", help="The folder to make, or to go on with.")
     ],
     *,
     dtype: Annotated[
@@ -42,9 +44,10 @@ def convert(
     import torch
 
     from trol.family.published import conversion
+    from trol.family.published.files import MARKER
 
     terminal.no_library_bars()
-    with terminal.noise_to_stderr():
+    with terminal.noise_to_stderr(), _interruption_explained(Path(destination) / MARKER):
         made = conversion.convert(
             source,
             destination,
@@ -54,11 +57,28 @@ def convert(
     terminal.report(asdict(made), as_json=as_json, text=lambda: _text(made))
 
 
+@contextmanager
+def _interruption_explained(marker: Path) -> Generator[None]:
+    """Says what Ctrl-C leaves; `marker` lies in the destination once something is in it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if marker.is_file():
+            terminal.note(
+                f"trol: interrupted; the weight files that {marker.parent} has are kept, and the "
+                "same command goes on from there."
+            )
+        else:
+            terminal.note("trol: interrupted before anything was written.")
+        raise
+
+
 def _text(made: Converted) -> str:
+    files = f"{made.files} file{'' if made.files == 1 else 's'}"
     kept = f", {made.kept} kept from before" if made.kept else ""
     return (
         f"{made.destination}: {made.parameters / 1e6:.1f} M parameters in {made.tensors} tensors, "
-        f"{made.bytes / 1e9:.2f} GB of {made.dtype} in {made.files} files{kept}; gates "
+        f"{made.bytes / 1e9:.2f} GB of {made.dtype} in {files}{kept}; gates "
         f"{made.sharing}; opened anew and equal to {made.source} in every bit.\n"
         f'Next: trol chat {made.destination} --image PICTURE --question "..."'
     )

@@ -129,9 +129,9 @@ def _processor(model: str | None) -> tuple[Any, int | None]:
     """The model's processor, and how many positions the model has."""
     if model is None:
         return None, None
-    import trol
+    from trol.cli.models import open_model
 
-    loaded, processor = trol.load_model(model)
+    loaded, processor = open_model(model)
     return processor, loaded.config.get_text_config().max_position_embeddings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,9 +29,17 @@ MaxNewTokens = Annotated[
 
 @contextlib.contextmanager
 def noise_to_stderr() -> Generator[None]:
-    """While open, whatever libraries print goes to stderr: stdout is for results."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    """While open, whatever libraries print goes to stderr: stdout is for results.
+
+    Warnings are shown as one line each, without the place in the source that they come from.
+    """
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *_, **__: note(f"trol: {message}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        warnings.showwarning = before
 
 
 def no_library_bars() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +13,12 @@ from trol.cli.provenance import run_record
 
 EXAMPLES = (
     "trol train recipes/tiny.yaml",
-    "trol train tiny seed=1 --out runs/tiny-1",
+    "trol train tiny seed=1 save_every=200 --resume --out runs/tiny-1",
     "trol train tiny --show",
 )
 
 
-def train(
+def train(  # noqa: PLR0917 - a command's options
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or its name.")],
     overrides: Annotated[
         list[str] | None,
@@ -27,11 +27,29 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/RECIPE.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Go on from an earlier run.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where this run was interrupted, if it was.")
+    ] = False,
+    max_hours: Annotated[
+        float | None, typer.Option("--max-hours", metavar="H", help="Save and stop after H hours.")
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", metavar="NAME", help="Log to tensorboard or trackio as well."),
+    ] = None,
+    questions: Annotated[
+        int,
+        typer.Option("--questions", metavar="N", min=0, help="Validation questions; 0 for none."),
+    ] = 540,
     show: Annotated[bool, typer.Option("--show", help="Print the whole recipe and leave.")] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Train a model as RECIPE says, stage by stage."""
     from trol import training
+    from trol.training import processes
 
     resolved = training.resolve(recipe, overrides or [])
     if show:
@@ -40,6 +58,53 @@ def train(
         return
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
-        found = training.run(resolved, out=out or Path("runs") / Path(recipe).stem)
-    result = {**found, "run": run_record(found.get("seed"))}
-    terminal.report(result, as_json=as_json, text=lambda: str(found["model"]))
+        found = training.run(
+            resolved,
+            out=out or Path("runs") / Path(recipe).stem,
+            start=start,
+            resume=resume,
+            max_hours=max_hours,
+            report_to=report_to or [],
+        )
+        processes.leave()
+        if not processes.is_first():
+            return
+        result = {"run": run_record(found.get("seed")), **found}
+        if "model" in found and "run" not in found:  # else it was finished and told before
+            _describe(Path(found["model"]), result, questions)
+    terminal.report(result, as_json=as_json, text=lambda: _told(result))
+
+
+def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:
+    """The page of the run and the model card, beside the model."""
+    from trol.analysis import card, training_page
+    from trol.analysis.files import write_json
+
+    result["validation"] = _validation(folder, questions)
+    told = {key: value for key, value in result.items() if key != "model"}  # folders move
+    write_json(folder / "training.json", told)
+    training_page.write(folder)
+    card.write(folder)
+
+
+def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
+    """Accuracy per question type on the validation boards; None where they cannot be asked."""
+    from trol.cli.models import open_model
+    from trol.evaluation.validation import validate
+    from trol.family import TrolProcessor
+
+    if not questions or not (folder / "processor_config.json").is_file():
+        return None
+    model, processor = open_model(folder)
+    asks = isinstance(processor, TrolProcessor)
+    return validate(model, processor, questions=questions) if asks else None
+
+
+def _told(result: dict[str, Any]) -> str:
+    if "model" in result:
+        return f"{result['model']}\n{result['model']}/report.html"
+    stopped = result["stopped"]
+    return (
+        f"Stopped at step {stopped['step']} of stage {stopped['stage']}: the time is over. "
+        "Give the same command with --resume to go on."
+    )

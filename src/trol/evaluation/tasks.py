@@ -46,15 +46,15 @@ class Task:
     """Type -> accuracy of a guess without looking."""
 
 
-def board_items(count: int, seed: int) -> list[Item]:
-    """Single questions about test boards, every type as often as the others."""
+def board_items(count: int, seed: int, split: str = "test") -> list[Item]:
+    """Single questions about boards of a split, every type as often as the others."""
     items: list[Item] = []
     kinds = list(ASKERS)
     board_seed = seed * SEEDS_APART
     while len(items) < count:
         board_seed += 1
         kind = kinds[len(items) % len(kinds)]
-        board = make_board("test", board_seed)
+        board = make_board(split, board_seed)
         question = ask(board, kind, random.Random(f"evaluation/{board_seed}"))
         if question is not None:
             items.append(Item(draw(board), question.text, question.answer, kind))

@@ -22,10 +22,12 @@ from transformers.utils.hub import cached_file
 from trol.depth import attach
 from trol.depth.registry import from_settings
 from trol.depth.saving import marks
-from trol.errors import HostError, unknown
+from trol.errors import HostError, TrolError
 from trol.family import TrolForConditionalGeneration  # registers the family's classes as well
+from trol.family.published.files import CONFIG
+from trol.family.published.naming import check_source
 from trol.family.published.opening import open_published
-from trol.family.published.quantisation import quantised
+from trol.family.published.quantisation import check_blocks, quantised
 from trol.family.published.reading import open_published_processor
 
 SHIPPED = ("trol-tiny",)
@@ -43,27 +45,22 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
         settings: passed on to `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
-        HostError: nothing of that name can be opened, or what lies there is no model.
+        UsageError: the name is neither a folder's nor can it be a hub name; or other bits.
+        HostError: nothing of that name can be opened, what lies there is no model, or its widths
+            do not fit 4 bits.
         DataError: a published checkpoint is damaged.
     """
     source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
-    if not Path(source).is_dir() and "/" not in source:
-        raise unknown("model", name, SHIPPED)
+    check_source(source, SHIPPED)
     if bits is not None:
         settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
     try:
-        model = open_published(TrolForConditionalGeneration, source, **settings)
-        if model is not None:
-            return model.eval(), open_published_processor(source, **settings)
-        found = cached_file(source, "config.json")
-        assert found is not None
-        config = json.loads(Path(found).read_text(encoding="utf-8"))
-        model = _open_marked(config, Path(found).parent, bits) if marks(config) else None
-        if model is None:
-            auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
-            model = auto.from_pretrained(source, **settings)
-        reader = AutoProcessor if type(model.config) in _SEEING else AutoTokenizer
-        return model.eval(), reader.from_pretrained(source)
+        model, processor = _open(source, bits, settings)
+        if bits == 4:
+            check_blocks(model, str(name))
+        return model.eval(), processor
+    except TrolError:  # some of which are ValueErrors
+        raise
     except (OSError, ValueError) as error:
         raise HostError(
             f"no model can be opened from {str(name)!r}: {error} Give a shipped model "
@@ -74,6 +71,23 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
 def shipped_folder(name: str) -> str:
     """Where a shipped model lies."""
     return str(files("trol") / "models" / name)
+
+
+def _open(source: str, bits: int | None, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """A model and its processor, whatever kind lies there."""
+    model = open_published(TrolForConditionalGeneration, source, **settings)
+    if model is not None:
+        return model, open_published_processor(source, **settings)
+    found = cached_file(source, CONFIG)
+    if found is None:
+        raise HostError(f"{Path(source) / CONFIG} is missing; give the folder that a model is in.")
+    config = json.loads(Path(found).read_text(encoding="utf-8"))
+    model = _open_marked(config, Path(found).parent, bits) if marks(config) else None
+    if model is None:
+        auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
+        model = auto.from_pretrained(source, **settings)
+    reader = AutoProcessor if type(model.config) in _SEEING else AutoTokenizer
+    return model, reader.from_pretrained(source)
 
 
 _SEEING = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

@@ -197,8 +197,9 @@ class TrolProcessor(ProcessorMixin):
             )
         given = [len(row or ()) for row in rows] if nested else [len(pictures)]
         if given != wanted if nested else len(pictures) != sum(wanted):
+            noun = "image" if sum(given) == 1 else "images"
             raise DataError(
-                f"got {_listed(given)} images, expected {_listed(wanted)}, one for each "
+                f"got {_listed(given)} {noun}, expected {_listed(wanted)}, one for each "
                 f"{IMAGE_TOKEN!r} in the texts; give an image for every placeholder, "
                 "and a placeholder for every image."
             )

@@ -24,6 +24,7 @@ WEIGHTS_NAME = "depth.safetensors"
 Model = TypeVar("Model", bound=nn.Module)
 
 _NOT_THE_HOST = {
+    "quantization_config",
     "_name_or_path",
     "dtype",
     "torch_dtype",

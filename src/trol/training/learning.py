@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftModel
 from torch import nn
 
+from trol.data.collator import Collator
+from trol.data.mixture import Mixture, open_mixture
+from trol.data.mixture_file import MixtureFile, Source
 from trol.data.pools import BoardPool, board_pool
+from trol.data.rows import MixtureRows
+from trol.errors import UsageError
 from trol.family import TrolProcessor
-from trol.training.low_rank import low_rank
-from trol.training.parts import let_learn
-from trol.training.recipe import Stage
-from trol.training.stages import LESSONS, Lesson
+from trol.training.conversations import ConversationCollator, Conversations
+from trol.training.low_rank import has_visit_updates, low_rank, merged
+from trol.training.parts import let_learn, settle
+from trol.training.quantised import is_quantised, let_gradients_through
+from trol.training.recipe import DATA, Recipe, Stage
+from trol.training.stages import LESSONS, ConversationReader, Lesson
 
 BOARD_SEEDS = 1_000_000
 """Board seeds that belong to one recipe seed."""
@@ -31,24 +43,107 @@ class Material(NamedTuple):
 
 
 def learner_of(model: Any, stage: Stage) -> Any:
-    """The model with what this stage lets learn, low-rank updates in place if it wants them."""
-    learner = low_rank(model, stage.lora) if stage.lora else model
-    let_learn(learner, stage.train, low_rank=bool(stage.lora))
+    """The model with what this stage lets learn, low-rank updates in place if it wants them.
+
+    Raises:
+        HostError: the model lacks a part that is to learn, or its weights cannot.
+        UsageError: it carries low-rank updates of another form.
+    """
+    learner = model
+    if stage.lora:
+        learner = low_rank(model, stage.lora, stage.lora_alpha, per_visit=stage.per_visit)
+    let_gradients_through(learner)
+    let_learn(learner, stage.train, low_rank=isinstance(learner, PeftModel))
     return learner
 
 
 def finished(learner: Any, stage: Stage) -> Any:
-    """The model after the stage: low-rank updates merged, all of it free to learn again."""
-    model = learner.merge_and_unload() if stage.lora else learner
-    model.requires_grad_(True)
-    return model.eval()
+    """The model after the stage, all of it free to learn again.
+
+    Low-rank updates are merged, unless the stage says otherwise or they cannot be: then the PEFT
+    model itself is given back, which the next stage goes on with and `save_trained` saves.
+    """
+    settle(learner, stage.train)
+    if isinstance(learner, PeftModel) and _may_merge(learner, stage):
+        learner = merged(learner)
+        settle(learner, stage.train)
+    return learner.eval()
 
 
 def material(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
-    """What the stage's data are, for this learner."""
+    """What the stage's data are, for this learner.
+
+    Raises:
+        UsageError: boards are asked for, but the processor is not a TroL model's.
+        DataError: the files of a mixture are missing or broken.
+    """
+    if stage.data not in DATA:
+        return _conversations(learner, processor, stage)
+    if not isinstance(processor, TrolProcessor):
+        raise UsageError(
+            f"the built-in {stage.data} are made for TroL models, not for "
+            f"{type(processor).__name__}; give a mixture or a chat file as data."
+        )
     lesson = LESSONS[stage.data]
     pool = _pool(processor, _asks(stage, lesson), seed)
     return Material(lesson.reader(learner, processor), pool, pool.batch)
+
+
+def sized(stage: Stage, rows: Any) -> Stage:
+    """The stage with its length in steps; call it on `material(...).rows` before all that counts.
+
+    steps = ceil(epochs · rows / batch)
+    """
+    if stage.steps:
+        return stage
+    steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch))
+    return dataclasses.replace(stage, steps=steps, epochs=0.0)
+
+
+def trainer_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """What of a recipe and a stage (after `sized`) goes into `TrainingArguments`.
+
+    Each of the W processes computes batch / (accumulate · W) conversations at once.
+    (Checkpointing of activations is turned on in the model, by `opened`.)
+
+    Raises:
+        UsageError: the batch cannot be divided so.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = stage.accumulate * processes
+    if stage.batch % parts:
+        raise UsageError(
+            f"a batch of {stage.batch} cannot be divided among {processes} processes in "
+            f"{stage.accumulate} parts each; give a batch that is a multiple of {parts}."
+        )
+    return {
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch // parts,
+        "gradient_accumulation_steps": stage.accumulate,
+        "bf16": recipe.precision == "bf16",
+    }
+
+
+def _may_merge(learner: PeftModel, stage: Stage) -> bool:
+    return stage.merge and not is_quantised(learner) and not has_visit_updates(learner)
+
+
+def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
+    mixture, most = _mixture(stage.data), stage.max_tokens or None
+    reader = ConversationReader(learner)
+    if isinstance(processor, TrolProcessor):
+        rows = MixtureRows(mixture, processor, most)
+        return Material(reader, rows, Collator(processor.tokenizer.pad_token_id))
+    collate = ConversationCollator(processor, most_tokens=most)
+    return Material(reader, Conversations(mixture), collate)
+
+
+def _mixture(data: str) -> Mixture:
+    path = Path(data)
+    if path.suffix not in (".json", ".jsonl"):
+        return open_mixture(data)
+    chats = Source(name=path.stem, path=path.name)
+    return open_mixture(MixtureFile(path, path.parent, (chats,)))
 
 
 class Asks(NamedTuple):
@@ -63,7 +158,7 @@ class Asks(NamedTuple):
 
 
 def _asks(stage: Stage, lesson: Lesson) -> Asks:
-    boards = min(stage.boards, stage.steps * stage.batch)
+    boards = min(stage.boards, stage.steps * stage.batch) if stage.steps else stage.boards
     asks = (boards, stage.questions, stage.packed, stage.easy)
     return Asks(*asks, fewest=lesson.fewest, drawn=lesson.drawn)
 

@@ -1,34 +1,157 @@
-"""Opening what a recipe trains: a new model of a preset, or one of an earlier run."""
+"""Opening what a recipe trains: a new model, an existing host, or what an earlier run left."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from trol.data.boards import make_board
 from trol.data.questions import questions
-from trol.errors import UsageError
-from trol.family import TrolForConditionalGeneration, TrolProcessor, tiny, tiny_processor
-from trol.training.recipe import Recipe
+from trol.depth import attach, attached, is_attached
+from trol.depth.registry import from_settings
+from trol.errors import HostError, UsageError, unknown
+from trol.family import (
+    TrolConfig,
+    TrolForConditionalGeneration,
+    TrolProcessor,
+    tiny,
+    tiny_processor,
+)
+from trol.family.loading import load_model
+from trol.family.published.files import CONFIG, read_json
+from trol.training.adapters import is_adapters, open_adapters
+from trol.training.composing import composed
+from trol.training.quantised import check_quantised, quantisation
+from trol.training.recipe import Recipe, resolve
 from trol.training.stages import NOTHING
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Precision of a recipe -> type of the weights that do not learn."""
 
-def opened(recipe: Recipe, start: Path | None) -> tuple[Any, TrolProcessor]:
-    """The model and its processor; `UsageError` where none can be made of the recipe's sizes."""
+
+def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
+    """The model, its policy attached, and its processor (of a text decoder: its tokenizer).
+
+    Args:
+        recipe: names the model, its policy, precision and bits.
+        start: the folder that an earlier run saved: a model, in place of the recipe's, or
+            adapters, which are put on the recipe's.
+
+    Raises:
+        UsageError: no model can be made of the recipe's sizes, or policies contradict each other.
+        HostError: the host cannot be opened, has no decoder, or cannot be treated rightly.
+        AdapterError: the adapters belong to another host.
+    """
     if start is None:
-        processor = tiny_processor(_texts())
-        try:
-            config = tiny(len(processor.tokenizer), **recipe.preset, depth=recipe.policy)
-            return TrolForConditionalGeneration(config), processor
-        except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UsageError(
-                f"no model can be made from preset {recipe.preset}: {error}"
-            ) from error
-    processor = TrolProcessor.from_pretrained(start)
-    model = TrolForConditionalGeneration.from_pretrained(start, depth=recipe.policy)
+        model, processor = _first(recipe)
+    elif is_adapters(start):
+        model, processor = _first(recipe)
+        model = open_adapters(model, start, trainable=True)
+        _check_policy(model, recipe, str(start))
+    else:
+        model, processor = _saved(recipe, start)
+    if recipe.bits:
+        check_quantised(model)
+    if recipe.checkpointing:
+        old = "gradient_checkpointing_enable"  # its name before transformers 5.23
+        new = "activation_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
     return model, processor
+
+
+def reopened(folder: str | Path) -> tuple[Any, Any]:
+    """What a run left in `folder`, by the recipe that lies there, free to learn on.
+
+    Raises as `opened`, and `UsageError` where no recipe lies in the folder.
+    """
+    folder = Path(folder)
+    return opened(resolve(folder / "recipe.yaml"), folder)
+
+
+def _first(recipe: Recipe) -> tuple[Any, Any]:
+    """What the recipe itself names."""
+    if recipe.host:
+        return _host(recipe, recipe.host)
+    if "name" in recipe.preset:
+        model, processor = composed(recipe.preset, recipe.policy, _texts())
+    else:
+        model, processor = _tiny(recipe), tiny_processor(_texts())
+    dtype = DTYPES[recipe.precision]
+    if recipe.bits:
+        # from_pretrained is what quantises; it reads the weights from the model in memory.
+        model = TrolForConditionalGeneration.from_pretrained(
+            None, config=model.config, state_dict=model.state_dict(), **_settings(recipe)
+        )
+    elif dtype != torch.float32:
+        _to(model, dtype)
+    return model, processor
+
+
+def _tiny(recipe: Recipe) -> Any:
+    sizes = set(inspect.signature(tiny).parameters) - {"vocab_size", "depth"}
+    for key in recipe.preset:
+        if key not in sizes:
+            raise unknown("key in recipe.preset", key, {*sizes, "name"})
+    vocabulary = len(tiny_processor(_texts()).tokenizer)
+    try:
+        config = tiny(vocabulary, **recipe.preset, depth=recipe.policy)
+        return TrolForConditionalGeneration(config)
+    except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"no model can be made from preset {recipe.preset}: {error}") from error
+
+
+def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
+    """An existing model with the recipe's policy."""
+    try:
+        model, processor = load_model(name, **_settings(recipe))
+    except ImportError as error:  # some hosts' processors need packages that trol does not
+        told = " ".join(str(error).split())
+        raise HostError(f"{name} needs a package that is not installed: {told}") from error
+    if is_attached(model):
+        _check_policy(model, recipe, name)
+    else:
+        attach(model, from_settings(recipe.policy))
+    if not recipe.bits:
+        _to(model, DTYPES[recipe.precision])  # a host saved with its policy opens in its own type
+    return model, processor
+
+
+def _saved(recipe: Recipe, start: Path) -> tuple[Any, Any]:
+    """A whole model of an earlier run, with the recipe's policy in place of its own."""
+    file = start / CONFIG
+    if not file.is_file() or read_json(file).get("model_type") != TrolConfig.model_type:
+        return _host(recipe, str(start))
+    model = TrolForConditionalGeneration.from_pretrained(
+        start, depth=recipe.policy, **_settings(recipe)
+    )
+    return model, TrolProcessor.from_pretrained(start)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's precision and bits, as `from_pretrained` takes them."""
+    dtype = DTYPES[recipe.precision]
+    if not recipe.bits:
+        return {"dtype": dtype}
+    return {"dtype": dtype, "quantization_config": quantisation(recipe.bits, dtype)}
+
+
+def _to(model: Any, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    model.config.dtype = dtype
+
+
+def _check_policy(model: Any, recipe: Recipe, name: str) -> None:
+    """What is trained already must not be replaced without a word."""
+    found, wanted = attached(model)[1].depth_policy, from_settings(recipe.policy)
+    if found != wanted:
+        raise UsageError(
+            f"{name} comes with the policy {found}, the recipe says {wanted}; write the first "
+            "into the recipe, or give a host without a policy."
+        )
 
 
 def _texts() -> list[str]:

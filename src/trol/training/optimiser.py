@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,14 +58,29 @@ def optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
 
 
 def schedule(optimiser: torch.optim.Optimizer, stage: Stage) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, flat, then linear to zero over the last `decay`."""
+    """Linear warm-up over `warmup_steps`, then as `stage.schedule` says, in N = `stage.steps`.
+
+    linear:  flat, then linear to the final rate over the last `decay` of the steps
+    cosine:  final + (highest - final) (1 + cos(pi t)) / 2,   t from 0 to 1 after the warm-up
+    """
+    least = stage.final_rate / stage.learning_rate if stage.learning_rate else 0.0
+    falling = {"linear": _linear, "cosine": _cosine}[stage.schedule]
 
     def share(step: int) -> float:
         rising = (step + 1) / max(1, stage.warmup_steps)
-        falling = (stage.steps - step) / max(1.0, stage.decay * stage.steps)
-        return max(0.0, min(1.0, rising, falling))
+        return min(1.0, rising, least + (1 - least) * falling(step, stage))
 
     return LambdaLR(optimiser, share)
+
+
+def _linear(step: int, stage: Stage) -> float:
+    return max(0.0, min(1.0, (stage.steps - step) / max(1.0, stage.decay * stage.steps)))
+
+
+def _cosine(step: int, stage: Stage) -> float:
+    after = stage.steps - stage.warmup_steps
+    done = min(1.0, max(0.0, (step - stage.warmup_steps) / max(1, after)))
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _is_inner_matrix(name: str, parameter: Tensor) -> bool:

@@ -1,28 +1,92 @@
-"""The parts of a TroL model, and who of them learns in a stage."""
+"""The parts of a model, and who of them learns in a stage."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
+import torch
 from torch import nn
 
-MARKS = {
-    "mixers": ".depth.",
-    "vision": "vision_tower.",
-    "projector": "projector.",
+from trol.errors import HostError
+
+MARKS: dict[str, tuple[str, ...]] = {
+    "mixers": ("depth",),
+    "projector": (
+        "projector",
+        "multi_modal_projector",  # LLaVA, InternVL, Gemma 3, PaliGemma, Mllama
+        "connector",  # Idefics3, SmolVLM
+        "visual.merger",  # Qwen-VL
+        "visual.deepstack_merger_list",
+        "visual.merger_list",
+        "embed_vision",  # Gemma 3n, Gemma 4
+        "qformer",
+        "language_projection",
+        "aligner",
+        "mm_projector",
+    ),
+    "vision": ("vision_tower", "vision_model", "visual", "vision_encoder", "vision_embed_tokens"),
 }
-"""Part -> what its parameters' names contain; whatever else there is belongs to the decoder."""
+"""Part -> names of modules, of which one stands in the names of its parameters; an earlier part
+goes before a later one, and whatever else there is belongs to the decoder."""
+
+NOT_DECODER = tuple(name for part in ("projector", "vision") for name in MARKS[part])
+"""Names of all modules that hold a projector or a vision tower."""
 
 
 def part_of(name: str) -> str:
     """The part that a parameter of this name belongs to."""
-    return next((part for part, mark in MARKS.items() if mark in name), "decoder")
+    for part, marks in MARKS.items():
+        if any(f".{mark}." in f".{name}" for mark in marks):
+            return part
+    return "decoder"
 
 
 def let_learn(model: nn.Module, parts: tuple[str, ...], *, low_rank: bool = False) -> None:
-    """Lets these parts learn and freezes the others.
+    """Lets these parts learn and freezes the others; what learns is made float32.
 
     With `low_rank`, the decoder learns through its low-rank updates and nothing else of it does.
+
+    Raises:
+        HostError: the model has no such part, or the decoder's weights are quantised.
     """
+    _check_parts(model, parts)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         frozen_base = low_rank and part == "decoder" and "lora_" not in name
-        parameter.requires_grad_(part in parts and not frozen_base)
+        learns = part in parts and not frozen_base
+        if learns and not parameter.is_floating_point():
+            raise HostError(
+                f"{name} is quantised and cannot learn; train the decoder by low-rank updates "
+                "(lora=64), or open the model with its full weights (bits=0)."
+            )
+        parameter.requires_grad_(learns)
+        if learns and parameter.dtype != torch.float32:
+            # A step of 1e-4 would be rounded away in bfloat16.
+            parameter.data = parameter.data.float()
+
+
+def settle(model: Any, parts: tuple[str, ...]) -> None:
+    """Undoes `let_learn`: what can learn may, and these parts have the model's own type again.
+
+    Gates and low-rank updates stay float32.
+    """
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.requires_grad_(True)
+        part = part_of(name)
+        if part in parts and part != "mixers" and "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_parts(model: nn.Module, parts: tuple[str, ...]) -> None:
+    found = Counter(part_of(name) for name, _ in model.named_parameters())
+    missing = [part for part in parts if part not in found]
+    if missing:
+        listed = ", ".join(f"{part} ({count} parameters)" for part, count in found.items())
+        raise HostError(
+            f"{type(model).__name__} has no {' and no '.join(missing)} to train; found: {listed}. "
+            "Take the part out of `train`, or name a model or policy that has it."
+        )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,14 +11,23 @@ from typing import Any
 
 import yaml
 
+from trol.data import mixture_file
 from trol.depth.registry import from_settings
 from trol.errors import UsageError, unknown
+from trol.training.strict import built, plain
 
 DATA = ("cells", "symbols", "boards")
-"""What a stage can learn from: labelled cells, boards as words, pictures of boards."""
+"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards."""
+
+FILES = (".yaml", ".yml", ".jsonl", ".json")
+"""Endings of the files that a stage can learn from: mixtures, and chats."""
 
 PARTS = ("vision", "projector", "mixers", "decoder")
 """What a stage can train; all other parameters stay as they are."""
+
+BITS = (0, 4, 8)
+PRECISIONS = ("fp32", "bf16")
+SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,17 @@ class Stage:
     train: tuple[str, ...]
     """Parts that learn, among `PARTS`."""
     data: str
-    """One of `DATA`."""
-    steps: int
-    """Optimiser steps."""
+    """One of `DATA`, a mixture (a YAML file or a carried name), or a chat file (JSONL or JSON)."""
+    steps: int = 0
+    """Optimiser steps; 0 where `epochs` says how long."""
+    epochs: float = 0.0
+    """How often each conversation is seen; 0 where `steps` says how long."""
     batch: int = 32
-    """Conversations per step (for `cells`: boards)."""
+    """Conversations per optimiser step (for `cells`: boards)."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another."""
+    max_tokens: int = 0
+    """Longest conversation that is learnt from; 0 for no limit."""
     boards: int = 6000
     """Boards that are made; a longer stage sees each of them more than once."""
     questions: int = 6
@@ -49,32 +62,56 @@ class Stage:
     muon: float = 0.0
     """Muon's learning rate for the matrices inside decoder layers; 0 leaves them to AdamW."""
     warmup_steps: int = 20
+    schedule: str = "linear"
+    """`linear`: flat, then down to the final rate over `decay`; `cosine`: down all the way."""
     decay: float = 0.4
-    """Share of the steps over which the learning rate falls to zero at the end."""
+    """Share of the steps over which a linear schedule falls at the end."""
+    final_rate: float = 0.0
+    """Where `learning_rate` ends; the other rates fall by the same share."""
     easy: bool = False
     """Whether only the first four types of question are asked."""
     traverse: bool = True
     """Whether the policy is in force; the plain model learns otherwise."""
     lora: int = 0
     """Rank of low-rank updates that learn in place of the decoder's own matrices; 0 for none."""
+    lora_alpha: int = 0
+    """Updates are scaled by lora_alpha / lora; 0 for lora_alpha = lora."""
+    per_visit: bool = False
+    """Whether second and later visits have a low-rank update of their own beside the first's."""
+    merge: bool = True
+    """Whether updates are merged when the stage is over; those of quantised weights never are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole training run."""
 
-    preset: dict[str, Any]
-    """Sizes of the model: the keyword arguments of `trol.family.tiny`."""
-    stages: dict[str, Stage]
-    """Stage name -> stage, in order."""
+    preset: dict[str, Any] = field(default_factory=dict)
+    """A new model: the keyword arguments of `trol.family.tiny`, or the `name` of a published
+    size with folders or hub names of the `vision` tower and `text` decoder that it starts from."""
+    host: str = ""
+    """In place of `preset`, an existing model that the policy is attached to: folder or hub name
+    of a vision-language model or a text decoder."""
     policy: dict[str, Any] = field(default_factory=lambda: {"policy": "trol_mixer"})
     """The depth policy that the model is made with."""
     seed: int = 0
     """Of the weights, the boards and their order."""
+    bits: int = 0
+    """Of the decoder's quantised weights: 4 (nf4), 8 (int8), or 0 for full ones."""
+    precision: str = "fp32"
+    """What is computed in, and what frozen weights are kept in: fp32 or bf16."""
+    checkpointing: bool = False
+    """Whether activations are computed again in the backward pass rather than kept."""
+    save_every: int = 0
+    """Optimiser steps between checkpoints; 0 for none within a stage."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    stages: dict[str, Stage]
+    """Stage name -> stage, in order."""
 
     def yaml(self) -> str:
         """The resolved recipe as YAML; reading it gives the same recipe."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, width=100)
+        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False, width=100)
 
     @property
     def steps(self) -> int:
@@ -99,7 +136,7 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise UsageError(f"{override!r} is no override; write key=value, such as seed=1.")
         _set(data, key.split("."), _value(value, override), override)
-    made = _build(Recipe, data, "recipe")
+    made = built(Recipe, data, "recipe")
     _check(made)
     return made
 
@@ -152,93 +189,96 @@ def _value(text: str, override: str) -> Any:
         raise UsageError(f"{override!r}: the value is no YAML: {error}") from error
 
 
-def _build(cls: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise UsageError(f"{where} holds {data!r}; give keys and values.")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise unknown(f"key in {where}", key, hints)
-    required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
-    if missing := sorted(required - set(data)):
-        raise UsageError(f"{where} lacks {', '.join(missing)}.")
-    return cls(**{key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()})
-
-
-def _is_required(field_: Any) -> bool:
-    return field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    if kind == dict[str, Stage]:
-        if not isinstance(value, Mapping):
-            raise UsageError(f"{where} holds {value!r}; name stages, each with its settings.")
-        return {str(name): _build(Stage, row, f"{where}.{name}") for name, row in value.items()}
-    if kind == tuple[str, ...]:
-        kind, value = tuple, tuple(value) if isinstance(value, list) else value
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        value = _number(value, where)  # YAML 1.1 reads 1e-3 as a string
-    origin = typing.get_origin(kind) or kind
-    if (
-        origin is types.UnionType
-        or not isinstance(value, origin)
-        or (isinstance(value, bool) and origin is not bool)
-    ):
-        raise UsageError(f"{where} is {value!r}, but must be {_KINDS.get(origin, str(kind))}.")
-    return value
-
-
-_KINDS = {
-    tuple: "a list, such as [decoder]",
-    dict: "keys and values, such as {policy: plain}",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a word",
-}
-
-
-def _number(value: int | str, where: str) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise UsageError(f"{where} is {value!r}, but must be a number.") from error
-
-
-_BOUNDS = {
+_STAGE_BOUNDS = {
+    "steps": (0, 10**9),
+    "epochs": (0.0, 1000.0),
+    "batch": (1, 10**6),
+    "accumulate": (1, 10**6),
+    "max_tokens": (0, 10**7),
+    "boards": (1, 10**9),
+    "questions": (1, 10**6),
     "learning_rate": (0.0, 10.0),
     "mixer_learning_rate": (0.0, 10.0),
     "muon": (0.0, 10.0),
     "packed": (0.0, 1.0),
+    "warmup_steps": (0, 10**9),
     "decay": (0.0, 1.0),
     "lora": (0, 4096),
+    "lora_alpha": (0, 65536),
 }
-"""Stage setting -> least and greatest value."""
+_RECIPE_BOUNDS = {"seed": (0, 2**32 - 1), "save_every": (0, 10**9), "keep": (1, 10**6)}
+"""Setting -> least and greatest value."""
 
 
 def _check(recipe: Recipe) -> None:
+    _check_bounds(recipe, _RECIPE_BOUNDS, "")
+    if bool(recipe.preset) == bool(recipe.host):
+        raise UsageError(
+            f"the recipe names {'both a preset and a host' if recipe.host else 'no model'}; "
+            "give either preset (a new model) or host (an existing one)."
+        )
+    if recipe.bits not in BITS:
+        raise UsageError(f"bits is {recipe.bits}; give 4, 8, or 0 for full weights.")
+    if recipe.precision not in PRECISIONS:
+        raise unknown("precision", recipe.precision, PRECISIONS)
+    from_settings(recipe.policy)
     if not recipe.stages:
         raise UsageError("the recipe has no stage; give at least one.")
-    if recipe.seed < 0:
-        raise UsageError(f"seed is {recipe.seed}; give 0 or more.")
-    from_settings(recipe.policy)
     for name, stage in recipe.stages.items():
-        for key, (least, most) in _BOUNDS.items():
-            if not least <= getattr(stage, key) <= most:  # a NaN is in no range
-                raise UsageError(
-                    f"stages.{name}.{key} is {getattr(stage, key)}; give {least} to {most}."
-                )
-        if stage.data not in DATA:
-            raise unknown(f"data of stage {name}", stage.data, DATA)
-        for part in stage.train:
-            if part not in PARTS:
-                raise unknown(f"part to train in stage {name}", part, PARTS)
-        for key in ("steps", "batch", "boards", "questions"):
-            if getattr(stage, key) < 1:
-                raise UsageError(f"stages.{name}.{key} is {getattr(stage, key)}; give 1 or more.")
+        _check_stage(name, stage, recipe)
+    _check_adapters(recipe)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+def _check_stage(name: str, stage: Stage, recipe: Recipe) -> None:
+    where = f"stages.{name}"
+    _check_bounds(stage, _STAGE_BOUNDS, f"{where}.")
+    if (stage.steps > 0) == (stage.epochs > 0):
+        raise UsageError(
+            f"{where}.steps is {stage.steps} and epochs is {stage.epochs}; give 1 or more of the "
+            "one and 0 of the other."
+        )
+    if stage.schedule not in SCHEDULES:
+        raise unknown(f"schedule of stage {name}", stage.schedule, SCHEDULES)
+    if not 0 <= stage.final_rate <= stage.learning_rate:
+        raise UsageError(
+            f"{where}.final_rate is {stage.final_rate}; give 0 to the learning rate, "
+            f"{stage.learning_rate}."
+        )
+    if stage.batch % stage.accumulate:
+        raise UsageError(
+            f"{where}.batch is {stage.batch}, which {stage.accumulate} parts (accumulate) do not "
+            "divide; give a multiple."
+        )
+    mixtures = mixture_file.names()
+    if stage.data not in (*DATA, *mixtures) and Path(stage.data).suffix not in FILES:
+        raise unknown(f"data of stage {name}", stage.data, (*DATA, *mixtures))
+    for part in stage.train:
+        if part not in PARTS:
+            raise unknown(f"part to train in stage {name}", part, PARTS)
+    if (stage.per_visit or stage.lora_alpha) and not stage.lora:
+        raise UsageError(f"{where} has settings of low-rank updates, but lora is 0; give a rank.")
+    if recipe.bits and not stage.lora and "decoder" in stage.train:
+        raise UsageError(
+            f"{where} trains the decoder, whose weights have {recipe.bits} bits and cannot learn; "
+            f"give low-rank updates, {where}.lora=64, or bits=0."
+        )
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    """Adapters hold no decoder: they can be opened on one that nobody trained before only."""
+    stages = recipe.stages.items()
+    whole = [n for n, s in stages if "decoder" in s.train and not s.lora]
+    apart = [n for n, s in stages if s.lora and (s.per_visit or not s.merge)]
+    if whole and apart:
+        raise UsageError(
+            f"stage {whole[0]} trains the decoder itself, but the updates of stage {apart[0]} are "
+            "not merged, so the trained decoder would not be saved; merge them, or give both lora."
+        )
+
+
+def _check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]], where: str) -> None:
+    for key, (least, most) in bounds.items():
+        value = getattr(settings, key)
+        if not least <= value <= most:  # a NaN is in no range
+            limit = f"{least} or more" if most >= 10**6 else f"{least} to {most}"
+            raise UsageError(f"{where}{key} is {value}; give {limit}.")

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import set_seed
 
-from trol.errors import UsageError
+from trol.errors import UsageError, unknown
+from trol.training import processes
+from trol.training.adapters import save_trained
+from trol.training.fingerprints import differences
+from trol.training.learning import finished, learner_of
 from trol.training.opening import opened
-from trol.training.progress import Progress
-from trol.training.recipe import Recipe, Stage
-from trol.training.stage import train_stage
+from trol.training.recipe import Recipe
+from trol.training.stage import Surroundings, train_stage
+from trol.training.whole import whole_folder
+from trol.training.working import RECIPE, WorkingFolder, not_written
+
+REPORTS = ("tensorboard", "trackio")
+"""Trackers that logs can be sent to; each is a package of that name."""
+
+FINDINGS = "training.json"
 
 
 def run(
@@ -25,64 +36,141 @@ def run(
     start: Path | None = None,
     only: Sequence[str] | None = None,
     label: str = "",
+    resume: bool = False,
+    max_hours: float | None = None,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains the recipe's stages and saves model, processor, recipe and losses in `out`.
 
+    While it trains, `out` is left alone. With `recipe.save_every`, `max_hours` or `resume`, a
+    working folder beside it holds all that is needed to go on after the process was killed.
+
     Args:
         recipe: what to train.
-        out: the folder to save in; nothing is written before training is over.
+        out: the folder to save in.
         start: the folder of an earlier run to go on from, in place of a new model.
         only: names of the stages to run; all if None.
         label: goes in front of each line of progress.
+        resume: whether to go on where an earlier call with the same arguments was interrupted;
+            where there is none, a new run begins.
+        max_hours: when to save and stop.
+        report_to: trackers, among `REPORTS`; tensorboard's files go into `OUT.logs`.
 
     Returns:
-        `{"model", "seed", "losses": {stage: {"steps", "losses"}}, "parameters", "steps",
-        "seconds": {stage: s}}`.
+        `{"model", "seed", "losses": {stage: {"steps", "losses", "gates"}}, "parameters", "steps",
+        "seconds": {stage: s}}`; in place of `"model"`, `"stopped": {"stage", "step"}` where the
+        time was over first.
 
     Raises:
-        UsageError: `only` names a stage that the recipe does not have.
+        UsageError: `only` names a stage that the recipe does not have, a tracker is unknown, or
+            what is to be resumed is another run.
+        TrainingError: the loss is no number any more, or the disk takes no more.
     """
-    stages = _chosen(recipe, only)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{str(out)!r} is a file; name a folder to save the model in.")
+    names = _chosen(recipe, only)
+    _check(out, max_hours, report_to)
+    processes.join()
+    deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+    folder = WorkingFolder(out)
+    begun: dict[str, Any] = {"start": None if start is None else str(start)}
+    begun |= {"only": names, "processes": processes.count()}
+    if not resume:
+        folder.refuse_to_forget()
+    elif folder.is_begun:
+        folder.check(recipe, begun)
+    elif (found := _finished_before(recipe, names, out)) is not None:
+        return found
     set_seed(recipe.seed)
     model, processor = opened(recipe, start)
-    found: dict[str, Any] = {"losses": {}, "seconds": {}}
-    for name, stage in stages.items():
-        began = time.perf_counter()
-        model, found["losses"][name] = train_stage(
-            model, processor, stage, recipe.seed, Progress(f"{label}{name}", stage.steps)
-        )
-        found["seconds"][name] = round(time.perf_counter() - began, 1)
-    found |= {
-        "model": str(out),
+    keeps = resume or bool(recipe.save_every) or max_hours is not None
+    if keeps:
+        folder.begin(recipe, begun, model)
+    logs = out.with_name(out.name + ".logs") if report_to else None
+    around = Surroundings(folder if keeps else None, deadline, label, report_to, logs)
+    model, found = _trained(model, processor, recipe, names, around)
+    if "stopped" not in found:
+        _save(model, processor, recipe, found, folder)
+    return found if "stopped" in found else found | {"model": str(out)}
+
+
+def _trained(
+    model: Any, processor: Any, recipe: Recipe, names: Sequence[str], around: Surroundings
+) -> tuple[Any, dict[str, Any]]:
+    """The model after the stages that are not over yet, and what there is to say of all."""
+    folder = around.working
+    found: dict[str, Any] = {"losses": {}, "seconds": {}, "steps": 0}
+    over = 0 if folder is None else folder.finished()
+    if folder is not None and over:
+        for name in names[:over]:  # the form that they left it in
+            stage = recipe.stages[name]
+            model = finished(learner_of(model, stage), stage)
+        found = folder.restore(over, model)
+    for number, name in list(enumerate(names, start=1))[over:]:
+        learnt = train_stage(model, processor, recipe, (number, name), around)
+        found["losses"][name], found["seconds"][name] = learnt.curve, learnt.seconds
+        found["steps"] += learnt.step
+        if learnt.model is None:
+            return None, found | {"stopped": {"stage": name, "step": learnt.step}}
+        model = learnt.model
+        if folder is not None:
+            folder.finish(number, model, found)
+    return model, found | {
         "seed": recipe.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": sum(stage.steps for stage in stages.values()),
     }
-    _save(model, processor, recipe, found, out)
-    return found
 
 
-def _chosen(recipe: Recipe, only: Sequence[str] | None) -> dict[str, Stage]:
+def _chosen(recipe: Recipe, only: Sequence[str] | None) -> list[str]:
     names = list(recipe.stages) if only is None else list(only)
     for name in names:
         if name not in recipe.stages:
             raise UsageError(f"the recipe has no stage {name!r}, but {', '.join(recipe.stages)}.")
-    return {name: recipe.stages[name] for name in names}
+    return names
 
 
-def _save(model: Any, processor: Any, recipe: Recipe, found: dict[str, Any], out: Path) -> None:
+def _check(out: Path, max_hours: float | None, report_to: Sequence[str]) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{str(out)!r} is a file; name a folder to save the model in.")
+    if max_hours is not None and not max_hours > 0:
+        raise UsageError(f"max_hours is {max_hours}; give more than 0.")
+    for name in report_to:
+        if name not in REPORTS:
+            raise unknown("tracker", name, REPORTS)
+        if find_spec(name) is None:
+            raise UsageError(f"logs cannot go to {name}: it is not installed; pip install {name}.")
+
+
+def _finished_before(recipe: Recipe, names: list[str], out: Path) -> dict[str, Any] | None:
+    """What is known of the run that has filled `out` already, if it was this recipe's."""
+    written = out / RECIPE, out / FINDINGS
+    if not all(path.is_file() for path in written):
+        return None
+    before, findings = (path.read_text(encoding="utf-8") for path in written)
+    found = json.loads(findings)
+    changed = differences(before, recipe)
+    if list(found["losses"]) != names:
+        changed.append(f"its stages were {', '.join(found['losses'])} and are {', '.join(names)}")
+    if changed:
+        raise UsageError(
+            f"{out} holds a finished run of another kind: {'; '.join(changed)}. Give another "
+            "--out, or leave --resume out to train in its place."
+        )
+    return found | {"model": str(out)}
+
+
+def _save(
+    model: Any, processor: Any, recipe: Recipe, found: dict[str, Any], folder: WorkingFolder
+) -> None:
     """Writes everything into a folder beside `out`, then moves it into place."""
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    (partial / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
-    told = {key: value for key, value in found.items() if key != "model"}  # folders move
-    (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.replace(out)
+    try:
+        with whole_folder(folder.path / "result") as draft:
+            if processes.is_first():
+                save_trained(model, recipe, draft)
+                processor.save_pretrained(draft)
+                (draft / RECIPE).write_text(recipe.yaml(), encoding="utf-8")
+                text = json.dumps(found, indent=2) + "\n"
+                (draft / FINDINGS).write_text(text, encoding="utf-8")
+        if processes.is_first():
+            folder.deliver()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise not_written("the trained model", folder.path, error) from error
+    processes.wait()

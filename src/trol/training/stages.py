@@ -1,4 +1,4 @@
-"""What a stage learns from: three kinds of data, each with its loss on a part of a TroL model."""
+"""The losses of a stage: on labelled cells, on boards as words, and on conversations."""
 
 from __future__ import annotations
 
@@ -82,6 +82,18 @@ class BoardReader(nn.Module):
         return {"loss": self.model(use_cache=False, **inputs).loss}
 
 
+class ConversationReader(nn.Module):
+    """Any host on conversations, with whatever inputs its processor makes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        """A batch with `labels` [B, T] to the mean loss of its answer tokens."""
+        return {"loss": self.model(use_cache=False, **inputs).loss}
+
+
 @dataclass(frozen=True)
 class Lesson:
     """How one kind of data is learnt."""
@@ -99,4 +111,4 @@ LESSONS: dict[str, Lesson] = {
     "symbols": Lesson(SymbolReader, fewest=4, drawn=False),
     "boards": Lesson(lambda model, _: BoardReader(model), fewest=4, drawn=True),
 }
-"""Every kind of data that a stage can name."""
+"""The built-in data that a stage can name."""

@@ -72,7 +72,7 @@ def test_a_truncated_file(internlm2, file):
 def test_a_truncated_bin(tmp_path):
     folder = published_folder(tmp_path / "it", "phi3", weights="bin", shards=1)
     os.truncate(folder / "pytorch_model.bin", 20_000)
-    refused(folder, "pytorch_model.bin", "20000 bytes", "download")
+    refused(folder, "pytorch_model.bin", "20000 bytes that are no whole file of tensors; download")
 
 
 def test_no_weights_at_all(internlm2):
@@ -171,6 +171,24 @@ def test_a_gating_file_that_is_something_else(phi3):
     refused(phi3, "trol_gating.pt", "download")
 
 
+def test_an_empty_gating_file(phi3):
+    (phi3 / "trol_gating.pt").write_bytes(b"")
+    refused(phi3, "trol_gating.pt is damaged: 0 bytes that are no whole file of tensors; download")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_gates_that_are_no_numbers(phi3, value):
+    gates = drawn_gates("shared", GENERATOR)
+    gates["1.bias"][:] = float(value)
+    torch.save(gates, phi3 / "trol_gating.pt")
+    refused(phi3, "trol_gating.pt", "'1.bias' has values that are infinite or no numbers")
+
+
+def test_no_configuration(internlm2):
+    (internlm2 / "config.json").unlink()
+    refused(internlm2, "config.json is missing; download")
+
+
 def test_no_gates(internlm2):
     (internlm2 / "trol_gating.pt").unlink()
     refused(internlm2, "is no TroL checkpoint", "trol_gating.pt", "model.trol_gating.0.weight")
@@ -191,7 +209,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     folder = published_folder(tmp_path / "it", "internlm2", weights="bin", shards=1)
     torch.save({"0.weight": Code()}, folder / name)
-    refused(folder, name, "holds other objects, or code, and was not opened")
+    refused(folder, name, "holds other objects, or code, and was not opened; download")
     (folder / name).write_bytes(pickle.dumps(Code(), protocol=2))
     refused(folder, name)
     assert not (tmp_path / "opened-by-a-pickle").exists()

@@ -136,6 +136,68 @@ def test_places_that_are_refused(source, tmp_path):
     assert (full / "letter.txt").read_text() == "mine"
 
 
+def test_the_destination_is_judged_before_the_source_is_opened(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "find_published", None)
+    (tmp_path / "letter.txt").write_text("mine")
+    for place, says in {
+        tmp_path: "not empty",
+        tmp_path / "letter.txt": "is a file",
+        source / "made": "lies within",
+        "": "the destination is empty",
+        tmp_path / ("x" * 300): "cannot be made or written to .*give a folder in a place",
+    }.items():
+        with pytest.raises(UsageError, match=says):
+            convert(source, place)
+    with pytest.raises(UsageError, match="the name of the model is empty"):
+        convert("", tmp_path / "made")
+    with pytest.raises(UsageError, match="'trol-tiny' is a model that trol ships"):
+        convert("trol-tiny", tmp_path / "made")
+
+
+def test_a_destination_that_cannot_be_made(source, tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"made cannot be made or written to \(Not a directory\)"):
+        convert(source, tmp_path / "letter.txt" / "made")
+
+
+def test_a_bad_tokenizer_is_found_before_anything_is_written(source, tmp_path):
+    (source / "tokenizer_config.json").rename(tmp_path / "aside.json")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is missing"):
+        convert(source, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_tokenizer_may_change_meanwhile_but_not_the_weights(source, tmp_path, monkeypatch):
+    """Only what the finished files depend on must be as it was."""
+    broken_off = monkeypatch.context()
+    with broken_off as patched:
+        patched.setattr(conversion, "_write_rest", lambda *parts: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(OSError):  # noqa: PT011 - it stands for any
+            convert(source, tmp_path / "made")
+    with pytest.raises(UsageError, match="with other settings"):
+        convert(source, tmp_path / "made", dtype=torch.float16)
+    file = source / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 77}))
+    assert convert(source, tmp_path / "made").kept == 1
+
+
+def test_a_finished_conversion_is_not_made_twice(source, tmp_path):
+    convert(source, tmp_path / "made")
+    before = contents(tmp_path / "made")
+    with pytest.raises(UsageError, match=r"is already there and finished.*trol chat .*made"):
+        convert(source, tmp_path / "made")
+    with pytest.raises(UsageError, match="a finished conversion of other files, or with other"):
+        convert(source, tmp_path / "made", dtype=torch.float16)
+    assert contents(tmp_path / "made") == before
+
+
+def test_a_damaged_marker(source, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / MARKER).write_text("{")
+    with pytest.raises(UsageError, match="unfinished conversion of other files"):
+        convert(source, tmp_path / "made")
+
+
 def test_a_disk_too_small_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)

@@ -113,8 +113,9 @@ def test_equal_gates_are_one_and_others_are_reported(tmp_path, family):
     assert len({gate.weight.data_ptr() for gate in gates}) == 1
     folder = published_folder(tmp_path / "own", family, sharing="per_layer")
     says = r"layers 1, 2 are not layer 0's \(by up to 0\.\d+\).*number 2, in all layers"
-    with pytest.warns(UserWarning, match=says):
+    with pytest.warns(UserWarning, match=says) as warned:
         own = opened(folder)
+    assert [warning.filename for warning in warned] == [__file__], "who called trol"
     entries = torch.load(folder / "trol_gating.pt", weights_only=True)
     for number, layer in enumerate(attached(own)[1].layers):
         assert torch.equal(layer.depth.weight, entries[f"{number}.weight"])

@@ -203,7 +203,7 @@ def test_the_image_token_itself_is_no_text(processors):
 
 
 def test_counts_that_differ_are_refused(processors):
-    with pytest.raises(DataError, match="got 1 images, expected 2, one for each '<image>'"):
+    with pytest.raises(DataError, match="got 1 image, expected 2, one for each '<image>'"):
         processors["phi3"](images=drawn(64, 32), text="<image><image>")
 
 

@@ -15,7 +15,7 @@ from trol.family import TrolForConditionalGeneration
 from trol.family.loading import load_model
 from trol.family.published import quantisation
 from trol.family.published.opening import open_published
-from trol.family.published.quantisation import quantised, spare_parts
+from trol.family.published.quantisation import check_blocks, quantised, spare_parts
 from trol.family.published.weights import Lazy
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -134,6 +134,40 @@ def test_a_model_by_its_folder_and_bits(folder, bits, caplog):
     assert KINDS[bits] in maps(model).values()
     assert processor.tokens_per_image == model.config.tokens_per_image
     assert [record for record in caplog.records if "trol" in record.name] == []
+
+
+def test_widths_that_four_bits_cannot_take():
+    says = (
+        r"trol-tiny cannot be used in 4 bits: its map 'model\..*' has the shape \[170, 64\].*take 8"
+    )
+    with pytest.raises(HostError, match=says):
+        load_model("trol-tiny", bits=4)
+    model, _ = load_model("trol-tiny", bits=8)
+    ids = torch.tensor([[1, 5, 6]])
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_other_maps_have_any_width():
+    check_blocks(nn.Sequential(nn.Linear(3, 5)), "it")
+
+
+def test_eight_bits_compute_in_float16(folder, caplog):
+    """In any other type bitsandbytes says at every call that it casts."""
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    model = TrolForConditionalGeneration.from_pretrained(folder, quantization_config=eight)
+    assert model.dtype == torch.float16
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        model(**image_inputs(model))
+    assert [record.message for record in caplog.records if "cast" in record.message] == []
+    own = {"quantization_config": eight, "dtype": torch.float32}
+    assert spare_parts(own)["dtype"] == torch.float32
+
+
+def test_bitsandbytes_asks_for_no_package(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+    logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
 
 
 def test_what_cannot_be(monkeypatch):

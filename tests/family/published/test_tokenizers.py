@@ -174,10 +174,27 @@ def test_other_tokenizers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "holds 0 bytes, expected a sentencepiece model"), (b"junk" * 9, "is no sentencepiece")],
+)
+def test_damaged_pieces_are_named(tmp_path, content, says):
+    train(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(DataError, match=rf"tokenizer\.model {says}"):
+        published_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(DataError, match=rf"tokenizer\.model {says}"):
+        published_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r'tokenizer\.json has no "model"'):
+        published_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         ("tokenizer.model", r"no .*tokenizer\.model"),
-        ("tokenizer_config.json", r"tokenizer_config\.json cannot be read"),
+        ("tokenizer_config.json", r"tokenizer_config\.json is missing"),
     ],
 )
 def test_a_missing_file_is_named(tmp_path, name, says):

@@ -1,8 +1,9 @@
 """The configuration of a published checkpoint: from its `config.json` and its tensors' shapes.
 
-What the shapes tell is taken from them, and `config.json` must not contradict it; what they cannot
-tell (heads, RoPE, special ids) must be there. InternLM2's file is flat, like that of
-InternLM-XComposer2; Phi-3's has a part each for decoder and tower, like that of InternVL-Chat.
+What the shapes tell is taken from them, and `config.json` may leave it out or null, but must not
+contradict it; what they cannot tell (heads, RoPE, special ids) must be there. InternLM2's file is
+flat, like that of InternLM-XComposer2; Phi-3's has a part each for decoder and tower, like that of
+InternVL-Chat.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def trol_config(family: str, checkpoint: Checkpoint) -> TrolConfig:
 def _internlm2(stated: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
     vocab, hidden = checkpoint.shape(HEADS["internlm2"])
     heads, layer = stated.need("num_attention_heads"), "model.layers.0"
+    rows = checkpoint.shape("model.tok_embeddings.weight")[0]
+    if stated.get("vocab_size") != rows:  # it may include the token table's rows for images
+        stated.agree(vocab_size=vocab)
     rank = checkpoint.shape(f"{layer}.attention.wqkv.lora_A.weight")[0]
     text = InternLM2Config(
         **stated.agree(
@@ -76,8 +80,8 @@ def _internlm2(stated: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
         image_lora_rank=rank,
         image_lora_alpha=stated.get("lora_alpha", default=rank),
         image_lora_dropout=stated.get("lora_dropout", default=0.05),
-        image_rows=checkpoint.shape("model.tok_embeddings.weight")[0] - vocab,
-        **_special_ids(stated),
+        image_rows=rows - vocab,
+        **_special_ids(stated, vocab),
     )
     tower = "vit.vision_tower.vision_model"
     vision = _clip(stated, stated.part("vision_config"), checkpoint, tower)
@@ -90,13 +94,15 @@ def _clip(whole: Stated, stated: Stated, checkpoint: Checkpoint, tower: str) -> 
     grid = PUBLISHED_GRID if grid == CLIP_GRID else grid
     pixels = whole.get("img_size", "image_size", default=grid * patch)
     return CLIPVisionConfig(
-        hidden_size=size,
-        intermediate_size=checkpoint.shape(f"{tower}.encoder.layers.0.mlp.fc1.weight")[0],
-        num_hidden_layers=_count(checkpoint, f"{tower}.encoder.layers."),
-        num_attention_heads=stated.get("num_attention_heads", default=max(1, size // HEAD_SIZE)),
-        num_channels=channels,
-        patch_size=patch,
-        image_size=pixels // patch * patch,
+        **stated.agree(
+            hidden_size=size,
+            intermediate_size=checkpoint.shape(f"{tower}.encoder.layers.0.mlp.fc1.weight")[0],
+            num_hidden_layers=_count(checkpoint, f"{tower}.encoder.layers."),
+            num_channels=channels,
+            patch_size=patch,
+        ),
+        num_attention_heads=_vision_heads(stated, size),
+        image_size=_whole_patches(whole, pixels, patch),
         **stated.take("hidden_act", "layer_norm_eps"),
     )
 
@@ -115,16 +121,16 @@ def _phi3(whole: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
             num_key_value_heads=_key_heads(
                 checkpoint, f"{layers}0.self_attn.qkv_proj.weight", heads, hidden
             ),
+            vocab_size=vocab,
         ),
         **stated.take("hidden_act", "initializer_range", "original_max_position_embeddings"),
         **stated.take("rms_norm_eps", "attention_dropout", "embd_pdrop", "resid_pdrop"),
-        vocab_size=vocab,
         num_attention_heads=heads,
         max_position_embeddings=most,
         # A window no shorter than the longest text hides nothing.
         sliding_window=window if window and window < most else None,
-        rope_parameters=phi3_rope(stated),
-        **_special_ids(stated),
+        rope_parameters=phi3_rope(stated, hidden // heads),
+        **_special_ids(stated, vocab),
     )
     return {
         "text_config": text,
@@ -141,13 +147,15 @@ def _internvit(whole: Stated, checkpoint: Checkpoint) -> InternVLVisionConfig:
     size, channels, *patch = checkpoint.shape(f"{tower}embeddings.patch_embedding.weight")
     pixels = whole.get("force_image_size", default=position_grid(checkpoint, "phi3") * patch[0])
     return InternVLVisionConfig(
-        hidden_size=size,
-        intermediate_size=checkpoint.shape(f"{layer}.mlp.fc1.weight")[0],
-        num_hidden_layers=_count(checkpoint, f"{tower}encoder.layers."),
-        num_attention_heads=stated.get("num_attention_heads", default=max(1, size // HEAD_SIZE)),
-        num_channels=channels,
+        **stated.agree(
+            hidden_size=size,
+            intermediate_size=checkpoint.shape(f"{layer}.mlp.fc1.weight")[0],
+            num_hidden_layers=_count(checkpoint, f"{tower}encoder.layers."),
+            num_channels=channels,
+        ),
+        num_attention_heads=_vision_heads(stated, size),
         patch_size=patch,
-        image_size=pixels // patch[0] * patch[0],
+        image_size=_whole_patches(whole, pixels, patch[0]),
         attention_bias=f"{layer}.attn.qkv.bias" in checkpoint,
         use_qk_norm=f"{layer}.attn.q_norm.weight" in checkpoint,
         norm_type="layer_norm" if f"{layer}.norm1.bias" in checkpoint else "rms_norm",
@@ -168,6 +176,26 @@ def position_grid(checkpoint: Checkpoint, family: str) -> int:
     return grid
 
 
+def _vision_heads(stated: Stated, hidden: int) -> int:
+    heads = stated.get("num_attention_heads", default=max(1, hidden // HEAD_SIZE))
+    if hidden % heads:
+        raise DataError(
+            f"{stated.place} states num_attention_heads {heads}, expected a divisor of the "
+            f"tower's width {hidden}; {CURE}."
+        )
+    return heads
+
+
+def _whole_patches(stated: Stated, pixels: int, patch: int) -> int:
+    """The largest side of whole patches within so many pixels."""
+    if pixels < patch:
+        raise DataError(
+            f"{stated.place} states an image size of {pixels} pixels, expected at least one patch "
+            f"of {patch}; {CURE}."
+        )
+    return pixels // patch * patch
+
+
 def _count(checkpoint: Checkpoint, prefix: str) -> int:
     """How many layers there are: one more than the highest number after `prefix`."""
     numbers = [n[len(prefix) :].split(".")[0] for n in checkpoint.names() if n.startswith(prefix)]
@@ -177,7 +205,7 @@ def _count(checkpoint: Checkpoint, prefix: str) -> int:
 def _key_heads(checkpoint: Checkpoint, name: str, heads: int, hidden: int) -> int:
     """Key heads k, from a fused map of (heads + 2 k) · hidden / heads rows."""
     rows, size = checkpoint.shape(name)[0], hidden // heads
-    found = (rows // size - heads) // 2
+    found = (rows // size - heads) // 2 if size else 0
     if found < 1 or (heads + 2 * found) * size != rows or heads % found:
         raise DataError(
             f"{checkpoint.file(name)}: {name!r} has {rows} rows, which do not divide into {heads} "
@@ -186,11 +214,15 @@ def _key_heads(checkpoint: Checkpoint, name: str, heads: int, hidden: int) -> in
     return found
 
 
-def _special_ids(stated: Stated) -> dict[str, Any]:
+def _special_ids(stated: Stated, vocab: int) -> dict[str, Any]:
     end = stated.get("eos_token_id", default=2)
-    single = end[0] if isinstance(end, list) else end
-    return {
-        "bos_token_id": stated.get("bos_token_id", default=1),
-        "eos_token_id": end,
-        "pad_token_id": stated.get("pad_token_id", default=single),
-    }
+    ends = end if isinstance(end, list) else [end]
+    first = stated.get("bos_token_id", default=1)
+    pad = stated.get("pad_token_id", default=ends[0])
+    for name, found in {"bos": [first], "eos": ends, "pad": [pad]}.items():
+        if max(found) >= vocab:
+            raise DataError(
+                f"{stated.place} states {name}_token_id {max(found)}, expected one of the {vocab} "
+                f"in the vocabulary; {CURE}."
+            )
+    return {"bos_token_id": first, "eos_token_id": end, "pad_token_id": pad}

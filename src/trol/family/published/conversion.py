@@ -3,11 +3,12 @@
 The folder carries a marker, and no `config.json`, until everything in it has been compared with its
 source, so that nothing opens a half-made one. A conversion that was broken off goes on where it
 was: finished shards are compared and kept.
+
+`claims` says whose folder it is.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import torch
 
 from trol.errors import DataError, HostError, UsageError
 from trol.family.configuration import TrolConfig
+from trol.family.loading import SHIPPED
 from trol.family.modeling import TrolForConditionalGeneration
 from trol.family.processing import TrolProcessor
 from trol.family.published import shards
-from trol.family.published.files import CONFIG, MARKER
+from trol.family.published.claims import check_apart, check_destination, claim, finish, manifest
+from trol.family.published.files import CONFIG, GATING
+from trol.family.published.naming import check_source
 from trol.family.published.opening import Published, find_published
 from trol.family.published.processors import published_processor
 from trol.family.published.shards import PARTIAL, Shard
@@ -75,24 +79,29 @@ def convert(
         progress: told about each shard.
 
     Raises:
-        UsageError: the destination is not one of these, or lies within the source.
+        UsageError: the source is neither folder nor hub name; or the destination is not one of
+            these, is finished already, lies within the source, or cannot be made.
         DataError: the source is damaged, the disk is too small, or the comparison fails.
         HostError: the source is no published checkpoint.
     """
-    published, folder = _found(source), Path(destination)
-    _check_apart(published.folder, folder)
+    folder = _free(source, destination)
+    published = _found(source)
+    check_apart(published.folder, folder)
     config, weights = published.config, published.weights
     config.dtype = dtype = dtype or cast(torch.dtype, config.dtype)
     model = _without_memory(config)
     shapes = {name: made.shape for name, made in model.state_dict().items() if name in weights}
     plan = shards.planned(shapes, dtype, shard_bytes)
-    _claim(folder, _marker(published, dtype, shard_bytes))
+    # All that can be wrong with the source is found before anything is written.
+    processor = published_processor(published.folder, config)
+    published.stop_with(model.generation_config)
+    claim(folder, manifest(published.checkpoint, dtype, shard_bytes))
     kept = _write_shards(folder, plan, published, dtype, progress)
-    _write_rest(folder, published, model)
+    _write_rest(folder, config, processor, model)
     progress("comparing", len(plan), len(plan))
     _compare(folder, published, plan, dtype)
     (folder / (CONFIG + PARTIAL)).replace(folder / CONFIG)
-    (folder / MARKER).unlink()
+    finish(folder)
     return _summary(folder, published, plan, dtype, kept)
 
 
@@ -114,22 +123,31 @@ def _summary(
     )
 
 
+def _free(source: str | Path, destination: str | Path) -> Path:
+    """The destination, as far as it can be judged without opening the source."""
+    if str(source) in SHIPPED:
+        raise UsageError(
+            f"{source!r} is a model that trol ships, which needs no conversion; open it by its "
+            "name, with trol chat or trol.load_model."
+        )
+    check_source(source)
+    if Path(source).is_dir():
+        check_apart(Path(source), Path(destination))
+    check_destination(destination)
+    return Path(destination)
+
+
 def _found(source: str | Path) -> Published:
     published = find_published(source)
     if published is None:
+        expected = (CONFIG, GATING) if Path(source).is_dir() else ()
+        missing = [name for name in expected if not (Path(source) / name).is_file()]
+        here = f" (missing here: {', '.join(missing)})" if missing else ""
         raise HostError(
-            f"{str(source)!r} is no published TroL checkpoint, whose weights lie beside a "
-            "trol_gating.pt; a saved TroL model needs no conversion, trol.load_model opens it."
+            f"{str(source)!r} is no published TroL checkpoint, whose weights lie beside {CONFIG} "
+            f"and {GATING}{here}; a saved TroL model needs no conversion, trol.load_model opens it."
         )
     return published
-
-
-def _check_apart(source: Path, folder: Path) -> None:
-    inner, outer = folder.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents:
-        raise UsageError(
-            f"{folder} lies within {source}, which is only read; give a folder elsewhere."
-        )
 
 
 def _without_memory(config: TrolConfig) -> TrolForConditionalGeneration:
@@ -137,33 +155,6 @@ def _without_memory(config: TrolConfig) -> TrolForConditionalGeneration:
     config.architectures = [TrolForConditionalGeneration.__name__]
     with torch.device("meta"):
         return TrolForConditionalGeneration(config)
-
-
-def _marker(published: Published, dtype: torch.dtype, shard_bytes: int) -> dict[str, Any]:
-    """What tells conversions apart: the sizes of the source's files, and the settings."""
-    files = sorted(file for file in published.folder.iterdir() if file.is_file())
-    return {
-        "sizes": {file.name: file.stat().st_size for file in files},
-        "dtype": str(dtype),
-        "shard_bytes": shard_bytes,
-    }
-
-
-def _claim(folder: Path, marker: dict[str, Any]) -> None:
-    """Makes the folder ours; `UsageError` where it holds anything else."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; give the name of a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MARKER).is_file():
-        if json.loads((folder / MARKER).read_text(encoding="utf-8")) != marker:
-            raise UsageError(
-                f"{folder} holds an unfinished conversion of other files, or with other settings, "
-                "than these; go on with those, or empty the folder."
-            )
-    elif any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty; give a new folder, or empty this one.")
-    else:
-        shards.write_json(folder / MARKER, marker)
 
 
 def _write_shards(
@@ -195,12 +186,13 @@ def _check_space(folder: Path, missing: list[Shard]) -> None:
         )
 
 
-def _write_rest(folder: Path, published: Published, model: TrolForConditionalGeneration) -> None:
+def _write_rest(
+    folder: Path, config: TrolConfig, processor: TrolProcessor, model: TrolForConditionalGeneration
+) -> None:
     """Processor, generation settings, and the configuration under its partial name."""
-    published_processor(published.folder, published.config).save_pretrained(folder)
-    published.stop_with(model.generation_config)
+    processor.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    published.config.to_json_file(folder / (CONFIG + PARTIAL))
+    config.to_json_file(folder / (CONFIG + PARTIAL))
 
 
 def _compare(folder: Path, published: Published, plan: list[Shard], dtype: torch.dtype) -> None:

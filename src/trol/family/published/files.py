@@ -109,6 +109,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; `DataError` for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is missing; {CURE}.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as JSON ({error}); {CURE}.") from error
     if not isinstance(content, dict):
@@ -121,14 +123,15 @@ def read_pickled(file: Path, *, mmap: bool = True) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
+        # torch's own words advise to load the file without this check.
         raise DataError(
             f"{file} is no plain file of tensors: it holds other objects, or code, and was not "
-            f"opened ({str(error).splitlines()[0]}); {CURE}."
+            f"opened; {CURE}."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         raise DataError(
-            f"{file} is damaged: {file.stat().st_size} bytes that torch.load cannot read "
-            f"({str(error).splitlines()[0]}); {CURE}."
+            f"{file} is damaged: {file.stat().st_size} bytes that are no whole file of tensors; "
+            f"{CURE}."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise DataError(f"{file} holds other things than tensors by name; {CURE}.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import torch
 from torch import Tensor
 
 from trol.errors import DataError
-from trol.family.published.files import GATING, Checkpoint, read_pickled
+from trol.family.published.files import CURE, GATING, Checkpoint, read_pickled
 from trol.family.published.layouts import GATES
 
 Entries = dict[str, Tensor]
@@ -34,7 +35,7 @@ def read_gates(checkpoint: Checkpoint, family: str) -> Entries:
 
 
 def check_gates(entries: Entries, where: str, layers: int, width: int) -> None:
-    """`DataError` unless there is one gate of that width for each layer."""
+    """`DataError` unless there is one gate of that width, and of finite values, for each layer."""
     kinds = {"weight": [1, width], "bias": [1]}
     wanted = {f"{i}.{kind}": shape for i in range(layers) for kind, shape in kinds.items()}
     missing, surplus = wanted.keys() - entries.keys(), entries.keys() - wanted.keys()
@@ -51,6 +52,11 @@ def check_gates(entries: Entries, where: str, layers: int, width: int) -> None:
                 f"the width of the decoder; take the {GATING} that was published with these "
                 "weights."
             )
+        if not entries[name].isfinite().all():
+            raise DataError(
+                f"{where}: {name!r} has values that are infinite or no numbers, expected finite "
+                f"ones; {CURE}."
+            )
 
 
 def sharing_of(entries: Entries, layers: int, where: str) -> str:
@@ -64,7 +70,7 @@ def sharing_of(entries: Entries, layers: int, where: str) -> str:
         f"to {max(apart.values()):.3g}). Each layer gets its own; the official code would use the "
         f"last one, number {layers - 1}, in all layers.",
         UserWarning,
-        stacklevel=2,
+        stacklevel=_callers_level(),
     )
     return "per_layer"
 
@@ -87,6 +93,17 @@ def _distance(entries: Entries, layer: int) -> float:
         if not torch.equal(entries[f"{layer}.{kind}"], entries[f"0.{kind}"])
     ]
     return max((float(d.nan_to_num(torch.inf)) for d in distances), default=0.0)
+
+
+def _callers_level() -> int:
+    """The `stacklevel`, for a warning of the calling function, of who called trol."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] not in ("trol", "functools"):
+            return level
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _few(items: object) -> str:

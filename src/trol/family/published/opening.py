@@ -18,6 +18,7 @@ from trol.family.published.configs import trol_config
 from trol.family.published.files import CONFIG, GATING, MARKER, STEMS, Checkpoint, read_json
 from trol.family.published.gates import check_gates, gate_tensors, read_gates, sharing_of
 from trol.family.published.layouts import SIGNATURES
+from trol.family.published.naming import check_source, unreachable
 from trol.family.published.stated import added_tokens, end_token
 from trol.family.published.templates import MARKS
 from trol.family.published.weights import Weights, mapped
@@ -85,9 +86,11 @@ def find_published(source: str | Path, **hub: Any) -> Published | None:
     """The published checkpoint that lies in a folder or has this hub name; None for others.
 
     Raises:
+        UsageError: it is neither a folder nor a hub name.
         DataError: it is one, but damaged; the message names file, tensor and cure.
         HostError: it cannot be fetched.
     """
+    check_source(source)
     if not Path(source).is_dir():
         folder = _fetched(str(source), hub)
     else:
@@ -139,10 +142,10 @@ def open_published(cls: Any, source: str | Path | None, **settings: Any) -> Any:
 
 def _may_be(folder: Path) -> bool:
     """Whether this folder can hold a published checkpoint: transformers cannot open those."""
-    if not (folder / CONFIG).is_file():
-        return False
     if (folder / GATING).is_file():
         return True
+    if not (folder / CONFIG).is_file():
+        return False
     return read_json(folder / CONFIG).get("model_type") not in {*CONFIG_MAPPING.keys(), None}
 
 
@@ -151,8 +154,12 @@ def _fetched(name: str, hub: dict[str, Any]) -> Path | None:
     quietly = dict.fromkeys(
         ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
     )
+    reason = None
     try:
-        config = cached_file(name, CONFIG, **hub)  # raises for an unknown name, or no network
+        reason = unreachable(name, hub)
+        if reason is not None:
+            hub = {**hub, "local_files_only": True}  # what was fetched before can still be opened
+        config = cached_file(name, CONFIG, **hub)  # raises for an unknown name
         saved = config and read_json(Path(config)).get("model_type") == TrolConfig.model_type
         if saved or cached_file(name, GATING, **hub, **quietly) is None:
             return None
@@ -165,6 +172,11 @@ def _fetched(name: str, hub: dict[str, Any]) -> Path | None:
     except (OSError, ValueError) as error:
         raise HostError(
             f"{name!r} is no folder here and cannot be fetched from the hub "
-            f"({str(error).splitlines()[0]}); give the folder of a saved model or of a published "
-            f"checkpoint: {CONFIG}, {GATING}, the weights and the tokenizer's files."
+            f"({reason or _first_line(error)}); check the name and the network, or give the folder "
+            f"of a saved model or of a published checkpoint: {CONFIG}, {GATING}, the weights and "
+            "the tokenizer's files."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

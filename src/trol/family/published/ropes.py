@@ -23,11 +23,12 @@ def internlm2_rope(stated: Stated) -> dict[str, Any]:
     return made if kind == "default" else made | {"factor": scaling.need("factor")}
 
 
-def phi3_rope(stated: Stated) -> dict[str, Any]:
+def phi3_rope(stated: Stated, head_size: int | None = None) -> dict[str, Any]:
     """Phi-3's RoPE: "su" is transformers' longrope, and "yarn" is it with another factor.
 
     cos and sin are scaled by √(1 + ln s / ln original), or for "yarn" by 0.1 ln s + 1, where
-    s = longest / original. `DataError` for another kind.
+    s = longest / original. `DataError` for another kind, and for other than head_size / 2 factors
+    where the size of a head is given.
     """
     scaling = stated.part("rope_scaling")
     kind = scaling.get("type", "rope_type", default="default")
@@ -48,4 +49,11 @@ def phi3_rope(stated: Stated) -> dict[str, Any]:
         "original_max_position_embeddings": original,
         "factor": scale,
     }
-    return made | {name: scaling.need(name) for name in ("short_factor", "long_factor")}
+    factors = {name: scaling.need(name) for name in ("short_factor", "long_factor")}
+    for name, found in factors.items():
+        if head_size is not None and len(found) != head_size // 2:
+            raise DataError(
+                f"{scaling.place} states {len(found)} numbers as {name}, expected "
+                f"{head_size // 2}, half the size of a head; {CURE}."
+            )
+    return made | factors

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trol.errors import DataError
 from trol.family.published.files import CURE, read_json
+from trol.family.published.kinds import KINDS
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 """Phi-3's image token; InternLM2's has the id after its vocabulary, and no name."""
 
 
+ADDED, DECODER = "added_tokens", "added_tokens_decoder"
+"""Keys of the added tokens in tokenizer.json and in tokenizer_config.json."""
+
+
 class Stated:
-    """What `config.json`, or a part of it, states; `place` names it in errors."""
+    """What `config.json`, or a part of it, states; `place` names it in errors.
+
+    Null counts as not stated. What is stated must be of its key's kind (`KINDS`), or else reading
+    it raises `DataError`.
+    """
 
     def __init__(self, values: Any, place: str) -> None:
         if not isinstance(values, dict):
@@ -26,14 +36,14 @@ class Stated:
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these that is stated."""
-        found = (self._values[name] for name in names if self._values.get(name) is not None)
-        return next(found, default)
+        return next(iter(self.take(*names).values()), default)
 
     def need(self, name: str) -> Any:
         """What must be stated; `DataError` where it is not."""
-        if self._values.get(name) is None:
+        found = self.get(name)
+        if found is None:
             raise DataError(f"{self.place} does not state {name!r}; {CURE}.")
-        return self._values[name]
+        return found
 
     def agree(self, **found: Any) -> dict[str, Any]:
         """What the tensors tell; `DataError` where it is stated otherwise."""
@@ -47,7 +57,13 @@ class Stated:
 
     def take(self, *names: str) -> dict[str, Any]:
         """Those of these that are stated."""
-        return {name: self._values[name] for name in names if self._values.get(name) is not None}
+        found = {name: self._values[name] for name in names if self._values.get(name) is not None}
+        for name, value in found.items():
+            if name in KINDS and not KINDS[name].holds(value):
+                raise DataError(
+                    f"{self.place} states {name} {value!r}, expected {KINDS[name].words}; {CURE}."
+                )
+        return found
 
 
 def image_token_id(stated: Stated, folder: Path, vocab: int) -> int:
@@ -68,13 +84,24 @@ def added_tokens(folder: Path) -> dict[str, int]:
     """Tokens beyond the trained vocabulary, from whichever of the tokenizer's files has them."""
     tokens: dict[str, int] = {}
     if (file := folder / "tokenizer.json").is_file():
-        tokens |= {entry["content"]: entry["id"] for entry in read_json(file)["added_tokens"]}
+        tokens |= _listed(file, lambda whole: [(e["content"], e["id"]) for e in whole[ADDED]])
     if (file := folder / "tokenizer_config.json").is_file():
-        listed = read_json(file).get("added_tokens_decoder", {})
-        tokens |= {entry["content"]: int(number) for number, entry in listed.items()}
+        tokens |= _listed(
+            file, lambda whole: [(e["content"], i) for i, e in whole.get(DECODER, {}).items()]
+        )
     if (file := folder / "added_tokens.json").is_file():
-        tokens |= read_json(file)
+        tokens |= _listed(file, lambda whole: list(whole.items()))
     return tokens
+
+
+def _listed(file: Path, pairs: Callable[[dict[str, Any]], list[Any]]) -> dict[str, int]:
+    """Tokens and ids from a file of the tokenizer; `DataError` where it lists them otherwise."""
+    try:
+        return {token: int(number) for token, number in pairs(read_json(file))}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{file} does not list its added tokens as tokenizers do ({error!r}); {CURE}."
+        ) from error
 
 
 def end_token(folder: Path) -> str | None:

@@ -53,15 +53,23 @@ def _llama(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of TroL-3.8B, from its whole description or else from its pieces."""
     settings: dict[str, Any] = {"padding_side": "left", "add_bos_token": False}
     if (folder / COMPLETE).is_file():
+        _check_complete(folder / COMPLETE)
         # Not as LlamaTokenizer, which would put its own treatment of spaces for the file's.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **settings)
     elif (folder / PIECES).is_file():
+        _parsed(folder / PIECES)  # transformers would take a damaged one for another kind of file
         tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
     else:
         raise DataError(f"{folder} has neither {COMPLETE} nor {PIECES}; {CURE}.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_complete(file: Path) -> None:
+    """`DataError` where the file is no whole description, of which tokenizers says little."""
+    if "model" not in read_json(file):
+        raise DataError(f'{file} has no "model", which holds the tokenizer\'s pieces; {CURE}.')
 
 
 def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
@@ -99,15 +107,17 @@ def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def _sentence_pieces(file: Path) -> Any:
-    """The parsed sentencepiece model; `DataError` if it is none that can be treated exactly."""
+def _parsed(file: Path) -> Any:
+    """What a sentencepiece file holds; `DataError` if it is none."""
     if not file.is_file():
         raise DataError(f"there is no {file}, which holds the tokenizer's pieces; {CURE}.")
+    if file.stat().st_size == 0:
+        raise DataError(f"{file} holds 0 bytes, expected a sentencepiece model; {CURE}.")
     try:
         # Both come with the extra that reads sentencepiece files, and are needed nowhere else.
         from google.protobuf.message import DecodeError  # noqa: PLC0415
 
-        proto: Any = SentencePieceExtractor(str(file)).proto
+        return SentencePieceExtractor(str(file)).proto
     except ImportError as missing:
         raise HostError(
             f"{file} is read with sentencepiece and protobuf ({missing}); "
@@ -115,6 +125,11 @@ def _sentence_pieces(file: Path) -> Any:
         ) from missing
     except DecodeError as damaged:
         raise DataError(f"{file} is no sentencepiece model ({damaged}); {CURE}.") from damaged
+
+
+def _sentence_pieces(file: Path) -> Any:
+    """The parsed sentencepiece model; `DataError` if it is none that can be treated exactly."""
+    proto = _parsed(file)
     rules = proto.normalizer_spec
     found = {
         "model_type": proto.trainer_spec.model_type,

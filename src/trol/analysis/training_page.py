@@ -1,0 +1,72 @@
+"""The page of one training run, made of the `training.json` that the run left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from trol.analysis import charts
+from trol.analysis.curves import gates_over_time
+from trol.analysis.files import write_whole
+from trol.errors import DataError
+
+NEEDED = ("losses", "seconds", "steps", "parameters", "seed")
+
+
+def write(folder: str | Path) -> Path:
+    """Writes `report.html` beside the `training.json` of a run; returns the page's path.
+
+    Raises:
+        DataError: there is no `training.json`, or it is no training run's.
+    """
+    folder = Path(folder)
+    return write_whole(folder / "report.html", render(read_findings(folder), folder.name))
+
+
+def read_findings(folder: Path) -> dict[str, Any]:
+    """What a run has found; raises as `write`."""
+    path = folder / "training.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} tells nothing of a training run: {error}") from error
+    if missing := [key for key in NEEDED if key not in found]:
+        raise DataError(f"{path} lacks {', '.join(missing)}; run `trol train` again.")
+    return found
+
+
+def render(found: Mapping[str, Any], name: str) -> str:
+    """The page for the findings of a run."""
+    environment = Environment(
+        loader=PackageLoader("trol.analysis", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    validation = found.get("validation")
+    return environment.get_template("training.html.j2").render(
+        name=name,
+        found=found,
+        loss_charts={
+            stage: charts.losses(stage, {"run": [curve]})
+            for stage, curve in found["losses"].items()
+        },
+        gate_charts={
+            stage: gates_over_time(stage, curve["steps"], curve["gates"])
+            for stage, curve in found["losses"].items()
+            if curve.get("gates")
+        },
+        validation=validation,
+        accuracy_chart=validation
+        and charts.accuracies(
+            list(validation["by_type"]),
+            {"this model": [validation["by_type"]]},
+            validation["chance_by_type"],
+        ),
+        run=found.get("run", {}),
+    )

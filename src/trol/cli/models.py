@@ -1,0 +1,29 @@
+"""Opening what a command names: a model, or what a training run added to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trol.errors import UsageError
+
+
+def open_model(name: str | Path, *, bits: int | None = None) -> tuple[Any, Any]:
+    """The model and its processor, in evaluation mode.
+
+    `name` is a shipped model, a folder, a hub name, or the folder of adapters that a run left,
+    whose recipe names the host that they belong to.
+    """
+    from trol.family.loading import load_model
+    from trol.training import reopened
+    from trol.training.adapters import is_adapters
+
+    if not is_adapters(Path(name)):
+        return load_model(name) if bits is None else load_model(name, bits=bits)
+    if bits is not None:
+        raise UsageError(
+            f"{name} holds adapters, which were trained on weights of the bits that its "
+            "recipe.yaml says; leave --bits out."
+        )
+    model, processor = reopened(name)
+    return model.eval(), processor

@@ -1,0 +1,41 @@
+"""A command opens models and folders of adapters by the same word."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training import standins
+from trol import training
+from trol.cli import main
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    data = standins.chats(folder / "data", pictures=False)
+    host = standins.llm(folder / "host")
+    stages = [f"stages.{name}.data={data}" for name in ("step1", "step2")]
+    small = [
+        f"stages.{name}.{key}" for name in ("step1", "step2") for key in ("batch=4", "accumulate=1")
+    ]
+    recipe = training.resolve("any-llm", [f"host={host}", "precision=fp32", *stages, *small])
+    training.run(recipe, folder / "run")
+    return folder / "run"
+
+
+def test_chat_with_a_folder_of_adapters(adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("chat", adapters, "--question", "say a word.", "--max-new-tokens", 2, "--json")
+    assert run(*words) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(adapters)
+
+
+def test_bits_are_the_recipes(adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("chat", adapters, "--question", "say a word.", "--bits", 4) == 2
+    assert "leave --bits out" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""Every carried recipe runs on small models of the same classes; what cannot run is told why."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+from training import standins
+from trol.depth import attached
+from trol.errors import DataError, HostError, UsageError
+from trol.family import TrolForConditionalGeneration, TrolProcessor
+from trol.training import resolve, run
+from trol.training.learning import learner_of, material, sized, trainer_settings
+from trol.training.opening import opened, reopened
+from trol.training.recipe import Recipe, Stage
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("hosts")
+    for name in ("vlm", "idefics3", "llm", "clip", "internvit", "internlm2", "phi3"):
+        getattr(standins, name)(made / name)
+    standins.chats(made / "seen", pictures=True)
+    standins.chats(made / "read", pictures=False)
+    return made
+
+
+NAMED = {
+    "any-vlm": ("host=vlm",),
+    "any-llm": ("host=llm",),
+    "trol-1.8b": ("preset.vision=clip", "preset.text=internlm2"),
+    "trol-3.8b": ("preset.vision=internvit", "preset.text=phi3"),
+    "trol-7b": ("preset.vision=clip", "preset.text=internlm2"),
+}
+"""Recipe -> the folders that stand in for what it names."""
+
+GATE = "model.language_model.layers.0.depth.weight"
+
+
+def recipe(folder: Path, name: str, *overrides: str) -> Recipe:
+    models = [named.replace("=", f"={folder}/", 1) for named in NAMED[name]]
+    data = folder / ("read" if name == "any-llm" else "seen") / "chat.jsonl"
+    steps = [
+        f"stages.{stage}.{key}"
+        for stage in ("step1", "step2")
+        for key in (f"data={data}", "batch=4", "accumulate=2")
+    ]
+    return resolve(name, [*models, *steps, "save_every=0", *overrides])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_recipe_trains_both_steps_and_what_is_saved_opens(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    made = recipe(folder, name)
+    found = run(made, tmp_path / "out")
+    assert found["steps"] == 4  # 8 conversations in batches of 4, once each, in two stages
+    model, processor = reopened(tmp_path / "out")
+    assert isinstance(model, PeftModel)
+    assert attached(model)[1].depth_policy.passes == 2
+    assert processor is not None
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_host_of_smolvlms_class_is_trained(folder: Path, tmp_path: Path, bits: int) -> None:
+    run(recipe(folder, "any-vlm", f"host={folder / 'idefics3'}", f"bits={bits}"), tmp_path / "out")
+    model, _ = reopened(tmp_path / "out")
+    assert isinstance(model, PeftModel)
+
+
+@pytest.mark.parametrize(("family", "bits"), [("internlm2", 4), ("phi3", 8), ("phi3", 0)])
+def test_a_published_checkpoint_is_trained_on(
+    folder: Path, tmp_path: Path, family: str, bits: int
+) -> None:
+    from family.published.folders import published_folder
+
+    host = published_folder(tmp_path / "host", family)
+    policy = "{policy: trol_mixer, sharing: shared}"
+    settings = (f"host={host}", f"policy={policy}", f"bits={bits}", "precision=fp32")
+    made = recipe(folder, "any-vlm", *settings)
+    before, _ = opened(made, None)
+    run(made, tmp_path / "out")
+    after, _ = reopened(tmp_path / "out")
+    gates = [attached(model)[0].get_parameter(GATE).detach() for model in (before, after)]
+    assert 0 < (gates[0] - gates[1]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("name", ["trol-1.8b"])
+def test_updates_of_full_weights_are_merged(folder: Path, tmp_path: Path, name: str) -> None:
+    made = recipe(folder, name, "bits=0", "precision=fp32")
+    run(made, tmp_path / "out")
+    model = TrolForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert not any("lora_" in key for key in model.state_dict())
+    assert TrolProcessor.from_pretrained(tmp_path / "out").tokens_per_image > 0
+
+
+@pytest.mark.parametrize("name", ["trol-1.8b", "trol-3.8b"])
+def test_a_composed_model_computes_what_its_parts_do(folder: Path, name: str) -> None:
+    """The decoder and the tower inside are those of the folders, at the published resolution."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    made = recipe(folder, name, "bits=0", "precision=fp32")
+    model, processor = opened(made, None)
+    size = model.config.vision_config.image_size
+    assert size in (490, (448, 448))
+    tower = AutoModel.from_pretrained(made.preset["vision"]).state_dict()
+    inner = model.model.vision_tower.state_dict()
+    same = {key for key in tower if key in inner and torch.equal(tower[key], inner[key])}
+    assert len(set(tower) - same) <= 2  # the position table, and its buffer of numbers
+    if name == "trol-3.8b":
+        text = AutoModelForCausalLM.from_pretrained(made.preset["text"]).eval()
+        ids = torch.tensor([[3, 9, 17, 4, 21]])
+        from trol import depth
+
+        with torch.no_grad(), depth(model.eval(), "plain"):
+            assert torch.allclose(model(input_ids=ids).logits, text(input_ids=ids).logits)
+    assert processor.image_token_id == model.config.image_token_id
+
+
+def test_published_settings_are_those_of_the_paper() -> None:
+    for name, bits in (("trol-1.8b", 4), ("trol-3.8b", 8), ("trol-7b", 4)):
+        made = resolve(name)
+        assert (made.bits, made.precision, made.checkpointing) == (bits, "bf16", True)
+        for stage in made.stages.values():
+            assert (stage.learning_rate, stage.final_rate) == (1e-4, 1e-6)
+            assert (stage.epochs, stage.batch, stage.schedule) == (1, 768, "cosine")
+        assert made.stages["step1"].train == ("projector", "mixers")
+        assert (made.stages["step2"].lora, made.stages["step2"].lora_alpha) == (64, 64)
+
+
+def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    from family.small import internlm2
+    from trol.training import composing
+
+    small = internlm2().config
+    small.text_config.vocab_size = 512
+    monkeypatch.setitem(composing.PUBLISHED, "trol-1.8b", lambda: small)
+    made = resolve("trol-1.8b", ["preset={name: trol-1.8b}", "bits=0", "precision=fp32"])
+    model, processor = opened(made, None)
+    stage = Stage(train=("projector", "mixers"), data="boards", steps=1, batch=2, boards=2)
+    given = material(learner_of(model, stage), processor, stage, 0)
+    assert given.reader(**given.collate([0, 1]))["loss"].isfinite()
+
+
+def test_a_batch_is_divided_among_parts_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = resolve("trol-1.8b")
+    stage = sized(made.stages["step1"], range(7681))
+    assert stage.steps == 11
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    told = trainer_settings(made, stage)
+    assert told["per_device_train_batch_size"] == 16
+    assert told["gradient_accumulation_steps"] == 6
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    with pytest.raises(UsageError, match="a multiple of 42"):
+        trainer_settings(made, stage)
+
+
+def test_a_host_that_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
+    bert = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
+    t5 = T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, d_kv=8)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    for name in ("bert", "t5"):
+        from shutil import copy
+
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            copy(folder / "llm" / file, tmp_path / name / file)
+    for host, told in (
+        (tmp_path / "bert", "no list of decoder layers"),
+        (tmp_path / "t5", "no model can be opened"),
+        (folder / "clip", "no model can be opened"),
+        (tmp_path / "none", "no such folder"),
+    ):
+        with pytest.raises((HostError, UsageError), match=told):
+            opened(resolve("any-llm", [f"host={host}"]), None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["preset.name=trol-2b"], "Did you mean 'trol-"),
+        (["preset.txt=x"], "Did you mean 'text'"),
+        (["preset.vision=llm"], "is a 'llama', but this preset has a 'clip_vision_model'"),
+        (["preset.text=llm"], "is a 'llama', but this preset has a 'trol_internlm2'"),
+        (["preset.vision=nowhere"], "no vision tower can be opened"),
+        (["preset.text=nowhere"], "no text decoder can be opened"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_told(folder: Path, overrides: list[str], told: str) -> None:
+    known = ("llm", "nowhere")
+    placed = [
+        f"{key}={folder / value}" if value in known else f"{key}={value}"
+        for key, value in (one.split("=") for one in overrides)
+    ]
+    with pytest.raises((HostError, UsageError), match=told):
+        opened(recipe(folder, "trol-1.8b", *placed), None)
+
+
+def test_a_policy_that_is_trained_is_not_replaced() -> None:
+    with pytest.raises(UsageError, match="write the first into the recipe"):
+        opened(resolve("any-vlm", ["host=trol-tiny", "policy.passes=3"]), None)
+    policy = {"policy": "trol_mixer", "passes": 2, "scope": "question", "training_scope": "all"}
+    made = resolve("any-vlm", ["host=trol-tiny", f"policy={policy}", "precision=fp32"])
+    model, processor = opened(made, None)
+    stage = Stage(train=("projector",), data="boards", steps=1, batch=2, boards=2)
+    assert material(learner_of(model, stage), processor, stage, 0).rows
+
+
+def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = opened(recipe(folder, "any-llm", "precision=fp32"), None)
+
+    def given(data: object, **settings):
+        stage = Stage(train=("mixers",), data=str(data), steps=1, **settings)
+        return material(learner_of(model, stage), tokenizer, stage, 0)
+
+    with pytest.raises(UsageError, match="are made for TroL models"):
+        given("boards")
+    with pytest.raises(DataError, match="has no file"):
+        given(tmp_path / "none.jsonl")
+    seen = given(folder / "seen" / "chat.jsonl")
+    with pytest.raises(DataError, match="the host reads text alone"):
+        seen.collate([seen.rows[0]])
+    long = given(folder / "read" / "chat.jsonl", max_tokens=5)
+    with pytest.raises(DataError, match="at most 5 are learnt from"):
+        long.collate([long.rows[0]])
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has no chat template"):
+        given(folder / "read" / "chat.jsonl")
+
+
+def test_labels_are_the_answers_and_no_more(folder: Path) -> None:
+    for name in ("any-llm", "any-vlm", "trol-1.8b"):
+        made = recipe(folder, name, "bits=0", "precision=fp32")
+        model, processor = opened(made, None)
+        given = material(
+            learner_of(model, made.stages["step1"]), processor, made.stages["step1"], 0
+        )
+        batch = given.collate([given.rows[0], given.rows[1]])
+        tokenizer = getattr(processor, "tokenizer", processor)
+        for row, wanted in enumerate((("7", "red"), ("red", "nothing"))):
+            labels = batch["labels"][row]
+            said = tokenizer.decode(labels[labels >= 0])
+            for word in wanted:
+                assert word in said, (name, said)
+            assert "which" not in said
