@@ -14,12 +14,12 @@ def open_model(name: str | Path, *, bits: int | None = None) -> tuple[Any, Any]:
     `name` is a shipped model, a folder, a hub name, or the folder of adapters that a run left,
     whose recipe names the host that they belong to.
     """
-    from trol.family.loading import load_model
+    import trol
     from trol.training import reopened
     from trol.training.adapters import is_adapters
 
     if not is_adapters(Path(name)):
-        return load_model(name) if bits is None else load_model(name, bits=bits)
+        return trol.load_model(name, **({} if bits is None else {"bits": bits}))
     if bits is not None:
         raise UsageError(
             f"{name} holds adapters, which were trained on weights of the bits that its "
