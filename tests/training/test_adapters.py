@@ -13,7 +13,8 @@ import trol
 from training import standins
 from training.test_quantised import batch_of, recipe
 from trol.errors import AdapterError, UsageError
-from trol.training.adapters import PARTS, merge_adapters, open_adapters, save_adapters, save_trained
+from trol.policies.adapter import PARTS_NAME
+from trol.training.adapters import merge_adapters, open_adapters, save_adapters, save_trained
 from trol.training.learning import finished, learner_of, material
 from trol.training.opening import opened
 
@@ -114,8 +115,8 @@ def test_damaged_files_are_told(folder: Path, tmp_path: Path) -> None:
     learner, _ = trained(*opened(made, None), made.stages["step2"])
     saved = save_adapters(learner, tmp_path / "saved")
     for damage, told in (
-        (lambda at: (at / PARTS).write_bytes(b"no"), "is damaged"),
-        (lambda at: _resize(at / PARTS), "this host has"),
+        (lambda at: (at / PARTS_NAME).write_bytes(b"no"), "is damaged"),
+        (lambda at: _resize(at / PARTS_NAME), "this host has"),
         (lambda at: (at / "adapter_model.safetensors").write_bytes(b"no"), "cannot be put on"),
         (lambda at: (at / "adapter_config.json").write_text("{"), "cannot be put on"),
     ):

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from trol.analysis.files import write_whole
 from trol.analysis.training_page import read_findings
+from trol.policies.adapter import is_trained
 
 OPEN = """```python
 import trol
@@ -33,7 +34,7 @@ def write(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    opens = OPEN_ADAPTERS if (folder / "parts.safetensors").is_file() else OPEN
+    opens = OPEN_ADAPTERS if is_trained(folder) else OPEN
     found = read_findings(folder)
     return write_whole(
         folder / "README.md", render(found, yaml.safe_load(recipe), folder.name, opens)

@@ -15,15 +15,16 @@ def open_model(name: str | Path, *, bits: int | None = None) -> tuple[Any, Any]:
     whose recipe names the host that they belong to.
     """
     import trol
-    from trol.training import reopened
-    from trol.training.adapters import is_adapters
+    from trol.policies.adapter import is_trained
 
-    if not is_adapters(Path(name)):
+    if not is_trained(Path(name)):
         return trol.load_model(name, **({} if bits is None else {"bits": bits}))
     if bits is not None:
         raise UsageError(
             f"{name} holds adapters, which were trained on weights of the bits that its "
             "recipe.yaml says; leave --bits out."
         )
+    from trol.training import reopened
+
     model, processor = reopened(name)
     return model.eval(), processor

@@ -20,6 +20,8 @@ from trol.errors import AdapterError
 
 CONFIG_NAME = "depth_config.json"
 WEIGHTS_NAME = "depth.safetensors"
+PARTS_NAME = "parts.safetensors"
+"""What lies beside an adapter where training changed parts of its host as well."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,6 +44,11 @@ def host_digest(decoder: Any) -> str:
     config = {k: v for k, v in decoder.config.to_dict().items() if k not in _NOT_THE_HOST}
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the folder holds what training added to a host: an adapter, and parts."""
+    return (folder / PARTS_NAME).is_file() and (folder / CONFIG_NAME).is_file()
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:

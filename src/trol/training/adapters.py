@@ -27,7 +27,6 @@ from trol.training.recipe import Recipe
 from trol.training.visit_updates import AGAIN, only_again
 
 UPDATES = "adapter_config.json"
-PARTS = "parts.safetensors"
 
 
 def save_trained(model: Any, recipe: Recipe, folder: Path) -> None:
@@ -55,7 +54,8 @@ def save_adapters(learner: Any, folder: str | Path, *, parts: Collection[str] = 
     wanted = ({"projector"} | set(parts)) - {"mixers", "decoder"}
     weights = _parts(learner, wanted)
     save_file(
-        {name: tensor.detach().contiguous() for name, tensor in weights.items()}, folder / PARTS
+        {name: tensor.detach().contiguous() for name, tensor in weights.items()},
+        folder / adapter.PARTS_NAME,
     )
     return folder
 
@@ -74,7 +74,7 @@ def open_adapters(model: Any, folder: str | Path, *, trainable: bool = False) ->
     if is_attached(model):
         detach(model)
     adapter.load(model, folder)
-    _fill(model, folder / PARTS)
+    _fill(model, folder / adapter.PARTS_NAME)
     if not (folder / UPDATES).is_file():
         return model
     try:
@@ -99,16 +99,11 @@ def merge_adapters(model: Any, folder: str | Path) -> Any:
     return merged(learner) if isinstance(learner, PeftModel) else learner
 
 
-def is_adapters(folder: Path) -> bool:
-    """Whether `save_adapters` wrote this folder."""
-    return (folder / PARTS).is_file() and (folder / adapter.CONFIG_NAME).is_file()
-
-
 def check_adapters(folder: Path) -> None:
     """Raises `AdapterError` unless `save_adapters` wrote this folder."""
-    if not is_adapters(folder):
+    if not adapter.is_trained(folder):
         raise AdapterError(
-            f"{folder} holds no trained adapters ({adapter.CONFIG_NAME} and {PARTS}); give the "
+            f"{folder} holds no trained adapters ({adapter.CONFIG_NAME} and {adapter.PARTS_NAME}); give the "
             "folder of a run whose updates were not merged."
         )
 

@@ -23,7 +23,8 @@ from trol.family import (
 )
 from trol.family.loading import load_model
 from trol.family.published.files import CONFIG, read_json
-from trol.training.adapters import is_adapters, open_adapters
+from trol.policies.adapter import is_trained
+from trol.training.adapters import open_adapters
 from trol.training.composing import composed
 from trol.training.quantised import check_quantised, quantisation
 from trol.training.recipe import Recipe, resolve
@@ -48,7 +49,7 @@ def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
     """
     if start is None:
         model, processor = _first(recipe)
-    elif is_adapters(start):
+    elif is_trained(start):
         model, processor = _first(recipe)
         model = open_adapters(model, start, trainable=True)
         _check_policy(model, recipe, str(start))
