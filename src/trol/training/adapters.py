@@ -103,8 +103,8 @@ def check_adapters(folder: Path) -> None:
     """Raises `AdapterError` unless `save_adapters` wrote this folder."""
     if not adapter.is_trained(folder):
         raise AdapterError(
-            f"{folder} holds no trained adapters ({adapter.CONFIG_NAME} and {adapter.PARTS_NAME}); give the "
-            "folder of a run whose updates were not merged."
+            f"{folder} holds no trained adapters ({adapter.CONFIG_NAME} and "
+            f"{adapter.PARTS_NAME}); give the folder of a run whose updates were not merged."
         )
 
 
