@@ -1,0 +1,127 @@
+"""Writes benchmarks/RESULTS.md from the files in benchmarks/results.
+
+python benchmarks/render.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+INTRO = """# Benchmark results
+
+Written by `python benchmarks/render.py` from `benchmarks/results/*.json`; each section names the
+command that measured it. Ratios are medians of the rounds' ratios, rounds interleaved in one
+process; the spread is half their interquartile range. No GPU was at hand: a CPU ran all of it."""
+
+SUITES = {
+    "overhead": """A Llama of hidden size 512 and 8 layers, float32, sdpa, one thread. The
+`published` rows are a model of the released kind (partial LoRA, one gate, 256 image tokens in a
+prompt of 300); their bounds are what the official code takes of its own single pass. Rows without
+times are shares that must be 1.""",
+    "train": """One loss and its gradients with a second visit for all tokens, to the same
+without, on the same Llama.""",
+}
+
+
+def main() -> None:
+    """Reads every result that is there and writes the page."""
+    parts = [INTRO]
+    for title, render in SECTIONS.items():
+        file = HERE / "results" / f"{title}.json"
+        found = json.loads(file.read_text(encoding="utf-8"))
+        run = found["run"]
+        packages = ", ".join(
+            f"{name} {run['versions'][name]}" for name in ("torch", "transformers")
+        )
+        origin = f"{run['machine']}, {packages}, commit {run['commit']}."
+        parts.append(f"## {title}\n\n    {run['command']}\n\n{origin}\n\n{render(title, found)}")
+    (HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _suite(name: str, found: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["case"],
+            _number(row["baseline_ms"]),
+            _number(row["measured_ms"]),
+            f"{row['ratio']:.3f}",
+            f"± {row['spread']:.3f}",
+            f"{row['must']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["case", "bare ms", "measured ms", "ratio", "spread", "must be at most"]
+    return f"{SUITES[name]}\n\n{_table(heads, rows)}"
+
+
+def _published(_: str, found: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["model"],
+            row["bits"],
+            f"{row['load_s']:.1f}",
+            f"{row['peak_anonymous_gb']:.2f}",
+            f"{row['plain_prefill_s']:.1f}",
+            f"{row['prefill_ratio']:.2f} ± {row['spread']:.2f}",
+            f"{row['traversed_tokens_per_s']:.1f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = [
+        "model",
+        "bits",
+        "load s",
+        "peak GiB",
+        "plain prefill s",
+        "traversed / plain",
+        "tokens/s",
+    ]
+    told = f"""Random weights of the released dimensions in the published layout, opened as they
+lie, {found["threads"]} threads. Peak: anonymous memory while loading, above what the process had
+before (16 bits are mapped from the file and read when they are used). Prompt: one picture and 40 words,
+{found["rows"][0]["prompt_tokens"]} tokens; tokens/s: decoding after it, which visits once."""
+    return f"{told}\n\n{_table(heads, rows)}"
+
+
+def _quantised(_: str, found: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["bits"],
+            f"{row['fell']:.3f}",
+            f"{row['fell_ratio']:.3f}",
+            f"{row['weights_mb']:.0f}",
+            f"{row['peak_mb']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["bits", "loss fell by", "to 16 bits", "weights MB", "peak MB"]
+    told = f"""TroL's second step on a random Llama of {found["parameters"] / 1e6:.0f} M parameters,
+{found["steps"]} steps of {found["batch"]} rows. The quantised kernels take more memory on a CPU
+than the smaller weights save at this size."""
+    return f"{told}\n\n{_table(heads, rows)}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "overhead": _suite,
+    "train": _suite,
+    "published": _published,
+    "quantised_training": _quantised,
+}
+"""File in benchmarks/results -> what makes its section."""
+
+
+if __name__ == "__main__":
+    main()
