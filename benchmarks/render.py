@@ -83,7 +83,7 @@ def _published(_: str, found: dict[str, Any]) -> str:
     told = f"""Random weights of the released dimensions in the published layout, opened as they
 lie, {found["threads"]} threads. Peak: anonymous memory while loading, above what the process had
 before (16 bits are mapped from the file and read when they are used). Prompt: one picture and 40
-words, {found["rows"][0]["prompt_tokens"]} tokens; tokens/s: decoding after it, which visits once."""
+words, {found["rows"][0]["prompt_tokens"]} tokens; tokens/s: decoding after it, one visit each."""
     return f"{told}\n\n{_table(heads, rows)}"
 
 
