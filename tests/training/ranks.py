@@ -57,7 +57,9 @@ def shard(folder: Path) -> None:
     found = measured(model, ids)
     if RANK == 0:
         save_file(found, folder / "sharded.safetensors")
+    distributed.barrier()
     distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads can outlive the group, and then abort a process that ends as usual
 
 
 def attached_model() -> tuple[LlamaForCausalLM, Tensor]:
