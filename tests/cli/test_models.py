@@ -39,3 +39,18 @@ def test_chat_with_a_folder_of_adapters(adapters: Path, capsys: pytest.CaptureFi
 def test_bits_are_the_recipes(adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("chat", adapters, "--question", "say a word.", "--bits", 4) == 2
     assert "leave --bits out" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_trained_over(
+    adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "any-llm", "--out", adapters) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_a_chat_file_is_checked_as_a_mixture_of_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = standins.chats(tmp_path, pictures=True)
+    assert run("data", "check", data, "--workers", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sources"][0]["sound"] == 8

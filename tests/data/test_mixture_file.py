@@ -47,7 +47,7 @@ def test_what_is_no_mixture_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UsageError, match=reason):
             read_mixture(path)
-    with pytest.raises(UsageError, match="no mixture file"):
+    with pytest.raises(UsageError, match="to read conversations from"):
         read_mixture("none.yaml")
     with pytest.raises(UsageError, match=r"Did you mean 'trol-2\.27m'"):
         read_mixture("trol-2.7m")

@@ -224,7 +224,7 @@ def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) ->
 
     with pytest.raises(UsageError, match="are made for TroL models"):
         given("boards")
-    with pytest.raises(DataError, match="has no file"):
+    with pytest.raises(UsageError, match="to read conversations from"):
         given(tmp_path / "none.jsonl")
     seen = given(folder / "seen" / "chat.jsonl")
     with pytest.raises(DataError, match="the host reads text alone"):

@@ -108,3 +108,10 @@ def test_a_file_in_the_way_and_a_bad_preset_are_refused_before_training(tmp_path
     assert taken.read_text(encoding="utf-8") == "mine"
     with pytest.raises(UsageError, match="no model can be made from preset"):
         run(resolve("demo", [*SHORT, "preset.heads=3"]), tmp_path / "never")
+
+
+def test_a_folder_of_other_files_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UsageError, match="no training run's"):
+        run(resolve("demo", SHORT), tmp_path)
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "precious"

@@ -33,8 +33,13 @@ def noise_to_stderr() -> Generator[None]:
 
     Warnings are shown as one line each, without the place in the source that they come from.
     """
+
+    def shown(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if not issubclass(category, (FutureWarning, DeprecationWarning)):  # for developers
+            note(f"trol: {message}")
+
     before = warnings.showwarning
-    warnings.showwarning = lambda message, *_, **__: note(f"trol: {message}")
+    warnings.showwarning = shown
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

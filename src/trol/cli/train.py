@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 
 from trol.cli import terminal
 from trol.cli.provenance import run_record
+from trol.errors import UsageError
 
 EXAMPLES = (
     "trol train recipes/tiny.yaml",
@@ -56,11 +59,16 @@ def train(  # noqa: PLR0917 - a command's options
         recipe_json = dataclasses.asdict(resolved)
         terminal.report(recipe_json, as_json=as_json, text=lambda: resolved.yaml().rstrip())
         return
+    place = out or Path("runs") / Path(recipe).stem
+    if (place / "training.json").is_file() and not resume:
+        raise UsageError(
+            f"{place} holds a finished run; name another folder with --out, or remove that one."
+        )
     terminal.no_library_bars()
-    with terminal.noise_to_stderr():
+    with terminal.noise_to_stderr(), _interrupted(place):
         found = training.run(
             resolved,
-            out=out or Path("runs") / Path(recipe).stem,
+            out=place,
             start=start,
             resume=resume,
             max_hours=max_hours,
@@ -73,6 +81,21 @@ def train(  # noqa: PLR0917 - a command's options
         if "model" in found and "run" not in found:  # else it was finished and told before
             _describe(Path(found["model"]), result, questions)
     terminal.report(result, as_json=as_json, text=lambda: _told(result))
+
+
+@contextlib.contextmanager
+def _interrupted(place: Path) -> Generator[None]:
+    """Says what Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = place.with_name(place.name + ".partial").is_dir()
+        terminal.note(
+            "Stopped. The same command with --resume goes on from the last checkpoint."
+            if kept
+            else "Stopped. Nothing was saved; save_every=N saves a checkpoint every N steps."
+        )
+        raise
 
 
 def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:

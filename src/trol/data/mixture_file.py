@@ -71,6 +71,10 @@ class MixtureFile:
     sources: tuple[Source, ...]
 
 
+CHATS = (".json", ".jsonl")
+"""Ends of chat files, each of which is a mixture of itself alone."""
+
+
 def read_mixture(mixture: str | Path, *, root: Path | None = None) -> MixtureFile:
     """The mixture of a YAML file or a carried name; `root` replaces the file's own.
 
@@ -80,6 +84,8 @@ def read_mixture(mixture: str | Path, *, root: Path | None = None) -> MixtureFil
         UsageError: no such mixture, an unknown key ("did you mean"), or a value of a wrong kind.
     """
     path = _found(mixture)
+    if path.suffix in CHATS:
+        return MixtureFile(path, root or path.parent, (Source(name=path.stem, path=path.name),))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as broken:
@@ -110,8 +116,11 @@ def _found(mixture: str | Path) -> Path:
     path = Path(mixture)
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UsageError(f"there is no mixture file {str(mixture)!r}; carried are {names()}.")
+    if path.suffix in (".yaml", ".yml", *CHATS) or len(path.parts) > 1:
+        raise UsageError(
+            f"there is no file {str(mixture)!r} to read conversations from; give a mixture or a "
+            f"chat file (in a recipe: stages.NAME.data=FILE). Carried mixtures: {names()}."
+        )
     if str(mixture) not in names():
         raise unknown("mixture", mixture, names())
     return _carried() / f"{mixture}.yaml"

@@ -264,6 +264,9 @@ class HostMixin(Specialised):
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The host's own saving; the configuration then says that the model needs trol."""
+        parameters = inspect.signature(self.trol_original.save_pretrained).parameters
+        if "save_original_format" in parameters:  # names as they are, for trol.load_model to find
+            kwargs.setdefault("save_original_format", False)
         saved = super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)

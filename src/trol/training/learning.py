@@ -7,15 +7,13 @@ import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
 from torch import nn
 
 from trol.data.collator import Collator
-from trol.data.mixture import Mixture, open_mixture
-from trol.data.mixture_file import MixtureFile, Source
+from trol.data.mixture import open_mixture
 from trol.data.pools import BoardPool, board_pool
 from trol.data.rows import MixtureRows
 from trol.errors import UsageError
@@ -129,21 +127,13 @@ def _may_merge(learner: PeftModel, stage: Stage) -> bool:
 
 
 def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
-    mixture, most = _mixture(stage.data), stage.max_tokens or None
+    mixture, most = open_mixture(stage.data), stage.max_tokens or None
     reader = ConversationReader(learner)
     if isinstance(processor, TrolProcessor):
         rows = MixtureRows(mixture, processor, most)
         return Material(reader, rows, Collator(processor.tokenizer.pad_token_id))
     collate = ConversationCollator(processor, most_tokens=most)
     return Material(reader, Conversations(mixture), collate)
-
-
-def _mixture(data: str) -> Mixture:
-    path = Path(data)
-    if path.suffix not in (".json", ".jsonl"):
-        return open_mixture(data)
-    chats = Source(name=path.stem, path=path.name)
-    return open_mixture(MixtureFile(path, path.parent, (chats,)))
 
 
 class Asks(NamedTuple):

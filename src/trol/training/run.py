@@ -47,7 +47,7 @@ def run(
 
     Args:
         recipe: what to train.
-        out: the folder to save in.
+        out: the folder to save in; an earlier run in it is replaced, anything else is refused.
         start: the folder of an earlier run to go on from, in place of a new model.
         only: names of the stages to run; all if None.
         label: goes in front of each line of progress.
@@ -130,6 +130,11 @@ def _chosen(recipe: Recipe, only: Sequence[str] | None) -> list[str]:
 def _check(out: Path, max_hours: float | None, report_to: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{str(out)!r} is a file; name a folder to save the model in.")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECIPE).is_file():
+        raise UsageError(
+            f"{str(out)!r} holds files that are no training run's; name a new folder, so that "
+            "nothing in it is lost."
+        )
     if max_hours is not None and not max_hours > 0:
         raise UsageError(f"max_hours is {max_hours}; give more than 0.")
     for name in report_to:
