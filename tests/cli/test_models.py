@@ -54,3 +54,20 @@ def test_a_chat_file_is_checked_as_a_mixture_of_itself(
     data = standins.chats(tmp_path, pictures=True)
     assert run("data", "check", data, "--workers", 1, "--json") == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["sound"] == 8
+
+
+@pytest.mark.filterwarnings("always:rows of chat left out")
+def test_rows_that_training_leaves_out_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host, data = standins.llm(tmp_path / "host"), standins.chats(tmp_path / "data", pictures=False)
+    with Path(data).open("a", encoding="utf-8") as file:
+        file.write("{broken\n")
+    assert run("data", "check", data, "--workers", 1) == 1
+    stages = [
+        f"stages.{name}.{key}" for name in ("step1", "step2") for key in ("batch=4", "accumulate=1")
+    ]
+    files = [f"stages.{name}.data={data}" for name in ("step1", "step2")]
+    words = ("train", "any-llm", f"host={host}", "precision=fp32", *stages, *files)
+    assert run(*words, "--out", tmp_path / "made") == 0
+    assert "left out as quarantined: 1 " in capsys.readouterr().err

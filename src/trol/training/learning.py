@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -128,6 +129,9 @@ def _may_merge(learner: PeftModel, stage: Stage) -> bool:
 
 def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
     mixture, most = open_mixture(stage.data), stage.max_tokens or None
+    for source, reasons in mixture.skipped.items():
+        left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        warnings.warn(f"rows of {source} left out as quarantined: {left}", stacklevel=2)
     reader = ConversationReader(learner)
     if isinstance(processor, TrolProcessor):
         rows = MixtureRows(mixture, processor, most)
