@@ -38,6 +38,7 @@ def main() -> None:
             f"{name} {run['versions'][name]}" for name in ("torch", "transformers")
         )
         origin = f"{run['machine']}, {packages}, commit {run['commit']}."
+        origin += f" {found['note']}" if "note" in found else ""
         parts.append(f"## {title}\n\n    {run['command']}\n\n{origin}\n\n{render(title, found)}")
     (HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
