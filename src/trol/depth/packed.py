@@ -72,13 +72,15 @@ def last_visit(run: LayerRun, state: Tensor, layer: int, plane: int) -> Tensor |
         return None
     view = planes.opened(plane)
     view.layers[layer] = WrittenOnce(view.layers[layer])
+    run.applied += 1
     try:
-        run.call(state, (run.args, run.kwargs), view)
+        whole = run.call(state, (run.args, run.kwargs), view)
     except KeysWritten:
         planes.close()
-    out = run.call(state[:, -1:], last, view)
-    run.applied += 1
-    return torch.cat([state[:, :-1], out], dim=1)
+        out = run.call(state[:, -1:], last, view)
+        return torch.cat([state[:, :-1], out], dim=1)
+    planes.close()
+    return whole  # the layer stored nothing, so this was a whole visit
 
 
 def _packable(run: LayerRun, slot: Any) -> bool:

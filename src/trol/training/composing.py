@@ -17,7 +17,7 @@ from trol.family.internlm2 import InternLM2Config
 from trol.family.presets import PUBLISHED
 from trol.family.published.files import CONFIG, Checkpoint, read_json
 from trol.family.published.layouts import TEXT, VISION, resize_position_table, sources
-from trol.family.published.processors import SIGHTS, published_processor
+from trol.family.published.processors import SIGHTS, processor_of, published_processor
 from trol.family.published.ropes import internlm2_rope
 from trol.family.published.stated import Stated
 from trol.family.published.templates import chat_template
@@ -139,17 +139,7 @@ def _processor(config: TrolConfig, tokenizer: Any, template: str | None) -> Trol
             f"table has {config.text_config.vocab_size} rows; resize the decoder's table first."
         )
     config.image_token_id = tokenizer.convert_tokens_to_ids(sight.image_token)
-    size = config.vision_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return TrolProcessor(
-        sight.image_processor(size={"height": height, "width": width}),
-        tokenizer,
-        tokens_per_image=config.tokens_per_image,
-        image_token=sight.image_token,
-        image_prefix=sight.image_prefix,
-        image_suffix=sight.image_suffix,
-        chat_template=template,
-    )
+    return processor_of(config, tokenizer, template)
 
 
 def _internlm2(config: TrolConfig, file: Path, source: str, weights: Weights) -> TrolProcessor:

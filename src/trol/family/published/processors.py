@@ -53,6 +53,12 @@ def published_processor(folder: Path, config: TrolConfig) -> TrolProcessor:
                 f"the tokenizer in {folder} gives the token {token!r} the id {found}, expected "
                 f"{expected}; {CURE}."
             )
+    return processor_of(config, tokenizer, chat_template(sight.family))
+
+
+def processor_of(config: TrolConfig, tokenizer: Any, template: str | None) -> TrolProcessor:
+    """The processor of a published family's model with this tokenizer and chat template."""
+    sight = SIGHTS[config.text_config.model_type]
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return TrolProcessor(
@@ -62,5 +68,5 @@ def published_processor(folder: Path, config: TrolConfig) -> TrolProcessor:
         image_token=sight.image_token,
         image_prefix=sight.image_prefix,
         image_suffix=sight.image_suffix,
-        chat_template=chat_template(sight.family),
+        chat_template=template,
     )
