@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth, load_model
 from trol.depth import attach, attached, detach, is_attached
 from trol.errors import AdapterError, TrolError, UsageError
+from trol.family.loading import _open_marked
 from trol.policies.adapter import CONFIG_NAME, WEIGHTS_NAME, load, save
 from trol.policies.mixer import TrolMixer
 
@@ -142,3 +143,17 @@ def test_saving_takes_the_attached_policy_not_the_one_for_a_while(tmp_path: Path
     with depth(model, "exit@1"):
         save(model, tmp_path)
     assert attached(load(host.build(), tmp_path))[1].depth_policy == made("trol")
+
+
+def test_a_host_that_came_from_a_checkpoint_is_saved_and_opened(tmp_path: Path) -> None:
+    """transformers writes some families under the names of their old checkpoints: not here."""
+    host = HOSTS["llava"]
+    host.build().save_pretrained(tmp_path / "plain")
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain").eval()
+    model, inputs = attach_settled(opened, made("trol")), host.inputs()
+    said = greedy(model, inputs)
+    model.save_pretrained(tmp_path / "attached")
+    config = json.loads((tmp_path / "attached" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "trol_host"
+    again = _open_marked(config, tmp_path / "attached", None)
+    assert_same(greedy(again.eval(), inputs), said, 5e-5)
