@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils.output_capturing import CompileableContextVar
 
+from trol.depth.context import Context
 from trol.depth.planes import PlanedCache
 from trol.depth.policy import AbstractPolicy
+from trol.depth.readout import Readout
 from trol.depth.roles import Mask, Prompt, Roles
 from trol.depth.trace import Recorder
 
@@ -31,7 +33,11 @@ class Step:
     last_only: bool = False
     """Whether nobody reads what comes out above any token but the last of each row."""
     real: Tensor | None = None
-    """1 at tokens that are no padding, as the caller says; read by traces. Shape: [B, S]."""
+    """1 at tokens that are no padding, as the caller says. Shape: [B, S]."""
+    readout: Readout | None = None
+    """The host's final norm and head."""
+    notes: dict[Any, Any] | None = None
+    """Where the policy's notes go, for the host to read when the pass is over."""
 
 
 UNTOLD = Step(Roles())
@@ -52,12 +58,10 @@ class Call:
     """What the layers need to know during one forward pass of their stack."""
 
     policy: AbstractPolicy
-    in_scope: Mask
-    """Where the policy applies. Shape: [B, T]."""
+    context: Context
+    """What the policy may know of the call."""
     keep: bool
     """Whether planes above 1 outlive this call."""
-    start: int
-    """Tokens before this call, if the policy reads it, else 0."""
     everywhere: bool
     """Whether the scope in force is `all`: then a layer skipped by plan is never needed."""
     recorder: Recorder | None
@@ -67,6 +71,13 @@ class Call:
     """How often each layer was applied; written by the layers."""
     last_only: bool = False
     """Whether only the last token's output of the last layer is read, and nobody watches."""
+    packs: bool = False
+    """Whether a layer may be left at its keys and values where no token goes through it."""
+
+    @property
+    def in_scope(self) -> Mask:
+        """Where the policy applies. Shape: [B, T]."""
+        return self.context.in_scope
 
     def is_absent(self, layer: int) -> bool:
         """Whether the whole batch, always, skips this layer: then it has no keys and values."""
@@ -74,9 +85,9 @@ class Call:
 
     def runs_once(self, layer: int, cache: Any) -> bool:
         """Whether this layer does what the plain model's does, and nobody watches."""
-        if self.recorder is not None or (isinstance(cache, PlanedCache) and cache.planes):
+        if self.recorder is not None or not self.policy.is_plain(layer):
             return False
-        return self.policy.is_plain(layer)
+        return not (isinstance(cache, PlanedCache) and any(of == layer for of, _ in cache.planes))
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""

@@ -9,6 +9,11 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+MADE_BEFORE_KEYS = frozenset(
+    ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
+)
+"""Names of the linear maps of an attention that run before it stores keys and values."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -41,6 +46,8 @@ class LayerCost:
     """FLOPs more for one token of a call that holds image tokens: maps that run only then."""
     window: int | None
     """How many positions a sliding attention sees, or None."""
+    keys_per_token: int | None = None
+    """FLOPs for one token that leaves its keys and values only; None where that is not known."""
 
     def flops(self, *, rows: int, tokens: int, past: int, images: bool) -> int:
         """FLOPs of one visit of rows x tokens tokens after `past` others."""
@@ -74,15 +81,39 @@ class StackCost:
 
         `images`: whether there are image tokens among them, for decoders that treat them apart.
         """
+        layers = self.layer_flops(visits, rows=rows, tokens=tokens, past=past, images=images)
+        if layers is None:
+            return None
+        # A mixer's gate looks at every state but the last.
+        looks = (max(count - 1, 0) for count in visits)
+        gates = sum(gate * n for gate, n in zip(self.gate_per_token, looks, strict=True))
+        return layers + gates * rows * tokens
+
+    def layer_flops(
+        self,
+        visits: Sequence[int],
+        *,
+        keys: Sequence[int] | None = None,
+        rows: int,
+        tokens: int,
+        past: int = 0,
+        images: bool = False,
+    ) -> int | None:
+        """FLOPs of the layers alone; `keys[l]` times, tokens leave keys and values only there."""
         total = 0
-        for layer, gate, count in zip(self.layers, self.gate_per_token, visits, strict=True):
-            if layer is None and count:
+        for layer, count, left in zip(self.layers, visits, keys or [0] * len(visits), strict=True):
+            if not (count or left):
+                continue
+            if layer is None or (left and layer.keys_per_token is None):
                 return None
-            if layer is not None:
-                total += count * layer.flops(rows=rows, tokens=tokens, past=past, images=images)
-            # A gate looks at every state but the last.
-            total += gate * rows * tokens * max(count - 1, 0)
+            total += count * layer.flops(rows=rows, tokens=tokens, past=past, images=images)
+            total += left * (layer.keys_per_token or 0) * rows * tokens
         return total
+
+
+def matrix_flops(module: nn.Module) -> int:
+    """FLOPs of a module's matrices on one token: 2 * number of weights."""
+    return 2 * sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def stack_cost(
@@ -92,12 +123,8 @@ def stack_cost(
     types = getattr(config, "layer_types", None) or [None] * len(layers)
     return StackCost(
         tuple(_layer_cost(layer, config, kind) for layer, kind in zip(layers, types, strict=True)),
-        tuple(0 if gate is None else _gate_flops(gate) for gate in gates),
+        tuple(0 if gate is None else matrix_flops(gate) for gate in gates),
     )
-
-
-def _gate_flops(gate: nn.Module) -> int:
-    return 2 * sum(p.numel() for p in gate.parameters() if p.ndim == 2)
 
 
 def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | None:
@@ -109,7 +136,18 @@ def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | 
     window = getattr(config, "sliding_window", None) if sliding else None
     beside = _image_maps(layer)
     extra = 2 * sum(module.weight.numel() for module in beside)
-    return LayerCost(_weights(layer, config) - extra, 4 * heads * size, extra, window)
+    whole = _weights(layer, config) - extra
+    return LayerCost(whole, 4 * heads * size, extra, window, _keys_flops(layer))
+
+
+def _keys_flops(layer: nn.Module) -> int | None:
+    """FLOPs of the maps that run before keys and values are stored: those of queries as well."""
+    found = [
+        module.weight.numel()
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and MADE_BEFORE_KEYS & set(name.split("."))
+    ]
+    return 2 * sum(found) or None
 
 
 def _image_maps(layer: nn.Module) -> list[nn.Linear]:

@@ -7,31 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trol.depth.along import PositionSlot
 from trol.depth.families import LayerSite
 from trol.depth.planes import HOLES, adopt
 from trol.depth.roles import Mask
 from trol.errors import HostError
-
-
-class HoleSlot:
-    """Where a layer has holes, kept beside its planes and cropped and reordered with them."""
-
-    def __init__(self, holes: Tensor) -> None:
-        self.holes = holes
-        """Shape: [B, S], True where a position left nothing."""
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.holes = self.holes.index_select(0, beam_idx.to(self.holes.device))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            self.holes = self.holes[:, : -abs(tokens_to_remove)]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.holes = self.holes.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.holes = self.holes[indices]
 
 
 class Holes:
@@ -54,11 +34,11 @@ class Holes:
         if isinstance(need, bool):
             need = torch.full((rows, tokens), need, device=state.device)
         kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
-        past = need.new_zeros(rows, self.start) if kept is None else kept.holes
+        past = need.new_zeros(rows, self.start) if kept is None else kept.values
         self.holes = torch.cat([past, ~need], dim=1)  # Shape: [B, start + T]
         if self.cache is not None:
             adopt(self.cache, getattr(self.cache, "absent", frozenset()))
-            self.cache.planes[self.layer, HOLES] = HoleSlot(self.holes)
+            self.cache.planes[self.layer, HOLES] = PositionSlot(self.holes)
 
     def shown_in(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], site: LayerSite, state: Tensor

@@ -13,10 +13,11 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from trol.depth.call import Ambience, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.families import find_decoder, layer_list, layer_site, quirk_of
+from trol.depth.generation import HostMixin
 from trol.depth.policy import AbstractPolicy
 from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.specialise import restore, specialise
-from trol.depth.stack import HostMixin, LayerMixin, StackMixin
+from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, Trace
 from trol.errors import HostError, UsageError
 

@@ -1,12 +1,14 @@
 """Packed visits: only tokens whose output somebody reads are computed.
 
-One selection so far: in generation nothing but the last token's logits is read, so the last
-visit to the last layer is made by the last token alone. It attends to keys and values of all
-tokens, which are made by entering the layer with all of them and leaving it at its cache.
+Where no token goes again, a layer is entered for its keys and values alone, and left at its
+cache. And in generation nothing but the last token's logits is read, so the last visit to the
+last layer is made by the last token, which attends to the keys and values of all.
 """
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,14 +40,13 @@ class KeysWritten(Exception):
     """Leaves a layer once its keys and values are stored."""
 
 
-class WrittenOnce:
-    """A slot that stores keys and values of all tokens, ends that pass, and shows them after it."""
+class LeftAtKeys:
+    """A slot that stores keys and values, and ends the pass."""
 
     slot: Any = None
 
     def __init__(self, slot: Any) -> None:
         self.slot = slot
-        self.held: Any = None
 
     @property
     def __class__(self) -> Any:  # what the slot is an instance of, this is too
@@ -55,11 +56,41 @@ class WrittenOnce:
         return getattr(self.slot, name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Raises `KeysWritten`. Shape: [B, H, T, d] each."""
+        self.slot.update(keys, values, *args, **kwargs)
+        raise KeysWritten
+
+
+class WrittenOnce(LeftAtKeys):
+    """A slot that stores keys and values of all tokens, ends that pass, and shows them after it."""
+
+    held: Any = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """All keys and values of the layer so far. Shape: [B, H, S, d] each."""
         if self.held is None:
             self.held = self.slot.update(keys, values, *args, **kwargs)
             raise KeysWritten
         return self.held
+
+
+def keys_only(run: LayerRun, state: Tensor, layer: int, plane: int) -> bool:
+    """Leaves the keys and values of all tokens in plane `plane`, and their states as they are.
+
+    False, and nothing done, where this layer cannot do it. Shape of state: [B, T, D].
+    """
+    planes = run.planes
+    if planes is None or not _keeps_keys(planes.slots[plane - 1]):
+        return False
+    view = planes.opened(plane)
+    if view is run.cache:
+        view = copy.copy(view)
+        view.layers = list(view.layers)
+    view.layers[layer] = LeftAtKeys(view.layers[layer])
+    with suppress(KeysWritten):  # a layer that stores none runs to its end
+        run.call(state, (run.args, run.kwargs), view)
+    planes.close()
+    return True
 
 
 def last_visit(run: LayerRun, state: Tensor, layer: int, plane: int) -> Tensor | None:
@@ -83,8 +114,13 @@ def last_visit(run: LayerRun, state: Tensor, layer: int, plane: int) -> Tensor |
     return whole  # the layer stored nothing, so this was a whole visit
 
 
+def _keeps_keys(slot: Any) -> bool:
+    recurrent = isinstance(slot, LinearAttentionCacheLayerMixin)
+    return isinstance(slot, CacheLayerMixin) and not recurrent
+
+
 def _packable(run: LayerRun, slot: Any) -> bool:
-    if not isinstance(slot, CacheLayerMixin) or isinstance(slot, LinearAttentionCacheLayerMixin):
+    if not _keeps_keys(slot):
         return False
     # Without a mask one query sees all keys: right, unless some of them are not written yet.
     return run.site.mask_in(run.args, run.kwargs) is not None or not isinstance(slot, StaticLayer)

@@ -28,8 +28,9 @@ Slot = Any
 """One layer's place in a cache: a CacheLayerMixin or a LinearAttentionCacheLayerMixin."""
 
 
-HOLES = 0
-"""The "plane" number under which a layer's holes lie beside its planes."""
+HOLES, ALONG = 0, -1
+"""The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
+lie beside its planes."""
 
 
 class PlanedCache:
@@ -37,7 +38,7 @@ class PlanedCache:
 
     layers: list[Slot]
     planes: dict[tuple[int, int], Slot]
-    """Planes above 1: (layer, visit number) -> slot; and holes: (layer, HOLES) -> HoleSlot."""
+    """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `PositionSlot`."""
     absent: frozenset[int]
     """Layers that have no keys and values because the whole batch skips them."""
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from trol.depth.along import remembered
+from trol.depth.context import Context
+from trol.depth.cost import matrix_flops
 from trol.depth.roles import Scope, check_scope
 from trol.errors import UsageError, unknown
 
@@ -36,8 +40,26 @@ class Visit:
     """x_r. Shape: [B, T, D]."""
     gate: nn.Module | None
     """The parameters that this policy placed on layer l, if any."""
-    start: int
-    """How many tokens of each row came before these, padding included."""
+    context: Context
+    """The call that this visit belongs to."""
+    cache: Any = None
+    """The host's cache, if there is one."""
+
+    @property
+    def start(self) -> int:
+        """How many tokens of each row came before these, padding included."""
+        return self.context.start
+
+    def along(self, values: Tensor) -> Tensor:
+        """Keeps `values` of these tokens with the cache, and gives those of all so far.
+
+        They are cropped, reordered and repeated with the cache; one such record for each layer.
+        Only for policies that read the start. Shape: [B, T, ...] -> [B, S, ...].
+
+        Raises:
+            HostError: the cache holds tokens that this policy never saw.
+        """
+        return remembered(self.cache, self.layer, values, self.start)
 
 
 class AbstractPolicy(ABC):
@@ -54,6 +76,12 @@ class AbstractPolicy(ABC):
     """The registered name."""
     reads_start: ClassVar[bool] = False
     """Whether `again` reads `Visit.start`, which costs a look at the cache on each call."""
+    reads_input: ClassVar[bool] = False
+    """Whether `again` reads the note `INPUT`: what entered layer 0."""
+    observes: ClassVar[bool] = False
+    """Whether `again` is also asked where no token is in scope, to look at them."""
+    translates: ClassVar[bool] = False
+    """Whether `enter` changes states."""
 
     scope: Scope
     training_scope: Scope
@@ -83,6 +111,21 @@ class AbstractPolicy(ABC):
     @abstractmethod
     def again(self, visit: Visit) -> Answer:
         """a_r for the tokens of this visit; asked for r = 0 .. bounds.most - 1."""
+
+    def enter(self, visit: Visit) -> Tensor:
+        """x_0 of a layer, for policies that translate states. Shape: [B, T, D]."""
+        return visit.state
+
+    def penalty(self, notes: Mapping[Any, Any]) -> Tensor | None:
+        """What is added to the training loss, from the notes of the call; None for nothing."""
+        del notes
+        return None
+
+    def look_flops(self, visit: Visit) -> int:
+        """FLOPs of answering `again` at this visit, for one token: 2 * number of weights."""
+        if visit.gate is None or visit.number == 0:
+            return 0
+        return matrix_flops(visit.gate)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -1,11 +1,9 @@
-"""The three mixins that make a transformers model traverse: layer, stack of layers, host."""
+"""The two mixins that make a decoder traverse: layer, and stack of layers."""
 
 from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +17,15 @@ from trol.depth.call import (
     Call,
     Step,
     ambience_of,
-    generating,
-    outermost_prompt,
-    prompt_of,
-    told,
 )
+from trol.depth.context import INPUT, Context
 from trol.depth.families import LayerSite
 from trol.depth.planes import HOLES, PlanedCache, adopt, drop_planes
 from trol.depth.policy import AbstractPolicy
-from trol.depth.roles import Prompt
-from trol.depth.saving import mark
+from trol.depth.roles import Mask
 from trol.depth.specialise import Specialised
 from trol.depth.visits import LayerRun, traverse
-from trol.errors import HostError, UsageError
+from trol.errors import HostError
 
 
 class LayerMixin(Specialised):
@@ -57,7 +51,9 @@ class LayerMixin(Specialised):
         forward = super().forward  # type: ignore[misc]
         call, layer = depth_call, self.depth_index
         if call is None:
-            return forward(state, *args, **kwargs)
+            return self._shown(forward(state, *args, **kwargs))
+        if layer == 0 and call.policy.reads_input:
+            call.context.notes[INPUT] = state
         if call.is_absent(layer):
             if call.recorder is not None:
                 call.recorder.skipped(layer, state)
@@ -65,10 +61,16 @@ class LayerMixin(Specialised):
         run = LayerRun(forward, self.depth_site, args, kwargs)
         if call.runs_once(layer, run.cache):
             call.applied[layer] = 1
-            return forward(state, *args, **kwargs)
+            return self._shown(forward(state, *args, **kwargs))
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
-        return out if run.applied else self._passed_by(state, args, kwargs)
+        return self._shown(run.wrap(out)) if run.applied else self._passed_by(out, args, kwargs)
+
+    def _shown(self, out: Any) -> Any:
+        """Remembers, for layers that will be skipped, the form of a real output."""
+        if self.depth_beside is None and not torch.compiler.is_compiling():
+            type(self).depth_beside = len(out) - 1 if isinstance(out, tuple) else -1
+        return out
 
     def _passed_by(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The skipped layer's output, in the form that its family returns."""
@@ -76,8 +78,7 @@ class LayerMixin(Specialised):
             # The form shows only in a real output: one run on a cache of nothing, then remembered.
             args, kwargs = self.depth_site.with_cache(args, kwargs, None)
             with torch.no_grad():
-                out = super().forward(state, *args, **kwargs)  # type: ignore[misc]
-            type(self).depth_beside = len(out) - 1 if isinstance(out, tuple) else -1
+                self._shown(super().forward(state, *args, **kwargs))  # type: ignore[misc]
         beside = self.depth_beside
         return state if beside is None or beside < 0 else (state, *(None,) * beside)
 
@@ -139,30 +140,42 @@ class StackMixin(Specialised):
         keep = scope != "question" or step.keep
         if ambience.recorder is None and self._all_plain(policy, in_scope, keep, cache):
             return None
-        start = int(cache.get_seq_length()) if policy.reads_start and cache is not None else 0
+        # Not in training or compiled code, nor where the attention of every layer is shown.
+        free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        shown = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
         return Call(
             policy,
-            in_scope,
+            self._context(policy, step, in_scope, cache, self._padding(step, args, kwargs)),
             keep,
-            start,
             everywhere=scope == "all",
             recorder=ambience.recorder,
             config=self.config,
             applied=[0] * self.depth_layers,
-            last_only=self._last_only(step, ambience),
+            # A trace wants to see all visits.
+            last_only=step.last_only and free and ambience.recorder is None,
+            packs=free and not shown,
         )
 
-    def _last_only(self, step: Step, ambience: Ambience) -> bool:
-        """Not in training or compiled code, nor where a trace wants to see all visits."""
-        observed = ambience.recorder is not None or torch.is_grad_enabled()
-        return step.last_only and not observed and not torch.compiler.is_compiling()
+    def _context(
+        self, policy: AbstractPolicy, step: Step, in_scope: Mask, cache: Any, padding: Any
+    ) -> Context:
+        start = int(cache.get_seq_length()) if policy.reads_start and cache is not None else 0
+        notes = {} if step.notes is None else step.notes
+        return Context(in_scope, start, padding, step.readout, notes)
+
+    def _padding(self, step: Step, args: Any, kwargs: Any) -> Tensor | None:
+        """The padding mask [B, S], as far as one is to be had."""
+        # Some hosts hand their decoder ready masks of 4 dimensions: then only the caller's tells.
+        own = self._argument("attention_mask", args, kwargs)
+        mask = own if step.real is None else step.real
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _all_plain(self, policy: AbstractPolicy, in_scope: Any, keep: bool, cache: Any) -> bool:
         planed = isinstance(cache, PlanedCache) and bool(cache.planes)
         if planed and not keep and in_scope is False:
             drop_planes(cache)
-            planed = any(plane == HOLES for _, plane in cache.planes)
-        if planed:
+            planed = any(plane <= HOLES for _, plane in cache.planes)
+        if planed or policy.observes:
             return False
         if in_scope is False and not (self.depth_recurrent and keep and cache is not None):
             return policy.skipped_kv != "hole"
@@ -172,9 +185,7 @@ class StackMixin(Specialised):
         if ambience.recorder is None:
             return nullcontext()
         cache = self._argument("past_key_values", args, kwargs)
-        # Some hosts hand their decoder ready masks of 4 dimensions: then only the caller's tells.
-        own = self._argument("attention_mask", args, kwargs)
-        real = own if step.real is None else step.real
+        real = self._padding(step, args, kwargs)
         images = kwargs.get("image_tokens") is not None
         return ambience.recorder.one_pass(cache, real, images=images)
 
@@ -197,100 +208,3 @@ class StackMixin(Specialised):
         names = list(inspect.signature(self.trol_original.forward).parameters)[1:]
         where = names.index(name) if name in names else len(args)
         return args[where] if where < len(args) else None
-
-
-class HostMixin(Specialised):
-    """The model that trol is attached to: knows question from answer."""
-
-    modules: Any
-    config: Any
-    generation_config: Any
-
-    def forward(
-        self,
-        *args: Any,
-        depth_step: Step | None = None,
-        assistant_masks: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
-        if depth_step is None:
-            depth_step = told(assistant_masks, kwargs.get("labels"), kwargs.get("attention_mask"))
-        if self._reads_last_only(kwargs):
-            depth_step = replace(depth_step, last_only=True)
-        token = STEP.set(depth_step)
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            STEP.reset(token)
-
-    def _reads_last_only(self, kwargs: dict[str, Any]) -> bool:
-        shown = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name, False)) for name in shown):
-            return False
-        kept = kwargs.get("logits_to_keep", 0)
-        return isinstance(kept, int) and kept == 1
-
-    def generate(
-        self, inputs: Tensor | None = None, *args: Any, assistant_masks: Any = None, **kwargs: Any
-    ) -> Any:
-        """The host's own `generate`: the prompt is question, what is new is answer."""
-        length = _prompt_length(inputs, kwargs)
-        outer = outermost_prompt()
-        if outer is not None:  # as the assistant of another generate, whose prompt is the question
-            length = min(length, outer.length)
-        config = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
-        returned = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
-        callers = kwargs.get("past_key_values") is not None or bool(returned)
-        prompt = Prompt.of(length, assistant_masks, cache_is_the_callers=callers)
-        with generating(self, prompt):
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The host's own inputs, and the roles of the tokens among them."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        prompt = prompt_of(self)
-        if prompt is None:
-            return inputs
-        ids = inputs.get("input_ids")
-        tokens = inputs["inputs_embeds"] if ids is None else ids
-        cache = inputs.get("past_key_values")
-        start = 0 if cache is None else int(cache.get_seq_length())
-        rows, count = tokens.shape[:2]
-        roles = prompt.roles(start, count, rows, tokens.device)
-        keep = prompt.may_ask_again(start, count)
-        inputs["depth_step"] = Step(roles, keep=keep, real=kwargs.get("attention_mask"))
-        return inputs
-
-    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """The host's own saving; the configuration then says that the model needs trol."""
-        parameters = inspect.signature(self.trol_original.save_pretrained).parameters
-        if "save_original_format" in parameters:  # names as they are, for trol.load_model to find
-            kwargs.setdefault("save_original_format", False)
-        saved = super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
-        # The TroL family's own configuration says already that it needs trol.
-        in_config = getattr(self.trol_original, "depth_in_config", False)
-        if not in_config and (Path(folder) / "config.json").is_file():
-            stack = next(m for m in self.modules() if isinstance(m, StackMixin))
-            mark(folder, stack.depth_policy)
-        return saved
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the paged cache of continuous batching cannot hold planes."""
-        del args, kwargs
-        raise HostError(
-            "continuous batching (generate_batch) writes keys and values past trol's planes, so "
-            "its answers would be wrong; call generate with a padded batch."
-        )
-
-    init_continuous_batching = generate_batch
-    continuous_batching_context_manager = generate_batch
-
-
-def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
-    ids = inputs if inputs is not None else kwargs.get("input_ids")
-    embeds = kwargs.get("inputs_embeds")
-    lengths = [x.shape[1] for x in (ids, embeds, kwargs.get("attention_mask")) if x is not None]
-    if ids is not None and ids.numel() == 0 and embeds is None:
-        raise UsageError("an empty prompt: input_ids has no tokens; give at least one.")
-    return max(lengths, default=1)

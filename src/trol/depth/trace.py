@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trol.depth.cost import Cost, StackCost
 from trol.depth.planes import cache_bytes
-from trol.depth.policy import Answer
+from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
 from trol.errors import UsageError
 
@@ -85,6 +85,8 @@ class Recorder:
         self._shares: list[list[Answer]] = [[] for _ in range(self.layers)]
         self._shape: tuple[int, int] | None = None
         self._runs = [0] * self.layers
+        self._keys = [0] * self.layers
+        self._looks = 0
 
     @contextmanager
     def one_pass(self, cache: Any, mask: Any, *, images: bool = False) -> Generator[None]:
@@ -106,6 +108,16 @@ class Recorder:
             need = torch.full((rows, tokens), need)
         self._needs[layer].append(need.detach().long().cpu())
         self._runs[layer] += 1
+
+    def keys(self, layer: int, state: Tensor) -> None:
+        """A layer was entered for its keys and values alone."""
+        self._shape = state.shape[0], state.shape[1]
+        self._keys[layer] += 1
+
+    def looked(self, visit: Visit, flops: int) -> None:
+        """The policy answered for the tokens of a visit, at so many FLOPs for each."""
+        rows, tokens = visit.state.shape[:2]
+        self._looks += flops * rows * tokens
 
     def weights(self, layer: int, made: list[Answer]) -> None:
         """w_0, w_1, ... of one layer."""
@@ -137,11 +149,9 @@ class Recorder:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -tokens:].bool().cpu()
         self.trace._real.append(real)
-        self.trace._flops.append(
-            self.trace._stack_cost.flops(
-                self._runs, rows=rows, tokens=tokens, past=start, images=images
-            )
-        )
+        sizes = {"rows": rows, "tokens": tokens, "past": start, "images": images}
+        layers = self.trace._stack_cost.layer_flops(self._runs, keys=self._keys, **sizes)
+        self.trace._flops.append(None if layers is None else layers + self._looks)
 
 
 def _length(cache: Any) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trol.depth.call import Call
 from trol.depth.families import LayerSite
 from trol.depth.holes import Holes
-from trol.depth.packed import last_visit
+from trol.depth.packed import keys_only, last_visit
 from trol.depth.planes import LayerPlanes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
@@ -71,7 +71,7 @@ class LayerRun:
         return out[0]
 
     def wrap(self, state: Tensor) -> Any:
-        """The layer's output in the form that its family returns."""
+        """The layer's output in the form that its family returns; the layer has run."""
         return state if self.rest is None else (state, *self.rest)
 
 
@@ -83,15 +83,19 @@ def dense_visit(run: LayerRun, state: Tensor, need: Mask, plane: int) -> Tensor:
     return torch.where(need[..., None], visited, state)
 
 
-def traverse(run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, call: Call) -> Any:
-    """Passes the tokens through layer `layer` as the policy says; returns the layer's output."""
+def traverse(
+    run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, call: Call
+) -> Tensor:
+    """Passes the tokens through layer `layer` as the policy says. Shape: [B, T, D], in and out."""
     least, most = call.policy.bounds(layer)
     limit = max(most, 1)  # outside the scope every token visits once
     _prepare(run, layer, limit, state.shape[1], call)
+    state = _entering(Visit(layer, 0, state, gate, call.context, run.cache), call)
     out, alive, made = None, 1.0, []
     visited = 0
     for number in range(limit + 1):
-        again = _again(call, layer, number, state, gate) if number < limit else 0.0
+        visit = Visit(layer, number, state, gate, call.context, run.cache)
+        again = _again(visit, call) if number < limit else 0.0
         weight = alive * (1 - again)
         out = _add(out, weight, state)
         made.append(weight)
@@ -99,20 +103,49 @@ def traverse(run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, c
         need = call.in_scope if number < least and number > 0 else _positive(alive)
         if number == 0 and run.holes is not None:
             run.holes.dig(need, state)
-        if number == limit or (need is False and not _must_run(run, number)):
+        if number == limit or (_nobody(need, call) and not _must_run(run, number, need)):
             break
         visited = number + 1
-        packed = None
-        if visited == limit > 1 and need is True and call.only_last_of(layer) and not run.holes:
-            packed = last_visit(run, state, layer, visited)
-        state = dense_visit(run, state, need, visited) if packed is None else packed
-        _record_visit(call, layer, need, state)
+        state = _visit(run, visit, need, call, last=visited == limit)
     if run.planes is not None:
         run.planes.finish(visited)
     if call.recorder is not None:
         call.recorder.weights(layer, made)
     assert out is not None  # alive reaches 0, so some weight was not 0
-    return run.wrap(out.to(state.dtype))
+    return out.to(state.dtype)
+
+
+def _visit(run: LayerRun, visit: Visit, need: Mask, call: Call, *, last: bool) -> Tensor:
+    """One more visit, by the executor that does least for it. Shape: [B, T, D]."""
+    state, plane = visit.state, visit.number + 1
+    if call.packs and _nobody(need, call) and keys_only(run, state, visit.layer, plane):
+        if call.recorder is not None:
+            call.recorder.keys(visit.layer, state)
+        return state
+    packed = None
+    if last and plane > 1 and need is True and call.only_last_of(visit.layer) and not run.holes:
+        packed = last_visit(run, state, visit.layer, plane)
+    state = dense_visit(run, state, need, plane) if packed is None else packed
+    if call.recorder is not None:
+        call.recorder.visit(visit.layer, need, state)
+    return state
+
+
+def _nobody(need: Mask, call: Call) -> bool:
+    """Whether no token goes again. Tensors are looked at only where that may wait for a device."""
+    if isinstance(need, bool):
+        return not need
+    return call.packs and not bool(need.any())
+
+
+def _entering(visit: Visit, call: Call) -> Tensor:
+    """x_0: the state itself, unless the policy translates the states in its scope."""
+    if not call.policy.translates or call.in_scope is False:
+        return visit.state
+    own = call.policy.enter(visit)
+    if isinstance(call.in_scope, bool):
+        return own
+    return torch.where(call.in_scope[..., None], own, visit.state)
 
 
 def _prepare(run: LayerRun, layer: int, limit: int, tokens: int, call: Call) -> None:
@@ -126,25 +159,30 @@ def _prepare(run: LayerRun, layer: int, limit: int, tokens: int, call: Call) -> 
         run.holes = Holes(run.cache, layer, tokens)
 
 
-def _again(call: Call, layer: int, number: int, state: Tensor, gate: nn.Module | None) -> Answer:
+def _again(visit: Visit, call: Call) -> Answer:
     """a_r of the policy in scope, a_r of the plain model outside it. Shape: [B, T]."""
-    plain = 1.0 if number == 0 else 0.0
+    plain = 1.0 if visit.number == 0 else 0.0
+    if call.in_scope is False and not call.policy.observes:
+        return plain
+    own: Answer = 0.0
+    if visit.number < call.policy.bounds(visit.layer).most:
+        own = call.policy.again(visit)
+        if call.recorder is not None:
+            call.recorder.looked(visit, call.policy.look_flops(visit))
     if call.in_scope is False:
         return plain
-    most = call.policy.bounds(layer).most
-    own: Answer = 0.0
-    if number < most:
-        own = call.policy.again(Visit(layer, number, state, gate, call.start))
     if isinstance(call.in_scope, bool) or (isinstance(own, float) and own == plain):
         return own
     return torch.where(call.in_scope, own, plain)
 
 
-def _must_run(run: LayerRun, number: int) -> bool:
+def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
     """Whether the layer runs although nobody goes again: for the keys and values it leaves."""
     if run.cache is None or run.planes is None:
         return False
-    return number == 0 or (run.planes.recurrent and run.planes.keep)
+    # Somebody could have gone: whether others do in this chunk must not change what is left.
+    possible = isinstance(need, Tensor)
+    return number == 0 or possible or (run.planes.recurrent and run.planes.keep)
 
 
 def _add(out: Tensor | None, weight: Answer, state: Tensor) -> Tensor | None:
@@ -159,8 +197,3 @@ def _add(out: Tensor | None, weight: Answer, state: Tensor) -> Tensor | None:
 
 def _positive(alive: Answer) -> Mask:
     return alive > 0
-
-
-def _record_visit(call: Call, layer: int, need: Mask, state: Tensor) -> None:
-    if call.recorder is not None:
-        call.recorder.visit(layer, need, state)

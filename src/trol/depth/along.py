@@ -1,0 +1,52 @@
+"""What is kept for each position along with a cache: holes, and what policies remember."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trol.depth.planes import ALONG, adopt
+from trol.errors import HostError
+
+
+class PositionSlot:
+    """Something of each position, kept beside a layer's planes and cropped, reordered with them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        """Shape: [B, S, ...]."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.values = self.values.index_select(0, beam_idx.to(self.values.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            self.values = self.values[:, : -abs(tokens_to_remove)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.values = self.values[indices]
+
+
+def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
+    """Appends what a policy keeps of each position; gives all. [B, T, ...] -> [B, S, ...].
+
+    Raises:
+        HostError: the cache holds tokens that were not remembered.
+    """
+    kept = getattr(cache, "planes", {}).get((layer, ALONG))
+    if kept is not None:
+        values = torch.cat([kept.values, values], dim=1)
+    if cache is not None:
+        if kept is None and start:
+            raise HostError(
+                f"this cache holds {start} tokens that the policy in force never looked at; start "
+                "a new cache with it."
+            )
+        adopt(cache, getattr(cache, "absent", frozenset()))
+        cache.planes[layer, ALONG] = PositionSlot(values)
+    return values
