@@ -24,9 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from trol.analysis import charts
+from trol.analysis import charts, pages
 from trol.analysis.files import folder, write_json, write_whole
 from trol.analysis.verdict import mean_spread, signed, verdict
 from trol.errors import UsageError
@@ -49,15 +47,9 @@ def render(results: Mapping[str, Any], place: Path) -> str:
     missing = [key for key in NEEDED if key not in results]
     if missing:
         raise UsageError(f"report: the results lack {', '.join(missing)}; run `trol demo` again.")
-    environment = Environment(
-        loader=PackageLoader("trol.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     types = list(results["chance"])
-    return environment.get_template("report.html.j2").render(
+    return pages.render(
+        "report",
         results=results,
         types=types,
         loss_charts={

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from trol.analysis import charts
+from trol.analysis import charts, pages
 from trol.analysis.curves import gates_over_time
 from trol.analysis.files import write_whole
 from trol.errors import DataError
@@ -41,15 +39,9 @@ def read_findings(folder: Path) -> dict[str, Any]:
 
 def render(found: Mapping[str, Any], name: str) -> str:
     """The page for the findings of a run."""
-    environment = Environment(
-        loader=PackageLoader("trol.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     validation = found.get("validation")
-    return environment.get_template("training.html.j2").render(
+    return pages.render(
+        "training",
         name=name,
         found=found,
         loss_charts={
