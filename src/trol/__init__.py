@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from trol.depth import AbstractPolicy, Plan, Trace, attach, detach, trace
     from trol.family.loading import load_model
     from trol.policies.adapter import load, save
+    from trol.policies.controller import Controller
+    from trol.policies.exits import EarlyExit
+    from trol.policies.layer_dropout import LayerDropout
     from trol.policies.mixer import TrolMixer
     from trol.policies.plain import Plain
     from trol.policies.planned import Planned
     from trol.policies.replay import Replay
+    from trol.policies.router import Router
+    from trol.policies.speculation import speculate
 
 _HOMES = {
     "attach": "depth",
@@ -33,10 +38,15 @@ _HOMES = {
     "AbstractPolicy": "depth",
     "Plan": "depth",
     "Trace": "depth",
+    "EarlyExit": "policies.exits",
+    "LayerDropout": "policies.layer_dropout",
+    "Controller": "policies.controller",
     "Plain": "policies.plain",
     "Planned": "policies.planned",
     "Replay": "policies.replay",
+    "Router": "policies.router",
     "TrolMixer": "policies.mixer",
+    "speculate": "policies.speculation",
     "load_model": "family.loading",
     "depth": "depth",
 }

@@ -7,7 +7,7 @@ from trol.data.boards import make_board
 from trol.data.questions import ASKERS, questions
 from trol.depth import attached, depth, trace
 from trol.errors import UsageError
-from trol.evaluation import check_tasks, evaluate, tasks
+from trol.evaluation import check_tasks, evaluate, measuring, tasks
 from trol.evaluation.gates import Thinned, gate_spread, sparse_curve
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 
@@ -32,10 +32,11 @@ def test_a_model_that_says_the_answers_is_right_and_one_that_does_not_is_wrong(
     untrained: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = tasks.board_items(18, 0)
-    monkeypatch.setattr(tasks, "answers", lambda *_: [f" {i.answer.upper()}. " for i in items])
-    assert tasks.by_type(items, tasks.score(None, None, items))["accuracy"] == 1
-    monkeypatch.setattr(tasks, "answers", lambda *_: ["" for _ in items])
-    assert tasks.by_type(items, tasks.score(None, None, items))["accuracy"] == 0
+    told = [f" {i.answer.upper()}. " for i in items]
+    monkeypatch.setattr(measuring, "answers", lambda *_, **__: told)
+    assert measuring.measured(None, None, "boards", items)["accuracy"] == 1
+    monkeypatch.setattr(measuring, "answers", lambda *_, **__: ["" for _ in items])
+    assert measuring.measured(None, None, "boards", items)["accuracy"] == 0
 
 
 def test_an_evaluation_says_what_it_measured(untrained: tuple) -> None:

@@ -6,6 +6,7 @@ token. Slow, and independent of everything in `trol.depth` but the policies' set
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hosts.host import Inputs
-from trol.depth import AbstractPolicy
+from trol.depth import AbstractPolicy, Plan
+from trol.depth.readout import Readout
+from trol.policies.controller import Controller
+from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
-from trol.policies.plain import Plain
 from trol.policies.planned import Planned
+from trol.policies.router import Router
 
 KeysValues = tuple[Tensor, Tensor]
 """Of one token. Shape: [1, H, 1, d] each."""
@@ -36,12 +40,74 @@ class Shelf:
         return tuple(torch.cat(part, -2) for part in zip(*self.shown, self.fresh, strict=True))
 
 
+class NaiveExits:
+    """Who has left the stack in one row, and what was said of the tokens so far."""
+
+    def __init__(self, policy: EarlyExit, read: Readout) -> None:
+        self.policy, self.read = policy, read
+        self.left: set[int] = set()
+        self.said: dict[int, tuple[Tensor, int]] = {}
+
+    def entering(
+        self, layer: int, token: int, x: Tensor, head: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """What token `token` is when it enters a layer, or passes it by. Shape: [1, 1, D]."""
+        policy = self.policy
+        looks = range(policy.first, layer + 1, policy.every)
+        if token in self.left or layer not in looks:
+            return x
+        own = x if head is None else x + x @ head[0].T + head[1]
+        shares = self.read(own).flatten().softmax(0)
+        number = len(looks) - 1 if len(policy.thresholds) > 1 else 0
+        if self._confidence(token, shares) >= policy.thresholds[number]:
+            self.left.add(token)
+            return own
+        return x
+
+    def _confidence(self, token: int, shares: Tensor) -> float:
+        before, unchanged = self.said.get(token, (None, 0))
+        agrees = before is not None and before.argmax() == shares.argmax()
+        self.said[token] = shares, unchanged + 1 if agrees else 0
+        if self.policy.measure == "patience":
+            return self.said[token][1]
+        if self.policy.measure == "saturation":
+            return 0.0 if before is None else torch.minimum(before, shares).sum().item()
+        if self.policy.measure == "margin":
+            second, best = shares.sort().values[-2:].tolist()
+            return best - second
+        return 1 + (shares * shares.log()).sum().item() / math.log(len(shares))
+
+
+class NaiveRouter:
+    """What the question tokens of one row voted for, and the plan of each answer token."""
+
+    def __init__(self, policy: Router, ballot: Sequence[Tensor]) -> None:
+        self.policy, self.ballot = policy, ballot
+        self.votes: list[Tensor] = []
+        self.plans: dict[int, Plan] = {}
+
+    def reading(self, token: int, x: Tensor, *, answer: bool) -> None:
+        """Takes a question token's vote, or counts all votes so far for an answer token."""
+        vote_weight, vote_bias, verdict_weight, verdict_bias = self.ballot
+        if not answer:
+            normed = (x.flatten() - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+            self.votes.append((vote_weight @ normed + vote_bias).relu())
+            return
+        mean = sum(self.votes) / len(self.votes)
+        shares = torch.sigmoid(verdict_weight @ mean + verdict_bias).tolist()
+        suffices = [share >= self.policy.dial for share in (*shares, 1.0)]
+        self.plans[token] = self.policy.menu[suffices.index(True)]
+
+
 class NaiveLayer:
     """A forward hook that puts the naive visit loop in the place of a bare layer's output.
 
     Args:
         answer: for each token whether the assistant said it. Shape: [T].
-        gate: weight [D] and bias [1] of this layer's gate, where the policy has one.
+        gate: weight [D] and bias [1] of this layer's gate, where the policy has one; of an exit
+            head [D, D] and [D].
+        exits: who has left, where the policy lets tokens leave; one for all layers.
+        router: what was voted for, where the policy chooses plans; one for all layers.
     """
 
     def __init__(
@@ -49,9 +115,12 @@ class NaiveLayer:
         index: int,
         policy: AbstractPolicy,
         answer: Sequence[bool],
-        gate: tuple[Tensor, Tensor] | None,
+        gate: tuple[Tensor, ...] | None,
+        exits: NaiveExits | None = None,
+        router: NaiveRouter | None = None,
     ) -> None:
         self.index, self.policy, self.answer, self.gate = index, policy, answer, gate
+        self.exits, self.router = exits, router
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
@@ -71,11 +140,15 @@ class NaiveLayer:
         token = len(planes) - 1
         mine = self.policy.scope in ("all", "answer" if self.answer[token] else "question")
         most = max(self._most(), 1) if mine else 1
+        if mine and self.exits is not None:
+            x = self.exits.entering(self.index, token, x, self.gate)
+        if self.router is not None and self.index == self.router.policy.after:
+            self.router.reading(token, x, answer=self.answer[token])
         out, alive = torch.zeros_like(x), 1.0
         for visits in range(most + 1):
             again = 0.0 if visits == most else float(visits == 0)
             if mine and visits < most:
-                again = self._again(visits, x)
+                again = self._again(visits, x, token)
             out = out + alive * (1 - again) * x
             alive = alive * again
             if visits == most or (alive == 0 and visits == 0 and self.policy.skipped_kv == "hole"):
@@ -107,16 +180,24 @@ class NaiveLayer:
     def _most(self) -> int:
         if isinstance(self.policy, TrolMixer):
             return self.policy.passes
-        return 1 if isinstance(self.policy, Plain) else self._plan()
+        if isinstance(self.policy, Router):
+            return max(self._of_plan(plan) for plan in self.policy.menu)
+        return self._of_plan(self.policy.plans[0]) if isinstance(self.policy, Planned) else 1
 
-    def _plan(self) -> int:
-        assert isinstance(self.policy, Planned)
-        plan = self.policy.plans[0]
+    def _of_plan(self, plan: Plan) -> int:
         return plan.visits[self.index] if self.index < len(plan.visits) else plan.beyond
 
-    def _again(self, visits: int, x: Tensor) -> float:
+    def _again(self, visits: int, x: Tensor, token: int) -> float:
+        if self.exits is not None:
+            return float(token not in self.exits.left)
         if isinstance(self.policy, Planned):
-            return float(visits < self._plan())
+            return float(visits < self._of_plan(self.policy.plans[0]))
+        if self.router is not None:
+            plan = self.router.plans.get(token)
+            return float(visits < (1 if plan is None else self._of_plan(plan)))
+        if isinstance(self.policy, Controller) and self.gate is not None:
+            skip, go = (self.gate[0] @ x.flatten() + self.gate[1]).tolist()
+            return float(go >= skip)
         if visits == 0:
             return 1.0
         weight, bias = self.gate
@@ -142,11 +223,16 @@ def naively(
     layers: nn.ModuleList,
     policy: AbstractPolicy,
     answer: Sequence[bool],
-    gates: Sequence[tuple[Tensor, Tensor] | None],
+    gates: Sequence[tuple[Tensor, ...] | None],
+    read: Readout,
 ) -> Iterator[None]:
     """Runs bare layers by the naive visit loop for a while."""
+    exits = NaiveExits(policy, read) if isinstance(policy, EarlyExit) else None
+    router = NaiveRouter(policy, gates[policy.after]) if isinstance(policy, Router) else None
     hooks = [
-        layer.register_forward_hook(NaiveLayer(i, policy, answer, gate), with_kwargs=True)
+        layer.register_forward_hook(
+            NaiveLayer(i, policy, answer, gate, exits, router), with_kwargs=True
+        )
         for i, (layer, gate) in enumerate(zip(layers, gates, strict=True))
     ]
     try:
@@ -163,8 +249,8 @@ def naive_logits(
     inputs: Inputs,
     *,
     answer: Sequence[bool],
-    gates: Sequence[tuple[Tensor, Tensor] | None],
+    gates: Sequence[tuple[Tensor, ...] | None],
 ) -> Tensor:
     """The logits of one row. Shape: [1, T, V]."""
-    with naively(layers, policy, answer, gates):
+    with naively(layers, policy, answer, gates, Readout(bare)):
         return bare(**inputs, use_cache=False).logits

@@ -12,9 +12,16 @@ from hosts.host import Inputs
 from trol.depth import AbstractPolicy, attach, attached
 from trol.depth.families import layer_list
 from trol.depth.host import gates_of
+from trol.policies.controller import Controller
+from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 from trol.policies.planned import Planned
+from trol.policies.router import Router
+
+SURE = (0.3, 0.004, 0.1)
+"""Margins of three looks, at which tokens of every host leave at different depths: hosts whose
+head is their embedding have small ones."""
 
 POLICIES: dict[str, Callable[[], AbstractPolicy]] = {
     "plain": Plain,
@@ -29,12 +36,17 @@ POLICIES: dict[str, Callable[[], AbstractPolicy]] = {
     "repeat": lambda: Planned("0:2 1 3:3"),
     "skip_answer": lambda: Planned("1 3:2", scope="answer"),
     "skip_question": lambda: Planned("0:2 3", scope="question"),
+    "exit_sure": lambda: EarlyExit("margin", SURE, scope="all"),
+    "exit_heads": lambda: EarlyExit("margin", SURE, heads=True),
+    "controller": Controller,
+    "router": lambda: Router(["0 3", "0 2-3", "all"], hidden=8),
 }
 """Every kind of policy, every scope; on stacks of four layers."""
 
 HOLED: dict[str, Callable[[], AbstractPolicy]] = {
     "hole_answer": lambda: Planned("1-3", scope="answer", skipped_kv="hole"),
     "hole_question": lambda: Planned("0 2", scope="question", skipped_kv="hole"),
+    "hole_exit": lambda: EarlyExit("patience", 1, scope="all", skipped_kv="hole"),
 }
 """Policies that leave holes; not every family can have them."""
 
@@ -59,9 +71,9 @@ def attach_settled(
     source = torch.Generator().manual_seed(seed)
     for gate in gates_of(attached(model)[1]):
         if gate is not None:
-            weight = torch.randn(gate.weight.shape, generator=source)
-            gate.weight.data.copy_(0.15 * weight)
-            gate.bias.data.copy_(0.5 * torch.randn(1, generator=source))
+            for parameter in gate.parameters():
+                scale = 0.15 if parameter.ndim > 1 else 0.5
+                parameter.data.copy_(scale * torch.randn(parameter.shape, generator=source))
     return model
 
 
@@ -141,10 +153,15 @@ def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     return layers
 
 
-def gates_as_tensors(model: PreTrainedModel) -> list[tuple[Tensor, Tensor] | None]:
-    """Weight [D] and bias [1] of each layer's gate; None where the policy has none."""
+def gates_as_tensors(model: PreTrainedModel) -> list[tuple[Tensor, ...] | None]:
+    """Parameters of each layer's module, a gate's as [D] and [1]; None where it has none."""
     return [
-        None if gate is None else (gate.weight[0].detach().clone(), gate.bias.detach().clone())
+        None
+        if gate is None
+        else tuple(
+            p.detach().clone().squeeze(0) if p.ndim > 1 else p.detach().clone()
+            for p in gate.parameters()
+        )
         for gate in gates_of(attached(model)[1])
     ]
 

@@ -161,7 +161,7 @@ def test_hidden_states_and_attentions(host: Host, name: str) -> None:
         assert gap(got.attentions[0], bare.attentions[0]) <= 1e-6 or name in HOLED
 
 
-_RUN_FOR_KV = ("skip_question", "hole_question")
+_RUN_FOR_KV = ("skip_question", "hole_question", "exit_sure")
 """Policies whose skipped layers run all the same, for the keys and values they leave."""
 
 

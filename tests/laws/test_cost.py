@@ -30,8 +30,13 @@ VISITS = {
     "repeat": (2, 1, 0, 3),
     "skip_answer": (1, 1, 1, 1),
     "skip_question": (2, 0, 0, 1),
+    "controller": (1, 1, 1, 1),
+    "router": (1, 1, 1, 1),
 }
 """Visits of each layer by the tokens of a question."""
+
+DECIDED = {"trol_tau", "exit_sure", "exit_heads"}
+"""Policies whose visits hang on the tokens."""
 
 
 @pytest.mark.parametrize("host", some_hosts(*COUNTED))
@@ -206,7 +211,7 @@ def test_padding_is_no_visit(host: Host) -> None:
 
 
 def test_every_policy_has_its_visits_written_here() -> None:
-    assert set(VISITS) == set(POLICIES) - {"trol_tau"}
+    assert set(VISITS) == set(POLICIES) - DECIDED
 
 
 def test_a_trace_reaches_through_chunks() -> None:

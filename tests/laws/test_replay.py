@@ -25,7 +25,12 @@ from .subjects import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-CASES = [c for c in policy_cases("llama", "gemma3", "gpt2", "qwen3_vl") if c.values[1] not in HOLED]
+NOT_REPLAYED = (*HOLED, "exit_heads")
+CASES = [
+    case
+    for case in policy_cases("llama", "gemma3", "gpt2", "qwen3_vl")
+    if case.values[1] not in NOT_REPLAYED
+]
 
 
 @pytest.mark.parametrize(("host", "name"), CASES)
@@ -91,6 +96,16 @@ def test_replay_refuses_what_was_not_traced() -> None:
         depth(deeper, Replay.of(seen)),
     ):
         pass
+
+
+def test_a_trace_of_translated_states_is_refused() -> None:
+    """Visits and weights do not tell what a trained exit head made of a state."""
+    host = HOSTS["llama"]
+    model = attach_settled(host.build(), made("exit_heads"))
+    with trace(model) as seen:
+        greedy(model, host.inputs())
+    with pytest.raises(UsageError, match="heads=False"):
+        Replay.of(seen, scope="answer")
 
 
 def test_traces_that_cannot_be_read() -> None:

@@ -80,11 +80,14 @@ def _stages(found: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
 def _answers(validation: Mapping[str, Any] | None) -> list[str]:
     if not validation:
         return []
-    lines = ["| question type | accuracy | chance |", "|---|---|---|"]
+    metric = validation.get("metric", "accuracy")
+    lines = [f"| question type | {metric} | chance |", "|---|---|---|"]
     for kind, share in validation["by_type"].items():
         lines.append(f"| {kind} | {share:.1%} | {validation['chance_by_type'][kind]:.1%} |")
-    told = f"On {validation['n']} questions about validation boards, one run, no spread:"
-    return ["## Validation", told, "\n".join(lines)]
+    told = f"On {validation['n']} questions of the validation split, one run, no spread:"
+    means = [f"{name} {value:.4f}" for name, value in validation.get("metrics", {}).items()]
+    in_all = [f"In all: {', '.join(means)}."] if means else []
+    return ["## Validation", told, "\n".join(lines), *in_all]
 
 
 def _origin(run: Mapping[str, Any]) -> list[str]:

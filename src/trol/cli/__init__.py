@@ -21,6 +21,8 @@ VERBS = {
     "train": "trol.cli.train:train",
     "data": "trol.cli.data:data",
     "bench": "trol.cli.bench:bench",
+    "plan": "trol.cli.plan:plan",
+    "export": "trol.cli.export:export",
     "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",
 }

@@ -12,12 +12,12 @@ from trol.cli.provenance import run_record
 EXAMPLES = (
     "trol bench overhead",
     "trol bench overhead --json",
-    "trol bench train",
+    "trol bench skip",
 )
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="The suite: overhead, train.")],
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="The suite: overhead, train, skip.")],
     as_json: terminal.AsJson = False,
 ) -> None:
     """Measure what SUITE promises, beside the bound that it must keep."""

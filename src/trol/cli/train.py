@@ -111,12 +111,23 @@ def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:
 
 
 def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
-    """Accuracy per question type on the validation boards; None where they cannot be asked."""
+    """Scores per question type on a validation split; None where there is none to ask.
+
+    A TroL model is asked about boards, a new text decoder what the last of its pairs ask.
+    """
     from trol.cli.models import open_model
+    from trol.data.pairs import is_pairs
     from trol.evaluation.validation import validate
     from trol.family import TrolProcessor
+    from trol.training import resolve
 
-    if not questions or not (folder / "processor_config.json").is_file():
+    if not questions:
+        return None
+    recipe = resolve(folder / "recipe.yaml")
+    pairs = [stage.data for stage in recipe.stages.values() if is_pairs(stage.data)]
+    if recipe.decoder and pairs:
+        return validate(*open_model(folder), questions=questions, task=pairs[-1])
+    if not (folder / "processor_config.json").is_file():
         return None
     model, processor = open_model(folder)
     asks = isinstance(processor, TrolProcessor)

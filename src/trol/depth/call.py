@@ -5,7 +5,7 @@ Nothing of this lives on the model, so two threads on one model cannot mix their
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -98,12 +98,17 @@ class Call:
         return DynamicCache(config=self.config)
 
 
+Decoding = Callable[[Any, dict[str, Any]], dict[str, Any]]
+"""(host, keyword arguments of `generate`) -> the same with a decoding loop of its own in them."""
+
+
 @dataclass(frozen=True)
 class Ambience:
-    """What `trol.depth` and `trol.trace` put in force on one stack, in one thread, for a while."""
+    """What blocks such as `trol.depth` put in force on one stack, in one thread, for a while."""
 
     policy: AbstractPolicy | None = None
     recorder: Recorder | None = None
+    decoding: Decoding | None = None
 
 
 # Compileable: a set and its get that lie in one compiled graph see each other, also in dynamo.

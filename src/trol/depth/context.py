@@ -28,6 +28,10 @@ class Context:
     """The padding mask as the caller gave it: 1 at tokens that are none. Shape: [B, S]."""
     readout: Readout | None = None
     """The host's final norm and head; None where the stack is called without its host."""
+    training: bool = False
+    """Whether the stack is in training mode."""
+    layers: int = 0
+    """How many layers the stack has."""
     notes: dict[Any, Any] = field(default_factory=dict)
     """What the policy itself writes down for its later layers. Key a note by its layer: a layer
     runs again in the backward pass of gradient checkpointing, and must find what it found."""

@@ -9,7 +9,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from trol.depth.call import STEP, Step, generating, outermost_prompt, prompt_of, told
+from trol.depth.call import (
+    STEP,
+    Step,
+    ambience_of,
+    generating,
+    outermost_prompt,
+    prompt_of,
+    told,
+)
 from trol.depth.families import find_decoder
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
@@ -70,6 +78,9 @@ class HostMixin(Specialised):
         returned = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
         callers = kwargs.get("past_key_values") is not None or bool(returned)
         prompt = Prompt.of(length, assistant_masks, cache_is_the_callers=callers)
+        decoding = ambience_of(find_decoder(cast(nn.Module, self))).decoding
+        if decoding is not None and outer is None:
+            kwargs = decoding(self, kwargs)
         with generating(self, prompt):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 

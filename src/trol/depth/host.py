@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from trol.depth.call import Ambience, ambience_of, in_force
+from trol.depth.call import Ambience, Decoding, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.families import find_decoder, layer_list, layer_site, quirk_of
 from trol.depth.generation import HostMixin
@@ -150,8 +151,9 @@ def trace(model: nn.Module) -> Generator[Trace]:
     with _attached_for_a_while(model, from_settings({"policy": "plain"})):
         _, stack = attached(model)
         made = Trace(cost_of(model))
-        before = ambience_of(stack)
-        with _open_on(stack, Ambience(before.policy, Recorder(made, stack.depth_layers))):
+        with _open_on(
+            stack, replace(ambience_of(stack), recorder=Recorder(made, stack.depth_layers))
+        ):
             yield made
 
 
@@ -167,7 +169,22 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
         _, stack = attached(model)
         check(stack, wanted)
         _check_gates(stack, wanted)
-        with _open_on(stack, Ambience(wanted, ambience_of(stack).recorder)):
+        with _open_on(stack, replace(ambience_of(stack), policy=wanted)):
+            yield
+
+
+@contextmanager
+def decoding(model: nn.Module, loop: Decoding, policy: AbstractPolicy) -> Generator[None]:
+    """Has `generate` decode with `loop`, which itself puts `policy` in force, for a while.
+
+    Raises:
+        UsageError: the policy does not fit, or needs parameters that are not there.
+    """
+    with _attached_for_a_while(model, from_settings({"policy": "plain"})):
+        _, stack = attached(model)
+        check(stack, policy)
+        _check_gates(stack, policy)
+        with _open_on(stack, replace(ambience_of(stack), decoding=loop)):
             yield
 
 

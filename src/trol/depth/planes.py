@@ -220,6 +220,19 @@ class LayerPlanes:
             drop_planes(self.cache, self.layer)
 
 
+def forked(cache: Any, *, planes: bool) -> Any:
+    """A cache that starts from what `cache` holds and goes its own way; nothing is copied before.
+
+    `planes`: whether it also starts from the planes above 1, the holes and what is kept along.
+    """
+    twin = copy.copy(cache)
+    twin.layers = [_fork(slot) for slot in cache.layers]
+    if isinstance(cache, PlanedCache):
+        held = cache.planes if planes else {}
+        twin.planes = {key: _fork(slot) for key, slot in held.items()}
+    return twin
+
+
 def adopt_planes(cache: Any, planes: dict[tuple[int, int], Slot]) -> None:
     """Stores planes above 1 with a cache."""
     if not isinstance(cache, PlanedCache):

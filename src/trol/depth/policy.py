@@ -74,13 +74,13 @@ class AbstractPolicy(ABC):
 
     name: ClassVar[str]
     """The registered name."""
-    reads_start: ClassVar[bool] = False
+    reads_start: bool = False
     """Whether `again` reads `Visit.start`, which costs a look at the cache on each call."""
-    reads_input: ClassVar[bool] = False
+    reads_input: bool = False
     """Whether `again` reads the note `INPUT`: what entered layer 0."""
     observes: ClassVar[bool] = False
     """Whether `again` is also asked where no token is in scope, to look at them."""
-    translates: ClassVar[bool] = False
+    translates: bool = False
     """Whether `enter` changes states."""
 
     scope: Scope

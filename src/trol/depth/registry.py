@@ -18,7 +18,11 @@ POLICIES = {
     "plain": "trol.policies.plain:Plain",
     "plan": "trol.policies.planned:Planned",
     "trol_mixer": "trol.policies.mixer:TrolMixer",
+    "early_exit": "trol.policies.exits:EarlyExit",
+    "layer_dropout": "trol.policies.layer_dropout:LayerDropout",
     "replay": "trol.policies.replay:Replay",
+    "controller": "trol.policies.controller:Controller",
+    "router": "trol.policies.router:Router",
 }
 """Registered name -> module:class."""
 

@@ -161,7 +161,8 @@ class StackMixin(Specialised):
     ) -> Context:
         start = int(cache.get_seq_length()) if policy.reads_start and cache is not None else 0
         notes = {} if step.notes is None else step.notes
-        return Context(in_scope, start, padding, step.readout, notes)
+        about = {"training": self.training, "layers": self.depth_layers, "notes": notes}
+        return Context(in_scope, start, padding, step.readout, **about)
 
     def _padding(self, step: Step, args: Any, kwargs: Any) -> Tensor | None:
         """The padding mask [B, S], as far as one is to be had."""

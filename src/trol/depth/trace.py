@@ -31,6 +31,8 @@ class Trace:
         self._flops: list[int | None] = []
         self._kv_bytes = 0
         self._milliseconds = 0.0
+        self.translated = False
+        """Whether the policy changed states on their way, which no weight of a visit tells."""
 
     @property
     def visits(self) -> Tensor:
@@ -53,6 +55,11 @@ class Trace:
     def real(self) -> Tensor:
         """Which tokens are no padding. Shape: [B, T]."""
         return torch.cat(self._some(self._real), dim=-1)
+
+    @property
+    def flops(self) -> list[int | None]:
+        """FLOPs of each forward pass, in order; None as in `Cost`."""
+        return list(self._flops)
 
     @property
     def cost(self) -> Cost:
@@ -113,6 +120,10 @@ class Recorder:
         """A layer was entered for its keys and values alone."""
         self._shape = state.shape[0], state.shape[1]
         self._keys[layer] += 1
+
+    def translated(self) -> None:
+        """The policy may have changed states at a layer's entrance."""
+        self.trace.translated = True
 
     def looked(self, visit: Visit, flops: int) -> None:
         """The policy answered for the tokens of a visit, at so many FLOPs for each."""

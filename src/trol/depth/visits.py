@@ -125,7 +125,9 @@ def _visit(run: LayerRun, visit: Visit, need: Mask, call: Call, *, last: bool) -
     packed = None
     if last and plane > 1 and need is True and call.only_last_of(visit.layer) and not run.holes:
         packed = last_visit(run, state, visit.layer, plane)
-    state = dense_visit(run, state, need, plane) if packed is None else packed
+    # What a token does not take weighs 0, but it is what the gradient of that choice is made of.
+    shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
+    state = dense_visit(run, state, shown, plane) if packed is None else packed
     if call.recorder is not None:
         call.recorder.visit(visit.layer, need, state)
     return state
@@ -142,6 +144,8 @@ def _entering(visit: Visit, call: Call) -> Tensor:
     """x_0: the state itself, unless the policy translates the states in its scope."""
     if not call.policy.translates or call.in_scope is False:
         return visit.state
+    if call.recorder is not None:
+        call.recorder.translated()
     own = call.policy.enter(visit)
     if isinstance(call.in_scope, bool):
         return own

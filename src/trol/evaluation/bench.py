@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig
 
 from trol.data.chat import IGNORED
 from trol.depth import AbstractPolicy, attach, depth
 from trol.depth.planes import cache_bytes
 from trol.errors import unknown
-from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate, time_step
+from trol.evaluation.bench_rows import Row, llama, plain_row, row
+from trol.evaluation.bench_skip import skip
+from trol.evaluation.timing import Timing, interleaved, time_generate, time_step
 from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
-
-Row = dict[str, Any]
 
 PROMPTS = (32, 512)
 BATCHES = (1, 4)
@@ -52,7 +51,7 @@ def run(suite: str, *, rounds: int = 9) -> dict[str, Any]:
 @torch.no_grad()
 def overhead(rounds: int) -> list[Row]:
     """What attaching costs: a Llama of hidden size 512 and 8 layers, float32, sdpa."""
-    bare = _llama(hidden=512, layers=8)
+    bare = llama(hidden=512, layers=8)
     models = {name: attach(copy.deepcopy(bare), make()) for name, (make, _) in OVERHEAD.items()}
     rows: list[Row] = []
     for batch in BATCHES:
@@ -78,13 +77,13 @@ def _overhead_rows(
         for phase, (visits, must) in bounds.items():
             bare_ms, measured_ms = ([getattr(t, phase) for t in times[n]] for n in ("bare", name))
             case = f"{name} {phase} b{batch} t{prompt}"
-            rows.append(_row(case, bare_ms, measured_ms, visits=visits, must=must))
+            rows.append(row(case, bare_ms, measured_ms, visits=visits, must=must))
     return rows
 
 
 def train(rounds: int) -> list[Row]:
     """What a training step with a second visit for all tokens takes, to the same without."""
-    bare = _llama(hidden=512, layers=8).train()
+    bare = llama(hidden=512, layers=8).train()
     traversing = attach(copy.deepcopy(bare), TrolMixer())
     rows = []
     for batch, tokens in ((1, 512), (4, 256)):
@@ -100,7 +99,7 @@ def train(rounds: int) -> list[Row]:
             rounds=rounds,
         )
         case = f"all tokens b{batch} t{tokens}"
-        rows.append(_row(case, times["bare"], times["traversing"], visits=2, must=2.05))
+        rows.append(row(case, times["bare"], times["traversing"], visits=2, must=2.05))
     return rows
 
 
@@ -128,7 +127,7 @@ def _published_rows(rounds: int) -> list[Row]:
     for phase, visits, must in (("prefill", 2, 1.95), ("decode", 1, 1.0)):
         bare_ms, measured_ms = ([getattr(t, phase) for t in times[name]] for name in runs)
         case = f"published {phase} b1 t300"
-        rows.append(_row(case, bare_ms, measured_ms, visits=visits, must=must))
+        rows.append(row(case, bare_ms, measured_ms, visits=visits, must=must))
     return rows
 
 
@@ -162,26 +161,10 @@ def _published() -> TrolForConditionalGeneration:
     return TrolForConditionalGeneration(config).eval()
 
 
-def _row(
-    case: str, baseline_ms: list[float], measured_ms: list[float], *, visits: int, must: float
-) -> Row:
-    ratio, spread = ratio_and_spread(baseline_ms, measured_ms)
-    baseline = statistics.median(baseline_ms)
-    return {
-        "case": case,
-        "baseline_ms": baseline,
-        "measured_ms": statistics.median(measured_ms),
-        "limit_ms": visits * baseline,
-        "ratio": ratio,
-        "spread": spread,
-        "must": must,
-    }
-
-
 def _memory_row(bare: Any, model: Any) -> Row:
     """Keys and values held after the prefill inside `generate`, to those of the bare host."""
     held = [_bytes_after_prefill(one) for one in (bare, model)]
-    return _plain_row("question memory after prefill (bytes)", held[1] / held[0], must=1.0)
+    return plain_row("question memory after prefill (bytes)", held[1] / held[0], must=1.0)
 
 
 def _bytes_after_prefill(model: Any) -> int:
@@ -204,30 +187,8 @@ def _exactness_row(model: Any) -> Row:
     cached = model.generate(ids, attention_mask=mask, **settings)
     recomputed = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
     same = (cached == recomputed).float().mean().item()
-    return _plain_row("all: share of tokens equal to recomputing", same, must=1.0)
+    return plain_row("all: share of tokens equal to recomputing", same, must=1.0)
 
 
-def _plain_row(case: str, ratio: float, *, must: float) -> Row:
-    row: Row = dict.fromkeys(("baseline_ms", "measured_ms", "limit_ms"))
-    return {"case": case, **row, "ratio": ratio, "spread": 0.0, "must": must}
-
-
-def _llama(*, hidden: int, layers: int) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        vocab_size=2048,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config).eval()
-
-
-SUITES: dict[str, Callable[[int], list[Row]]] = {"overhead": overhead, "train": train}
+SUITES: dict[str, Callable[[int], list[Row]]] = {"overhead": overhead, "train": train, "skip": skip}
 """Suite name -> what measures it, given the number of rounds."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attached, depth, trace
-from trol.evaluation.tasks import Item, board_items, prompts, score
+from trol.evaluation.measuring import right
+from trol.evaluation.tasks import TASKS, Item, board_items, prompts
 from trol.policies.mixer import TrolMixer
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -77,8 +78,8 @@ def sparse_curve(
 
 
 def _accuracy(model: Any, processor: Any, items: Sequence[Item]) -> float:
-    right = score(model, processor, items)
-    return sum(right) / len(right)
+    found = right(model, processor, items, TASKS["boards"])
+    return sum(found) / len(found)
 
 
 def _gates(model: Any, processor: Any, items: Sequence[Item]) -> Tensor:

@@ -23,6 +23,8 @@ class Timing:
     """From the call to the first new token."""
     decode: float
     """Median time of one further token."""
+    mean_decode: float
+    """Mean time of one further token: what counts where tokens differ in depth."""
 
 
 class _Clock(StoppingCriteria):
@@ -49,7 +51,8 @@ def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: in
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     steps = [later - sooner for sooner, later in zip(clock.times, clock.times[1:], strict=False)]
-    return Timing(1000 * (clock.times[0] - began), 1000 * statistics.median(steps))
+    prefill = clock.times[0] - began
+    return Timing(1000 * prefill, 1000 * statistics.median(steps), 1000 * statistics.fmean(steps))
 
 
 def time_step(model: Any, batch: Mapping[str, torch.Tensor]) -> float:

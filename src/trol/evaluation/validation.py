@@ -1,14 +1,17 @@
-"""What a training run is watched by: questions on validation boards, which no result is made of."""
+"""What a training run is watched by: questions of validation splits, which no result is made of."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from trol.data.questions import chance_by_type
-from trol.evaluation.tasks import board_items, by_type, score
+from trol.evaluation.measuring import measured
+from trol.evaluation.tasks import check_reads, task_of
 
 
-def validate(model: Any, processor: Any, *, questions: int = 540) -> dict[str, Any]:
-    """Accuracy in all and per question type: `{"accuracy", "n", "by_type", "chance_by_type"}`."""
-    items = board_items(questions, seed=0, split="validation")
-    return {**by_type(items, score(model, processor, items)), "chance_by_type": chance_by_type()}
+def validate(
+    model: Any, processor: Any, *, questions: int = 540, task: str = "boards"
+) -> dict[str, Any]:
+    """What `trol.evaluation.evaluate` says of the task, on its validation split."""
+    items = task_of(task).items(questions, 0, split="validation")
+    check_reads(processor, task, items)
+    return measured(model, processor, task, items)

@@ -35,7 +35,7 @@ class Planned(AbstractPolicy):
     ) -> None:
         super().__init__(scope=scope, skipped_kv=skipped_kv)
         one = isinstance(plan, (Plan, str, dict))
-        self.plans = tuple(_plan(p) for p in ([plan] if one else plan))  # type: ignore[arg-type,list-item]
+        self.plans = tuple(plan_of(p) for p in ([plan] if one else plan))  # type: ignore[arg-type,list-item]
         if not self.plans:
             raise UsageError("no plan given; give one, or one for each row.")
 
@@ -44,11 +44,11 @@ class Planned(AbstractPolicy):
             plan.for_layers(layers)
 
     def bounds(self, layer: int) -> Bounds:
-        counts = [_visits(plan, layer) for plan in self.plans]
+        counts = [visits_of(plan, layer) for plan in self.plans]
         return Bounds(min(counts), max(counts))
 
     def again(self, visit: Visit) -> Answer:
-        goes = [float(visit.number < _visits(plan, visit.layer)) for plan in self.plans]
+        goes = [float(visit.number < visits_of(plan, visit.layer)) for plan in self.plans]
         if len(set(goes)) == 1:
             return goes[0]
         rows, tokens = visit.state.shape[:2]
@@ -64,7 +64,8 @@ class Planned(AbstractPolicy):
         }
 
 
-def _plan(plan: Plan | str | dict[str, Any]) -> Plan:
+def plan_of(plan: Plan | str | dict[str, Any]) -> Plan:
+    """A plan from itself, its text or its JSON form; raises `UsageError` when it is none."""
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, int):
@@ -72,5 +73,6 @@ def _plan(plan: Plan | str | dict[str, Any]) -> Plan:
     return Plan.from_json(plan) if isinstance(plan, dict) else Plan(plan)
 
 
-def _visits(plan: Plan, layer: int) -> int:
+def visits_of(plan: Plan, layer: int) -> int:
+    """How often a plan visits one layer."""
     return plan.visits[layer] if layer < len(plan.visits) else plan.beyond

@@ -42,7 +42,16 @@ class Replay(AbstractPolicy):
 
     @classmethod
     def of(cls, trace: Trace, *, scope: Scope = "all") -> Replay:
-        """The replay of everything that `trace` saw."""
+        """The replay of everything that `trace` saw.
+
+        Raises:
+            UsageError: the policy translated states (trained exit heads), which a trace holds not.
+        """
+        if trace.translated:
+            raise UsageError(
+                "the traced policy changes states at exits, and a trace holds visits and weights "
+                "alone; attach the policy itself, or trace it with heads=False."
+            )
         return cls(trace.weights, trace.visits, scope=scope)
 
     def check(self, layers: int) -> None:

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trol.depth import attached, detach, is_attached
+from trol.depth import attach, attached, detach, is_attached
 from trol.errors import AdapterError
 from trol.policies import adapter
+from trol.policies.plain import Plain
 from trol.training.low_rank import ADAPTER, merged
 from trol.training.parts import part_of
 from trol.training.quantised import is_quantised, let_gradients_through
@@ -38,8 +39,21 @@ def save_trained(model: Any, recipe: Recipe, folder: Path) -> None:
     if isinstance(model, PeftModel) or is_quantised(model):
         learnt = {part for stage in recipe.stages.values() for part in stage.train}
         save_adapters(model, folder, parts=learnt)
+    elif is_plain_host(model):
+        detach(model)  # so that transformers opens it without trol
+        model.save_pretrained(folder)
+        attach(model, Plain())
     else:
         model.save_pretrained(folder)
+
+
+def is_plain_host(model: Any) -> bool:
+    """Whether a host carries the plain policy, which may give way to any: it has nothing trained.
+
+    A TroL model is none: its own configuration says its policy.
+    """
+    in_config = getattr(model, "depth_in_config", False)
+    return is_attached(model) and not in_config and attached(model)[1].depth_policy == Plain()
 
 
 def save_adapters(learner: Any, folder: str | Path, *, parts: Collection[str] = ()) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,16 +15,18 @@ from peft import PeftModel
 from torch import nn
 
 from trol.data.collator import Collator
+from trol.data.conversations import ConversationCollator, Conversations
 from trol.data.mixture import open_mixture
+from trol.data.pairs import Pair, is_pairs, pairs_of, shortened
 from trol.data.pools import BoardPool, board_pool
-from trol.data.rows import MixtureRows
+from trol.data.rows import MixtureRows, PairMessages, PairRows
 from trol.errors import UsageError
 from trol.family import TrolProcessor
-from trol.training.conversations import ConversationCollator, Conversations
+from trol.training.checking import DATA
 from trol.training.low_rank import has_visit_updates, low_rank, merged
-from trol.training.parts import let_learn, settle
+from trol.training.parts import freeze_unvisited, let_learn, settle
 from trol.training.quantised import is_quantised, let_gradients_through
-from trol.training.recipe import DATA, Recipe, Stage
+from trol.training.recipe import Recipe, Stage
 from trol.training.stages import LESSONS, ConversationReader, Lesson
 
 BOARD_SEEDS = 1_000_000
@@ -53,6 +56,8 @@ def learner_of(model: Any, stage: Stage) -> Any:
         learner = low_rank(model, stage.lora, stage.lora_alpha, per_visit=stage.per_visit)
     let_gradients_through(learner)
     let_learn(learner, stage.train, low_rank=isinstance(learner, PeftModel))
+    if stage.traverse:
+        freeze_unvisited(learner)
     return learner
 
 
@@ -76,6 +81,8 @@ def material(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
         UsageError: boards are asked for, but the processor is not a TroL model's.
         DataError: the files of a mixture are missing or broken.
     """
+    if is_pairs(stage.data):
+        return _pairs(learner, processor, stage, seed)
     if stage.data not in DATA:
         return _conversations(learner, processor, stage)
     if not isinstance(processor, TrolProcessor):
@@ -138,6 +145,33 @@ def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
         return Material(reader, rows, Collator(processor.tokenizer.pad_token_id))
     collate = ConversationCollator(processor, most_tokens=most)
     return Material(reader, Conversations(mixture), collate)
+
+
+TEMPLATE_TOKENS = 8
+"""Tokens of a row kept for what a chat template adds to question and answer."""
+
+_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _pairs(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
+    """Questions and answers of the train split, in the order that the seed gives."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pairs = pairs_of(stage.data, "train", seed=seed)
+    if stage.prompt_share:
+        pairs = [_cut(pair, tokenizer, stage) for pair in pairs]
+    reader, most = ConversationReader(learner), stage.max_tokens or None
+    template = str(getattr(processor, "chat_template", None))
+    if processor is tokenizer and _MARKS_ANSWERS.search(template):
+        rows = PairRows(pairs, tokenizer, most)
+        return Material(reader, rows, Collator(tokenizer.pad_token_id))
+    collate = ConversationCollator(processor, most_tokens=most)
+    return Material(reader, PairMessages(pairs), collate)
+
+
+def _cut(pair: Pair, tokenizer: Any, stage: Stage) -> Pair:
+    question = int(stage.prompt_share * stage.max_tokens)
+    answer = max(1, stage.max_tokens - question - TEMPLATE_TOKENS)
+    return shortened(pair, tokenizer, question=question, answer=answer)
 
 
 class Asks(NamedTuple):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaForCausalLM
 
 from trol.data.boards import make_board
+from trol.data.docstrings import docstring_pairs
 from trol.data.questions import questions
-from trol.depth import attach, attached, is_attached
+from trol.depth import attach, attached, detach, is_attached
 from trol.depth.registry import from_settings
 from trol.errors import HostError, UsageError, unknown
 from trol.family import (
@@ -23,8 +25,9 @@ from trol.family import (
 )
 from trol.family.loading import load_model
 from trol.family.published.files import CONFIG, read_json
+from trol.family.text_decoder import byte_level_tokenizer, separate, text_decoder
 from trol.policies.adapter import is_trained
-from trol.training.adapters import open_adapters
+from trol.training.adapters import is_plain_host, open_adapters
 from trol.training.composing import composed
 from trol.training.quantised import check_quantised, quantisation
 from trol.training.recipe import Recipe, resolve
@@ -77,6 +80,8 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
     """What the recipe itself names."""
     if recipe.host:
         return _host(recipe, recipe.host)
+    if recipe.decoder:
+        return _new_decoder(recipe)
     if "name" in recipe.preset:
         model, processor = composed(recipe.preset, recipe.policy, _texts())
     else:
@@ -105,6 +110,24 @@ def _tiny(recipe: Recipe) -> Any:
         raise UsageError(f"no model can be made from preset {recipe.preset}: {error}") from error
 
 
+def _new_decoder(recipe: Recipe) -> tuple[Any, Any]:
+    """A text decoder from nothing, its tokenizer learnt from docstrings of the train split."""
+    sizes = set(inspect.signature(text_decoder).parameters) - {"tokenizer"}
+    settings = dict(recipe.decoder)
+    for key, value in settings.items():
+        if key not in {*sizes, "vocabulary"}:
+            raise unknown("key in recipe.decoder", key, {*sizes, "vocabulary"})
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"recipe.decoder.{key} is {value!r}, but must be a whole number.")
+    texts = (text for p in docstring_pairs("train") for text in (p.question, p.answer))
+    tokens = {"vocabulary": settings.pop("vocabulary")} if "vocabulary" in settings else {}
+    tokenizer = byte_level_tokenizer(texts, **tokens)
+    model = LlamaForCausalLM(text_decoder(tokenizer, **settings))
+    attach(model, from_settings(recipe.policy))
+    _to(model, DTYPES[recipe.precision])
+    return model, tokenizer
+
+
 def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
     """An existing model with the recipe's policy."""
     try:
@@ -112,6 +135,10 @@ def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
     except ImportError as error:  # some hosts' processors need packages that trol does not
         told = " ".join(str(error).split())
         raise HostError(f"{name} needs a package that is not installed: {told}") from error
+    if is_plain_host(model):
+        detach(model)
+    if recipe.chat_template:
+        separate(model, processor)
     if is_attached(model):
         _check_policy(model, recipe, name)
     else:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trol.depth import attached
+from trol.depth.families import layer_list
 from trol.errors import HostError
 
 MARKS: dict[str, tuple[str, ...]] = {
@@ -28,7 +30,9 @@ MARKS: dict[str, tuple[str, ...]] = {
     "vision": ("vision_tower", "vision_model", "visual", "vision_encoder", "vision_embed_tokens"),
 }
 """Part -> names of modules, of which one stands in the names of its parameters; an earlier part
-goes before a later one, and whatever else there is belongs to the decoder."""
+goes before a later one, and whatever else there is belongs to the decoder. `mixers` are whatever
+parameters the policy placed on layers: TroL's mixers, controllers, exit heads, a router; training
+them alone is the frozen backbone of Glavas et al. (arXiv 2410.20022)."""
 
 NOT_DECODER = tuple(name for part in ("projector", "vision") for name in MARKS[part])
 """Names of all modules that hold a projector or a vision tower."""
@@ -64,6 +68,18 @@ def let_learn(model: nn.Module, parts: tuple[str, ...], *, low_rank: bool = Fals
         if learns and parameter.dtype != torch.float32:
             # A step of 1e-4 would be rounded away in bfloat16.
             parameter.data = parameter.data.float()
+
+
+def freeze_unvisited(learner: nn.Module) -> None:
+    """Freezes the layers that the attached policy lets no token in scope visit.
+
+    They learn nothing from these tokens, and the others pass as before (Glavas et al., arXiv
+    2410.20022, whose early exits and skipped layers are frozen so).
+    """
+    _, stack = attached(learner)
+    for number, layer in enumerate(layer_list(stack) or ()):
+        if stack.depth_policy.skips(number):
+            layer.requires_grad_(False)
 
 
 def settle(model: Any, parts: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -11,23 +11,9 @@ from typing import Any
 
 import yaml
 
-from trol.data import mixture_file
-from trol.depth.registry import from_settings
 from trol.errors import UsageError, unknown
+from trol.training.checking import check
 from trol.training.strict import built, plain
-
-DATA = ("cells", "symbols", "boards")
-"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards."""
-
-FILES = (".yaml", ".yml", ".jsonl", ".json")
-"""Endings of the files that a stage can learn from: mixtures, and chats."""
-
-PARTS = ("vision", "projector", "mixers", "decoder")
-"""What a stage can train; all other parameters stay as they are."""
-
-BITS = (0, 4, 8)
-PRECISIONS = ("fp32", "bf16")
-SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -35,9 +21,11 @@ class Stage:
     """One row of the stage table: who learns, from what, how fast and how long."""
 
     train: tuple[str, ...]
-    """Parts that learn, among `PARTS`."""
+    """Parts that learn, among `trol.training.checking.PARTS`; of these, layers that the policy lets
+    no token in scope visit are frozen."""
     data: str
-    """One of `DATA`, a mixture (a YAML file or a carried name), or a chat file (JSONL or JSON)."""
+    """One of `trol.training.checking.DATA`, a mixture (a YAML file or a carried name), a chat file
+    (JSONL or JSON), or pairs: `docstrings`, `alpaca:FILE`, `cnn_dailymail:FILE`, `samsum:FILE`."""
     steps: int = 0
     """Optimiser steps; 0 where `epochs` says how long."""
     epochs: float = 0.0
@@ -48,6 +36,9 @@ class Stage:
     """Parts that a batch is computed in, one after another."""
     max_tokens: int = 0
     """Longest conversation that is learnt from; 0 for no limit."""
+    prompt_share: float = 0.0
+    """Most of `max_tokens` that the question of a pair may take: longer ones are cut, and answers
+    to the rest; 0 for no cutting."""
     boards: int = 6000
     """Boards that are made; a longer stage sees each of them more than once."""
     questions: int = 6
@@ -72,6 +63,13 @@ class Stage:
     """Whether only the first four types of question are asked."""
     traverse: bool = True
     """Whether the policy is in force; the plain model learns otherwise."""
+    exit_loss: float = 0.0
+    """How much the outputs of earlier layers, read as if the last, count in the loss (LayerSkip:
+    0.1 to 1); 0 for the last layer alone."""
+    exit_curriculum: str = "none"
+    """Which of them learn at a step: `none`, `rotational` or `gradual`."""
+    exit_every: int = 1
+    """Every how many-th of them learns."""
     lora: int = 0
     """Rank of low-rank updates that learn in place of the decoder's own matrices; 0 for none."""
     lora_alpha: int = 0
@@ -92,6 +90,12 @@ class Recipe:
     host: str = ""
     """In place of `preset`, an existing model that the policy is attached to: folder or hub name
     of a vision-language model or a text decoder."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """In place of `preset` and `host`, a new text decoder: the keyword arguments of
+    `trol.family.text_decoder.text_decoder` and `vocabulary`, the tokens of its tokenizer."""
+    chat_template: str = ""
+    """`separated` gives a host Glavas et al.'s form, BOS user <SEP> assistant EOS; empty for the
+    host's own template."""
     policy: dict[str, Any] = field(default_factory=lambda: {"policy": "trol_mixer"})
     """The depth policy that the model is made with."""
     seed: int = 0
@@ -137,7 +141,7 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UsageError(f"{override!r} is no override; write key=value, such as seed=1.")
         _set(data, key.split("."), _value(value, override), override)
     made = built(Recipe, data, "recipe")
-    _check(made)
+    check(made)
     return made
 
 
@@ -187,98 +191,3 @@ def _value(text: str, override: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"{override!r}: the value is no YAML: {error}") from error
-
-
-_STAGE_BOUNDS = {
-    "steps": (0, 10**9),
-    "epochs": (0.0, 1000.0),
-    "batch": (1, 10**6),
-    "accumulate": (1, 10**6),
-    "max_tokens": (0, 10**7),
-    "boards": (1, 10**9),
-    "questions": (1, 10**6),
-    "learning_rate": (0.0, 10.0),
-    "mixer_learning_rate": (0.0, 10.0),
-    "muon": (0.0, 10.0),
-    "packed": (0.0, 1.0),
-    "warmup_steps": (0, 10**9),
-    "decay": (0.0, 1.0),
-    "lora": (0, 4096),
-    "lora_alpha": (0, 65536),
-}
-_RECIPE_BOUNDS = {"seed": (0, 2**32 - 1), "save_every": (0, 10**9), "keep": (1, 10**6)}
-"""Setting -> least and greatest value."""
-
-
-def _check(recipe: Recipe) -> None:
-    _check_bounds(recipe, _RECIPE_BOUNDS, "")
-    if bool(recipe.preset) == bool(recipe.host):
-        raise UsageError(
-            f"the recipe names {'both a preset and a host' if recipe.host else 'no model'}; "
-            "give either preset (a new model) or host (an existing one)."
-        )
-    if recipe.bits not in BITS:
-        raise UsageError(f"bits is {recipe.bits}; give 4, 8, or 0 for full weights.")
-    if recipe.precision not in PRECISIONS:
-        raise unknown("precision", recipe.precision, PRECISIONS)
-    from_settings(recipe.policy)
-    if not recipe.stages:
-        raise UsageError("the recipe has no stage; give at least one.")
-    for name, stage in recipe.stages.items():
-        _check_stage(name, stage, recipe)
-    _check_adapters(recipe)
-
-
-def _check_stage(name: str, stage: Stage, recipe: Recipe) -> None:
-    where = f"stages.{name}"
-    _check_bounds(stage, _STAGE_BOUNDS, f"{where}.")
-    if (stage.steps > 0) == (stage.epochs > 0):
-        raise UsageError(
-            f"{where}.steps is {stage.steps} and epochs is {stage.epochs}; give 1 or more of the "
-            "one and 0 of the other."
-        )
-    if stage.schedule not in SCHEDULES:
-        raise unknown(f"schedule of stage {name}", stage.schedule, SCHEDULES)
-    if not 0 <= stage.final_rate <= stage.learning_rate:
-        raise UsageError(
-            f"{where}.final_rate is {stage.final_rate}; give 0 to the learning rate, "
-            f"{stage.learning_rate}."
-        )
-    if stage.batch % stage.accumulate:
-        raise UsageError(
-            f"{where}.batch is {stage.batch}, which {stage.accumulate} parts (accumulate) do not "
-            "divide; give a multiple."
-        )
-    mixtures = mixture_file.names()
-    if stage.data not in (*DATA, *mixtures) and Path(stage.data).suffix not in FILES:
-        raise unknown(f"data of stage {name}", stage.data, (*DATA, *mixtures))
-    for part in stage.train:
-        if part not in PARTS:
-            raise unknown(f"part to train in stage {name}", part, PARTS)
-    if (stage.per_visit or stage.lora_alpha) and not stage.lora:
-        raise UsageError(f"{where} has settings of low-rank updates, but lora is 0; give a rank.")
-    if recipe.bits and not stage.lora and "decoder" in stage.train:
-        raise UsageError(
-            f"{where} trains the decoder, whose weights have {recipe.bits} bits and cannot learn; "
-            f"give low-rank updates, {where}.lora=64, or bits=0."
-        )
-
-
-def _check_adapters(recipe: Recipe) -> None:
-    """Adapters hold no decoder: they can be opened on one that nobody trained before only."""
-    stages = recipe.stages.items()
-    whole = [n for n, s in stages if "decoder" in s.train and not s.lora]
-    apart = [n for n, s in stages if s.lora and (s.per_visit or not s.merge)]
-    if whole and apart:
-        raise UsageError(
-            f"stage {whole[0]} trains the decoder itself, but the updates of stage {apart[0]} are "
-            "not merged, so the trained decoder would not be saved; merge them, or give both lora."
-        )
-
-
-def _check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]], where: str) -> None:
-    for key, (least, most) in bounds.items():
-        value = getattr(settings, key)
-        if not least <= value <= most:  # a NaN is in no range
-            limit = f"{least} or more" if most >= 10**6 else f"{least} to {most}"
-            raise UsageError(f"{where}{key} is {value}; give {limit}.")

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError
 from trol.training import processes
+from trol.training.exit_loss import teach_exits
 from trol.training.fingerprints import data_fingerprint
 from trol.training.learning import finished, learner_of, material, sized, trainer_settings
 from trol.training.optimiser import optimiser, schedule
@@ -74,6 +75,7 @@ def train_stage(
     stage = recipe.stages[name]
     learner = learner_of(model, stage)
     given = material(learner, processor, stage, recipe.seed)
+    exits = teach_exits(given.reader, learner, stage)
     stage = sized(stage, given.rows)
     place = checkpoint = None
     if around.working is not None:
@@ -94,7 +96,7 @@ def train_stage(
         train_dataset=given.rows,
         data_collator=given.collate,
         optimizers=(made, schedule(made, stage)),
-        callbacks=[Rhythm(0 if place is None else recipe.save_every, around.deadline)],
+        callbacks=[Rhythm(0 if place is None else recipe.save_every, around.deadline), *exits],
     )
     trainer.remove_callback(PrinterCallback)  # progress is shown by ours
     with nullcontext() if stage.traverse else depth(learner, "plain"):

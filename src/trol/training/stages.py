@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trol.data.boards import COLOURS
 from trol.data.pools import EMPTY
+from trol.training.exit_loss import final_loss
 
 NOTHING = "nothing"
 """The word for a cell without a tile."""
@@ -40,7 +41,18 @@ class CellReader(nn.Module):
         return {"loss": colour + digit}
 
 
-class SymbolReader(nn.Module):
+class Reader(nn.Module):
+    """A model that reads conversations, by the loss that its stage wants."""
+
+    loss: Callable[..., Tensor]
+    """(model, **inputs) -> the loss."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.loss = model, final_loss
+
+
+class SymbolReader(Reader):
     """The decoder with each cell's words in place of what a tower would see.
 
     A cell is the sum of its words' embeddings and the projector's position embedding, at the
@@ -48,8 +60,7 @@ class SymbolReader(nn.Module):
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.colours: Tensor
         self.digits: Tensor
         number = processor.tokenizer.convert_tokens_to_ids
@@ -66,32 +77,24 @@ class SymbolReader(nn.Module):
         words = words + self.model.model.projector.positions.weight
         where = (input_ids == self.model.config.image_token_id)[..., None]
         embeds = table(input_ids).masked_scatter(where, words.to(table.weight.dtype))
-        return {"loss": self.model(inputs_embeds=embeds, use_cache=False, **inputs).loss}
+        return {"loss": self.loss(self.model, inputs_embeds=embeds, **inputs)}
 
 
-class BoardReader(nn.Module):
+class BoardReader(Reader):
     """The whole model on pictures and conversations."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, cells: Tensor, **inputs: Any) -> dict[str, Tensor]:
         """A batch of a `BoardPool` to the loss."""
         del cells
-        return {"loss": self.model(use_cache=False, **inputs).loss}
+        return {"loss": self.loss(self.model, **inputs)}
 
 
-class ConversationReader(nn.Module):
+class ConversationReader(Reader):
     """Any host on conversations, with whatever inputs its processor makes."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """A batch with `labels` [B, T] to the mean loss of its answer tokens."""
-        return {"loss": self.model(use_cache=False, **inputs).loss}
+        return {"loss": self.loss(self.model, **inputs)}
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,28 @@ GATE = "gate/"
 
 
 class GateMeans:
-    """The mean of each layer's gate over the tokens of one step, looked at only when asked."""
+    """The mean of each layer's gate over the tokens of one step, looked at only when asked.
+
+    Of gates that are told their scope (a controller's), over the tokens in it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._gates = gates_of(attached(model)[1])
+        stack = attached(model)[1]
+        # Exit heads translate states: they have no mean that would say anything.
+        self._gates = [] if stack.depth_policy.translates else gates_of(stack)
         self._means: dict[int, list[Tensor]] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[int, RemovableHandle] = {}
 
     def watch(self) -> None:
         """Looks at all gates until `take`."""
         self._means.clear()
         for layer, gate in enumerate(self._gates):
-            if gate is not None and not self._handles_of(layer):
-                self._handles.append(gate.register_forward_hook(self._hook(layer)))
+            if gate is not None and layer not in self._handles:
+                self._handles[layer] = gate.register_forward_hook(self._hook(layer))
 
     def take(self) -> dict[str, float]:
         """`{"gate/0": mean, ...}` since `watch`; nothing of gates that nobody asked."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         if not self._means:
@@ -45,12 +50,11 @@ class GateMeans:
         self._means = {}
         return {f"{GATE}{layer}": mean for layer, mean in named}
 
-    def _handles_of(self, layer: int) -> bool:
-        return len(self._handles) > layer
-
     def _hook(self, layer: int) -> Any:
-        def look(_: nn.Module, __: Any, answer: Tensor) -> None:
-            self._means.setdefault(layer, []).append(answer.detach().float().mean())
+        def look(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> None:
+            looked_at = answer[given[1]] if len(given) > 1 else answer
+            if looked_at.numel():
+                self._means.setdefault(layer, []).append(looked_at.detach().float().mean())
 
         return look
 

@@ -51,10 +51,11 @@ class ConversationCollator:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
+        self.tokenizer = tokenizer
 
     def __call__(self, conversations: Sequence[Messages]) -> dict[str, Tensor]:
         """All that the host's processor makes, and `labels` [B, T]: ids of answers, else -100."""
+        self.tokenizer.padding_side = "right"  # each time: others pad their prompts on the left
         batch = dict(self._encoded(conversations, return_tensors="pt"))
         ids = batch["input_ids"]
         answers = torch.zeros_like(ids, dtype=torch.bool)

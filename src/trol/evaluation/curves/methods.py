@@ -1,0 +1,246 @@
+"""The methods that a curve compares: how each makes its policies, cheap ones to dear ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attached
+from trol.depth.families import find_decoder, layer_list
+from trol.depth.registry import from_settings, to_settings
+from trol.errors import UsageError, unknown
+from trol.evaluation.chosen_plans import chosen_plan
+from trol.evaluation.tasks import task_of
+from trol.policies import adapter
+from trol.policies.exits import EarlyExit
+from trol.policies.planned import Planned
+from trol.policies.static_plans import kept_count, static_plan
+
+ORACLE = "oracle"
+"""A method that is not measured here: its curve is read from what `trol oracle` found."""
+
+CHOSEN_BY = 64
+"""Questions of the validation split that plans are chosen by."""
+
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+"""How sure a prediction must be for an exit that decides while running (of `MEASURE`)."""
+
+MEASURE = "margin"
+"""What says how sure a prediction is, where no adapter names another measure."""
+
+WAITS = (1, 2, 3, 4)
+"""Thresholds of the measure `patience`, which counts looks."""
+
+DIALS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+"""Quality dials of a router."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point to be measured: a model, and its policy for each seed."""
+
+    keep: float | None
+    """The share of the layers that was asked for; None where it is decided while running."""
+    settings: dict[str, Any]
+    """What tells this point from others, as JSON values."""
+    model: Any
+    policies: tuple[AbstractPolicy, ...]
+    """The policy of each seed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a curve is asked for.
+
+    `adapters` are folders by name, each with its model opened: the policy is attached, and the
+    host is the same or trained along with it.
+    """
+
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    questions: int = 200
+    seeds: int = 3
+    scope: Scope = "answer"
+    adapters: Mapping[str, Any] | None = None
+    oracle: Path | None = None
+
+    def carrying(self, policy: str) -> dict[str, Any]:
+        """The adapters whose policy has this registered name."""
+        given = self.adapters or {}
+        return {name: model for name, model in given.items() if policy_of(model).name == policy}
+
+
+def policy_of(model: Any) -> AbstractPolicy:
+    """The policy that a model carries."""
+    return attached(model)[1].depth_policy
+
+
+def layers_of(model: Any) -> int:
+    """Layers of the decoder inside `model`."""
+    return len(layer_list(find_decoder(model)) or ())
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """A model with an adapter's policy that shares all weights with `model`, which stays as it is.
+
+    Raises as `trol.load`.
+    """
+    shared = chain(model.parameters(), model.buffers())
+    other = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    if is_attached(other):
+        detach(other)
+    return adapter.load(other, folder)
+
+
+def check_methods(methods: Sequence[str], oracle: Path | None) -> None:
+    """Raises `UsageError` where no method is named, one is unknown, or the oracle is not there."""
+    known = [*METHODS, ORACLE]
+    if not methods:
+        raise UsageError(f"no method named; choose among {', '.join(known)}.")
+    for method in methods:
+        if method not in known:
+            raise unknown("method", method, known)
+    if ORACLE in methods and oracle is None:
+        raise UsageError(
+            "the method oracle is drawn from a finished oracle; run `trol oracle MODEL --out DIR` "
+            "and give --oracle DIR."
+        )
+
+
+def check_adapters(request: Request) -> None:
+    """Raises `UsageError` where a method lacks its adapter, or an adapter its method."""
+    for method in TRAINED:
+        if method in request.methods and not request.carrying(method):
+            raise UsageError(
+                f"the method {method} has parameters that are trained, and no folder of --adapters "
+                f"holds a {method}; train one with `trol train RECIPE`, where the recipe's policy "
+                f"is {method}, and give --adapters its folder."
+            )
+    for name, model in (request.adapters or {}).items():
+        kind = policy_of(model).name
+        known = (*TRAINED, EarlyExit.name)
+        if kind not in known:
+            raise UsageError(
+                f"the adapter {name} holds a {kind}, but curves are drawn of {', '.join(known)}; "
+                "leave it out of --adapters."
+            )
+        if kind not in request.methods:
+            raise UsageError(f"the adapter {name} holds a {kind}; add {kind} to --methods.")
+
+
+def candidates(
+    method: str, model: Any, processor: Any, task: str, request: Request
+) -> list[Candidate]:
+    """The points of one method on one task, the full model not among them."""
+    return METHODS[method](model, processor, task, request)
+
+
+def _planned(model: Any, keep: float, plans: Sequence[Plan], scope: Scope) -> Candidate:
+    texts = [str(plan) for plan in plans]
+    same = len(set(texts)) == 1
+    settings: dict[str, Any] = {"plan": texts[0]} if same else {"plans": texts}
+    policies = tuple(Planned(plan, scope=scope) for plan in plans)
+    return Candidate(keep, settings, model, policies)
+
+
+def _shorter(model: Any, request: Request) -> list[float]:
+    """The shares at which some layer goes; where none does, it is the full model."""
+    layers = layers_of(model)
+    return [keep for keep in request.keeps if kept_count(layers, keep) < layers]
+
+
+def _static(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    del processor, task
+    layers = layers_of(model)
+    return [
+        _planned(
+            model,
+            keep,
+            [static_plan(name, layers, keep, seed) for seed in range(request.seeds)],
+            request.scope,
+        )
+        for keep in _shorter(model, request)
+    ]
+
+
+def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    """Plans chosen once, by validation questions: the seeds differ in the questions they answer."""
+    items = task_of(task).items(CHOSEN_BY, 0, "validation")
+    found: list[Candidate] = []
+    for keep in _shorter(model, request):
+        plan = chosen_plan(name, model, processor, items, keep, scope=request.scope)
+        found.append(_planned(model, keep, [plan] * request.seeds, request.scope))
+    return found
+
+
+def _exits(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    """A sweep of thresholds without trained heads, and one for each adapter with its own."""
+    del processor, task
+    plain = EarlyExit(MEASURE, scope=request.scope)
+    found = _sweep(model, plain, "threshold", THRESHOLDS, {"measure": MEASURE}, request)
+    for name, other in request.carrying(EarlyExit.name).items():
+        own = policy_of(other)
+        measure = to_settings(own)["measure"]
+        values = WAITS if measure == "patience" else THRESHOLDS
+        told = {"adapter": name, "measure": measure}
+        found += _sweep(other, own, "threshold", values, told, request)
+    return found
+
+
+def _controllers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    del model, processor, task
+    return [
+        Candidate(None, {"adapter": name}, other, (policy_of(other),) * request.seeds)
+        for name, other in request.carrying("controller").items()
+    ]
+
+
+def _routers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    del model, processor, task
+    return [
+        one
+        for name, other in request.carrying("router").items()
+        for one in _sweep(other, policy_of(other), "dial", DIALS, {"adapter": name}, request)
+    ]
+
+
+def _sweep(
+    model: Any,
+    policy: AbstractPolicy,
+    setting: str,
+    values: Sequence[float],
+    told: dict[str, Any],
+    request: Request,
+) -> list[Candidate]:
+    """One policy at several values of one of its settings."""
+    return [
+        Candidate(
+            None,
+            {**told, setting: value},
+            model,
+            (from_settings({**to_settings(policy), setting: value}),) * request.seeds,
+        )
+        for value in values
+    ]
+
+
+METHODS: dict[str, Callable[[Any, Any, str, Request], list[Candidate]]] = {
+    "skip": partial(_static, "uniform"),
+    "exit": partial(_static, "exit"),
+    "random": partial(_static, "random"),
+    "middle": partial(_static, "middle"),
+    "influence": partial(_chosen, "influence"),
+    "greedy": partial(_chosen, "greedy"),
+    "early_exit": _exits,
+    "controller": _controllers,
+    "router": _routers,
+}
+"""Method -> (model, processor, task, request) -> its points."""
+
+TRAINED = ("controller", "router")
+"""Methods with trained parameters, which are registered policies of the same name."""

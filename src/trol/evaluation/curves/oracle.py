@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def oracle_points(folder, task, metrics, layers):
+    return []

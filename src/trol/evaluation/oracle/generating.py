@@ -1,0 +1,201 @@
+"""Every question of a set answered at every level of a menu, and scored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trol.data.oracle_rows import OracleRow
+from trol.depth import attached, depth, is_attached
+from trol.depth.families import find_decoder, layer_list
+from trol.errors import UsageError
+from trol.evaluation import metrics
+from trol.evaluation.oracle.levels import TEMPERATURE, Batch, Given, Noise, OracleScope
+from trol.evaluation.oracle.menu import Level, Menu
+from trol.evaluation.oracle.store import Store
+from trol.evaluation.tasks import Item
+from trol.policies.planned import Planned
+
+BATCH = 64
+"""Questions answered at once."""
+
+LOOKED_AT = 64
+"""Numbers of each parameter that a model is known by."""
+
+Key = tuple[int, str, int]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The set, and how its answers are made and scored."""
+
+    items: Sequence[Item]
+    metrics: tuple[str, ...]
+    new_tokens: int
+    scope: OracleScope = "answer"
+    seed: int = 0
+    samples: int = 0
+    """Answers drawn at full depth, beside the greedy one."""
+
+    def header(self, model: Any, menu: Menu, **names: Any) -> dict[str, Any]:
+        """What rows of this set, model and menu belong to; `names` are told as they are."""
+        return {
+            **names,
+            "weights": weights_digest(model),
+            "questions": len(self.items),
+            "set": _digest("\n".join(repr((i.question, i.answer, i.type)) for i in self.items)),
+            "menu": [level.text for level in menu.levels],
+            "metrics": list(self.metrics),
+            "new_tokens": self.new_tokens,
+            "scope": self.scope,
+            "seed": self.seed,
+            "samples": self.samples,
+            "temperature": TEMPERATURE,
+        }
+
+    def order(self, shard: tuple[int, int]) -> list[int]:
+        """The items of one shard, short questions first, so that batches need little padding."""
+        index, shards = shard
+        ordered = sorted(range(len(self.items)), key=lambda i: (len(self.items[i].question), i))
+        return ordered[index::shards]
+
+    def units(self, menu: Menu) -> Iterator[tuple[int, int, Level]]:
+        """What a batch is asked: (number, sample, level), the drawn ones last."""
+        full = menu.levels[menu.full]
+        wanted = [(0, level) for level in menu.levels]
+        wanted += [(number, full) for number in range(1, self.samples + 1)]
+        for number, (sample, level) in enumerate(wanted):
+            yield number, sample, level
+
+
+def answer_all(
+    model: Any,
+    processor: Any,
+    questions: Questions,
+    menu: Menu,
+    store: Store,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    done: Callable[[int, int], None] = lambda _done, _all: None,
+    batch_size: int = BATCH,
+) -> None:
+    """Answers what the store lacks of one shard, batch by batch.
+
+    Args:
+        model: a transformers model.
+        processor: its processor, or the tokenizer of a text model.
+        questions: the set.
+        menu: the levels.
+        store: what is finished, and where new rows go.
+        shard: which part of the set: (0, 2) is the first of two.
+        done: is told how many rows of how many are finished, as they are.
+        batch_size: questions answered at once; what they are answered does not depend on it.
+    """
+    order = questions.order(shard)
+    rows = sum(1 for _ in questions.units(menu))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch: Batch | None = None
+        for number, sample, level in questions.units(menu):
+            if store.lacks(_keys(places, level, sample)):
+                items = [questions.items[place] for place in places]
+                batch = batch or Batch(
+                    model,
+                    processor,
+                    items,
+                    scope=questions.scope,
+                    new_tokens=questions.new_tokens,
+                )
+                noise = Noise(places, sample, questions.seed) if sample else None
+                given = batch.answers(level.plan, noise)
+                scores = _scores(model, processor, items, given, questions, level, sample)
+                store.append(_rows(places, items, given, scores, level, sample))
+            done(start * rows + (number + 1) * len(places), len(order) * rows)
+
+
+def layers_of(model: Any) -> int:
+    """Layers of the decoder inside `model`."""
+    if is_attached(model):
+        return attached(model)[1].depth_layers
+    return len(layer_list(find_decoder(model)) or ())
+
+
+def check_shard(text: str) -> tuple[int, int]:
+    """`0/2`, the first of two parts, as numbers; raises `UsageError` where it is none."""
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise UsageError(
+            f"--shard is {text!r}; give I/N with I from 0 to N - 1, such as 0/2 and 1/2."
+        )
+    return int(first), int(second)
+
+
+def weights_digest(model: Any) -> str:
+    """What a model is known by: names and shapes of its parameters, and some numbers of each."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        step = max(1, parameter.numel() // LOOKED_AT)
+        some = parameter.detach().flatten()[::step].cpu().contiguous()
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _scores(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    given: Sequence[Given],
+    questions: Questions,
+    level: Level,
+    sample: int,
+) -> list[dict[str, float]]:
+    """Metric -> score, for each item; a drawn answer has no loss of its own."""
+    texts = [one.text for one in given]
+    columns: dict[str, Sequence[float]] = {}
+    for metric in questions.metrics:
+        if metric != "loss":
+            columns[metric] = metrics.scores(metric, texts, items)
+        elif not sample:
+            with depth(model, Planned(level.plan, scope=questions.scope)):
+                columns[metric] = metrics.losses(model, processor, items)
+    return [
+        {metric: float(column[i]) for metric, column in columns.items()} for i in range(len(items))
+    ]
+
+
+def _rows(
+    places: Sequence[int],
+    items: Sequence[Item],
+    given: Sequence[Given],
+    scores: Sequence[dict[str, float]],
+    level: Level,
+    sample: int,
+) -> list[OracleRow]:
+    return [
+        OracleRow(
+            item=place,
+            question=item.question,
+            reference=item.answer,
+            answer=one.text,
+            type=item.type,
+            plan=level.text,
+            cost=level.cost,
+            sample=sample,
+            new_tokens=one.tokens,
+            scores=got,
+        )
+        for place, item, one, got in zip(places, items, given, scores, strict=True)
+    ]
+
+
+def _keys(places: Sequence[int], level: Level, sample: int) -> list[Key]:
+    return [(place, level.text, sample) for place in places]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,97 @@
+"""What an oracle's figures allow to be said, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trol.data.oracle_rows import LOWER_IS_BETTER
+
+PAPERS = "23.3 % of 24 layers in arXiv 2410.20022"
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """What the report of `oracle.report` says: the fraction, then what it is not due to."""
+    return [
+        _fraction(found),
+        _choosing(found),
+        _without_reference(found),
+        f"One model, one set of {found['n']} questions, one menu of {len(found['menu'])} levels: "
+        "another of each gives other figures.",
+    ]
+
+
+def shown(metric: str, value: float) -> str:
+    """A score: points of 100, or nats of loss with their own sign."""
+    if metric in LOWER_IS_BETTER:
+        return f"{-value:.3f} nats".replace("-", "−")
+    return f"{100 * value:.1f}"
+
+
+def _fraction(found: Mapping[str, Any]) -> str:
+    equal, own, metric = found["equal_budget"], found["per_sequence"], found["metric"]
+    return (
+        f"Choosing each sequence's level with the reference at hand, {equal['layers']:.2f} of "
+        f"{found['layers']} layers in the mean ({_percent(equal['share'])}) are as good as the "
+        f"full model ({metric} {shown(metric, found['full'])}); the figure is {PAPERS}. With the "
+        f"cheapest level that is as good for each sequence on its own, it is "
+        f"{own['layers']:.2f} layers ({_percent(own['share'])})."
+    )
+
+
+def _choosing(found: Mapping[str, Any]) -> str:
+    metric, outputs = found["metric"], found["controls"]["best_of_n"]
+    oracle, full = found["controls"]["at_full_budget"]["oracle"], found["full"]
+    levels = len(found["menu"])
+    gained = f"With the full model's budget the oracle gains {_gain(metric, oracle - full)}"
+    if outputs is None:
+        reason = (
+            "a loss belongs to the reference, not to an output, so there are no outputs to draw"
+            if metric in LOWER_IS_BETTER
+            else "no answers were drawn at full depth"
+        )
+        return f"{gained}; how much of it is due to choosing alone was not measured: {reason}."
+    told = (
+        f"{gained} by choosing among {levels} levels; choosing likewise among {outputs['n']} "
+        f"outputs of the full model, no layer left out, gains "
+        f"{_gain(metric, outputs['score'] - full)}. "
+    )
+    share, reached = outputs["share_of_gain"], outputs["oracle_reaches"]
+    if share is None:
+        return told + "So there is no gain in depth to explain."
+    part = "all" if share >= 1 else _percent(max(share, 0))
+    told += f"So choosing among outputs alone gives {part} of the oracle's gain. "
+    if reached is None:
+        return told + "No budget lets the oracle reach a full model that may choose as well."
+    return told + (
+        f"To be as good as a full model that may choose as well, the oracle needs "
+        f"{_percent(reached['share'])} of the layers."
+    )
+
+
+def _without_reference(found: Mapping[str, Any]) -> str:
+    metric, equal = found["metric"], found["controls"]["at_equal_budget"]
+    reach = found["controls"]["reach_full"]
+    at_random = shown(metric, equal["random"])
+    return (
+        f"Without the reference, {_percent(found['equal_budget']['share'])} of the layers give "
+        f"less: {at_random} with the oracle's own levels dealt out at random, "
+        f"{shown(metric, equal['held_out'])} with levels by type of question chosen on the other "
+        f"half of the set, {shown(metric, equal['single'])} with the best single level. As good as "
+        f"the full model are: at random {_reached(reach['random'])}, by type "
+        f"{_reached(reach['held_out'])}, a single level {_reached(reach['single'])} of the layers."
+    )
+
+
+def _reached(share: float | None) -> str:
+    return "none" if share is None else _percent(share)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _gain(metric: str, value: float) -> str:
+    if metric in LOWER_IS_BETTER:
+        return f"{value:+.3f} nats".replace("-", "−")
+    return f"{100 * value:+.1f} points".replace("-", "−")

@@ -1,0 +1,98 @@
+"""What speculation cannot do rightly, refused by name with the cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import BaseQuantizedLayer, StaticLayer
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from trol.depth import AbstractPolicy
+from trol.errors import HostError, UsageError
+
+MODES = ("greedy_search", "sample")
+
+NOT_GIVEN = ("output_attentions", "output_hidden_states")
+"""Parts of a returned dictionary that drafting does not keep."""
+
+STEPWISE = (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+"""Logits processors that keep a state, and must see every token exactly once."""
+
+ELSEWHERE = "call generate outside `with trol.speculate`"
+
+
+def check_stack(stack: Any) -> None:
+    """Raises `HostError` where tokens cannot be taken back."""
+    if stack.depth_recurrent:
+        raise HostError(
+            f"{stack.config.model_type} keeps a recurrent state, which cannot take drafted tokens "
+            f"back; {ELSEWHERE}."
+        )
+
+
+def check_draft(stack: Any, draft: AbstractPolicy) -> None:
+    """Raises `UsageError` where the draft needs layers that the model's own policy never runs."""
+    own = stack.depth_policy_in_force()
+    missing = sorted(stack.depth_absent(own) - stack.depth_absent(draft))
+    if missing:
+        raise UsageError(
+            f"the draft visits layers {missing}, which the model's own policy {own!r} skips, so "
+            "they hold no keys and values; name a draft without these layers."
+        )
+
+
+def check_arguments(host: Any, given: dict[str, Any]) -> None:
+    """Raises `UsageError` for what `generate` would not hand to a decoding loop of ours."""
+    for name in ("custom_generate", "assistant_model"):
+        if given.get(name) is not None:
+            raise UsageError(f"{name} and trol.speculate both decode; drop one of them.")
+    config = given.get("generation_config") or host.generation_config
+    if given.get("stop_strings", config.stop_strings) is not None:
+        raise UsageError(
+            "stop_strings do not reach a decoding loop of ours; pass "
+            "stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)] instead."
+        )
+    if given.get("synced_gpus"):
+        raise UsageError(
+            "synced_gpus: the ranks of a sharded model would make different numbers of passes; "
+            f"{ELSEWHERE}."
+        )
+
+
+def check_config(config: Any, kwargs: dict[str, Any], processors: Any) -> None:
+    """Raises `UsageError` where this way to generate has no drafts."""
+    mode = config.get_generation_mode()
+    if mode not in MODES:
+        raise UsageError(
+            f"drafts are verified in greedy decoding and sampling, not in {mode.value}; set num_beams=1 "
+            f"and no other strategy, or {ELSEWHERE}."
+        )
+    if not kwargs.get("use_cache"):
+        raise UsageError("use_cache=False leaves no keys and values to draft on; set use_cache.")
+    for name in NOT_GIVEN:
+        if config.return_dict_in_generate and getattr(config, name):
+            raise UsageError(f"{name} is not given together with drafts; drop it, or {ELSEWHERE}.")
+    for processor in processors:
+        if isinstance(processor, STEPWISE):
+            raise UsageError(
+                f"{type(processor).__name__} must see every token exactly once, which drafts break;"
+                f" {ELSEWHERE}."
+            )
+
+
+def check_cache(cache: Any) -> None:
+    """Raises `HostError` where tokens cannot be cut off this cache again."""
+    bad = (StaticLayer, BaseQuantizedLayer)
+    layers = getattr(cache, "layers", None)
+    cuttable = layers is not None and cache.is_croppable and not cache.offloading
+    if not cuttable or any(isinstance(layer, bad) for layer in layers or ()):
+        raise HostError(
+            f"drafted tokens cannot be cut off this {type(cache).__name__} (static, quantised and "
+            "offloaded caches stay as they are); use the dynamic cache, which is the default."
+        )

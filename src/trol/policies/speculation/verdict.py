@@ -1,0 +1,78 @@
+"""Which drafted tokens stand: the same token in greedy decoding, a fair coin in sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Tokens that were guessed, and with which probabilities."""
+
+    tokens: Tensor
+    """Shape: [B, k]."""
+    chances: Tensor | None = None
+    """The draft's distribution at each of them, in sampling. Shape: [B, k, V]."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens that are verified already in rows that are ahead of the others."""
+
+    tokens: Tensor
+    """Shape: [B, k + 1]."""
+    certain: Tensor
+    """Where one is known: from the left, without gaps. Shape: [B, k + 1]."""
+
+    def over(self, others: Tensor) -> Tensor:
+        """The tokens known, and `others` [B, j <= k + 1] where none is."""
+        mine = self.first(others.shape[1])
+        return torch.where(mine.certain, mine.tokens, others)
+
+    def first(self, columns: int) -> Known:
+        """Of the first columns only."""
+        return Known(self.tokens[:, :columns], self.certain[:, :columns])
+
+
+def greedy(scores: Tensor, drafts: Drafts, known: Known) -> tuple[Tensor, Tensor]:
+    """The best tokens [B, k + 1], and how many drafts of each row are among them [B].
+
+    Tokens beyond the first wrong draft + 1 follow a wrong prefix. Shape of scores: [B, k + 1, V].
+    """
+    tokens = known.over(scores.argmax(-1))
+    return tokens, _leading(tokens[:, :-1] == drafts.tokens)
+
+
+def sampled(scores: Tensor, drafts: Drafts, known: Known) -> tuple[Tensor, Tensor]:
+    """Tokens [B, k + 1] of the distribution p = softmax(scores), and the drafts kept [B].
+
+        draft x ~ q stands with probability min(1, p(x) / q(x)); in place of the first that falls,
+        one is drawn from max(p - q, 0), scaled to 1; behind the last one, from p.
+
+    Algorithm 1 of https://arxiv.org/abs/2211.17192. Shape of scores: [B, k + 1, V].
+    """
+    p = scores.softmax(-1)
+    rows, columns, vocabulary = p.shape
+    q = torch.zeros_like(p)
+    if drafts.chances is not None:
+        q[:, : columns - 1] = drafts.chances
+    at = drafts.tokens[..., None]
+    p_of, q_of = p[:, :-1].gather(-1, at)[..., 0], q[:, :-1].gather(-1, at)[..., 0]
+    stands = torch.rand_like(p_of) * q_of < p_of
+    kept = _leading(stands | known.certain[:, :-1])
+    here = kept[:, None, None].expand(rows, 1, vocabulary)
+    p_here, q_here = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]
+    left = (p_here - q_here).clamp_min(0)
+    # Where rounding leaves nothing, p and q are equal and nothing can have fallen.
+    left = torch.where(left.sum(-1, keepdim=True) > 0, left, p_here)
+    drawn = torch.multinomial(left, 1)
+    padded = torch.nn.functional.pad(drafts.tokens, (0, 1))
+    return known.over(padded.scatter(1, kept[:, None], drawn)), kept
+
+
+def _leading(right: Tensor) -> Tensor:
+    """How many columns of each row are True before the first that is not. [B, k] -> [B]."""
+    return right.long().cumprod(1).sum(1)

@@ -1,0 +1,205 @@
+"""`trol plan` and `trol export`: from a saved model to a plan file to a shorter plain model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+import trol
+from training import standins
+from trol.cli import main
+from trol.cli.plans import read_plan, write_plan
+from trol.data.pair import Pair
+from trol.depth import Plan
+from trol.errors import UsageError
+from trol.policies import baking
+
+LAYERS = 4
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return standins.llm(tmp_path_factory.mktemp("llama"), num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+def few_docstrings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Four pairs in the place of the library's; the splits that were asked for."""
+    splits: list[str] = []
+
+    def pairs(split: str, **_: Any) -> list[Pair]:
+        splits.append(split)
+        return [
+            Pair(question, answer, "words")
+            for question, answer in zip(standins.ASKED, standins.ANSWERED, strict=True)
+        ]
+
+    monkeypatch.setattr("trol.data.pairs.docstring_pairs", pairs)
+    return splits
+
+
+def test_a_plan_is_printed_and_written(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "plan.json"
+    assert run("plan", llama, "--method", "exit", "--keep", 0.5, "--out", out) == 0
+    text = capsys.readouterr().out
+    assert text == f"0-1\n2 of {LAYERS} layers, written to {out}\n"
+    written = json.loads(out.read_text())
+    assert written["plan"] == "0-1"
+    assert written["visits"] == [1, 1, 0, 0]
+    assert (written["method"], written["keep"], written["model"]) == ("exit", 0.5, llama)
+    assert written["run"]["seed"] == 0
+    assert read_plan(str(out)) == Plan("exit@2")
+
+
+@pytest.mark.parametrize("method", ["influence", "greedy"])
+def test_a_plan_is_chosen_by_questions_of_the_validation_split(
+    method: str,
+    llama: str,
+    tmp_path: Path,
+    few_docstrings: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "plan.json"
+    words = ("--keep", 0.5, "--questions", 4, "--scope", "all", "--out", out, "--json")
+    assert run("plan", llama, "--method", method, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {**json.loads(out.read_text()), "file": str(out)}
+    assert sum(found["visits"]) == 2
+    assert (found["task"], found["questions"], found["scope"]) == ("docstrings", 4, "all")
+    assert few_docstrings == ["validation"]
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (("--keep", "0"), "give a number above 0 and at most 1"),
+        (("--keep", "1.1"), "give a number above 0 and at most 1"),
+        (("--keep", "0.5", "--method", "unifrom"), "Did you mean 'uniform'"),
+        (("--keep", "0.5", "--scope", "answers"), "Did you mean 'answer'"),
+        (("--keep", "0.5", "--out", "."), "name the file that the plan is to be in"),
+        (("--keep", "0.5", "--method", "greedy", "--task", "docstring"), "Did you mean"),
+    ],
+)
+def test_bad_usage(
+    words: tuple[str, ...],
+    cure: str,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", llama, *words) == 2
+    assert cure in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_for_a_model_that_reads_text_are_refused(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--keep", 0.5, "--method", "influence", "--task", "boards", "--questions", 2)
+    assert run("plan", llama, *words, "--out", tmp_path / "plan.json") == 1
+    assert "reads text alone" in capsys.readouterr().err
+
+
+def test_a_plan_file_is_read_back_whatever_the_plan(tmp_path: Path) -> None:
+    for text in ("0 2-3:2", "all", "exit@0", "0-3"):
+        path = tmp_path / "plan.json"
+        found = write_plan(path, Plan(text), LAYERS, {"method": "by hand"})
+        assert found["visits"] == list(Plan(text).for_layers(LAYERS))
+        assert read_plan(str(path)).for_layers(LAYERS) == Plan(text).for_layers(LAYERS)
+    assert read_plan("0-7:2 8-23") == Plan("0-7:2 8-23")
+
+
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [
+        (None, "there is no plan file"),
+        ("{", "cannot be read as JSON"),
+        ("[1, 0]", "no list of whole numbers 'visits'"),
+        ('{"visits": [1, 0.5]}', "no list of whole numbers 'visits'"),
+        ('{"visits": [1, 1, 0], "plan": "0-2"}', "but its visits are those of '0-1'"),
+    ],
+)
+def test_what_is_no_plan_file(content: str | None, cure: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match="plan") as caught:
+        read_plan(str(path))
+    assert cure in str(caught.value)
+
+
+@torch.no_grad()
+def test_an_export_opens_without_trol(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, short = tmp_path / "plan.json", tmp_path / "short"
+    assert run("plan", llama, "--method", "uniform", "--keep", 0.75, "--out", plan) == 0
+    capsys.readouterr()
+    assert run("export", llama, short, "--plan", plan, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"] == [0, 2, 3]
+    assert found["difference"] < 1e-6
+    assert "trol" not in (short / "config.json").read_text()
+    model, opened = (AutoModelForCausalLM.from_pretrained(folder) for folder in (llama, short))
+    tokenizer = AutoTokenizer.from_pretrained(short)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": standins.ASKED[0]}], return_tensors="pt", return_dict=True
+    )
+    assert len(opened.model.layers) == 3
+    trol.attach(model, "0 2-3")
+    assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
+    told = [
+        one.generate(**inputs, max_new_tokens=5, do_sample=False).tolist()
+        for one in (opened, model)
+    ]
+    assert told[0] == told[1]
+
+
+@torch.no_grad()
+def test_a_model_that_sees_is_compared_with_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[set[str]] = []
+    compared = baking._compared
+
+    def noted(*given: Any) -> float:
+        seen.append(set(given[3]))
+        return compared(*given)
+
+    monkeypatch.setattr(baking, "_compared", noted)
+    host, short = standins.vlm(tmp_path / "vlm"), tmp_path / "short"
+    assert run("export", host, short, "--plan", "1") == 0
+    assert "layers '1' of 2 as 1 layers" in capsys.readouterr().out
+    assert [("pixel_values" in names) for names in seen] == [False, True]
+    opened = AutoModelForImageTextToText.from_pretrained(short)
+    assert opened.config.text_config.num_hidden_layers == 1
+    assert (short / "processor_config.json").is_file()
+
+
+def test_a_shipped_model_needs_trol_and_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", "trol-tiny", tmp_path / "short", "--plan", "0-3") == 1
+    assert "needs trol to open" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_destination_in_use_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("export", "absent/model", tmp_path, "--plan", "0-3") == 2
+    assert "exists and is not empty" in capsys.readouterr().err
