@@ -46,7 +46,9 @@ def test_questions_are_of_every_type_and_short() -> None:
 
 
 def made(source: str) -> list[tuple[str, str, str]]:
-    return [(p.type, p.question, p.answer) for _, p in _inside(ast.parse(source), "m", in_class=False)]
+    return [
+        (p.type, p.question, p.answer) for _, p in _inside(ast.parse(source), "m", in_class=False)
+    ]
 
 
 def test_what_is_asked_of_a_source() -> None:

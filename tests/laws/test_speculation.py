@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hosts import HOSTS, Host
-from hosts.host import PAD, VOCABULARY
+from hosts.host import PAD
 from trol import depth, speculate
 from trol.depth import Plan, attached, detach, is_attached, trace
 from trol.errors import HostError, UsageError
@@ -34,7 +34,7 @@ SPECULATIVE = ("llama", "mistral", "gemma3", "gpt2", "opt", "llava", "qwen3_vl")
 """Plain, sliding, learned positions with and without an offset, images, positions in three axes."""
 
 OWN = (None, "trol", "trol_all", "skip", "hole_answer")
-"""What the model itself does: nothing, planes in the prompt and everywhere, absent layers, holes."""
+"""What the model itself does: nothing, planes (of the prompt, of all), absent layers, holes."""
 
 CASES = [
     pytest.param(HOSTS[host], name, id=f"{host}-{name}")
@@ -270,7 +270,7 @@ def test_samples_have_the_models_distribution(chunk: int) -> None:
     assert 0.02 < spoken.acceptance < 0.98
     chances = _chances(model, inputs, 1.5, 4)
     statistic, cells = 0.0, 0
-    found = {said: 0 for said in chances}
+    found = dict.fromkeys(chances, 0)
     for row in drawn.tolist():
         found[tuple(row)] += 1  # KeyError: the model can never say this
     for said, chance in chances.items():
@@ -292,7 +292,9 @@ def _chances(model: Any, inputs: Any, temperature: float, top: int) -> dict[tupl
             masks[:, inputs["input_ids"].shape[1] :] = 1
             logits = model(input_ids=ids, assistant_masks=masks, use_cache=False).logits[0, -1]
             best = (logits / temperature).topk(top)
-            for token, p in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True):
+            for token, p in zip(
+                best.indices.tolist(), best.values.softmax(0).tolist(), strict=True
+            ):
                 longer[(*said, token)] = chance * p
         found = longer
     return found

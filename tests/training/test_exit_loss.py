@@ -122,9 +122,7 @@ def test_only_heads_learn_and_they_learn() -> None:
     assert all(a < b - 0.1 for a, b in zip(after, before, strict=True))
 
 
-def _read_early(
-    model: PreTrainedModel, inputs: Inputs, heads: dict[int, nn.Module]
-) -> list[float]:
+def _read_early(model: PreTrainedModel, inputs: Inputs, heads: dict[int, nn.Module]) -> list[float]:
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
         found = []
@@ -141,7 +139,9 @@ def test_checkpointed_activations_change_nothing() -> None:
     for checkpointed in (False, True):
         model = attach(HOST.build(layers=5), LayerDropout(0.5)).train()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            old = "gradient_checkpointing_enable"  # its name before transformers 5.23
+            new = "activation_checkpointing_enable"
+            getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
         torch.manual_seed(3)
         loss = ExitLoss(0.3)(model, **inputs)
         loss.backward()
@@ -199,7 +199,9 @@ def test_a_stage_teaches_exit_heads(tmp_path: Path) -> None:
     model, _ = load_model(str(tmp_path / "out"))
     bare = AutoModelForCausalLM.from_pretrained(host)
     moved = {
-        name for name, parameter in model.named_parameters() if ".depth." in name and parameter.any()
+        name
+        for name, parameter in model.named_parameters()
+        if ".depth." in name and parameter.any()
     }
     assert moved == {f"model.layers.{i}.depth.{part}" for i in (2, 3) for part in _PARTS}
     own = dict(model.named_parameters())

@@ -22,7 +22,10 @@ VERBS = {
     "data": "trol.cli.data:data",
     "bench": "trol.cli.bench:bench",
     "plan": "trol.cli.plan:plan",
+    "curve": "trol.cli.curve:curve",
     "export": "trol.cli.export:export",
+    "oracle": "trol.cli.oracle:oracle",
+    "calibrate": "trol.cli.calibrate:calibrate",
     "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",
 }

@@ -20,7 +20,7 @@ def bench(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="The suite: overhead, train, skip.")],
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Measure what SUITE promises, beside the bound that it must keep."""
+    """Measure what SUITE promises, beside the bound it must keep."""
     from trol.evaluation import bench as suites
 
     with terminal.noise_to_stderr():

@@ -43,7 +43,7 @@ def evaluate(
     seed: terminal.Seed = 0,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Measure MODEL on questions that it never saw, about pictures or in text."""
+    """Measure MODEL on pictures and texts that it never saw."""
     from trol import evaluation
     from trol.evaluation.metrics import check_metric
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from trol.errors import DataError
 
-HEADER = "oracle.json"
+HEADER = "rows.json"
 """What the rows belong to: the file beside them."""
 
 LOWER_IS_BETTER = frozenset({"loss"})
@@ -72,14 +72,34 @@ def read_rows(folder: str | Path, *, samples: bool = False) -> list[OracleRow]:
     Raises:
         DataError: the folder holds no oracle, or a line other than a torn last one is no row.
     """
-    folder = Path(folder)
-    if not (folder / HEADER).is_file():
-        raise DataError(
-            f"{folder} has no {HEADER}; name a folder that `trol oracle --out` has written."
-        )
+    read_header(folder)
     return unique(
         row for path in row_files(folder) for row in rows_of(path) if samples or row.sample == 0
     )
+
+
+def read_header(folder: str | Path) -> dict[str, Any]:
+    """What the rows of a folder belong to: `{"task", "split", "layers", "menu", "scope", ...}`.
+
+    Raises:
+        DataError: the folder holds no oracle, or its header is damaged.
+    """
+    path = Path(folder) / HEADER
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} tells nothing of an oracle ({error}); name a folder that `trol oracle --out` "
+            "has written."
+        ) from error
+    return found
+
+
+def shown(metric: str, value: float) -> str:
+    """A score that is better when higher, as people read it: points of 100, or nats of loss."""
+    if metric in LOWER_IS_BETTER:
+        return f"{-value:.3f} nats".replace("-", "−")
+    return f"{100 * value:.1f}"
 
 
 def unique(rows: Iterable[OracleRow]) -> list[OracleRow]:

@@ -108,6 +108,14 @@ class StackMixin(Specialised):
             CALL.reset(token)
         return out if call is None else self._close(call, out)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """The host's own first values; a policy's modules that a checkpoint lacks have theirs."""
+        start_over = getattr(module, "start_over", None)
+        if start_over is None:
+            super()._init_weights(module)  # type: ignore[misc]
+        else:
+            start_over()
+
     def depth_policy_in_force(self) -> AbstractPolicy:
         """The attached policy, or the one that `trol.depth` put in its place for a while."""
         return self._ambience().policy or self.depth_policy
@@ -161,8 +169,15 @@ class StackMixin(Specialised):
     ) -> Context:
         start = int(cache.get_seq_length()) if policy.reads_start and cache is not None else 0
         notes = {} if step.notes is None else step.notes
-        about = {"training": self.training, "layers": self.depth_layers, "notes": notes}
-        return Context(in_scope, start, padding, step.readout, **about)
+        return Context(
+            in_scope,
+            start,
+            padding,
+            step.readout,
+            training=self.training,
+            layers=self.depth_layers,
+            notes=notes,
+        )
 
     def _padding(self, step: Step, args: Any, kwargs: Any) -> Tensor | None:
         """The padding mask [B, S], as far as one is to be had."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.depth.context import INPUT
@@ -41,12 +42,31 @@ class Decider(nn.Module):
     def __init__(self, width: int, hidden_layers: int, initial: float | None) -> None:
         super().__init__()
         inner = [max(2, width // SHRINK**depth) for depth in range(1, hidden_layers + 1)]
-        maps = [nn.Linear(wide, narrow) for wide, narrow in pairwise((width, *inner, 2))]
-        if initial is not None:
-            nn.init.zeros_(maps[-1].weight)
-            maps[-1].bias.data = torch.tensor([0.0, math.log(initial / (1 - initial))])
-        self.weights = nn.ParameterList(one.weight for one in maps)
-        self.biases = nn.ParameterList(one.bias for one in maps)
+        # One by one and not in a list: transformers gives first values to what a module owns itself.
+        for number, (wide, narrow) in enumerate(pairwise((width, *inner, 2))):
+            self.register_parameter(f"weight_{number}", nn.Parameter(torch.empty(narrow, wide)))
+            self.register_parameter(f"bias_{number}", nn.Parameter(torch.empty(narrow)))
+        self.maps, self.initial = 1 + hidden_layers, initial
+        self.start_over()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Shape: [out, in] each."""
+        return [self.get_parameter(f"weight_{number}") for number in range(self.maps)]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Shape: [out] each."""
+        return [self.get_parameter(f"bias_{number}") for number in range(self.maps)]
+
+    def start_over(self) -> None:
+        """Sets the parameters to their first values."""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            start_linear(weight, bias)
+        if self.initial is not None:
+            init.zeros_(self.weights[-1])
+            odds = math.log(self.initial / (1 - self.initial))
+            init.copy_(self.biases[-1], torch.tensor([0.0, odds]))
 
     def forward(self, input: Tensor, scope: Tensor, temperature: float) -> Tensor:
         """1 where a token goes through. Shape: [B, T, D] -> [B, T].
@@ -210,6 +230,13 @@ class Controller(AbstractPolicy):
         return nn.functional.layer_norm(
             state.float() + places + context.notes[INPUT].detach().float(), state.shape[-1:]
         )
+
+
+def start_linear(weight: Tensor, bias: Tensor) -> None:
+    """First values as nn.Linear's own, [out, in] and [out]; values that were loaded stay."""
+    init.kaiming_uniform_(weight, a=math.sqrt(5))
+    bound = 1 / math.sqrt(weight.shape[1])
+    init.uniform_(bias, -bound, bound)
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Visit
 from trol.depth.policy import check_share
 from trol.errors import UsageError
+from trol.policies.controller import start_linear
 from trol.policies.planned import plan_of, visits_of
 
 
@@ -25,9 +26,16 @@ class Ballot(nn.Module):
 
     def __init__(self, width: int, hidden: int, levels: int) -> None:
         super().__init__()
-        vote, verdict = nn.Linear(width, hidden), nn.Linear(hidden, levels)
-        self.vote_weight, self.vote_bias = vote.weight, vote.bias
-        self.verdict_weight, self.verdict_bias = verdict.weight, verdict.bias
+        self.vote_weight = nn.Parameter(torch.empty(hidden, width))
+        self.vote_bias = nn.Parameter(torch.empty(hidden))
+        self.verdict_weight = nn.Parameter(torch.empty(levels, hidden))
+        self.verdict_bias = nn.Parameter(torch.empty(levels))
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Sets the parameters to their first values."""
+        start_linear(self.vote_weight, self.vote_bias)
+        start_linear(self.verdict_weight, self.verdict_bias)
 
     def forward(self, state: Tensor, question: Tensor) -> Tensor:
         """The logits [B, M] of rows whose question tokens `question` [B, T] names.
@@ -166,14 +174,6 @@ class Router(AbstractPolicy):
             "skipped_kv": self.skipped_kv,
         }
 
-    def chosen(self, logits: Tensor) -> Tensor:
-        """The level that these logits stand for, [..., M - 1] -> LongTensor [...]."""
-        sure = logits.sigmoid() >= self.dial
-        if self.dial >= 1:
-            sure = torch.zeros_like(sure)
-        full = torch.ones_like(sure[..., :1])
-        return torch.cat([sure, full], dim=-1).int().argmax(-1)  # the first that is sure
-
     def _level(self, visit: Visit) -> Tensor | None:
         """Reads the question tokens; the level of each token [B, T], None where none needs one."""
         ballot: Any = visit.gate
@@ -190,7 +190,14 @@ class Router(AbstractPolicy):
             return None
         before = kept[:, : kept.shape[1] - tokens].sum(1, keepdim=True)
         sums = before + counted.cumsum(1)
-        return self.chosen(ballot.verdict(sums[..., :-1] / sums[..., -1:].clamp(min=1)))
+        return first_sure(ballot.verdict(sums[..., :-1] / sums[..., -1:].clamp(min=1)), self.dial)
+
+
+def first_sure(logits: Tensor, dial: float) -> Tensor:
+    """The first level with sigmoid(logit) >= dial, else the full one: [..., M - 1] -> [...]."""
+    sure = logits.sigmoid() >= dial if dial < 1 else torch.zeros_like(logits, dtype=torch.bool)
+    full = torch.ones_like(sure[..., :1])
+    return torch.cat([sure, full], dim=-1).int().argmax(-1)
 
 
 def written(plan: Plan) -> Any:

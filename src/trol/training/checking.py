@@ -112,6 +112,11 @@ def _check_stage(name: str, stage: Stage, recipe: Recipe) -> None:
     for part in stage.train:
         if part not in PARTS:
             raise unknown(f"part to train in stage {name}", part, PARTS)
+    if "mixers" in stage.train and recipe.policy.get("policy") == "router":
+        raise UsageError(
+            f"{where} trains mixers, but a router decides by 0 and 1 and gets no gradient; train "
+            "it on an oracle's rows (trol.training.routing), and take mixers out of `train`."
+        )
     if (stage.per_visit or stage.lora_alpha) and not stage.lora:
         raise UsageError(f"{where} has settings of low-rank updates, but lora is 0; give a rank.")
     if recipe.bits and not stage.lora and "decoder" in stage.train:

@@ -182,13 +182,14 @@ def _exits(model: Any, processor: Any, task: str, request: Request) -> list[Cand
     """A sweep of thresholds without trained heads, and one for each adapter with its own."""
     del processor, task
     plain = EarlyExit(MEASURE, scope=request.scope)
-    found = _sweep(model, plain, "threshold", THRESHOLDS, {"measure": MEASURE}, request)
+    told = {"measure": MEASURE}
+    found = _sweep(model, plain, told, request.seeds, threshold=THRESHOLDS)
     for name, other in request.carrying(EarlyExit.name).items():
         own = policy_of(other)
         measure = to_settings(own)["measure"]
         values = WAITS if measure == "patience" else THRESHOLDS
         told = {"adapter": name, "measure": measure}
-        found += _sweep(other, own, "threshold", values, told, request)
+        found += _sweep(other, own, told, request.seeds, threshold=values)
     return found
 
 
@@ -205,17 +206,12 @@ def _routers(model: Any, processor: Any, task: str, request: Request) -> list[Ca
     return [
         one
         for name, other in request.carrying("router").items()
-        for one in _sweep(other, policy_of(other), "dial", DIALS, {"adapter": name}, request)
+        for one in _sweep(other, policy_of(other), {"adapter": name}, request.seeds, dial=DIALS)
     ]
 
 
 def _sweep(
-    model: Any,
-    policy: AbstractPolicy,
-    setting: str,
-    values: Sequence[float],
-    told: dict[str, Any],
-    request: Request,
+    model: Any, policy: AbstractPolicy, told: dict[str, Any], seeds: int, **values: Sequence[float]
 ) -> list[Candidate]:
     """One policy at several values of one of its settings."""
     return [
@@ -223,9 +219,10 @@ def _sweep(
             None,
             {**told, setting: value},
             model,
-            (from_settings({**to_settings(policy), setting: value}),) * request.seeds,
+            (from_settings({**to_settings(policy), setting: value}),) * seeds,
         )
-        for value in values
+        for setting, several in values.items()
+        for value in several
     ]
 
 

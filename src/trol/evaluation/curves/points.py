@@ -24,7 +24,7 @@ from trol.policies.plain import Plain
 COMPARED = 32
 """Questions whose hidden states are compared with the full model's."""
 
-ROUNDS = 4
+ROUNDS = 3
 """Questions that are answered one by one, for FLOPs and for times."""
 
 FORCED_TOKENS = 16

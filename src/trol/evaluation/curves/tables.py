@@ -20,7 +20,7 @@ from trol.evaluation.curves.methods import (
     check_methods,
     layers_of,
 )
-from trol.evaluation.curves.oracle import oracle_points
+from trol.evaluation.curves.oracle import oracle_points, read_oracle
 from trol.evaluation.curves.points import FORCED_TOKENS, ROUNDS, Point, Sample, measure
 from trol.evaluation.tasks import Task, check_reads, check_tasks, task_of
 from trol.policies.plain import Plain
@@ -75,7 +75,8 @@ def curve(
                         "prefill_ms": stat, "prefill_ms_ratio": stat,            per question
                         "cosines": [L] | null}]}}}}}        to the full model's x_1 to x_L
 
-        Points lie in rising order of `visits_share`; the last one is the full model.
+        Points lie in rising order of `visits_share`; the last one is the full model, but for an
+        oracle, whose last point chooses among levels with the full model's budget.
 
     Raises:
         UsageError: a task, method or share is unknown, or a method lacks what it needs.
@@ -85,6 +86,8 @@ def curve(
     check_tasks(tasks)
     check_methods(request.methods, request.oracle)
     check_adapters(request)
+    if request.oracle is not None:
+        read_oracle(request.oracle)
     return {
         "scope": request.scope,
         "layers": layers_of(model),
@@ -132,9 +135,8 @@ def _task(
         methods[method] = {"bound": False, "points": points}
     if ORACLE in request.methods:
         assert request.oracle is not None  # or check_methods had raised
-        last = _told(full, whole, whole)
-        points = oracle_points(request.oracle, name, task.metrics, layers_of(model))
-        methods[ORACLE] = {"bound": True, "points": [*points, last]}
+        points = oracle_points(request.oracle, name, layers_of(model), request.keeps)
+        methods[ORACLE] = {"bound": True, "points": points}
     progress(f"{name}: done", of, of)
     return {
         "n": len(samples[0].items),

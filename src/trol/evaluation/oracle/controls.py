@@ -58,7 +58,8 @@ def single_level(scores: Scores, costs: Sequence[int], layers: float) -> float:
 class HeldOut:
     """What can be known beforehand: levels by type of question, chosen on the other half.
 
-    The set is split in two at random. On each half every type's mean at every level is measured;
+    The set is split in two at random, each type evenly. On each half every type's mean at every
+    level is measured;
     the other half's sequences get levels as if they would score these means, by the same exact
     knapsack, mixes of levels within a type included. What they score is their own, in the mean
     over who of a type gets which of its levels.
@@ -73,9 +74,10 @@ class HeldOut:
     def __init__(
         self, scores: Scores, costs: Sequence[int], types: Sequence[str], seed: int
     ) -> None:
-        order = np.random.default_rng(seed).permutation(len(scores))
-        halves = (order[: len(order) // 2], order[len(order) // 2 :])
         kinds = np.asarray(types)
+        order = np.random.default_rng(seed).permutation(len(scores))
+        order = order[np.argsort(kinds[order], kind="stable")]  # each type in both halves alike
+        halves = (order[::2], order[1::2])
         self._parts: list[tuple[Knapsack, Scores, Any]] = []
         for known, asked in (halves, halves[::-1]):
             expected = _means_by_type(scores[known], kinds[known], kinds[asked])

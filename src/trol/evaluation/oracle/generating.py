@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,21 @@ class Questions:
             "samples": self.samples,
             "temperature": TEMPERATURE,
         }
+
+    def drawing(self, samples: int) -> Questions:
+        """The same questions with so many answers drawn at full depth."""
+        return replace(self, samples=samples)
+
+    def missing(self, menu: Menu, store: Store, shards: int) -> list[str]:
+        """Which of so many shards are not finished, as `--shard` takes them."""
+        return [
+            f"{index}/{shards}"
+            for index in range(shards)
+            if any(
+                store.lacks(_keys(self.order((index, shards)), level, sample))
+                for _, sample, level in self.units(menu)
+            )
+        ]
 
     def order(self, shard: tuple[int, int]) -> list[int]:
         """The items of one shard, short questions first, so that batches need little padding."""
@@ -112,8 +127,9 @@ def answer_all(
                 )
                 noise = Noise(places, sample, questions.seed) if sample else None
                 given = batch.answers(level.plan, noise)
-                scores = _scores(model, processor, items, given, questions, level, sample)
-                store.append(_rows(places, items, given, scores, level, sample))
+                unit = {"given": given, "level": level, "sample": sample}
+                scores = _scores(model, processor, items, questions, **unit)
+                store.append(_rows(places, items, scores, **unit))
             done(start * rows + (number + 1) * len(places), len(order) * rows)
 
 
@@ -149,8 +165,9 @@ def _scores(
     model: Any,
     processor: Any,
     items: Sequence[Item],
-    given: Sequence[Given],
     questions: Questions,
+    *,
+    given: Sequence[Given],
     level: Level,
     sample: int,
 ) -> list[dict[str, float]]:
@@ -171,8 +188,9 @@ def _scores(
 def _rows(
     places: Sequence[int],
     items: Sequence[Item],
-    given: Sequence[Given],
     scores: Sequence[dict[str, float]],
+    *,
+    given: Sequence[Given],
     level: Level,
     sample: int,
 ) -> list[OracleRow]:

@@ -70,11 +70,10 @@ class Knapsack:
         floor = self.costs.min(axis=1)
         for item in reversed(range(len(self.costs))):
             table = self.chosen[item]
-            level = int(table[min(left, len(table) - 1)])
-            # Beyond the table's end all of it is affordable: what is left over stays left over.
-            left = (
-                min(left, len(table) - 1) - int(self.costs[item, level] - floor[item]) // self.unit
-            )
+            # Beyond the table's end everything is affordable, and the rest stays unspent.
+            left = min(left, len(table) - 1)
+            level = int(table[left])
+            left -= int(self.costs[item, level] - floor[item]) // self.unit
             found[item] = level
         return found
 

@@ -28,7 +28,7 @@ TEXT_ONLY = {"input_ids", "attention_mask"}
 """The inputs whose last column can be cut off, and nothing else changes."""
 
 TEMPERATURE = 0.7
-"""Of the answers drawn for the best-of-n control: what is usual where the best of several counts."""
+"""Of the answers drawn for the best-of-n control; usual where the best of several counts."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@
      "controls": {"at_equal_budget": {"oracle", "random", "random_spread", "held_out", "single"},
                   "at_full_budget": {"oracle", "random", "random_spread", "held_out", "single"},
                   "reach_full": {"random", "held_out", "single": share of layers or None},
-                  "best_of_n": {"n", "score", "by_n", "share_of_gain", "oracle_share"} or None},
+                  "best_of_n": {"n", "score", "by_n", "share_of_gain",
+                                "oracle_reaches": {"layers", "share", "score"} or None} or None},
      "metrics": {metric: {"full", "equal_budget", "per_sequence", "best", "best_of_n"}},
      "verdict": [sentence]}
 
@@ -201,11 +202,8 @@ class _Curve:
     def points(self, equal: float) -> list[dict[str, float]]:
         """The curve at even steps, at each level's cost, and where oracle and full are equal."""
         costs = self.table.menu.costs
-        budgets = {
-            *np.linspace(costs[0], costs[-1], POINTS + 1).tolist(),
-            *map(float, costs),
-            equal,
-        }
+        steps = np.linspace(costs[0], costs[-1], POINTS + 1).tolist()
+        budgets = {*steps, *map(float, costs), equal}
         return [
             {"layers": layers, "share": layers / self.table.layers, **self.arms(layers)}
             for layers in sorted(budgets)

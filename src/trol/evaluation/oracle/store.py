@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trol.data.oracle_rows import HEADER, OracleRow, line_of, row_files, rows_of
+from trol.data.oracle_rows import HEADER, OracleRow, line_of, read_header, row_files, rows_of
 from trol.data.writing import whole_file
 from trol.errors import DataError, UsageError
 
@@ -47,11 +47,15 @@ class Store:
         index, shards = shard
         self.path = self.folder / f"rows-{index}-of-{shards}.jsonl"
         _cut_torn_end(self.path)
-        self._keys = {row.key for row in self.rows()}
+        self.look_again()
 
     def rows(self) -> list[OracleRow]:
         """The finished rows of all shards, as they lie in the files."""
         return [row for path in row_files(self.folder) for row in rows_of(path)]
+
+    def look_again(self) -> None:
+        """Takes note of what other shards have finished meanwhile."""
+        self._keys = {row.key for row in self.rows()}
 
     def lacks(self, keys: Sequence[tuple[int, str, int]]) -> bool:
         """Whether some of these rows are not finished."""
@@ -80,14 +84,12 @@ def _agree(path: Path, header: Mapping[str, Any]) -> None:
         with whole_file(path) as file:
             json.dump(wanted, file, indent=2, ensure_ascii=False)
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); name another folder.") from error
+    found = read_header(path.parent)
     differs = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differs:
         told = "; ".join(
-            f"{k}: {_short(found.get(k))}, not {_short(wanted.get(k))}" for k in differs
+            f"{key} {_short(found.get(key))} there, {_short(wanted.get(key))} here"
+            for key in differs
         )
         raise UsageError(
             f"{path.parent} belongs to another oracle ({told}); name another folder with --out, "

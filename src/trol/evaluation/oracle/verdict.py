@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trol.data.oracle_rows import LOWER_IS_BETTER
+from trol.data.oracle_rows import LOWER_IS_BETTER, shown
 
 PAPERS = "23.3 % of 24 layers in arXiv 2410.20022"
 
@@ -19,13 +19,6 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         f"One model, one set of {found['n']} questions, one menu of {len(found['menu'])} levels: "
         "another of each gives other figures.",
     ]
-
-
-def shown(metric: str, value: float) -> str:
-    """A score: points of 100, or nats of loss with their own sign."""
-    if metric in LOWER_IS_BETTER:
-        return f"{-value:.3f} nats".replace("-", "−")
-    return f"{100 * value:.1f}"
 
 
 def _fraction(found: Mapping[str, Any]) -> str:
@@ -75,16 +68,17 @@ def _without_reference(found: Mapping[str, Any]) -> str:
     at_random = shown(metric, equal["random"])
     return (
         f"Without the reference, {_percent(found['equal_budget']['share'])} of the layers give "
-        f"less: {at_random} with the oracle's own levels dealt out at random, "
+        f"{at_random} with the oracle's own levels dealt out at random, "
         f"{shown(metric, equal['held_out'])} with levels by type of question chosen on the other "
-        f"half of the set, {shown(metric, equal['single'])} with the best single level. As good as "
-        f"the full model are: at random {_reached(reach['random'])}, by type "
-        f"{_reached(reach['held_out'])}, a single level {_reached(reach['single'])} of the layers."
+        f"half of the set, {shown(metric, equal['single'])} with the best single level. To be as good "
+        f"as the full model takes {_reached(reach['held_out'])} by type, "
+        f"{_reached(reach['single'])} with a single level, and {_reached(reach['random'])} at "
+        "random."
     )
 
 
 def _reached(share: float | None) -> str:
-    return "none" if share is None else _percent(share)
+    return "more than any budget" if share is None else f"{_percent(share)} of the layers"
 
 
 def _percent(share: float) -> str:

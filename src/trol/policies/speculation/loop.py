@@ -7,11 +7,12 @@ before its drafts in the next round. Rows that are finished know that padding fo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from trol.policies.speculation.passes import Passes, reads_planes, under
 from trol.policies.speculation.refusals import check_cache, check_config
@@ -42,20 +43,30 @@ def decode(
     check_config(generation_config, model_kwargs, logits_processor)
     check_cache(model_kwargs.get("past_key_values"))
     passes = Passes(model, model_kwargs)
-    loop = _Loop(passes, stack, spoken, logits_processor, stopping_criteria, generation_config)
-    loop.streamer = streamer
+    asked = _Asked(logits_processor, stopping_criteria, generation_config, streamer)
+    loop = _Loop(passes, stack, spoken, asked)
     with model._optimize_model_for_decode():
         loop.run(input_ids)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return loop.ids
-    return GenerateDecoderOnlyOutput(
-        sequences=loop.ids,
-        scores=tuple(loop.scores) if generation_config.output_scores else None,
-        logits=tuple(loop.logits) if generation_config.output_logits else None,
-        past_key_values=loop.passes.cache,
-    )
+    asked_for: dict[str, Any] = {
+        "scores": tuple(loop.scores) if generation_config.output_scores else None,
+        "logits": tuple(loop.logits) if generation_config.output_logits else None,
+    }
+    ids: Any = loop.ids
+    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=loop.passes.cache, **asked_for)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `generate` prepares for whoever decodes."""
+
+    processor: Any
+    criteria: Any
+    config: Any
+    streamer: Any
 
 
 class _Loop:
@@ -66,18 +77,11 @@ class _Loop:
     ahead: Tensor
     """Tokens verified behind those, as many of each row as `lead` says. Shape: [B, any]."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        stack: Any,
-        spoken: Speculation,
-        processor: Any,
-        criteria: Any,
-        config: Any,
-    ) -> None:
+    def __init__(self, passes: Passes, stack: Any, spoken: Speculation, asked: _Asked) -> None:
         self.passes, self.stack, self.spoken = passes, stack, spoken
-        self.processor, self.criteria, self.config = processor, criteria, config
-        self.streamer: Any = None
+        self.processor, self.criteria = asked.processor, asked.criteria
+        self.config, self.streamer = asked.config, asked.streamer
+        config, criteria = asked.config, asked.criteria
         self.verdict = sampled if config.do_sample else greedy
         # As transformers' own loop: without an end token, finished rows go on until all are.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -125,7 +129,7 @@ class _Loop:
         room = self.room.drafts(self.ids.shape[1], self.passes.cache, lengths)
         most = min(self.spoken.tokens, room)
         leads = [lead for lead, on in zip(self.lead, self.active, strict=True) if on]
-        least, longest = min(min(leads), most), min(max(leads), most)
+        least, longest = min([*leads, most]), min(max(leads), most)
         known = self._known(most + 1)
         tokens, chances = known.tokens[:, :least], []
         passes = self.passes
@@ -205,7 +209,8 @@ class _Loop:
     def _give(self, tokens: Tensor) -> bool:
         """Gives one token of each row [B]; whether the others of this round must wait."""
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-        scores = tuple(self.scores) if self.config.output_scores else None
+        # As transformers' own loop: criteria see the scores only where they are returned.
+        scores = tuple(self.scores) if self.records and self.config.output_scores else None
         self.unfinished = self.unfinished & ~self.criteria(self.ids, scores)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())

@@ -74,7 +74,8 @@ class Passes:
 
 @contextmanager
 def under(stack: Any, policy: AbstractPolicy) -> Generator[None]:
-    """Puts `policy` in force inside a decoding loop; `trol.depth` without its checks."""
+    """Puts `policy` in force inside a block of `trol.depth.host.decoding`, without its checks."""
+    assert stack.depth_ambiences  # or the stack would not look
     with in_force(stack, replace(ambience_of(stack), policy=policy)):
         yield
 

@@ -70,8 +70,8 @@ def check_config(config: Any, kwargs: dict[str, Any], processors: Any) -> None:
     mode = config.get_generation_mode()
     if mode not in MODES:
         raise UsageError(
-            f"drafts are verified in greedy decoding and sampling, not in {mode.value}; set num_beams=1 "
-            f"and no other strategy, or {ELSEWHERE}."
+            f"drafts are verified in greedy decoding and sampling, not in {mode.value}; set "
+            f"num_beams=1 and no other strategy, or {ELSEWHERE}."
         )
     if not kwargs.get("use_cache"):
         raise UsageError("use_cache=False leaves no keys and values to draft on; set use_cache.")

@@ -1,0 +1,168 @@
+"""`trol curve`: what each way to choose layers keeps of a model's quality, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from trol.cli import terminal
+from trol.cli.provenance import run_record
+from trol.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trol.depth import Scope
+
+EXAMPLES = (
+    "trol curve --tasks boards --methods skip,exit --keep 0.5:1:0.5 --questions 36",
+    "trol curve --tasks boards --methods exit,greedy --keep 0.5 --seeds 2 --questions 18 --json",
+    "trol curve --tasks boards --methods skip --keep 0.5 --scope all --questions 36 --seeds 1",
+)
+SCOPES = ("answer", "all")
+
+
+def curve(
+    model: terminal.Model = terminal.DEFAULT_MODEL,
+    *,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            "--tasks",
+            metavar="NAMES",
+            help="Of docstrings, boards, alpaca:FILE, cnn_dailymail:FILE, samsum:FILE.",
+        ),
+    ] = "docstrings",
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="Of skip, exit, random, middle, influence, greedy, early_exit, controller, "
+            "router, oracle.",
+        ),
+    ] = "skip,exit,random,middle,influence",
+    keep: Annotated[
+        str,
+        typer.Option("--keep", metavar="RANGE", help="Shares of the layers: first:last[:step]."),
+    ] = "0.1:1.0",
+    questions: Annotated[
+        int, typer.Option("--questions", metavar="N", min=1, help="Questions of each seed.")
+    ] = 200,
+    seeds: Annotated[
+        int,
+        typer.Option("--seeds", metavar="N", min=1, help="Samples of questions, random plans."),
+    ] = 3,
+    scope: Annotated[
+        str, typer.Option("--scope", metavar="ROLES", help="Whose tokens skip: answer, all.")
+    ] = "answer",
+    adapters: Annotated[
+        str,
+        typer.Option(
+            "--adapters",
+            metavar="DIRS",
+            help="Trained controllers, routers and exits, with commas between.",
+        ),
+    ] = "",
+    oracle: Annotated[
+        Path | None, typer.Option("--oracle", metavar="DIR", help="What `trol oracle` left.")
+    ] = None,
+    out: terminal.Out = Path("runs/curve"),
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Draw MODEL's quality against layer visits, FLOPs and time, for several methods."""
+    from trol.cli.models import open_model
+    from trol.evaluation.curves import Request, check_methods, shares_of
+    from trol.evaluation.curves import curve as measured
+    from trol.evaluation.tasks import check_tasks
+
+    names, wanted, folders = _listed(tasks), _listed(methods), _listed(adapters)
+    shares = shares_of(keep)
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
+    check_tasks(names)
+    check_methods(wanted, oracle)
+    terminal.no_library_bars()
+    with terminal.noise_to_stderr():
+        opened, processor = open_model(model)
+        request = Request(
+            methods=tuple(wanted),
+            keeps=tuple(shares),
+            questions=questions,
+            seeds=seeds,
+            scope=cast("Scope", scope),
+            adapters=_opened(opened, folders),
+            oracle=oracle,
+        )
+        with _bar() as progress:
+            found = measured(opened, processor, names, request, progress=progress)
+    result = {"model": model, **found, "run": run_record()}
+    page = _write(result, out)
+    terminal.report(result, as_json=as_json, text=lambda: _told(result, page))
+
+
+def _listed(text: str) -> list[str]:
+    """Names with commas between, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _opened(model: Any, folders: Sequence[str]) -> dict[str, Any]:
+    """Each folder's policy on its host: `model` itself, or one that learnt along with it."""
+    from trol.cli.models import open_model
+    from trol.depth import is_attached
+    from trol.evaluation.curves.methods import with_adapter
+    from trol.policies.adapter import CONFIG_NAME, is_trained
+
+    found: dict[str, Any] = {}
+    for folder in folders:
+        if (Path(folder) / CONFIG_NAME).is_file() and not is_trained(Path(folder)):
+            found[folder] = with_adapter(model, folder)
+            continue
+        other, _ = open_model(folder)
+        if not is_attached(other):
+            raise UsageError(
+                f"{folder} of --adapters holds a model without a policy; give a folder that "
+                "trol.save or `trol train` wrote of a controller, a router or an exit."
+            )
+        found[folder] = other
+    return found
+
+
+def _write(result: dict[str, Any], out: Path) -> Path:
+    from trol.analysis import curve_page
+
+    return curve_page.write(result, out)
+
+
+@contextmanager
+def _bar() -> Generator[Callable[[str, int, int], None]]:
+    """A bar on stderr that moves with (what is measured, points measured, points to measure)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("curve")
+        yield lambda what, done, of: bars.update(bar, description=what, completed=done, total=of)
+
+
+def _told(result: dict[str, Any], page: Path) -> str:
+    """Cost and the judging metric of every point, then what the page says in words."""
+    from trol.analysis.curve_words import cell, sentences, settings_told
+
+    parts: list[str] = []
+    for name, task in result["tasks"].items():
+        metric = next(iter(task["metrics"]))
+        rows = [[name, "visits", "FLOPs", "time", metric]]
+        for method, drawn in task["methods"].items():
+            for point in drawn["points"]:
+                costs = (point["visits_share"], point["flops_share"], point["ms_ratio"])
+                label = f"{method} {settings_told(point['settings'])}"
+                scored = cell(point["metrics"].get(metric))
+                rows.append([label, *(cell(cost, percent=True) for cost in costs), scored])
+        parts += [terminal.table(rows), *sentences(result, name)]
+    return "\n".join([*parts, str(page)])

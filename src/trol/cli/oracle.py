@@ -1,0 +1,200 @@
+"""`trol oracle`: how few layers would do, were each sequence's level chosen by its reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trol.cli import terminal
+from trol.cli.plans import read_plan
+from trol.cli.provenance import run_record
+from trol.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from trol.evaluation.oracle import Menu, Questions, Store
+
+EXAMPLES = (
+    "trol oracle runs/decoder --menu uniform:8 --questions 500 --out runs/oracle",
+    "trol oracle runs/decoder --menu 'all,0-5,0-2 9-11' --metric exact --out runs/oracle",
+    "trol oracle runs/decoder --menu exit:8 --shard 0/2 --out runs/oracle --json",
+)
+
+SCOPES = ("answer", "all")
+
+
+def oracle(
+    model: terminal.Model = terminal.DEFAULT_MODEL,
+    *,
+    task: Annotated[
+        str, typer.Option("--task", metavar="NAME", help="The questions.")
+    ] = "docstrings",
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="Default: the task's first.")
+    ] = None,
+    menu: Annotated[
+        str,
+        typer.Option(
+            "--menu", metavar="PLANS", help="Plans with commas between; uniform:8 is eight levels."
+        ),
+    ] = "uniform:8",
+    questions: Annotated[
+        int, typer.Option("--questions", metavar="N", help="Sequences of the set.")
+    ] = 500,
+    split: Annotated[
+        str, typer.Option("--split", metavar="NAME", help="Of the task: train, validation, test.")
+    ] = "test",
+    scope: Annotated[
+        str,
+        typer.Option("--scope", metavar="ROLES", help="Who skips: answer (as the paper), all."),
+    ] = "answer",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=0,
+            help="Answers drawn at full depth as a control. Default: levels - 1.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="Do part I, from 0, of N parts.")
+    ] = "0/1",
+    seed: terminal.Seed = 0,
+    out: terminal.Out = Path("runs/oracle"),
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Find the fewest layers that equal the full model, if chosen by the reference.
+
+    Whatever is finished in DIR is not done again, and may be interrupted at any time.
+    """
+    from trol.cli.models import open_model
+    from trol.evaluation.oracle import Store, check_shard, layers_of, read_menu
+
+    part = check_shard(shard)
+    metric = _checked(task, metric, questions, split, scope)
+    terminal.no_library_bars()
+    with terminal.noise_to_stderr():
+        opened, processor = open_model(model)
+        levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
+        asked = _questions(processor, task, questions, split=split, scope=scope, seed=seed)
+        asked = asked.drawing(len(levels.levels) - 1 if samples is None else samples)
+        header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)
+        store = Store(out, header, part)
+        _answer(opened, processor, asked, levels, store=store, part=part)
+        result = {"model": model, "task": task, "split": split, "scope": scope, "out": str(out)}
+        result |= _solved(asked, levels, store, metric, part)
+        if result["complete"]:
+            result["run"] = run_record(seed)
+            _write(out, result)
+    terminal.report(result, as_json=as_json, text=lambda: _told(result))
+
+
+def _checked(task: str, metric: str | None, questions: int, split: str, scope: str) -> str:
+    """The metric; raises `UsageError` before a model is opened for what no model can do."""
+    from trol.data.pairs import SPLITS
+    from trol.evaluation.metrics import check_metric
+    from trol.evaluation.tasks import task_of
+
+    metric = metric or task_of(task).metrics[0]
+    check_metric(task, metric)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    if scope not in SCOPES:
+        raise unknown("scope of an oracle", scope, SCOPES)
+    if questions < 2:
+        raise UsageError(f"--questions is {questions}; an oracle compares 2 or more sequences.")
+    return metric
+
+
+def _questions(
+    processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
+) -> Questions:
+    from trol.evaluation.oracle import Questions
+    from trol.evaluation.tasks import check_reads, task_of
+
+    found = task_of(task)
+    items = found.items(count, seed, split)
+    if len(items) < 2:
+        raise UsageError(
+            f"the {split} split of {task} has {len(items)} questions, and an oracle compares 2 or "
+            "more; name another split or task."
+        )
+    check_reads(processor, task, items)
+    return Questions(items, found.metrics, found.new_tokens, scope=scope, seed=seed)
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    asked: Questions,
+    levels: Menu,
+    *,
+    store: Store,
+    part: tuple[int, int],
+) -> None:
+    from trol.evaluation.oracle import answer_all
+
+    try:
+        with _bar() as done:
+            answer_all(model, processor, asked, levels, store, shard=part, done=done)
+    except KeyboardInterrupt:
+        terminal.note(
+            f"Stopped. {store.folder} keeps what is finished; the same command goes on from there."
+        )
+        raise
+
+
+def _solved(
+    asked: Questions, levels: Menu, store: Store, metric: str, part: tuple[int, int]
+) -> dict[str, Any]:
+    """The report where all shards are finished, else which are missing."""
+    from trol.data.oracle_rows import unique
+    from trol.evaluation.oracle import report
+
+    store.look_again()
+    missing = asked.missing(levels, store, part[1])
+    if missing:
+        return {"complete": False, "missing": missing, "n": len(asked.items)}
+    found = report(unique(store.rows()), levels, metric, asked.metrics, seed=asked.seed)
+    return {"complete": True, **found}
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    from trol.analysis import oracle_page
+
+    oracle_page.write(result, out)
+
+
+@contextlib.contextmanager
+def _bar() -> Generator[Callable[[int, int], None]]:
+    """A bar on stderr that moves with (answers made, answers to make)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("answers")
+        yield lambda done, of: bars.update(bar, completed=done, total=of)
+
+
+def _told(result: dict[str, Any]) -> str:
+    if not result["complete"]:
+        lacking = ", ".join(f"--shard {one}" for one in result["missing"])
+        return f"This part is finished. Missing: {lacking}; run them with the same settings."
+    rows = [["level", "layers", f"mean {result['metric']}"]]
+    rows += [
+        [level["plan"], str(level["cost"]), f"{level['mean'][result['metric']]:.4f}"]
+        for level in result["menu"]
+    ]
+    page = f"{result['out']}/oracle.html"
+    return "\n".join([terminal.table(rows), "", *result["verdict"], "", page])

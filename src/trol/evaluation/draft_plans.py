@@ -1,0 +1,231 @@
+"""Which plan drafts best for speculation: predicted from agreement and timed passes, then measured.
+
+A draft that agrees with the model at many positions, and costs little, gains most:
+
+    speed-up = tokens per round / (k c + v)
+
+where k tokens are drafted a round, c is a draft's step and v a verifying pass over k + 1 tokens,
+both in steps of the model's own policy (https://arxiv.org/abs/2211.17192, theorem 3.8, where
+tokens per round is (1 - a^(k+1)) / (1 - a) for agreement a; here the rounds are played through).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trol.depth import Plan, Scope, attached
+from trol.depth.call import Decoding
+from trol.depth.host import decoding
+from trol.errors import UsageError
+from trol.evaluation.followed import (
+    MOST_TOKENS,
+    Costs,
+    Followed,
+    Rows,
+    agreement,
+    costs_of,
+    follow,
+    share,
+)
+from trol.evaluation.tasks import Item, batches, prompts
+from trol.evaluation.timing import interleaved, ratio_and_spread
+from trol.policies.plain import Plain
+from trol.policies.speculation import speculate
+from trol.policies.static_plans import kept_count, plan_of, uniform
+
+BATCH = 16
+"""Answers followed at once."""
+
+Progress = Callable[[int, int], None]
+"""(plans measured, plans to measure)."""
+
+
+@dataclass(frozen=True)
+class DraftChoice:
+    """The draft that promises most, and what it promises."""
+
+    plan: Plan
+    tokens: int
+    """Tokens to draft a round."""
+    agreement: float
+    """Share of the model's own greedy tokens that the draft says too, in [0, 1]."""
+    predicted_speedup: float
+    """Tokens per second with this draft, over those without."""
+
+
+def draft_plan(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    keep: float | None = None,
+    *,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    progress: Progress = lambda done, of: None,
+) -> DraftChoice:
+    """The plan and the number of tokens that promise the greatest speed-up on these prompts.
+
+    Early exits, evenly spaced layers, and layers taken away one by one, each time the one that
+    the agreement misses least (as CLaSp, https://arxiv.org/abs/2505.24196, but once for all
+    prompts). Every plan is judged by one pass over the model's own greedy answers.
+
+    Args:
+        model: a model, plain or attached; its own policy is what verifies.
+        processor: what prepares its inputs.
+        items: questions, of a split that the plan is not judged by; references are not read.
+        keep: max(1, round(keep * L)) layers stay; None to choose that number too.
+        new_tokens: longest answer followed.
+        rounds: timed passes of each kind.
+        progress: called after each plan.
+
+    Raises:
+        UsageError: no items, `keep` outside (0, 1], or answers of a single token.
+    """
+    if not items:
+        raise UsageError("a draft is chosen on prompts, but got none; give at least one item.")
+    with torch.no_grad(), decoding(model, lambda _host, kwargs: kwargs, Plain()):
+        host, stack = attached(model)
+        absent = stack.depth_absent(stack.depth_policy_in_force())
+        stays = [layer for layer in range(stack.depth_layers) if layer not in absent]
+        kept = None if keep is None else kept_count(stack.depth_layers, keep)
+        followed = [follow(model, processor, some, new_tokens) for some in batches(items, BATCH)]
+        _check_answers(followed)
+        measured = _measure(stack, followed, stays, kept, progress)
+        costs = costs_of(host, stack, follow(model, processor, items[:1], 1), stays, rounds)
+        return _best(measured, costs, stack.depth_layers)
+
+
+def _best(measured: Mapping[tuple[int, ...], Rows], costs: Costs, count: int) -> DraftChoice:
+    """The candidate and the number of drafts that promise most; `count` is L."""
+    choices = (
+        DraftChoice(plan_of(layers, count), k, share(rows), costs.speedup(rows, len(layers), k))
+        for layers, rows in measured.items()
+        for k in range(1, MOST_TOKENS + 1)
+    )
+    return max(choices, key=lambda choice: choice.predicted_speedup)
+
+
+def draft(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    keep: float,
+    *,
+    scope: Scope = "answer",
+    progress: Progress = lambda done, of: None,
+) -> Plan:
+    """`draft_plan`'s plan for a share of layers; drafts are answers, whatever the scope."""
+    del scope
+    return draft_plan(model, processor, items, keep, progress=progress).plan
+
+
+def measured_speed(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    plan: Plan | str,
+    tokens: int,
+    *,
+    new_tokens: int = 64,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """What a draft really gains: greedy answers to all items in one batch, with it and without.
+
+    Returns:
+        `{"acceptance", "tokens_per_round", "tokens_per_second": {"plain", "speculative"}, "ratio",
+        "spread", "identical"}`; ratio is the median over rounds of plain / speculative seconds.
+
+    Raises:
+        UsageError: the plan does not fit, `tokens` < 1, or no items.
+    """
+    if not items:
+        raise UsageError("speed is measured on prompts, but got none; give at least one item.")
+    inputs = prompts(processor, items).to(model.device)
+    answer = partial(_timed, model, inputs, new_tokens)
+    with speculate(model, plan, tokens=tokens) as spoken:
+        # Both run attached, so that what is compared is the drafts alone.
+        plain_loop = partial(answer, lambda _host, kwargs: kwargs)
+        runs = {"plain": plain_loop, "speculative": partial(answer, None)}
+        made = interleaved(runs, rounds=rounds)
+    times = {name: [seconds for _, seconds in all_of] for name, all_of in made.items()}
+    ratio, spread = ratio_and_spread(times["speculative"], times["plain"])
+    plain, drafted = (made[name][-1][0] for name in ("plain", "speculative"))
+    given = int((plain[:, inputs["input_ids"].shape[1] :] != _padding(model)).sum())
+    return {
+        "acceptance": spoken.acceptance,
+        "tokens_per_round": spoken.tokens_per_round,
+        "tokens_per_second": {name: given / median(taken) for name, taken in times.items()},
+        "ratio": ratio,
+        "spread": spread,
+        "identical": torch.equal(plain, drafted),
+    }
+
+
+def _timed(model: Any, inputs: Any, new_tokens: int, loop: Decoding | None) -> tuple[Tensor, float]:
+    """Greedy ids [B, T + N], and the seconds they took; `loop` in place of what is in force."""
+    began = time.perf_counter()
+    with nullcontext() if loop is None else decoding(model, loop, Plain()):
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return ids, time.perf_counter() - began
+
+
+def _check_answers(followed: Sequence[Followed]) -> None:
+    if not any(bool(one.counted.any()) for one in followed):
+        raise UsageError(
+            "the model answers every prompt with a single token, so there is nothing to draft; "
+            "give prompts with longer answers, or raise new_tokens."
+        )
+
+
+def _measure(
+    stack: Any,
+    followed: Sequence[Followed],
+    stays: Sequence[int],
+    kept: int | None,
+    progress: Progress,
+) -> dict[tuple[int, ...], Rows]:
+    """Layers -> at which tokens they agree, for every candidate."""
+    counts = range(1, len(stays)) if kept is None else (min(kept, len(stays)),)
+    fixed = _fixed(stays, counts)
+    lowest = min(counts, default=1)
+    of, found = len(fixed) + sum(range(lowest + 1, len(stays) + 1)), {}
+
+    def rows_of(layers: tuple[int, ...]) -> Rows:
+        if layers not in found:
+            found[layers] = agreement(stack, followed, layers)
+        progress(min(len(found), of), of)
+        return found[layers]
+
+    for layers in fixed:
+        rows_of(layers)
+    left = tuple(stays)
+    while len(left) > lowest:
+        fewer = [tuple(one for one in left if one != layer) for layer in left]
+        left = max(fewer, key=lambda layers: share(rows_of(layers)))
+    return {layers: rows for layers, rows in found.items() if len(layers) in set(counts)}
+
+
+def _fixed(stays: Sequence[int], counts: Iterable[int]) -> list[tuple[int, ...]]:
+    """Early exits and evenly spaced layers among those that stay."""
+    found = []
+    for count in counts:
+        found.append(tuple(stays[:count]))
+        found.append(tuple(stays[i] for i in uniform(len(stays), count, 0)))
+    return list(dict.fromkeys(found))
+
+
+def _padding(model: Any) -> int:
+    """What fills rows that have ended; -1 where nothing does."""
+    found = model.generation_config.pad_token_id
+    return -1 if found is None else int(found)

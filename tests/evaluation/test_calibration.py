@@ -1,0 +1,228 @@
+"""Calibration: its statistics by hand, its record against running, its choices, its refusals."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from training import standins
+from trol.depth import attach, attached, detach
+from trol.depth.host import gates_of
+from trol.errors import DataError, HostError, UsageError
+from trol.evaluation.calibration import (
+    THRESHOLDS,
+    binomial_tail,
+    calibrate,
+    needed,
+    p_value,
+    with_threshold,
+)
+from trol.evaluation.exit_record import Outcome, counted, recorded, run
+from trol.evaluation.tasks import Item
+from trol.family.loading import load_model
+from trol.policies.exits import EarlyExit
+
+
+def _items(count: int, words: int) -> list[Item]:
+    """Answers of so many words, the same on every call."""
+    source = random.Random(0)
+    return [
+        Item(
+            None,
+            standins.ASKED[place % 4],
+            " ".join(source.choice(standins.ANSWERED) for _ in range(words)),
+            "words",
+        )
+        for place in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    folder = standins.llm(tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+    model, processor = load_model(folder)
+    source = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data = 0.2 * torch.randn(weight.shape, generator=source)
+    return model, processor
+
+
+def test_the_binomial_tail_is_scipy_s() -> None:
+    for n, share in ((1, 0.5), (20, 0.05), (300, 0.1), (2000, 0.02)):
+        for most in (0, 1, n // 20, n // 2, n):
+            expected = stats.binom.cdf(most, n, share)
+            assert binomial_tail(most, n, share) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+
+def test_p_values() -> None:
+    """Without faults quality^n; never smaller with more faults; true hypotheses rarely refuted."""
+    assert p_value(torch.zeros(45), 0.05) == pytest.approx(0.95**45)
+    assert [needed(0.95, 0.9), needed(0.9, 0.9), needed(0.5, 0.5)] == [45, 22, 1]
+    assert p_value(torch.zeros(45), 0.05) <= 0.1 < p_value(torch.zeros(44), 0.05)
+    grown = [p_value(torch.full((60,), share), 0.1) for share in (0.0, 0.02, 0.05, 0.1, 0.3, 1.0)]
+    assert grown == sorted(grown)
+    assert grown[-1] == 1.0
+    source = torch.Generator().manual_seed(0)
+    drawn = torch.rand(400, 150, generator=source)
+    for losses in ((drawn < 0.1).double(), 0.2 * drawn):  # their means are 0.1
+        refuted = sum(p_value(row, 0.1) <= 0.1 for row in losses)
+        assert refuted <= 50  # of 40 on average at most
+
+
+def test_thresholds_are_fixed_and_strict_first() -> None:
+    assert list(THRESHOLDS) == sorted(THRESHOLDS, reverse=True)
+    assert (THRESHOLDS[0], THRESHOLDS[-1]) == (0.999999, 0.0)
+
+
+@pytest.mark.parametrize("measure", ["entropy", "margin", "saturation", "patience"])
+def test_the_record_is_what_happens(llama: tuple, measure: str) -> None:
+    """Exactly, where no token follows one that left; the last word of an answer is not counted."""
+    items, policy = _items(20, words=1), EarlyExit(measure, 1.0)
+    record = recorded(*llama, items, policy)
+    assert record.layers.tolist() == [1, 2, 3, 4]
+    executed = set()
+    for threshold in (0.0, 0.3, 0.6, 0.999999) if measure != "patience" else (1, 2):
+        predicted = record.outcome(threshold)
+        ran = run(*llama, items, with_threshold(policy, threshold))
+        torch.testing.assert_close(predicted.qualities, ran.qualities)
+        torch.testing.assert_close(predicted.shares, ran.shares, rtol=1e-6, atol=1e-6)
+        executed.add(round(ran.executed, 6))
+    assert len(executed) > 1
+
+
+def test_an_outcome_by_hand(llama: tuple) -> None:
+    """Token by token: the first look that is sure, its agreement, means over answers."""
+    items, policy = _items(6, words=4), EarlyExit("margin", 1.0, first=2)
+    record = recorded(*llama, items, policy)
+    found: dict[int, list[tuple[float, float]]] = {}
+    for token, answer in enumerate(record.answer.tolist()):
+        looks = zip(record.confidence[:, token], record.agrees[:, token], (2, 3), strict=True)
+        sure = [(float(agrees), layer / 4) for sure, agrees, layer in looks if sure >= 0.2]
+        found.setdefault(answer, []).append((sure or [(1.0, 1.0)])[0])
+    qualities, shares = (
+        [sum(pair[place] for pair in pairs) / len(pairs) for pairs in found.values()]
+        for place in (0, 1)
+    )
+    outcome = record.outcome(0.2)
+    assert outcome.qualities.tolist() == pytest.approx(qualities)
+    assert outcome.shares.tolist() == pytest.approx(shares)
+    assert outcome.json() == {"quality": outcome.quality, "executed": outcome.executed}
+    chosen = torch.cat([each.flatten() for _, each in counted(*llama, items)])
+    assert chosen.sum() == len(record.answer)
+
+
+def test_the_cheapest_that_keeps_the_quality(llama: tuple) -> None:
+    """It passes its test when run; the next more lenient threshold of the record does not."""
+    items, policy = _items(60, words=3), EarlyExit("margin", 1.0)
+    found = calibrate(*llama, items, policy, quality=0.6, confidence=0.8)
+    assert found.p_value is not None
+    assert found.p_value <= 0.2
+    assert found.ran.quality >= 0.6
+    assert found.ran.executed < 1
+    assert found.policy == with_threshold(policy, found.policy.thresholds[0])
+    record = recorded(*llama, items, policy)
+    place = THRESHOLDS.index(found.policy.thresholds[0])
+    torch.testing.assert_close(
+        found.predicted.qualities, record.outcome(THRESHOLDS[place]).qualities
+    )
+    tested = [p_value(1 - record.outcome(t).qualities, 0.4) <= 0.2 for t in THRESHOLDS]
+    assert all(tested[: place + 1])
+    stricter = calibrate(*llama, items, policy, quality=0.8, confidence=0.8)
+    assert stricter.ran.executed > found.ran.executed
+    told = found.json()
+    assert told["answers"] == 60
+    assert told["policy"]["threshold"] == found.policy.thresholds[0]
+
+
+@pytest.mark.parametrize("cost", [0.5, 0.8, 1.0])
+def test_the_best_within_a_cost(llama: tuple, cost: float) -> None:
+    items, policy = _items(16, words=3), EarlyExit("entropy", 1.0)
+    found = calibrate(*llama, items, policy, cost=cost)
+    assert found.ran.executed <= cost + 1e-9
+    assert found.p_value is None
+    if cost == 1.0:
+        assert found.ran.quality == 1
+
+
+def test_calls_are_counted(llama: tuple) -> None:
+    seen: list[tuple[int, int]] = []
+    calibrate(
+        *llama,
+        _items(20, words=1),
+        EarlyExit("margin", 1.0),
+        cost=1.0,
+        progress=lambda done, of: seen.append((done, of)),
+    )
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where running keeps less than the record promised, a stricter threshold is run."""
+    items, policy, calls = _items(20, words=1), EarlyExit("margin", 1.0), []
+
+    def worse(*given: Any) -> Outcome:
+        calls.append(given[3].thresholds[0])
+        ran = run(*given)
+        return ran if len(calls) > 2 else Outcome(torch.zeros_like(ran.qualities), ran.shares)
+
+    monkeypatch.setattr("trol.evaluation.calibration.run", worse)
+    found = calibrate(*llama, items, policy, quality=0.5, confidence=0.6)
+    assert len(calls) == 3
+    assert calls == sorted(set(calls))
+    assert found.policy.thresholds[0] == calls[-1]
+    calls.clear()
+    monkeypatch.setattr(
+        "trol.evaluation.calibration.run",
+        lambda *given: Outcome(torch.zeros(20, dtype=torch.double), run(*given).shares),
+    )
+    with pytest.raises(HostError, match="when tokens really leave"):
+        calibrate(*llama, items, policy, quality=0.5, confidence=0.6)
+
+
+def test_trained_heads_are_used(llama: tuple) -> None:
+    model, processor = llama
+    items, policy = _items(20, words=1), EarlyExit("margin", 1.0, heads=True)
+    plain = recorded(model, processor, items, EarlyExit("margin", 1.0))
+    attach(model, policy)
+    try:
+        same = recorded(model, processor, items, policy)
+        torch.testing.assert_close(same.confidence, plain.confidence)
+        for gate in gates_of(attached(model)[1]):
+            if gate is not None:
+                torch.nn.init.normal_(gate.weight, std=0.1)
+        other = recorded(model, processor, items, policy)
+        assert (other.confidence - plain.confidence).abs().max() > 0.01
+        ran = run(model, processor, items, with_threshold(policy, 0.1))
+        torch.testing.assert_close(other.outcome(0.1).qualities, ran.qualities)
+    finally:
+        detach(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "either a wanted quality or a wanted cost"),
+        ({"quality": 0.9, "cost": 0.5}, "either"),
+        ({"quality": 1.0}, r"quality is 1.0, but must lie in \(0, 1\)"),
+        ({"quality": 0.9, "confidence": 1.0}, "confidence is 1.0"),
+        ({"cost": 0.0}, "share of the layers"),
+        ({"quality": 0.95}, "8 answers cannot show a quality of 0.95 .*; give 45 or more"),
+        ({"cost": 0.2}, "go through 0.250 of the layers at least"),
+    ],
+)
+def test_wishes_that_cannot_be(llama: tuple, settings: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        calibrate(*llama, _items(8, words=2), EarlyExit("margin", 1.0), **settings)
+
+
+def test_answers_that_say_nothing(llama: tuple) -> None:
+    """Too short to predict anything; a policy whose exits are not in answers alone."""
+    model, processor = llama
+    with pytest.raises(UsageError, match="scope='answer'"):
+        calibrate(model, processor, _items(8, 2), EarlyExit(scope="all"), cost=1.0)
+    items = [Item(None, "say a word.", "", "words")] * 8
+    with pytest.raises(DataError, match="longer answers"):
+        calibrate(model, processor, items, EarlyExit("margin", 1.0), cost=1.0)
