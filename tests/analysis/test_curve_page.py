@@ -113,7 +113,7 @@ def test_it_names_which_method_wins_where() -> None:
 def test_a_lower_loss_wins() -> None:
     found = results(exit=(0.2, 0.2, 0.2), skip=(0.4, 0.4, 0.4))  # loss = 3 - rouge
     assert "everywhere: skip" not in curve_words.winners(task_of(results()), "loss")
-    assert "loss by layer visits: everywhere skip." in curve_words.winners(task_of(found), "loss")
+    assert "loss by layer visits: everywhere: skip." in curve_words.winners(task_of(found), "loss")
 
 
 def test_differences_within_their_interval_are_ties() -> None:
@@ -121,7 +121,7 @@ def test_differences_within_their_interval_are_ties() -> None:
     half = task_of(found)["methods"]["greedy"]["points"]
     for one in half:  # as high in the mean, but other seeds are the good ones
         one["metrics"]["rougeL"]["values"].reverse()
-    assert "everywhere greedy and skip (a tie)" in curve_words.winners(task_of(found), "rougeL")
+    assert "everywhere: greedy and skip (a tie)" in curve_words.winners(task_of(found), "rougeL")
 
 
 def test_a_method_between_its_points_lies_on_their_line() -> None:
@@ -131,7 +131,7 @@ def test_a_method_between_its_points_lies_on_their_line() -> None:
     router["points"][0]["keep"] = None
     task_of(found)["methods"]["router"] = router
     # On the line from 0.3 at 25 % to 0.5 at 100 %: 0.367 at 50 %, 0.433 at 75 %.
-    assert "everywhere router." in curve_words.winners(task_of(found), "rougeL")
+    assert "everywhere: router." in curve_words.winners(task_of(found), "rougeL")
 
 
 def test_a_bound_wins_nothing() -> None:

@@ -48,7 +48,7 @@ def winners(task: Mapping[str, Any], metric: str) -> str:
         (won, [share for share, _ in some])
         for won, some in groupby(found, key=lambda pair: _team(pair[1]))
     ]
-    parts = [f"{_where(groups, number)} {won}" for number, (won, _) in enumerate(groups)]
+    parts = [f"{_where(groups, number)}: {won}" for number, (won, _) in enumerate(groups)]
     if not parts:
         return f"{metric}: no two methods have points at equal layer visits."
     return (

@@ -70,8 +70,8 @@ def _without_reference(found: Mapping[str, Any]) -> str:
         f"Without the reference, {_percent(found['equal_budget']['share'])} of the layers give "
         f"{at_random} with the oracle's own levels dealt out at random, "
         f"{shown(metric, equal['held_out'])} with levels by type of question chosen on the other "
-        f"half of the set, {shown(metric, equal['single'])} with the best single level. To be as good "
-        f"as the full model takes {_reached(reach['held_out'])} by type, "
+        f"half of the set, {shown(metric, equal['single'])} with the best single level. To be as "
+        f"good as the full model takes {_reached(reach['held_out'])} by type, "
         f"{_reached(reach['single'])} with a single level, and {_reached(reach['random'])} at "
         "random."
     )
