@@ -110,3 +110,9 @@ def test_a_loss_is_better_when_lower_and_has_no_outputs_to_choose_among() -> Non
 def test_one_sequence_says_nothing() -> None:
     with pytest.raises(UsageError, match="2 or more"):
         report(rows_of(SCORES[:1], MENU), MENU, "rougeL", ["rougeL"])
+
+
+def test_a_model_that_cannot_do_the_task_gets_no_fraction_in_words() -> None:
+    found = report(rows_of([[0.0] * 3] * 4, MENU), MENU, "rougeL", ["rougeL"])
+    assert "scores nothing by rougeL" in found["verdict"][0]
+    assert "as good" not in found["verdict"][0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from trol.analysis.charts import GREY, PAGE_INK, STYLE, new_axes
 from trol.analysis.curve_words import FULL, percent
@@ -77,6 +78,7 @@ def cosines(task: Mapping[str, Any]) -> Figure | None:
             layers = range(1, len(point["cosines"]) + 1)
             style = {"color": color, "linestyle": line, "linewidth": 1.5, "marker": "."}
             axes[0].plot(layers, point["cosines"], label=f"{method}, {share}", **style)
+        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].set_xlabel("after layer")
         axes[0].set_ylabel("cosine to the full model")
         _legend(figure, axes)
@@ -119,7 +121,7 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
 
 
 def _line(axes: Any, method: str, drawn: Mapping[str, Any], metric: str, key: str) -> None:
-    """Mean by mean cost, with a band of the spread over seeds; the full model as a dot."""
+    """Mean by mean cost, with the spread over seeds; the full model as a dot."""
     points = [p for p in drawn["points"] if p[key] is not None and metric in p["metrics"]]
     if not points:
         return
@@ -131,11 +133,14 @@ def _line(axes: Any, method: str, drawn: Mapping[str, Any], metric: str, key: st
     mark = "" if drawn["bound"] else "."
     style = {"color": color, "linestyle": line, "linewidth": 1.4, "marker": mark, "markersize": 5}
     axes.plot(costs, means, label=method, **style)
-    low, high = (
-        [mean + side * spread for mean, spread in zip(means, spreads, strict=True)]
-        for side in (-1, 1)
-    )
-    axes.fill_between(costs, low, high, color=color, alpha=0.14, linewidth=0)
+    if costs == sorted(costs):
+        low, high = (
+            [mean + side * spread for mean, spread in zip(means, spreads, strict=True)]
+            for side in (-1, 1)
+        )
+        axes.fill_between(costs, low, high, color=color, alpha=0.14, linewidth=0)
+    else:  # a line that turns back would cover its own band
+        axes.errorbar(costs, means, spreads, color=color, fmt="none", alpha=0.5, linewidth=1)
     if points[-1]["settings"] == FULL:
         axes.plot(costs[-1], means[-1], "o", color=PAGE_INK, markersize=4.5, zorder=5)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "trol oracle runs/decoder --menu uniform:8 --questions 500 --out runs/oracle",
-    "trol oracle runs/decoder --menu 'all,0-5,0-2 9-11' --metric exact --out runs/oracle",
+    "trol oracle --task boards --menu 'all,0,1' --questions 100 --out runs/oracle-boards",
     "trol oracle runs/decoder --menu exit:8 --shard 0/2 --out runs/oracle --json",
 )
 
@@ -85,7 +85,13 @@ def oracle(
         header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)
         store = Store(out, header, part)
         _answer(opened, processor, asked, levels, store=store, part=part)
-        result = {"model": model, "task": task, "split": split, "scope": scope, "out": str(out)}
+        result: dict[str, Any] = {
+            "model": model,
+            "task": task,
+            "split": split,
+            "scope": scope,
+            "out": str(out),
+        }
         result |= _solved(asked, levels, store, metric, part)
         if result["complete"]:
             result["run"] = run_record(seed)

@@ -26,8 +26,10 @@ HIDDEN, LAYERS = 512, 12
 PROMPTS = (32, 512)
 BATCHES = (1, 8)
 NEW_TOKENS = 16
-MUST = 1.1
-"""Largest ratio of what is measured to its limit."""
+MUST = {"all": 1.1, "answer": 1.2}
+"""Scope -> largest ratio of what is measured to its limit. FLOPs do not tell that a layer entered
+for its keys makes half of the calls of a visit, each of which takes its time in so small a model.
+"""
 
 
 @torch.no_grad()
@@ -84,4 +86,4 @@ def _row(case: str, times: dict[str, list[Timing]], name: str, phase: str, share
     """`share` of the layers' time beside what is left without layers."""
     bare, none, measured = ([getattr(t, phase) for t in times[n]] for n in ("bare", "none", name))
     limits = [t0 + share * (t - t0) for t0, t in zip(none, bare, strict=True)]
-    return limited_row(case, bare, measured, limits_ms=limits, must=MUST)
+    return limited_row(case, bare, measured, limits_ms=limits, must=MUST[name])

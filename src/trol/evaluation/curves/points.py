@@ -24,11 +24,11 @@ from trol.policies.plain import Plain
 COMPARED = 32
 """Questions whose hidden states are compared with the full model's."""
 
-ROUNDS = 3
+ROUNDS = 5
 """Questions that are answered one by one, for FLOPs and for times."""
 
 FORCED_TOKENS = 16
-"""Tokens of such an answer, or the task's longest where that is shorter."""
+"""Tokens of such an answer, its end put off until there are as many."""
 
 Numbers = dict[str, float | None]
 
@@ -42,15 +42,10 @@ class Sample:
     task: Task
     items: Sequence[Item]
 
-    @property
-    def forced(self) -> int:
-        """Tokens of an answer that is made for its cost, at least two. Unit: tokens."""
-        return max(2, min(FORCED_TOKENS, self.task.new_tokens))
-
     def alone(self) -> list[Any]:
         """Prompts of one question each."""
         some = [
-            fitted(self.model, self.processor, item, max(self.forced, self.task.new_tokens))
+            fitted(self.model, self.processor, item, max(FORCED_TOKENS, self.task.new_tokens))
             for item in self.items[:ROUNDS]
         ]
         return [prompts(self.processor, [item]).to(self.model.device) for item in some]
@@ -128,11 +123,10 @@ def before_end(new: Tensor, model: Any) -> Tensor:
 def _counted(sample: Sample, model: Any) -> Numbers:
     """Visits and FLOPs of answers of one length, one question at a time."""
     visits, flops, prefills = [], [], []
-    length = sample.forced
     for inputs in sample.alone():
         with trace(model) as seen, torch.inference_mode():
-            time_generate(model, inputs, length)
-        steps = length - 1  # the last token is never read
+            time_generate(model, inputs, FORCED_TOKENS)
+        steps = FORCED_TOKENS - 1  # the last token is never read
         visits.append(int(seen.visits[..., -steps:].sum()) / steps)
         prefills.append(seen.flops[0])
         flops += seen.flops[1:]
@@ -157,7 +151,7 @@ def _timed(sample: Sample, model: Any, policy: AbstractPolicy) -> Numbers:
 
         def once() -> Timing:
             with depth(which, followed), torch.inference_mode():
-                return time_generate(which, next(turns), sample.forced)
+                return time_generate(which, next(turns), FORCED_TOKENS)
 
         return once
 

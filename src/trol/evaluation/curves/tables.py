@@ -1,4 +1,28 @@
-"""Curves as one JSON object: every method's points on every task, mean and spread over seeds."""
+"""Curves as one JSON object: every method's points on every task, mean and spread over seeds.
+
+Every *stat* is `{"mean", "spread", "values"}`: over seeds, the spread a sample standard
+deviation or null, the values seed by seed; null where it is not known::
+
+    {"scope", "layers", "questions", "seeds": [int], "keep": [float], "device",
+     "timing": {"batch", "tokens", "rounds"},
+     "tasks": {task: {
+        "n": int, "metrics": {name: {"better": "higher" | "lower"}},   the first judges
+        "methods": {method: {
+            "bound": bool,            drawn by looking at the references
+            "points": [{
+                "keep": float | null,               as asked; null: decided while running
+                "settings": {...},                  plan, plans of the seeds, or adapter
+                "metrics": {name: stat},
+                "visits": stat, "visits_share": stat,          per answer token
+                "flops": stat, "flops_share": stat,            per answer token
+                "prefill_flops": stat, "prefill_flops_share": stat,      per question
+                "ms": stat, "ms_ratio": stat,                  per answer token
+                "prefill_ms": stat, "prefill_ms_ratio": stat,            per question
+                "cosines": [L] | null}]}}}}}        to the full model's x_1 to x_L
+
+Points lie in rising order of `visits_share`; the last one is the full model, but for an
+oracle, whose last point chooses among levels with the full model's budget.
+"""
 
 from __future__ import annotations
 
@@ -55,28 +79,7 @@ def curve(
         progress: called before each point.
 
     Returns:
-        (every *stat* is `{"mean", "spread", "values"}`: over seeds, the spread a sample standard
-        deviation or null, the values seed by seed; null where it is not known)::
-
-            {"scope", "layers", "questions", "seeds": [int], "keep": [float], "device",
-             "timing": {"batch", "tokens", "rounds"},
-             "tasks": {task: {
-                "n": int, "metrics": {name: {"better": "higher" | "lower"}},   the first judges
-                "methods": {method: {
-                    "bound": bool,            drawn by looking at the references
-                    "points": [{
-                        "keep": float | null,               as asked; null: decided while running
-                        "settings": {...},                  plan, plans of the seeds, or adapter
-                        "metrics": {name: stat},
-                        "visits": stat, "visits_share": stat,          per answer token
-                        "flops": stat, "flops_share": stat,            per answer token
-                        "prefill_flops": stat, "prefill_flops_share": stat,      per question
-                        "ms": stat, "ms_ratio": stat,                  per answer token
-                        "prefill_ms": stat, "prefill_ms_ratio": stat,            per question
-                        "cosines": [L] | null}]}}}}}        to the full model's x_1 to x_L
-
-        Points lie in rising order of `visits_share`; the last one is the full model, but for an
-        oracle, whose last point chooses among levels with the full model's budget.
+        What this module's text says.
 
     Raises:
         UsageError: a task, method or share is unknown, or a method lacks what it needs.

@@ -72,6 +72,10 @@ class Questions:
             )
         ]
 
+    def batch(self, model: Any, processor: Any, items: Sequence[Item]) -> Batch:
+        """Some of the questions, ready to be answered at any level."""
+        return Batch(model, processor, items, scope=self.scope, new_tokens=self.new_tokens)
+
     def order(self, shard: tuple[int, int]) -> list[int]:
         """The items of one shard, short questions first, so that batches need little padding."""
         index, shards = shard
@@ -118,13 +122,7 @@ def answer_all(
         for number, sample, level in questions.units(menu):
             if store.lacks(_keys(places, level, sample)):
                 items = [questions.items[place] for place in places]
-                batch = batch or Batch(
-                    model,
-                    processor,
-                    items,
-                    scope=questions.scope,
-                    new_tokens=questions.new_tokens,
-                )
+                batch = batch or questions.batch(model, processor, items)
                 noise = Noise(places, sample, questions.seed) if sample else None
                 given = batch.answers(level.plan, noise)
                 unit = {"given": given, "level": level, "sample": sample}

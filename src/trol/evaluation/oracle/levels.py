@@ -60,7 +60,8 @@ class Batch:
         scope: OracleScope,
         new_tokens: int,
     ) -> None:
-        self.model, self.scope, self.new_tokens = model, scope, new_tokens
+        self.model, self.new_tokens = model, new_tokens
+        self.scope: OracleScope = scope
         self.tokenizer = tokenizer_of(processor)
         fitting = [fitted(model, processor, item, new_tokens) for item in items]
         self.inputs: dict[str, Tensor] = dict(prompts(processor, fitting).to(model.device))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,33 +151,33 @@ def report(
     equal = mine["equal_budget"]["layers"]
     told = _Curve(table, seed)
     curve = told.points(equal)
-    choices = np.bincount(table.choices(equal), minlength=len(menu.levels))
+    mix = np.bincount(table.choices(equal), minlength=len(menu.levels)) / table.n
     result = {
         "metric": metric,
         "n": table.n,
         "layers": menu.layers,
         "types": dict(Counter(table.types)),
-        "menu": [
-            {
-                "plan": level.text,
-                "cost": level.cost,
-                "share": level.cost / menu.layers,
-                "mean": {name: float(one.scores[:, i].mean()) for name, one in tables.items()},
-            }
-            for i, level in enumerate(menu.levels)
-        ],
+        "menu": _levels(menu, tables),
         **{key: mine[key] for key in ("full", "equal_budget", "per_sequence", "best")},
-        "mix": (choices / table.n).tolist(),
+        "mix": mix.tolist(),
         "curve": curve,
-        "controls": {
-            "at_equal_budget": told.arms(equal),
-            "at_full_budget": told.arms(menu.layers),
-            "reach_full": {arm: _reaches(curve, arm, table.full) for arm in ARMS},
-            "best_of_n": _selection(table, mine),
-        },
+        "controls": told.controls(equal, curve, mine),
         "metrics": found,
     }
     return {**result, "verdict": sentences(result)}
+
+
+def _levels(menu: Menu, tables: Mapping[str, Table]) -> list[dict[str, Any]]:
+    """What each level costs and scores in the mean, by every metric."""
+    return [
+        {
+            "plan": level.text,
+            "cost": level.cost,
+            "share": level.cost / menu.layers,
+            "mean": {name: float(one.scores[:, i].mean()) for name, one in tables.items()},
+        }
+        for i, level in enumerate(menu.levels)
+    ]
 
 
 class _Curve:
@@ -197,6 +197,18 @@ class _Curve:
             "random_spread": spread,
             "held_out": self.held_out.score(layers),
             "single": single_level(table.scores, table.menu.costs, layers),
+        }
+
+    def controls(
+        self, equal: float, curve: Sequence[dict[str, float]], mine: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the module's text says of them."""
+        table = self.table
+        return {
+            "at_equal_budget": self.arms(equal),
+            "at_full_budget": self.arms(table.layers),
+            "reach_full": {arm: _reaches(curve, arm, table.full) for arm in ARMS},
+            "best_of_n": _selection(table, mine),
         }
 
     def points(self, equal: float) -> list[dict[str, float]]:

@@ -23,6 +23,11 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 def _fraction(found: Mapping[str, Any]) -> str:
     equal, own, metric = found["equal_budget"], found["per_sequence"], found["metric"]
+    if found["full"] <= 0 and metric not in LOWER_IS_BETTER:
+        return (
+            f"The full model scores nothing by {metric} on this set, so every level equals it and "
+            "the figures below mean nothing; take a model that can do the task."
+        )
     return (
         f"Choosing each sequence's level with the reference at hand, {equal['layers']:.2f} of "
         f"{found['layers']} layers in the mean ({_percent(equal['share'])}) are as good as the "
@@ -51,7 +56,7 @@ def _choosing(found: Mapping[str, Any]) -> str:
     )
     share, reached = outputs["share_of_gain"], outputs["oracle_reaches"]
     if share is None:
-        return told + "So there is no gain in depth to explain."
+        return told + "So the oracle has no gain to explain."
     part = "all" if share >= 1 else _percent(max(share, 0))
     told += f"So choosing among outputs alone gives {part} of the oracle's gain. "
     if reached is None:
