@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+import trol
 from training import standins
 from trol.cli import main
 from trol.data.oracle_rows import read_header, read_rows
+from trol.depth import attached
 from trol.evaluation import tasks
 from trol.evaluation.oracle.levels import Batch
 from trol.evaluation.tasks import Item, Task
@@ -145,3 +147,22 @@ def test_a_folder_of_another_menu_is_refused(
     assert run(llama, *MENU, "--out", tmp_path, "--shard", "0/2") == 0
     assert run(llama, "--menu", "exit:4", "--out", tmp_path, "--shard", "1/2") == 2
     assert "belongs to another oracle" in capsys.readouterr().err
+
+
+def test_a_router_is_trained_on_what_was_found(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "router"
+    assert run(llama, *MENU, "--out", tmp_path / "o", "--router", folder, "--json") == 0
+    told = json.loads(capsys.readouterr().out)["router"]
+    assert json.loads((folder / "router.json").read_text()) == told
+    assert [at["cost"] for at in told["dials"]][-1] == LAYERS  # dial 1: the full model
+    model = trol.load(trol.load_model(llama)[0], folder)
+    policy = attached(model)[1].depth_policy
+    assert [str(plan) for plan in policy.menu][-1] in ("all", "0-3")
+
+
+def test_a_router_is_refused_where_questions_skip(llama: str, tmp_path: Path) -> None:
+    words = (llama, *MENU, "--out", tmp_path / "o", "--router", tmp_path / "r", "--scope", "all")
+    assert run(*words) == 2
+    assert not (tmp_path / "r").exists()

@@ -17,7 +17,9 @@ EXAMPLES = (
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="The suite: overhead, train, skip.")],
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="The suite: overhead, train, skip.")
+    ],
     as_json: terminal.AsJson = False,
 ) -> None:
     """Measure what SUITE promises, beside the bound it must keep."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trol.cli import terminal
+from trol.cli import routing, terminal
 from trol.cli.plans import read_plan
 from trol.cli.provenance import run_record
 from trol.errors import UsageError, unknown
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "trol oracle runs/decoder --menu uniform:8 --questions 500 --out runs/oracle",
     "trol oracle --task boards --menu 'all,0,1' --questions 100 --out runs/oracle-boards",
-    "trol oracle runs/decoder --menu exit:8 --shard 0/2 --out runs/oracle --json",
+    "trol oracle runs/decoder --split train --router runs/router --out runs/oracle-train",
 )
 
 SCOPES = ("answer", "all")
@@ -60,6 +60,13 @@ def oracle(
             help="Answers drawn at full depth as a control. Default: levels - 1.",
         ),
     ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option("--router", metavar="FOLDER", help="Train a router on what was found."),
+    ] = None,
+    after: Annotated[
+        int, typer.Option("--after", metavar="K", min=0, help="Layers before the router chooses.")
+    ] = 1,
     shard: Annotated[
         str, typer.Option("--shard", metavar="I/N", help="Do part I, from 0, of N parts.")
     ] = "0/1",
@@ -67,7 +74,7 @@ def oracle(
     out: terminal.Out = Path("runs/oracle"),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Find the fewest layers that equal the full model, if chosen by the reference.
+    """Find the fewest layers that do, if chosen by the references.
 
     Whatever is finished in DIR is not done again, and may be interrupted at any time.
     """
@@ -76,6 +83,8 @@ def oracle(
 
     part = check_shard(shard)
     metric = _checked(task, metric, questions, split, scope)
+    if router is not None:
+        routing.check(router, scope)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
@@ -96,6 +105,10 @@ def oracle(
         if result["complete"]:
             result["run"] = run_record(seed)
             _write(out, result)
+            if router is not None:
+                result["router"] = routing.train(
+                    opened, processor, out, router, metric=metric, after=after, seed=seed
+                )
     terminal.report(result, as_json=as_json, text=lambda: _told(result))
 
 
@@ -202,5 +215,7 @@ def _told(result: dict[str, Any]) -> str:
         [level["plan"], str(level["cost"]), f"{level['mean'][result['metric']]:.4f}"]
         for level in result["menu"]
     ]
-    page = f"{result['out']}/oracle.html"
-    return "\n".join([terminal.table(rows), "", *result["verdict"], "", page])
+    lines = [terminal.table(rows), "", *result["verdict"], "", f"{result['out']}/oracle.html"]
+    if "router" in result:
+        lines += ["", routing.told(result["router"], result["metric"])]
+    return "\n".join(lines)

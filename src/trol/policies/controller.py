@@ -42,7 +42,7 @@ class Decider(nn.Module):
     def __init__(self, width: int, hidden_layers: int, initial: float | None) -> None:
         super().__init__()
         inner = [max(2, width // SHRINK**depth) for depth in range(1, hidden_layers + 1)]
-        # One by one and not in a list: transformers gives first values to what a module owns itself.
+        # One by one, not in a list: transformers gives first values to what a module owns.
         for number, (wide, narrow) in enumerate(pairwise((width, *inner, 2))):
             self.register_parameter(f"weight_{number}", nn.Parameter(torch.empty(narrow, wide)))
             self.register_parameter(f"bias_{number}", nn.Parameter(torch.empty(narrow)))
