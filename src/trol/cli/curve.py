@@ -74,7 +74,7 @@ def curve(
     out: terminal.Out = Path("runs/curve"),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Draw MODEL's quality against layer visits, FLOPs and time.
+    """Draw MODEL's quality against layer visits, FLOPs and time."""
     from trol.cli.models import open_model
     from trol.evaluation.curves import Request, check_methods, shares_of
     from trol.evaluation.curves import curve as measured
