@@ -99,6 +99,7 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
     made: list[dict[str, str]] = []
     for number, sample in enumerate(sample_questions(9)[::4][:MAPS]):
         conversation = Conversation(model, processor, max_new_tokens=8)
+        assert sample.picture is not None  # boards are pictures
         conversation.pictures.append(sample.picture)
         depth_map, found = trace_question(conversation, sample.question)
         name = f"map-{number}.png"

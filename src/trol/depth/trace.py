@@ -160,8 +160,9 @@ class Recorder:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -tokens:].bool().cpu()
         self.trace._real.append(real)
-        sizes = {"rows": rows, "tokens": tokens, "past": start, "images": images}
-        layers = self.trace._stack_cost.layer_flops(self._runs, keys=self._keys, **sizes)
+        layers = self.trace._stack_cost.layer_flops(
+            self._runs, keys=self._keys, rows=rows, tokens=tokens, past=start, images=images
+        )
         self.trace._flops.append(None if layers is None else layers + self._looks)
 
 

@@ -87,7 +87,7 @@ def _open(source: str, bits: int | None, settings: dict[str, Any]) -> tuple[Any,
         auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
         model = auto.from_pretrained(source, **settings)
     reader = AutoProcessor if type(model.config) in _SEEING else AutoTokenizer
-    return model, reader.from_pretrained(source)
+    return model, reader.from_pretrained(source, config=model.config)
 
 
 _SEEING = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
