@@ -12,6 +12,7 @@ controllers that read hidden states with those that read nothing; and the oracle
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
@@ -99,13 +100,14 @@ def controllers(seed: int, folder: Path) -> dict[str, Any]:
 def oracle_of(seed: int, folder: Path) -> dict[str, Any]:
     """Experiment 3: the oracle's report, by the command."""
     out = folder / f"oracle-{seed}"
-    oracle(
-        str(folder / f"full-{seed}"),
-        task=TASK,
-        menu=f"uniform:{MENU}",
-        questions=QUESTIONS,
-        out=out,
-    )
+    with contextlib.redirect_stdout(sys.stderr):
+        oracle(
+            str(folder / f"full-{seed}"),
+            task=TASK,
+            menu=f"uniform:{MENU}",
+            questions=QUESTIONS,
+            out=out,
+        )
     found = json.loads((out / "oracle.json").read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if key != "curve"}
 

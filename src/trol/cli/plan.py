@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from trol.cli import terminal
 from trol.cli.plans import check_file, write_plan
 from trol.cli.provenance import run_record
-from trol.errors import unknown
+from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,9 @@ EXAMPLES = (
     "trol plan --method greedy --keep 0.5 --task boards --questions 36 --out runs/greedy.json",
     "trol plan --method influence --keep 0.75 --task boards --questions 36 --json",
 )
+
+TIMED = 8
+"""Questions that a draft is timed on."""
 
 
 def plan(
@@ -39,8 +43,11 @@ def plan(
         ),
     ] = "uniform",
     keep: Annotated[
-        float, typer.Option("--keep", metavar="SHARE", help="Share of the layers that stay.")
-    ],
+        float | None,
+        typer.Option(
+            "--keep", metavar="SHARE", help="Share of the layers that stay; draft needs none."
+        ),
+    ] = None,
     task: Annotated[
         str, typer.Option("--task", metavar="NAME", help="Questions to measure on.")
     ] = "docstrings",
@@ -60,7 +67,7 @@ def plan(
     """Choose the layers that MODEL keeps at a share of its depth."""
     check_file(out)
     _check(method, keep, scope)
-    measured_on = {"task": task, "questions": questions, "scope": scope}
+    measured_on: dict[str, Any] = {"task": task, "questions": questions, "scope": scope}
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         made, layers = _made(model, method, keep, seed, measured_on)
@@ -69,33 +76,54 @@ def plan(
     terminal.report(
         {**found, "file": str(out)},
         as_json=as_json,
-        text=lambda: f"{made}\n{sum(found['visits'])} of {layers} layers, written to {out}",
+        text=lambda: _told(found, layers, out),
     )
 
 
 def _made(
-    model: str, method: str, keep: float, seed: int, measured_on: dict[str, Any]
+    model: str, method: str, keep: float | None, seed: int, measured_on: dict[str, Any]
 ) -> tuple[Plan, int]:
     """The plan, and how many layers the model has; leaves in `measured_on` what was used of it."""
     from trol.cli.models import open_model
     from trol.depth.families import find_decoder, layer_list
     from trol.evaluation.chosen_plans import chosen_plan
+    from trol.evaluation.draft_plans import draft_plan, measured_speed
     from trol.policies.static_plans import STATIC, static_plan
 
     opened, processor = open_model(model)
     layers = len(layer_list(find_decoder(opened)) or ())
     if method in STATIC:
         measured_on.clear()
-        return static_plan(method, layers, keep, seed), layers
+        return static_plan(method, layers, cast(float, keep), seed), layers
     scope, task = measured_on["scope"], measured_on["task"]
     items = _items(task, measured_on["questions"], seed, processor)
     measured_on["questions"] = len(items)
     with _bar(method) as progress:
-        made = chosen_plan(method, opened, processor, items, keep, scope=scope, progress=progress)
+        if method == "draft":
+            chosen = draft_plan(opened, processor, items, keep, progress=progress)
+            speed = measured_speed(opened, processor, items[:TIMED], chosen.plan, chosen.tokens)
+            measured_on["draft"] = {**asdict(chosen), "plan": str(chosen.plan), "measured": speed}
+            return chosen.plan, layers
+        share = cast(float, keep)
+        made = chosen_plan(method, opened, processor, items, share, scope=scope, progress=progress)
     return made, layers
 
 
-def _check(method: str, keep: float, scope: str) -> None:
+def _told(found: dict[str, Any], layers: int, out: Path) -> str:
+    lines = [found["plan"], f"{sum(found['visits'])} of {layers} layers, written to {out}"]
+    if draft := found.get("draft"):
+        speed = draft["measured"]
+        lines.append(
+            f"drafting {draft['tokens']} tokens a round, it says {draft['agreement']:.0%} of the "
+            f"model's own tokens: {speed['ratio']:.2f} ± {speed['spread']:.2f} times as fast as "
+            f"without, one question at a time (predicted {draft['predicted_speedup']:.2f})"
+        )
+        if speed["ratio"] <= 1:
+            lines.append("No draft of this model saves time here; decode without.")
+    return "\n".join(lines)
+
+
+def _check(method: str, keep: float | None, scope: str) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
     from trol.depth.roles import check_scope
     from trol.evaluation.chosen_plans import CHOSEN
@@ -103,7 +131,12 @@ def _check(method: str, keep: float, scope: str) -> None:
 
     if method not in STATIC and method not in CHOSEN:
         raise unknown("method", method, [*STATIC, *CHOSEN])
-    kept_count(1, keep)
+    if keep is not None:
+        kept_count(1, keep)
+    elif method != "draft":
+        raise UsageError(
+            f"no share of layers given; add one, such as --method {method} --keep 0.5."
+        )
     check_scope(scope)
 
 

@@ -137,8 +137,11 @@ def measured_speed(
     *,
     new_tokens: int = 64,
     rounds: int = 5,
+    batch: int = 1,
 ) -> dict[str, Any]:
-    """What a draft really gains: greedy answers to all items in one batch, with it and without.
+    """What a draft really gains: greedy answers to all items, with it and without, in turn.
+
+    `batch` items are answered at once.
 
     Returns:
         `{"acceptance", "tokens_per_round", "tokens_per_second": {"plain", "speculative"}, "ratio",
@@ -149,8 +152,8 @@ def measured_speed(
     """
     if not items:
         raise UsageError("speed is measured on prompts, but got none; give at least one item.")
-    inputs = prompts(processor, items).to(model.device)
-    answer = partial(_timed, model, inputs, new_tokens)
+    asked = [prompts(processor, some).to(model.device) for some in batches(items, batch)]
+    answer = partial(_timed, model, asked, new_tokens)
     with speculate(model, plan, tokens=tokens) as spoken:
         # Both run attached, so that what is compared is the drafts alone.
         plain_loop = partial(answer, lambda _host, kwargs: kwargs)
@@ -159,25 +162,30 @@ def measured_speed(
     times = {name: [seconds for _, seconds in all_of] for name, all_of in made.items()}
     ratio, spread = ratio_and_spread(times["speculative"], times["plain"])
     plain, drafted = (made[name][-1][0] for name in ("plain", "speculative"))
-    given = int((plain[:, inputs["input_ids"].shape[1] :] != _padding(model)).sum())
+    given = sum(int((new != _padding(model)).sum()) for new in plain)
     return {
         "acceptance": spoken.acceptance,
         "tokens_per_round": spoken.tokens_per_round,
         "tokens_per_second": {name: given / median(taken) for name, taken in times.items()},
         "ratio": ratio,
         "spread": spread,
-        "identical": torch.equal(plain, drafted),
+        "identical": all(map(torch.equal, plain, drafted)),
     }
 
 
-def _timed(model: Any, inputs: Any, new_tokens: int, loop: Decoding | None) -> tuple[Tensor, float]:
-    """Greedy ids [B, T + N], and the seconds they took; `loop` in place of what is in force."""
+def _timed(
+    model: Any, asked: Sequence[Any], new_tokens: int, loop: Decoding | None
+) -> tuple[list[Tensor], float]:
+    """Greedy new ids [B, N] of each batch, and the seconds; `loop` in place of what is in force."""
     began = time.perf_counter()
+    made: list[Tensor] = []
     with nullcontext() if loop is None else decoding(model, loop, Plain()):
-        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    if ids.is_cuda:
+        for inputs in asked:
+            ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+            made.append(ids[:, inputs["input_ids"].shape[1] :])
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return ids, time.perf_counter() - began
+    return made, time.perf_counter() - began
 
 
 def _check_answers(followed: Sequence[Followed]) -> None:

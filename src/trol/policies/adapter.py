@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +16,7 @@ from trol.depth.families import find_decoder
 from trol.depth.host import gates_of
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import AdapterError
+from trol.policies.digests import host_digest
 
 CONFIG_NAME = "depth_config.json"
 WEIGHTS_NAME = "depth.safetensors"
@@ -24,26 +24,6 @@ PARTS_NAME = "parts.safetensors"
 """What lies beside an adapter where training changed parts of its host as well."""
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_NOT_THE_HOST = {
-    "quantization_config",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "architectures",
-    "_attn_implementation",
-    "attn_implementation",
-}
-"""Configuration entries that do not change what the layers compute."""
-
-
-def host_digest(decoder: Any) -> str:
-    """Sixteen hexadecimal digits that name a decoder's configuration."""
-    config = {k: v for k, v in decoder.config.to_dict().items() if k not in _NOT_THE_HOST}
-    text = json.dumps(config, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def is_trained(folder: Path) -> bool:

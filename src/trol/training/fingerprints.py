@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from trol.data.mixture import Mixture
+from trol.policies.digests import numbers_digest, text_digest
 from trol.training.recipe import Recipe
 
 LOOKED_AT = 64
-"""Rows whose content is looked at, from the first to the last; and numbers of a parameter."""
+"""Rows whose content is looked at, from the first to the last."""
 
 READ_WHOLE = 1 << 28
 """Bytes of files that are read to tell whether data have changed."""
@@ -33,17 +34,7 @@ def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> st
     places = np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).round().astype(int)
     batch = collate([rows[int(place)] for place in places])
     parts = [str(len(rows)), *(f"{key}{_numbers(batch[key])}" for key in sorted(batch))]
-    return _digest("\n".join([*parts, *_files(getattr(rows, "mixture", None))]))
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Of a model: names and shapes of its parameters, and some numbers of each."""
-    parts = []
-    for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // LOOKED_AT)
-        some = parameter.detach().flatten()[::step]
-        parts.append(f"{name} {tuple(parameter.shape)} {_numbers(some)}")
-    return _digest("\n".join(parts))
+    return text_digest("\n".join([*parts, *_files(getattr(rows, "mixture", None))]))
 
 
 def differences(before: str, now: Recipe) -> list[str]:
@@ -81,11 +72,4 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> str:
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return f"{tuple(value.shape)}{hashlib.sha256(raw).hexdigest()}"
-    return repr(value)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return numbers_digest(value) if isinstance(value, Tensor) else repr(value)

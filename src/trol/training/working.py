@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from trol.errors import TrainingError, UsageError
+from trol.policies.digests import weights_digest
 from trol.training import processes
-from trol.training.fingerprints import differences, model_fingerprint
+from trol.training.fingerprints import differences
 from trol.training.random_state import random_state, set_random_state
 from trol.training.recipe import Recipe
 from trol.training.whole import whole_folder, write_whole
@@ -74,7 +75,7 @@ class WorkingFolder:
 
     def begin(self, recipe: Recipe, begun: dict[str, Any], model: nn.Module) -> None:
         """Notes what the run begins with, or checks that the model is still the same."""
-        mark = model_fingerprint(model)
+        mark = weights_digest(model)
         processes.wait()  # until all have looked whether there is a run
         if self.is_begun:
             if self._begun()["model"] != mark:

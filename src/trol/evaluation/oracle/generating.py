@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from trol.data.oracle_rows import OracleRow
 from trol.depth import attached, depth, is_attached
@@ -18,13 +15,11 @@ from trol.evaluation.oracle.levels import TEMPERATURE, Batch, Given, Noise, Orac
 from trol.evaluation.oracle.menu import Level, Menu
 from trol.evaluation.oracle.store import Store
 from trol.evaluation.tasks import Item
+from trol.policies.digests import text_digest, weights_digest
 from trol.policies.planned import Planned
 
 BATCH = 64
 """Questions answered at once."""
-
-LOOKED_AT = 64
-"""Numbers of each parameter that a model is known by."""
 
 Key = tuple[int, str, int]
 
@@ -47,7 +42,7 @@ class Questions:
             **names,
             "weights": weights_digest(model),
             "questions": len(self.items),
-            "set": _digest("\n".join(repr((i.question, i.answer, i.type)) for i in self.items)),
+            "set": text_digest("\n".join(repr((i.question, i.answer, i.type)) for i in self.items)),
             "menu": [level.text for level in menu.levels],
             "metrics": list(self.metrics),
             "new_tokens": self.new_tokens,
@@ -148,17 +143,6 @@ def check_shard(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def weights_digest(model: Any) -> str:
-    """What a model is known by: names and shapes of its parameters, and some numbers of each."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // LOOKED_AT)
-        some = parameter.detach().flatten()[::step].cpu().contiguous()
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        found.update(some.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
-
-
 def _scores(
     model: Any,
     processor: Any,
@@ -211,7 +195,3 @@ def _rows(
 
 def _keys(places: Sequence[int], level: Level, sample: int) -> list[Key]:
     return [(place, level.text, sample) for place in places]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
