@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
+from trol.analysis.files import write_json
 from trol.cli.models import open_model
 from trol.cli.oracle import oracle
 from trol.cli.provenance import run_record
 from trol.depth import AbstractPolicy, attached, depth
+from trol.depth.host import gates_of
 from trol.evaluation.curves.points import Sample, generated
 from trol.evaluation.hidden_states import state_cosines
 from trol.evaluation.metrics import losses, scores
@@ -89,11 +91,21 @@ def skip_against_exit(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def controllers(seed: int, folder: Path) -> dict[str, Any]:
-    """Experiment 2: what controllers per token reach, reading hidden states or nothing."""
+    """Experiment 2: what controllers per token reach, reading hidden states or nothing.
+
+    Each is measured taking the likelier choice, and drawing it as in training, which is what the
+    authors' code does and where both arms cost what they were trained to.
+    """
     found = {}
     for name in CONTROLLED:
         model, tokenizer = open_model(trained(name, seed, folder, folder / f"full-{seed}"))
-        found[name] = measured(model, tokenizer, attached(model)[1].depth_policy)
+        stack = attached(model)[1]
+        found[name] = measured(model, tokenizer, stack.depth_policy)
+        for decider in gates_of(stack):
+            if decider is not None:
+                decider.train()
+        torch.manual_seed(seed)
+        found[f"{name} drawn"] = measured(model, tokenizer, stack.depth_policy)
     return found
 
 
@@ -110,6 +122,20 @@ def oracle_of(seed: int, folder: Path) -> dict[str, Any]:
         )
     found = json.loads((out / "oracle.json").read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if key != "curve"}
+
+
+def of_seed(seed: int, folder: Path) -> dict[str, Any]:
+    """All of one seed, as it was found before where it was."""
+    kept = folder / f"found-{seed}.json"
+    if not kept.is_file():
+        trained("full", seed, folder)
+        found = {
+            "skip_against_exit": skip_against_exit(seed, folder),
+            "controllers": controllers(seed, folder),
+            "oracle": oracle_of(seed, folder),
+        }
+        write_json(kept, found)
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -132,14 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    seeds: dict[int, dict[str, Any]] = {}
-    for seed in given.seeds:
-        trained("full", seed, given.folder)
-        seeds[seed] = {
-            "skip_against_exit": skip_against_exit(seed, given.folder),
-            "controllers": controllers(seed, given.folder),
-            "oracle": oracle_of(seed, given.folder),
-        }
+    seeds = {seed: of_seed(seed, given.folder) for seed in given.seeds}
     means = {
         part: summary([found[part] for found in seeds.values()])
         for part in ("skip_against_exit", "controllers")
