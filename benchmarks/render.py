@@ -24,7 +24,12 @@ prompt of 300); their bounds are what the official code takes of its own single 
 times are shares that must be 1.""",
     "train": """One loss and its gradients with a second visit for all tokens, to the same
 without, on the same Llama.""",
+    "skip": """A Llama of hidden size 512 and 12 layers of which a plan keeps six. The bare time
+is the model's without layers and half of what its layers take (for `answer`: and the keys and
+values that skipping tokens leave); the ratio is to that.""",
 }
+
+FIGURES = ("rougeL", "loss", "visits")
 
 
 def main() -> None:
@@ -106,6 +111,47 @@ than the smaller weights save at this size."""
     return f"{told}\n\n{_table(heads, rows)}"
 
 
+def _speculation(_: str, found: dict[str, Any]) -> str:
+    rows = []
+    for row in found["rows"]:
+        for name in ("batch 1", "batch 8"):
+            speed = row[name]
+            rows.append(
+                [
+                    row["model"],
+                    f"`{row['plan']}`, {row['tokens']} tokens",
+                    name.removeprefix("batch "),
+                    f"{speed['acceptance']:.2f}",
+                    f"{speed['tokens_per_round']:.2f}",
+                    f"{speed['tokens_per_second']['plain']:.0f}",
+                    f"{speed['tokens_per_second']['speculative']:.0f}",
+                    f"{speed['ratio']:.2f} ± {speed['spread']:.2f}",
+                    "yes" if speed["identical"] else "NO",
+                ]
+            )
+    heads = ["model", "draft", "batch", "accepted", "tokens a round", "plain tokens/s"]
+    heads += ["drafted tokens/s", "speed-up", "identical"]
+    told = """The draft that `trol plan --method draft` finds on 32 validation questions, measured
+on 200 test questions about docstrings: decoders of 12 layers and hidden size 64, one thread."""
+    return f"{told}\n\n{_table(heads, rows)}"
+
+
+def _selection(_: str, found: dict[str, Any]) -> str:
+    rows = []
+    for part in ("skip_against_exit", "controllers"):
+        for arm, figures in found["summary"][part].items():
+            told = [f"{figures[name]['mean']:.3f} ± {figures[name]['sd']:.3f}" for name in FIGURES]
+            rows.append([arm, *told])
+    heads = ["answers keep", "ROUGE-L", "loss", "layers visited"]
+    seeds = [found["seeds"][seed]["oracle"] for seed in found["seeds"]]
+    shares = ", ".join(f"{one['equal_budget']['share']:.1%}" for one in seeds)
+    told = f"""Decoders of 12 layers trained on the docstring set (`recipes/glavas-tiny-*.yaml`),
+500 test questions, mean and sample standard deviation over {len(seeds)} seeds; `tuned` and the
+controllers were trained on from each seed's full model. The oracle equals the full model at
+{shares} of the layers (seed by seed); LAB.md has its controls."""
+    return f"{told}\n\n{_table(heads, rows)}"
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
@@ -120,6 +166,9 @@ SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "train": _suite,
     "published": _published,
     "quantised_training": _quantised,
+    "skip": _suite,
+    "speculation": _speculation,
+    "depth_selection": _selection,
 }
 """File in benchmarks/results -> what makes its section."""
 

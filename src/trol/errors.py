@@ -30,6 +30,13 @@ class AdapterError(TrolError):
     """A saved depth adapter does not belong to the host it is loaded onto, or is damaged."""
 
 
+def unwritable(folder: object, error: OSError) -> UsageError:
+    """The error for a folder that takes no files, or is not there and cannot be made."""
+    return UsageError(
+        f"cannot write into '{folder}': {error.strerror}; name a folder that can be made."
+    )
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that is not registered: "did you mean", then all that exist."""
     names = sorted(known)

@@ -145,6 +145,23 @@ def test_a_bound_wins_nothing() -> None:
     assert "oracle" not in " ".join(curve_words.sentences(found, "alpaca:a/b.json"))
     page = curve_page.render(found)
     assert "a bound, no method" in page
+    assert "oracle (sees the references)</td>" in page
+    assert "exit</td>" in page
+
+
+def test_an_oracle_of_other_questions_is_told() -> None:
+    found = results()
+    oracle = copy.deepcopy(task_of(found)["methods"]["exit"]) | {"bound": True}
+    here = {"n": 9, "split": "test", "metric": "rougeL", "seed": 0, "full": 0.5, "full_here": 0.5}
+    task_of(found)["methods"]["oracle"] = {**oracle, "made_on": here}
+    assert curve_words.other_questions(task_of(found)) == []
+    for change in ({"n": 500}, {"split": "train"}, {"full": 0.18}):
+        on = {**here, **change}
+        task_of(found)["methods"]["oracle"] = {**oracle, "made_on": on}
+        told = curve_words.sentences(found, "alpaca:a/b.json")[-1]
+        assert f"made on {on['n']} questions of the {on['split']} split" in told
+        assert f"scores rougeL {on['full']:.3f} (0.500 here, 9 questions" in told
+        assert told in curve_page.render(found)
 
 
 def test_one_seed_names_no_winner() -> None:

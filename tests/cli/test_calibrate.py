@@ -69,6 +69,10 @@ def test_an_adapter_is_written(
     assert told["run"]["command"]
 
 
+def told_share(out: Path) -> float:
+    return json.loads((out / "calibration.json").read_text())["flops_share"]
+
+
 def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "adapter"
     assert run("calibrate", llama, "--cost", 1.0, "--questions", 8, "--out", out) == 0
@@ -76,6 +80,10 @@ def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "100.0 % of the tokens agree" in text
     assert f"Written to {out}; trol.load(model, {str(out)!r}) attaches it." in text
     assert "p =" not in text
+    assert "% of the FLOPs per answer token, looks included; 100.0 % of the tokens" in text
+    assert told_share(out) > 1  # no token leaves, and the looks come on top
+    assert "save nothing on this model" in text
+    assert "(--every K)" in text
 
 
 def test_trained_heads_stay(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,3 +125,25 @@ def test_bad_usage(
     assert run("calibrate", llama, *words, "--out", tmp_path / "out") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_refused_first(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("calibrate", "absent/model", "--cost", 0.9, "--out")
+    assert run(*words, llama) == 2
+    assert "config.json" in (said := capsys.readouterr().err)
+    assert "name a folder that is new or empty" in said
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, file / "below", "/proc/nope"):
+        assert run(*words, place) == 2
+        assert f"cannot write into '{place}'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_adapter_is_written_over(llama: str, tmp_path: Path) -> None:
+    for cost in (1.0, 0.9):
+        words = ("--cost", cost, "--questions", 8, "--out", tmp_path / "adapter")
+        assert run("calibrate", llama, *words) == 0
+    assert json.loads((tmp_path / "adapter" / "calibration.json").read_text())["cost"] == 0.9

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from trol.cli import main
+from trol.cli.plans import write_plan
+from trol.depth import Plan
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
@@ -43,6 +45,19 @@ def test_map_of_a_plan(board: str, tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(capsys.readouterr().out)
     assert found["gate_per_layer"] == [1, 1, 0, 0]
     assert [layer[0] for layer in found["image"]["visits"]] == [2, 2, 1, 1]
+
+
+def test_a_plan_file_is_a_depth(
+    board: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "map"
+    write_plan(plan, Plan("0-1:2 2"), 4, {"method": "by hand"})
+    assert run(board, out, "--depth", str(plan)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [layer[0] for layer in found["image"]["visits"]] == [2, 2, 1, 0]
+    assert found["depth"] == "0-1:2 2"
+    assert run(board, out, "--depth", str(tmp_path / "absent.json")) == 2
+    assert "there is no plan file" in capsys.readouterr().err
 
 
 def test_a_bad_picture_leaves_nothing(tmp_path: Path) -> None:

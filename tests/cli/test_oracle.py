@@ -8,7 +8,7 @@ import pytest
 
 import trol
 from training import standins
-from trol.cli import main
+from trol.cli import main, routing
 from trol.data.oracle_rows import read_header, read_rows
 from trol.depth import attached
 from trol.evaluation import tasks
@@ -155,6 +155,12 @@ def test_a_router_is_trained_on_what_was_found(
     folder = tmp_path / "router"
     assert run(llama, *MENU, "--out", tmp_path / "o", "--router", folder, "--json") == 0
     told = json.loads(capsys.readouterr().out)["router"]
+    assert told["questions"] < 30
+    words = routing.told(told, told["metric"])
+    assert "Fewer than 30 questions: these figures say little" in words
+    assert f"Learnt from the {told['split']} split of {told['task']}: measure it on" in words
+    assert told["split"] == "test"
+    assert "say little" not in routing.told({**told, "questions": 30}, told["metric"])
     assert json.loads((folder / "router.json").read_text()) == told
     assert [at["cost"] for at in told["dials"]][-1] == LAYERS  # dial 1: the full model
     model = trol.load(trol.load_model(llama)[0], folder)
@@ -166,3 +172,23 @@ def test_a_router_is_refused_where_questions_skip(llama: str, tmp_path: Path) ->
     words = (llama, *MENU, "--out", tmp_path / "o", "--router", tmp_path / "r", "--scope", "all")
     assert run(*words) == 2
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--after", 4), "after is 4, but this stack has 4 layers"),
+        (("--after", 2), "does not visit each of the layers 0-1 once"),
+        (("--menu", "0,all,0 1-3:2"), "'all', which comes last"),
+        (("--router", "{out}"), "give the router its own folder"),
+        (("--router", "{model}"), "which is no adapter of this command"),
+    ],
+)
+def test_a_router_that_cannot_be_is_refused_before_any_answer(
+    llama: str, tmp_path: Path, words: tuple, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    given = [str(word).format(out=out, model=llama) for word in words]
+    assert run(llama, *MENU, "--router", tmp_path / "r", *given, "--out", out) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -203,3 +203,24 @@ def test_a_destination_in_use_is_refused_first(
     (tmp_path / "file").write_text("")
     assert run("export", "absent/model", tmp_path, "--plan", "0-3") == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be_made_is_refused_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("export", "absent/model", "/proc/nope", "--plan", "0-3") == 2
+    said = capsys.readouterr().err
+    assert "cannot write into '/proc/nope'" in said
+    assert "name a folder that can be made" in said
+
+
+def test_a_folder_is_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (tmp_path, tmp_path / "plan.json"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match="is a folder, and a folder is no plan"):
+            read_plan(str(folder))
+    (tmp_path / "3").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_plan("3") == Plan("3")
+    long = " ".join(f"{layer}:2" for layer in range(0, 200, 2))  # no name of a file is so long
+    assert read_plan(long) == Plan(long)

@@ -19,7 +19,7 @@ from trol.evaluation.calibration import (
     p_value,
     with_threshold,
 )
-from trol.evaluation.exit_record import Outcome, counted, recorded, run
+from trol.evaluation.exit_record import Outcome, counted, flops_share, recorded, run
 from trol.evaluation.tasks import Item
 from trol.family.loading import load_model
 from trol.policies.exits import EarlyExit
@@ -147,6 +147,21 @@ def test_the_best_within_a_cost(llama: tuple, cost: float) -> None:
         assert found.ran.quality == 1
 
 
+def test_flops_have_the_looks_among_them(llama: tuple) -> None:
+    """Never leaving costs the looks on top; leaving saves what no key or value needs."""
+    items = _items(3, words=3)
+    shares = [
+        flops_share(*llama, items, EarlyExit("margin", threshold, every=every))
+        for threshold, every in ((1.0, 1), (1.0, 2), (0.0, 1))
+    ]
+    assert None not in shares
+    often, seldom, out = shares
+    assert often > seldom > 1
+    assert out < seldom
+    found = calibrate(*llama, items, EarlyExit("margin", 1.0), cost=1.0)
+    assert found.json()["flops_share"] == flops_share(*llama, items, found.policy)
+
+
 def test_calls_are_counted(llama: tuple) -> None:
     seen: list[tuple[int, int]] = []
     calibrate(
@@ -207,6 +222,7 @@ def test_trained_heads_are_used(llama: tuple) -> None:
         ({}, "either a wanted quality or a wanted cost"),
         ({"quality": 0.9, "cost": 0.5}, "either"),
         ({"quality": 1.0}, r"quality is 1.0, but must lie in \(0, 1\)"),
+        ({"quality": float("nan")}, "quality is no number; give one in"),
         ({"quality": 0.9, "confidence": 1.0}, "confidence is 1.0"),
         ({"cost": 0.0}, "share of the layers"),
         ({"quality": 0.95}, "8 answers cannot show a quality of 0.95 .*; give 45 or more"),

@@ -19,6 +19,7 @@ from trol.evaluation.curves.methods import with_adapter
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.family.text_decoder import byte_level_tokenizer, text_decoder
 from trol.policies.controller import Controller
+from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
 from trol.policies.router import Router
@@ -174,6 +175,23 @@ def test_exits_sweep_thresholds(decoder: tuple[Any, Any]) -> None:
     assert all(point["keep"] is None for point in swept[:-1])
 
 
+def test_an_adapter_of_exits_without_heads_is_one_point(
+    decoder: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """On the same model; where it has heads of its own, a sweep."""
+    model, tokenizer = decoder
+    for name, heads in (("calibrated", False), ("heads", True)):
+        trol.attach(model, EarlyExit("margin", 0.25, heads=heads))
+        trol.save(model, tmp_path / name)
+        trol.detach(model)
+    for name, thresholds in (("calibrated", [0.25]), ("heads", [0.0, 0.9])):
+        given = {name: with_adapter(model, tmp_path / name)}
+        found = drawn((model, tokenizer), "early_exit", adapters=given, seeds=1)
+        told = [point["settings"] for point in points_of(found, "early_exit")]
+        assert sorted(o["threshold"] for o in told if o.get("adapter") == name) == thresholds
+        assert len(told) == 2 + len(thresholds) + 1  # a sweep without adapter, the full model
+
+
 def test_adapters_are_points_and_share_the_weights(
     decoder: tuple[Any, Any], tmp_path: Path
 ) -> None:
@@ -224,7 +242,10 @@ def oracle_in(folder: Path, **settings: Any) -> Path:
     ]
     found = {
         "task": "colours",
+        "split": "test",
+        "scope": "answer",
         "metric": "loss",
+        "full": -0.7,
         "layers": LAYERS,
         "n": 9,
         "curve": points,
@@ -242,13 +263,22 @@ def test_an_oracle_is_read(decoder: tuple[Any, Any], tmp_path: Path) -> None:
     assert [point["visits_share"]["mean"] for point in told] == [0.5, 0.75, 1.0]
     assert [point["metrics"]["loss"]["mean"] for point in told] == [1.5, 1.0, 0.5]
     assert {point["ms_ratio"] for point in told} == {None}
+    on = found["tasks"]["colours"]["methods"]["oracle"]["made_on"]
+    full = points_of(found, "exit")[-1]["metrics"]["loss"]["mean"]
+    assert on.pop("full_here") == pytest.approx(full)
+    assert on == {"n": 9, "split": "test", "metric": "loss", "seed": None, "full": 0.7}
 
 
-def test_another_oracle_is_refused(decoder: tuple[Any, Any], tmp_path: Path) -> None:
+def test_another_oracle_is_refused(
+    decoder: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("trol.evaluation.curves.tables.measure")  # refused before any of it
     with pytest.raises(UsageError, match="no finished oracle"):
         drawn(decoder, "oracle", oracle=tmp_path)
     with pytest.raises(UsageError, match="was asked boards"):
         drawn(decoder, "oracle", oracle=oracle_in(tmp_path / "a", task="boards"))
+    with pytest.raises(UsageError, match="scope all, these curves with answer; give --scope all"):
+        drawn(decoder, "oracle", oracle=oracle_in(tmp_path / "c", scope="all"))
     with pytest.raises(UsageError, match="24 layers, this model has 4"):
         drawn(decoder, "oracle", oracle=oracle_in(tmp_path / "b", layers=24))
     (tmp_path / "b" / "oracle.json").write_text("{")

@@ -45,6 +45,7 @@ def test_plan_files_are_read_by_whoever_can() -> None:
         ("all,0-9", "this stack has 4 layers"),
         ("uniform:8", "give 2 to 4"),
         ("uniform:1", "give 2 to 4"),
+        ("unform:4", "Did you mean 'uniform'"),
         ("all,half", "is no segment"),
     ],
 )

@@ -116,3 +116,32 @@ def test_a_model_that_cannot_do_the_task_gets_no_fraction_in_words() -> None:
     found = report(rows_of([[0.0] * 3] * 4, MENU), MENU, "rougeL", ["rougeL"])
     assert "scores nothing by rougeL" in found["verdict"][0]
     assert "as good" not in found["verdict"][0]
+
+
+def test_the_share_is_told_with_its_spread() -> None:
+    source = np.random.default_rng(1)
+    found = {}
+    for count in (20, 200):
+        scores = source.random((count, 3)) + np.array([0.0, 0.2, 0.6])
+        found[count] = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
+        low, high = found[count]["equal_shares"]
+        assert 0.25 <= low <= found[count]["equal_budget"]["share"] <= high <= 1
+    widths = [high - low for low, high in (found[n]["equal_shares"] for n in (20, 200))]
+    assert widths[1] < widths[0]
+    told = [" ".join(found[count]["verdict"]) for count in (20, 200)]
+    assert all("(95 % of resamples of these questions)" in one for one in told)
+    assert ["say little" in one for one in told] == [True, False]
+
+
+def test_resampling_agrees_with_the_exact_knapsack() -> None:
+    """Sequences that are all alike leave nothing to chance but a step of one of them."""
+    scores = np.tile([0.2, 0.7, 0.7], (100, 1))
+    found = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
+    assert found["equal_shares"] == pytest.approx([0.5, 0.5])
+    assert found["equal_budget"]["share"] == 0.5
+
+
+def test_a_loss_is_said_to_be_turned() -> None:
+    for metric, said in (("loss", True), ("rougeL", False)):
+        found = report(rows_of(SCORES, MENU, metric=metric), MENU, metric, [metric])
+        assert ("its sign is turned" in " ".join(found["verdict"])) is said

@@ -1,6 +1,7 @@
 """Saved == loaded, and what does not belong together is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,19 @@ def test_another_host_is_refused_by_both_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoilt", ["no config", "no weights", "config", "weights", "cut", "other", "policy", "setting"]
+    "spoilt",
+    [
+        "no config",
+        "no weights",
+        "config",
+        "list",
+        "weights",
+        "cut",
+        "other",
+        "policy",
+        "setting",
+        "type",
+    ],
 )
 def test_damaged_adapters_are_refused(spoilt: str, tmp_path: Path) -> None:
     """One clear error, and the host stays as it was."""
@@ -75,6 +88,8 @@ def test_damaged_adapters_are_refused(spoilt: str, tmp_path: Path) -> None:
         weights.unlink()
     elif spoilt == "config":
         config.write_text("{not json")
+    elif spoilt == "list":
+        config.write_text("[]")
     elif spoilt == "weights":
         weights.write_bytes(b"\x00" * len(raw))
     elif spoilt == "cut":
@@ -83,14 +98,17 @@ def test_damaged_adapters_are_refused(spoilt: str, tmp_path: Path) -> None:
         config.write_text(json.dumps(text | {"sharing": "shared"}))
     elif spoilt == "policy":
         config.write_text(json.dumps(text | {"policy": "trol_mixr"}))
-    else:
+    elif spoilt == "type":
+        config.write_text(json.dumps(text | {"tau": "x"}))
+    elif spoilt == "setting":
         config.write_text(json.dumps(text | {"passess": 2}))
     model = host.build()
     bare = model(**host.inputs()).logits
     known = {"policy": "Did you mean 'trol_mixer'", "setting": "Did you mean 'passes'"}
-    expected = known.get(spoilt, str(tmp_path))
-    with pytest.raises(UsageError if spoilt in known else AdapterError, match=expected):
+    known["type"] = "setting tau is 'x': "
+    with pytest.raises(AdapterError, match=re.escape(str(tmp_path))) as caught:
         load(model, tmp_path)
+    assert known.get(spoilt, "") in str(caught.value)
     assert not is_attached(model)
     assert torch.equal(model(**host.inputs()).logits, bare)
 

@@ -39,6 +39,7 @@ def test_measures_by_hand() -> None:
         ({"threshold": 1.5}, r"1.5, but margin lies in \[0, 1\]"),
         ({"threshold": float("nan")}, "nan"),
         ({"threshold": [0.5, -0.1]}, "-0.1"),
+        ({"threshold": "a"}, "threshold is 'a'; give a number"),
         ({"threshold": []}, "one for each look"),
         ({"measure": "patience", "threshold": 0.5}, "counts looks"),
         ({"measure": "patience", "threshold": 1.5}, "counts looks"),

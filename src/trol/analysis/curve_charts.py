@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trol.analysis.charts import GREY, PAGE_INK, STYLE, new_axes
-from trol.analysis.curve_words import FULL, percent
+from trol.analysis.curve_words import FULL, label, percent
 
 # Okabe and Ito's, for colour-blind readers; the dashes tell apart what shares a colour.
 STYLES: dict[str, tuple[str, Any]] = {
@@ -132,7 +132,7 @@ def _line(axes: Any, method: str, drawn: Mapping[str, Any], metric: str, key: st
     color, line = STYLES.get(method, (GREY, "-"))
     mark = "" if drawn["bound"] else "."
     style = {"color": color, "linestyle": line, "linewidth": 1.4, "marker": mark, "markersize": 5}
-    axes.plot(costs, means, label=method, **style)
+    axes.plot(costs, means, label=label(method, drawn), **style)
     if costs == sorted(costs):
         low, high = (
             [mean + side * spread for mean, spread in zip(means, spreads, strict=True)]

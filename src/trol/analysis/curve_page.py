@@ -16,7 +16,7 @@ from typing import Any
 from trol.analysis import pages
 from trol.analysis.charts import as_svg
 from trol.analysis.curve_charts import COSTS, as_png, cosines, quality
-from trol.analysis.curve_words import cell, saves, sentences, settings_told
+from trol.analysis.curve_words import cell, label, saves, sentences, settings_told
 from trol.analysis.files import folder, write_json, write_whole
 from trol.errors import DataError
 
@@ -89,7 +89,7 @@ def table(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row for each point: costs in percent of the full model's, then all metrics."""
     return [
         {
-            "method": method,
+            "method": label(method, drawn),
             "settings": settings_told(point["settings"]),
             "costs": [
                 cell(point[key], percent=True)

@@ -14,6 +14,9 @@ from trol.analysis.verdict import compare
 FULL = {"plan": "all"}
 """Settings of the full model's point."""
 
+SAME_SCORE = 5e-4
+"""How far scores of the full model may lie apart that are equal as they are shown."""
+
 Stat = Mapping[str, Any]
 
 
@@ -24,7 +27,28 @@ def sentences(result: Mapping[str, Any], name: str) -> list[str]:
     told = [winners(task, metric)]
     if len(result["seeds"]) > 1:
         told.append(keeping_up(task, metric))
-    return [*told, *without_saving(task, result["device"])]
+    return [*told, *without_saving(task, result["device"]), *other_questions(task)]
+
+
+def other_questions(task: Mapping[str, Any]) -> list[str]:
+    """Where an oracle was made on other questions than those measured here: which, and how hard."""
+    return [
+        f"The oracle was made on {on['n']} questions of the {on['split']} split, where the full "
+        f"model scores {on['metric']} {on['full']:.3f} ({on['full_here']:.3f} here, {task['n']} "
+        "questions for each seed of the test split): other questions, so compare its line with "
+        "its own full model alone."
+        for drawn in task["methods"].values()
+        if (on := drawn.get("made_on")) is not None
+        and (
+            (on["n"], on["split"]) != (task["n"], "test")
+            or abs(on["full"] - on["full_here"]) > SAME_SCORE
+        )
+    ]
+
+
+def label(method: str, drawn: Mapping[str, Any]) -> str:
+    """A method as charts and tables call it."""
+    return f"{method} (sees the references)" if drawn["bound"] else method
 
 
 def winners(task: Mapping[str, Any], metric: str) -> str:

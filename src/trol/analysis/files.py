@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trol.errors import UsageError
+from trol.errors import unwritable
 
 
 def folder(path: str | Path) -> Path:
@@ -18,9 +18,7 @@ def folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"cannot write into {str(path)!r}: {error.strerror}; name a folder that can be made."
-        ) from error
+        raise unwritable(path, error) from error
     return path
 
 

@@ -37,7 +37,11 @@ def calibrate(
     ] = "margin",
     quality: Annotated[
         float | None,
-        typer.Option("--quality", metavar="Q", help="Share of tokens as the full model says them."),
+        typer.Option(
+            "--quality",
+            metavar="Q",
+            help="Share of tokens as the full model says them. Default: 0.95, without --cost.",
+        ),
     ] = None,
     cost: Annotated[
         float | None,
@@ -69,6 +73,7 @@ def calibrate(
     from trol.cli.models import open_model
     from trol.evaluation import calibration
     from trol.evaluation.tasks import check_reads, task_of
+    from trol.policies.adapter import check_adapter_folder
     from trol.policies.confidence import MEASURES
 
     if measure not in MEASURES:
@@ -77,6 +82,7 @@ def calibrate(
         quality = 0.95
     calibration.check_wishes(quality, cost, confidence, questions)
     asked = task_of(task)
+    check_adapter_folder(out, beside=(RESULT,))
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
@@ -148,14 +154,26 @@ def _text(found: Calibration, out: Path) -> str:
     lines = [
         f"{policy.measure} >= {policy.thresholds[0]:g}, looked at before every layer from "
         f"{policy.first}" + (f", each {policy.every}." if policy.every > 1 else "."),
-        f"{100 * ran.executed:.1f} % of the layers run, {100 * ran.quality:.1f} % of the tokens "
-        f"agree with the full model ({len(ran.qualities)} answers, {found.tokens} tokens).",
+        f"{100 * ran.executed:.1f} % of the layers run{_flops(found.flops_share)}; "
+        f"{100 * ran.quality:.1f} % of the tokens agree with the full model "
+        f"({len(ran.qualities)} answers, {found.tokens} tokens).",
     ]
+    if found.flops_share is not None and found.flops_share >= 1:
+        lines.append(
+            "These exits save nothing on this model: its looks, which read the head, cost as much "
+            "as the skipped layers or more. Look less often (--every K) or later (--first LAYER)."
+        )
     if found.p_value is not None:
         lines.append(f"p = {found.p_value:.3g} that less than the wanted quality is kept.")
     if ran.executed == 1:
         lines.append("No token leaves early; lower --quality, or train exit heads.")
     return "\n".join([*lines, f"Written to {out}; trol.load(model, {str(out)!r}) attaches it."])
+
+
+def _flops(share: float | None) -> str:
+    if share is None:
+        return ", its FLOPs are not known"
+    return f", {100 * share:.3g} % of the FLOPs per answer token, looks included"
 
 
 @contextmanager

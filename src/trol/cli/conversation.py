@@ -8,6 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trol.cli.plans import plan_text
 from trol.errors import DataError, TrolError, UsageError
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Conversation:
         self.pictures.append(open_image(path))
 
     def use_plan(self, text: str | None) -> None:
-        """Answer under the plan `text` from now on (None: the model's own policy)."""
-        before, self.plan = self.plan, text or None
+        """Answer under a plan, its text or file, from now on (None: the model's own policy)."""
+        before, self.plan = self.plan, plan_text(text) if text else None
         try:
             with self.depth():
                 pass
@@ -149,15 +150,21 @@ class Conversation:
 def start(
     name: str, *, max_new_tokens: int, plan: str | None, bits: int | None = None
 ) -> Conversation:
-    """A conversation with the model called `name`, its weights quantised to `bits` if given."""
+    """A conversation with the model called `name`, its weights quantised to `bits` if given.
+
+    Raises:
+        UsageError: `plan` is no plan and no plan file, or does not fit the model.
+    """
     from trol.cli.models import open_model
     from trol.cli.terminal import no_library_bars, noise_to_stderr
 
+    if plan is not None:
+        if not plan.strip():
+            raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")
+        plan = plan_text(plan)
     no_library_bars()
     with noise_to_stderr():
         model, processor = open_model(name, bits=bits)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
-    if plan is not None and not plan.strip():
-        raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")
     conversation.use_plan(plan)
     return conversation

@@ -152,7 +152,7 @@ def _bar() -> Generator[Callable[[str, int, int], None]]:
 
 def _told(result: dict[str, Any], page: Path) -> str:
     """Cost and the judging metric of every point, then what the page says in words."""
-    from trol.analysis.curve_words import cell, sentences, settings_told
+    from trol.analysis.curve_words import cell, label, sentences, settings_told
 
     parts: list[str] = []
     for name, task in result["tasks"].items():
@@ -161,8 +161,8 @@ def _told(result: dict[str, Any], page: Path) -> str:
         for method, drawn in task["methods"].items():
             for point in drawn["points"]:
                 costs = (point["visits_share"], point["flops_share"], point["ms_ratio"])
-                label = f"{method} {settings_told(point['settings'])}"
+                named = f"{label(method, drawn)} {settings_told(point['settings'])}"
                 scored = cell(point["metrics"].get(metric))
-                rows.append([label, *(cell(cost, percent=True) for cost in costs), scored])
+                rows.append([named, *(cell(cost, percent=True) for cost in costs), scored])
         parts += [terminal.table(rows), *sentences(result, name)]
     return "\n".join([*parts, str(page)])

@@ -62,7 +62,7 @@ def evaluate(
             seed=seed,
             metrics=wanted,
         )
-    result = {"model": model, "depth": depth, **found, "run": run_record(seed)}
+    result = {"model": model, "depth": conversation.plan, **found, "run": run_record(seed)}
     terminal.report(result, as_json=as_json, text=lambda: _table(result))
 
 

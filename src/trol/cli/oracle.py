@@ -84,11 +84,13 @@ def oracle(
     part = check_shard(shard)
     metric = _checked(task, metric, questions, split, scope)
     if router is not None:
-        routing.check(router, scope)
+        routing.check(router, scope, out)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
         levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
+        if router is not None:
+            routing.check_menu(levels, after)
         asked = _questions(processor, task, questions, split=split, scope=scope, seed=seed)
         asked = asked.drawing(len(levels.levels) - 1 if samples is None else samples)
         header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,9 @@ def read_plan(text_or_path: str) -> Plan:
     Raises:
         UsageError: it is neither, or the file is damaged.
     """
-    from trol.depth import Plan
-
     path = Path(text_or_path)
-    if path.suffix != ".json" and not path.is_file():
-        return Plan(text_or_path)
+    if not _names_file(text_or_path):
+        return _of_text(text_or_path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -34,6 +33,34 @@ def read_plan(text_or_path: str) -> Plan:
     except (OSError, ValueError) as error:
         raise UsageError(f"{text_or_path} cannot be read as JSON ({error}); {_CURE}") from error
     return _checked(found, text_or_path)
+
+
+def plan_text(text_or_path: str) -> str:
+    """A plan file as the text of its plan; anything else, a policy's name say, as it is.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    return str(read_plan(text_or_path)) if _names_file(text_or_path) else text_or_path
+
+
+def _names_file(text: str) -> bool:
+    # os.path, as pathlib fails on plan text that is too long to be a file's name.
+    return not os.path.isdir(text) and (text.endswith(".json") or os.path.isfile(text))
+
+
+def _of_text(text: str) -> Plan:
+    from trol.depth import Plan
+
+    try:
+        return Plan(text)
+    except UsageError as error:
+        if os.path.isdir(text):
+            raise UsageError(
+                f"{text} is a folder, and a folder is no plan; give plan text such as '0-7 12-23', "
+                "or a file that `trol plan` wrote."
+            ) from error
+        raise
 
 
 _CURE = "write it again with `trol plan MODEL --out FILE`."

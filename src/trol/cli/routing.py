@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trol.cli import terminal
 from trol.errors import UsageError
 
+if TYPE_CHECKING:
+    from trol.evaluation.oracle import Menu
+
 REPORT = "router.json"
 
+FEW = 30
+"""Held-out questions below which a router's figures say little."""
 
-def check(folder: Path, scope: str) -> None:
-    """Raises `UsageError` where no router can be trained or saved."""
+
+def check(folder: Path, scope: str, rows: Path) -> None:
+    """Raises `UsageError` where no router can be trained on `rows`, or saved."""
+    from trol.policies.adapter import check_adapter_folder
+
     if scope != "answer":
         raise UsageError(
             f"--scope is {scope}, but a router chooses the layers of answers; leave --scope out."
         )
-    if folder.is_file():
-        raise UsageError(f"--router {folder} is a file; name a folder.")
+    if folder.resolve() == rows.resolve():
+        raise UsageError(f"--router and --out are both {folder}; give the router its own folder.")
+    check_adapter_folder(folder, beside=(REPORT,))
+
+
+def check_menu(menu: Menu, after: int) -> None:
+    """Raises `UsageError` where a router that chooses after `after` layers has no such menu."""
+    from trol.policies.router import Router
+
+    Router([level.plan for level in menu.levels], after=after).check(menu.layers)
 
 
 def train(
@@ -27,12 +43,12 @@ def train(
     """Trains a router on the rows of a finished oracle, and saves it with its report.
 
     Returns:
-        `{"folder", "metric", ...}` and what `trol.training.routing_table.report` says of the
-        questions that were held out.
+        `{"folder", "metric", "task", "split", ...}` and what `trol.training.routing_table.report`
+        says of the questions that were held out.
     """
     import trol
     from trol.analysis.files import write_json
-    from trol.data.oracle_rows import read_rows
+    from trol.data.oracle_rows import read_header, read_rows
     from trol.evaluation.tasks import Item, fitted, prompts
     from trol.policies.export import plain_host
     from trol.training.routing import Lessons, train_router
@@ -51,7 +67,8 @@ def train(
         prompts=inputs,
     )
     trol.save(model, folder)
-    found = {"folder": str(folder), "metric": metric, **trained.report}
+    about = {name: read_header(rows)[name] for name in ("task", "split")}
+    found = {"folder": str(folder), "metric": metric, **about, **trained.report}
     write_json(folder / REPORT, found)
     return found
 
@@ -62,10 +79,13 @@ def told(found: dict[str, Any], metric: str) -> str:
     for at in found["dials"]:
         scores = at["score"], at["random"]["score"]
         rows.append([f"{at['dial']:.1f}", f"{at['cost']:.2f}", *(f"{one:.4f}" for one in scores)])
+    few = f"Fewer than {FEW} questions: these figures say little; ask more with --questions."
     return "\n".join(
         [
             f"The router, on {found['questions']} questions that it did not learn from:",
             terminal.table(rows),
+            *([few] if found["questions"] < FEW else []),
+            f"Learnt from the {found['split']} split of {found['task']}: measure it on another.",
             f"{found['folder']}: trol.load(model, {found['folder']!r})",
         ]
     )

@@ -17,7 +17,7 @@ DEFAULT_MODEL = "trol-tiny"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name, a folder or a hub name.")]
 Depth = Annotated[
     str | None,
-    typer.Option("--depth", metavar="PLAN", help='Another plan than the model\'s: "0-3:2 4-7".'),
+    typer.Option("--depth", metavar="PLAN", help='A plan such as "0-3:2 4-7", or a plan file.'),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Where randomness starts.")]

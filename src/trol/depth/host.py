@@ -278,5 +278,10 @@ def _is_recurrent(config: Any) -> bool:
     return any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in slots)
 
 
-def _find_host(model: nn.Module) -> nn.Module | None:
+def _find_host(model: object) -> nn.Module | None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"got {type(model).__name__} {model!r:.60}; give a transformers model, such as "
+            "trol.load_model(name)[0]."
+        )
     return next((m for m in model.modules() if isinstance(m, HostMixin)), None)

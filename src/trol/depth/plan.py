@@ -71,9 +71,11 @@ class Plan:
         """
         named = len(self.visits)
         if named > layers:
+            # Plan text `exit@20` is kept as '0-19': both are named, whichever was written.
+            exits = f", or exit@{layers} for exit@{named}" if set(self.visits) == {1} else ""
             raise UsageError(
                 f"layer {named - 1} of plan '{self}': this stack has {layers} layers "
-                f"(0-{layers - 1}); name no layer above {layers - 1}."
+                f"(0-{layers - 1}); name no layer above {layers - 1}{exits}."
             )
         return self.visits + (self.beyond,) * (layers - named)
 

@@ -63,7 +63,7 @@ def to_settings(policy: AbstractPolicy) -> dict[str, Any]:
     return {"policy": policy.name, **policy.settings()}
 
 
-def resolve(spec: PolicyLike) -> AbstractPolicy:
+def resolve(spec: PolicyLike | object) -> AbstractPolicy:
     """A policy from itself, a registered name, a plan, or plan text.
 
     Raises:
@@ -73,6 +73,11 @@ def resolve(spec: PolicyLike) -> AbstractPolicy:
         return spec
     if isinstance(spec, Plan):
         return from_settings({"policy": "plan", "plan": spec})
+    if not isinstance(spec, str):
+        raise UsageError(
+            f"got {type(spec).__name__} {spec!r:.60}; give a policy, the name of one, a plan or "
+            "plan text."
+        )
     if spec in POLICIES:
         return from_settings({"policy": spec})
     if not spec.strip() or spec.lstrip()[:1].isdigit() or spec.startswith(("all", "exit@")):

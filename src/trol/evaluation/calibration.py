@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trol.depth.registry import from_settings
 from trol.errors import HostError, UsageError
-from trol.evaluation.exit_record import BATCH, Outcome, recorded, run
+from trol.evaluation.exit_record import BATCH, Outcome, flops_share, recorded, run
 from trol.evaluation.tasks import Item
 from trol.policies.exits import EarlyExit
 
@@ -41,6 +41,9 @@ class Calibration:
     """Of the hypothesis that the quality of what ran is below the wanted; None for a cost."""
     tokens: int
     """Counted, in all answers."""
+    flops_share: float | None
+    """FLOPs of an answer's token, looks included, as a share of the full model's; None where they
+    are not known."""
 
     def json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -48,6 +51,7 @@ class Calibration:
             "policy": self.policy.settings(),
             "predicted": self.predicted.json(),
             "ran": self.ran.json(),
+            "flops_share": self.flops_share,
             "p_value": self.p_value,
             "answers": len(self.ran.qualities),
             "tokens": self.tokens,
@@ -143,7 +147,8 @@ def calibrate(
         if quality is not None:
             p = p_value(1 - ran.qualities, 1 - quality)
         if ran.executed <= (cost or 1.0) + 1e-9 if p is None else p <= 1 - confidence:
-            return Calibration(chosen, outcomes[place], ran, p, record.answer.numel())
+            flops = flops_share(*given, chosen)
+            return Calibration(chosen, outcomes[place], ran, p, record.answer.numel(), flops)
         place = _next(outcomes, place, 1 if p is None else -1)
     wish = f"cost of {cost}" if quality is None else f"quality of {quality}"
     raise HostError(
@@ -168,6 +173,8 @@ def check_wishes(
     if (quality is None) == (cost is None):
         raise UsageError("give either a wanted quality or a wanted cost.")
     for name, value in (("quality", quality), ("confidence", confidence)):
+        if value is not None and math.isnan(value):
+            raise UsageError(f"{name} is no number; give one in (0, 1), such as 0.95.")
         if value is not None and not 0 < value < 1:
             raise UsageError(
                 f"{name} is {value}, but must lie in (0, 1): no finite set could show more."

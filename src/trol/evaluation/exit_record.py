@@ -21,12 +21,16 @@ from trol.depth.readout import Readout
 from trol.errors import DataError
 from trol.evaluation.hidden_states import Batch, states
 from trol.evaluation.metrics import labelled
-from trol.evaluation.tasks import Item, batches, tokenizer_of
+from trol.evaluation.tasks import Item, batches, fitted, prompts, tokenizer_of
+from trol.evaluation.timing import time_generate
 from trol.policies.confidence import MEASURES
 from trol.policies.exits import EarlyExit
 
 BATCH = 16
 """Answers read at once."""
+
+ALONE, TOKENS = 5, 16
+"""Questions that are answered one at a time to count FLOPs, and the tokens of such an answer."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,32 @@ def run(
     size = torch.cat(sizes)
     answer = torch.arange(len(size)).repeat_interleave(size)
     return Outcome(_by_answer(torch.cat(agrees), answer), _by_answer(torch.cat(shares), answer))
+
+
+@torch.inference_mode()
+def flops_share(
+    model: Any, processor: Any, items: Sequence[Item], policy: EarlyExit
+) -> float | None:
+    """FLOPs of an answer's token where tokens leave, as a share of the full model's.
+
+    Traced while the first items are answered one at a time, since in a batch or in reading a whole
+    answer nobody's leaving saves anything. Looks count, and keys and values of skipped layers.
+    None where the layers' FLOPs are not known.
+    """
+    sums: list[int] = []
+    some = [fitted(model, processor, item, TOKENS) for item in items[:ALONE]]
+    for followed in (policy, "plain"):
+        steps: list[int | None] = []
+        for item in some:
+            inputs = prompts(processor, [item]).to(model.device)
+            with depth(model, followed), trace(model) as seen:
+                time_generate(model, inputs, TOKENS)
+            steps += seen.flops[1:]  # the first pass is the question's
+        known = [step for step in steps if step is not None]
+        if len(known) < len(steps):
+            return None
+        sums.append(sum(known))
+    return sums[0] / sums[1]
 
 
 def counted(model: Any, processor: Any, items: Sequence[Item]) -> Iterator[tuple[Batch, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from trol.depth import attach, attached, detach
 from trol.depth.families import find_decoder
 from trol.depth.host import gates_of
+from trol.depth.policy import AbstractPolicy
 from trol.depth.registry import from_settings, to_settings
-from trol.errors import AdapterError
+from trol.errors import AdapterError, UsageError, unwritable
 from trol.policies.digests import host_digest
 
 CONFIG_NAME = "depth_config.json"
@@ -29,6 +31,32 @@ Model = TypeVar("Model", bound=nn.Module)
 def is_trained(folder: Path) -> bool:
     """Whether the folder holds what training added to a host: an adapter, and parts."""
     return (folder / PARTS_NAME).is_file() and (folder / CONFIG_NAME).is_file()
+
+
+def check_adapter_folder(folder: Path, *, beside: tuple[str, ...] = ()) -> None:
+    """Raises `UsageError` where a command should not write an adapter.
+
+    An earlier adapter is written over; beside it may lie what the command itself writes there.
+    """
+    check_writable(folder)
+    own = (CONFIG_NAME, WEIGHTS_NAME, *beside)
+    there = folder.iterdir() if folder.exists() else ()
+    others = sorted(path.name for path in there if path.name.removesuffix(".partial") not in own)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UsageError(
+            f"{folder} holds {', '.join(others[:3])}{more}, which is no adapter of this command; "
+            "name a folder that is new or empty."
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `UsageError` where no folder is or can be made; leaves everything as it was."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -70,7 +98,7 @@ def load(model: Model, folder: str | Path) -> Model:
             "it onto the model it was trained on."
         )
     about = ("trol_version", "host_class", "host_digest")
-    attach(model, from_settings({k: v for k, v in config.items() if k not in about}))
+    attach(model, _policy({k: v for k, v in config.items() if k not in about}, folder))
     try:
         _fill(attached(model)[1], weights, folder)
     except AdapterError:
@@ -92,7 +120,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(
             f"the adapter in {folder} is damaged: {error}; save it again."
         ) from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"the adapter in {folder} is damaged: no settings; save it again.")
     return config, weights
+
+
+def _policy(settings: dict[str, Any], folder: str | Path) -> AbstractPolicy:
+    try:
+        return from_settings(settings)
+    except (TypeError, UsageError) as error:
+        wrong = [
+            f"setting {key} is {settings[key]!r}: " for key in settings if _alone(settings, key)
+        ]
+        raise AdapterError(
+            f"the adapter in {folder} is damaged, save it again: {''.join(wrong[:1])}{error}"
+        ) from error
+
+
+def _alone(settings: dict[str, Any], key: str) -> bool:
+    """Whether all settings but this one make a policy, so that this one is wrong."""
+    try:
+        from_settings({name: value for name, value in settings.items() if name != key})
+    except (TypeError, UsageError):
+        return False
+    return True
 
 
 def _parameters(stack: Any) -> dict[str, Tensor]:

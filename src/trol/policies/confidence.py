@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ COMPARING = ("saturation", "patience")
 
 def check_threshold(measure: str, threshold: float) -> None:
     """Raises `UsageError` where no confidence of this measure is on both sides of `threshold`."""
+    if not isinstance(threshold, Real):
+        raise UsageError(f"threshold is {threshold!r}; give a number, or one for each look.")
     if measure == "patience":
         if threshold < 1 or threshold != int(threshold):
             raise UsageError(

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trol.depth import Plan, attached, detach, is_attached
-from trol.errors import HostError, UsageError
+from trol.errors import HostError, UsageError, unwritable
+from trol.policies.adapter import check_writable
 from trol.policies.baking import bake, layers_of, visited
 
 CHECKED_TOKENS = 24
@@ -50,7 +51,8 @@ def export(
 
     Raises:
         HostError: the family cannot be baked; the message says what would differ.
-        UsageError: the plan does not fit, or the destination exists and is not empty.
+        UsageError: the plan does not fit, or the destination exists and is not empty, or cannot be
+            made.
     """
     place = Path(destination)
     check_destination(place)
@@ -130,17 +132,21 @@ def picture_row(model: Any, processor: Any, seed: int) -> dict[str, Tensor]:
 
 
 def check_destination(destination: str | Path) -> None:
-    """Raises `UsageError` where something is there already."""
+    """Raises `UsageError` where something is there already, or nothing can be written."""
     place = Path(destination)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"{place} exists and is not empty; name a folder that is not there yet.")
+    check_writable(place)
 
 
 @contextmanager
 def _whole_folder(place: Path) -> Generator[Path]:
     """A folder that becomes `place` when all is in it; nothing stays if that fails."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-"))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-"))
+    except OSError as error:
+        raise unwritable(place, error) from error
     try:
         yield partial
         partial.chmod(0o755)

@@ -179,18 +179,32 @@ def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) 
 
 
 def _exits(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    """A sweep of thresholds without trained heads, and one for each adapter with its own."""
+    """A sweep of thresholds without trained heads, and what each adapter adds to it.
+
+    An adapter with its own heads, or with a host that learnt along, gives another sweep; one that
+    only sets a threshold on this model gives the point of that threshold.
+    """
     del processor, task
     plain = EarlyExit(MEASURE, scope=request.scope)
     told = {"measure": MEASURE}
     found = _sweep(model, plain, told, request.seeds, threshold=THRESHOLDS)
     for name, other in request.carrying(EarlyExit.name).items():
         own = policy_of(other)
-        measure = to_settings(own)["measure"]
+        settings = to_settings(own)
+        measure = settings["measure"]
+        if not settings["heads"] and _shares_weights(model, other):
+            told = {"adapter": name, "measure": measure, "threshold": settings["threshold"]}
+            found.append(Candidate(None, told, other, (own,) * request.seeds))
+            continue
         values = WAITS if measure == "patience" else THRESHOLDS
         told = {"adapter": name, "measure": measure}
         found += _sweep(other, own, told, request.seeds, threshold=values)
     return found
+
+
+def _shares_weights(model: Any, other: Any) -> bool:
+    """Whether both are the same model, one of them through `with_adapter`."""
+    return other.get_input_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _controllers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:

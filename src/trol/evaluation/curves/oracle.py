@@ -11,7 +11,7 @@ from trol.data.oracle_rows import LOWER_IS_BETTER
 from trol.errors import DataError, UsageError
 
 FILE = "oracle.json"
-NEEDED = ("task", "metric", "layers", "curve", "equal_budget", "n")
+NEEDED = ("task", "split", "scope", "metric", "layers", "curve", "equal_budget", "full", "n")
 UNKNOWN = ("flops", "prefill_flops", "ms", "prefill_ms")
 """Costs that an oracle does not tell: it chooses after all levels have answered."""
 
@@ -38,16 +38,11 @@ def read_oracle(folder: Path) -> dict[str, Any]:
     return found
 
 
-def oracle_points(
-    folder: Path, task: str, layers: int, keeps: Sequence[float]
-) -> list[dict[str, Any]]:
-    """The oracle's points at these shares, at the one that equals the full model, and at its end.
-
-    One set of questions, so no spread. The budget is a mean over sequences; a share below that of
-    the cheapest level has no point.
+def check_oracle(folder: Path, task: str, scope: str, layers: int) -> dict[str, Any]:
+    """What the oracle of this task, scope and number of layers found.
 
     Raises:
-        UsageError: the oracle is of another task, or of a stack of another size; or none is there.
+        UsageError: it is of another task, scope or stack; or none is there.
         DataError: its file is damaged.
     """
     found = read_oracle(folder)
@@ -61,12 +56,36 @@ def oracle_points(
             f"the oracle in {folder} chose among plans of {found['layers']} layers, this model has "
             f"{layers}; name a folder of this model with --oracle."
         )
+    if found["scope"] != scope:
+        raise UsageError(
+            f"the oracle in {folder} was made with scope {found['scope']}, these curves with "
+            f"{scope}; give --scope {found['scope']}, or run `trol oracle --scope {scope}`."
+        )
+    return found
+
+
+def oracle_points(found: dict[str, Any], folder: Path, keeps: Sequence[float]) -> list[Any]:
+    """The oracle's points at these shares, at the one that equals the full model, and at its end.
+
+    One set of questions, so no spread. The budget is a mean over sequences; a share below that of
+    the cheapest level has no point.
+    """
     curve = sorted(found["curve"], key=lambda point: point["share"])
     wanted = {found["equal_budget"]["share"], *keeps}
     picked = {_last_within(curve, share) for share in sorted(wanted)} | {len(curve) - 1}
-    metric = found["metric"]
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    metric, sign = found["metric"], _sign(found)
     return [_point(curve[number], metric, sign, folder) for number in sorted(picked) if number >= 0]
+
+
+def made_on(found: dict[str, Any]) -> dict[str, Any]:
+    """The questions of an oracle, and what the full model scored on them; a loss as it is."""
+    told = {key: found[key] for key in ("n", "split", "metric")}
+    told["seed"] = found.get("run", {}).get("seed")
+    return {**told, "full": _sign(found) * found["full"]}
+
+
+def _sign(found: dict[str, Any]) -> int:
+    return -1 if found["metric"] in LOWER_IS_BETTER else 1
 
 
 def _last_within(curve: Sequence[dict[str, Any]], share: float) -> int:

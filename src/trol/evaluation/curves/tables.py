@@ -9,6 +9,7 @@ deviation or null, the values seed by seed; null where it is not known::
         "n": int, "metrics": {name: {"better": "higher" | "lower"}},   the first judges
         "methods": {method: {
             "bound": bool,            drawn by looking at the references
+            "made_on": {"n", "split", "metric", "seed", "full", "full_here"},    of an oracle alone
             "points": [{
                 "keep": float | null,               as asked; null: decided while running
                 "settings": {...},                  plan, plans of the seeds, or adapter
@@ -44,7 +45,7 @@ from trol.evaluation.curves.methods import (
     check_methods,
     layers_of,
 )
-from trol.evaluation.curves.oracle import oracle_points, read_oracle
+from trol.evaluation.curves.oracle import check_oracle, made_on, oracle_points, read_oracle
 from trol.evaluation.curves.points import FORCED_TOKENS, ROUNDS, Point, Sample, measure
 from trol.evaluation.tasks import Task, check_reads, check_tasks, task_of
 from trol.policies.plain import Plain
@@ -82,7 +83,8 @@ def curve(
         What this module's text says.
 
     Raises:
-        UsageError: a task, method or share is unknown, or a method lacks what it needs.
+        UsageError: a task, method or share is unknown, a method lacks what it needs, or the
+            oracle is of another task, scope or stack.
         HostError: a task shows pictures to a model that reads text alone.
         DataError: a task has no questions, or the oracle's folder is damaged.
     """
@@ -91,6 +93,8 @@ def curve(
     check_adapters(request)
     if request.oracle is not None:
         read_oracle(request.oracle)
+        for name in tasks if ORACLE in request.methods else ():
+            check_oracle(request.oracle, name, request.scope, layers_of(model))
     return {
         "scope": request.scope,
         "layers": layers_of(model),
@@ -137,9 +141,7 @@ def _task(
         points.sort(key=lambda point: (point["settings"] == FULL, point["visits_share"]["mean"]))
         methods[method] = {"bound": False, "points": points}
     if ORACLE in request.methods:
-        assert request.oracle is not None  # or check_methods had raised
-        points = oracle_points(request.oracle, name, layers_of(model), request.keeps)
-        methods[ORACLE] = {"bound": True, "points": points}
+        methods[ORACLE] = _oracle(model, name, request, whole)
     progress(f"{name}: done", of, of)
     return {
         "n": len(samples[0].items),
@@ -148,6 +150,18 @@ def _task(
             for metric in task.metrics
         },
         "methods": {method: methods[method] for method in request.methods},
+    }
+
+
+def _oracle(model: Any, name: str, request: Request, whole: Sequence[Point]) -> dict[str, Any]:
+    """The oracle's points, and on what it was made beside what is measured here."""
+    assert request.oracle is not None  # or check_methods had raised
+    found = check_oracle(request.oracle, name, request.scope, layers_of(model))
+    here = statistics.fmean(point.metrics[found["metric"]] for point in whole)
+    return {
+        "bound": True,
+        "made_on": {**made_on(found), "full_here": here},
+        "points": oracle_points(found, request.oracle, request.keeps),
     }
 
 

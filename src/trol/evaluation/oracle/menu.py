@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trol.depth import Plan
-from trol.errors import UsageError
+from trol.errors import UsageError, unknown
 from trol.policies.static_plans import STATIC, static_plan
 
 _SERIES = re.compile(r"(?P<method>[a-z]+):(?P<levels>\d+)")
@@ -81,8 +81,10 @@ def menu_of(plans: Sequence[Plan], layers: int) -> Menu:
 
 def _plans(part: str, layers: int, seed: int, read: Callable[[str], Plan]) -> list[Plan]:
     series = _SERIES.fullmatch(part)
-    if series is None or series["method"] not in STATIC:
+    if series is None or series["method"] == "all":
         return [read(part)]
+    if series["method"] not in STATIC:
+        raise unknown("series of plans", series["method"], STATIC)
     method, levels = series["method"], int(series["levels"])
     if not 2 <= levels <= layers:
         raise UsageError(

@@ -6,6 +6,7 @@
      "menu": [{"plan", "cost", "share", "mean": {metric: mean}}],     cheapest first
      "full": mean,                                                    of the full model
      "equal_budget": {"layers", "share", "score"},    smallest mean budget as good as the full model
+     "equal_shares": [low, high],        equal_budget's share in 95 % of resampled questions
      "per_sequence": {"layers", "share", "score"},    cheapest level as good for each sequence
      "best": {"layers", "share", "score"},            no limit: each sequence's best level
      "mix": [share of sequences on each level at equal_budget],
@@ -44,6 +45,7 @@ from trol.evaluation.oracle.controls import (
 )
 from trol.evaluation.oracle.knapsack import SLACK, Knapsack, solve
 from trol.evaluation.oracle.menu import Menu
+from trol.evaluation.oracle.resampling import equal_shares
 from trol.evaluation.oracle.verdict import sentences
 
 POINTS = 48
@@ -159,6 +161,7 @@ def report(
         "types": dict(Counter(table.types)),
         "menu": _levels(menu, tables),
         **{key: mine[key] for key in ("full", "equal_budget", "per_sequence", "best")},
+        "equal_shares": equal_shares(menu.costs, table.scores, menu.full, menu.layers, seed),
         "mix": mix.tolist(),
         "curve": curve,
         "controls": told.controls(equal, curve, mine),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trol.data.oracle_rows import LOWER_IS_BETTER, shown
+
+FEW = 100
+"""Sequences below which an oracle's figures say little."""
 
 PAPERS = "23.3 % of 24 layers in arXiv 2410.20022"
 
@@ -17,7 +20,24 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         _choosing(found),
         _without_reference(found),
         f"One model, one set of {found['n']} questions, one menu of {len(found['menu'])} levels: "
-        "another of each gives other figures.",
+        "another of each gives other figures." + _few(found["n"]),
+        *_signs(found),
+    ]
+
+
+def _few(count: int) -> str:
+    if count >= FEW:
+        return ""
+    return f" So few questions (fewer than {FEW}) say little; ask more with --questions."
+
+
+def _signs(found: Mapping[str, Any]) -> list[str]:
+    """How to read the JSON where higher is not better."""
+    return [
+        f"In oracle.json, and wherever else a {metric} stands without a unit, its sign is turned, "
+        f"so that higher is better: {value:.3f} is a {metric} of {shown(metric, value)}."
+        for metric in LOWER_IS_BETTER & set(found["metrics"])
+        for value in [found["metrics"][metric]["full"]]
     ]
 
 
@@ -31,7 +51,8 @@ def _fraction(found: Mapping[str, Any]) -> str:
     return (
         f"Choosing each sequence's level with the reference at hand, {equal['layers']:.2f} of "
         f"{found['layers']} layers in the mean ({_percent(equal['share'])}) are as good as the "
-        f"full model ({metric} {shown(metric, found['full'])}); the figure is {PAPERS}. With the "
+        f"full model ({metric} {shown(metric, found['full'])}); the share is "
+        f"{_between(found['equal_shares'])}, and {PAPERS}. With the "
         f"cheapest level that is as good for each sequence on its own, it is "
         f"{own['layers']:.2f} layers ({_percent(own['share'])})."
     )
@@ -84,6 +105,11 @@ def _without_reference(found: Mapping[str, Any]) -> str:
 
 def _reached(share: float | None) -> str:
     return "more than any budget" if share is None else f"{_percent(share)} of the layers"
+
+
+def _between(shares: Sequence[float]) -> str:
+    low, high = map(_percent, shares)
+    return f"{low} to {high} (95 % of resamples of these questions)"
 
 
 def _percent(share: float) -> str:

@@ -83,8 +83,10 @@ def speculate(
             `generate`: beams, or something else that cannot be drafted.
         HostError: the model keeps a recurrent state; from `generate`: a cache that cannot be cut.
     """
-    if tokens < 1:
-        raise UsageError(f"tokens is {tokens}; draft at least 1 token before each verifying pass.")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise UsageError(
+            f"tokens is {tokens!r}; draft a whole number, at least 1, before each verifying pass."
+        )
     if confidence is not None:
         check_share("confidence", confidence)
     spoken = Speculation(resolve(draft), tokens, confidence)
