@@ -24,9 +24,9 @@ prompt of 300); their bounds are what the official code takes of its own single 
 times are shares that must be 1.""",
     "train": """One loss and its gradients with a second visit for all tokens, to the same
 without, on the same Llama.""",
-    "skip": """A Llama of hidden size 512 and 12 layers of which a plan keeps six. The bare time
-is the model's without layers and half of what its layers take (for `answer`: and the keys and
-values that skipping tokens leave); the ratio is to that.""",
+    "skip": """A Llama of hidden size 512 and 12 layers, of which a plan keeps six. The ratio is to
+half of the host's time and half of the time without any layers (for `answer`, where tokens of the
+answer alone skip: of the time in which they leave keys and values in every layer, no more).""",
 }
 
 FIGURES = ("rougeL", "loss", "visits")
