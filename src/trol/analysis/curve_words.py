@@ -19,6 +19,10 @@ SAME_SCORE = 5e-4
 
 Stat = Mapping[str, Any]
 
+MANY = 6
+FEW = "; so few seeds show large differences alone"
+"""Below how many seeds something is said of ties, and what."""
+
 
 def sentences(result: Mapping[str, Any], name: str) -> list[str]:
     """Who wins by the metric that judges a task, who keeps up with the full model, and time."""
@@ -77,7 +81,7 @@ def winners(task: Mapping[str, Any], metric: str) -> str:
         return f"{metric}: no two methods have points at equal layer visits."
     return (
         f"{metric} by layer visits: {'; '.join(parts)}. A tie is a paired difference over "
-        f"{seeds} seeds whose 95 % interval holds zero."
+        f"{seeds} seeds whose 95 % interval holds zero{FEW if seeds < MANY else ''}."
     )
 
 
