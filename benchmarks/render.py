@@ -133,7 +133,13 @@ def _speculation(_: str, found: dict[str, Any]) -> str:
     heads += ["drafted tokens/s", "speed-up", "identical"]
     told = """The draft that `trol plan --method draft` finds on 32 validation questions, measured
 on 200 test questions about docstrings: decoders of 12 layers and hidden size 64, one thread."""
-    return f"{told}\n\n{_table(heads, rows)}"
+    gains = ", ".join(
+        f"{one['ratio']:.2f} ± {one['spread']:.2f} with {one['tokens']}" for one in found["ceiling"]
+    )
+    ceiling = f"""Where drafts of a quarter of the layers are always right (a Llama of hidden size
+512 and 12 layers, nine of them idle), the loop is this many times as fast as plain decoding, one
+prompt at a time: {gains} tokens a round; all tokens identical."""
+    return f"{told}\n\n{_table(heads, rows)}\n\n{ceiling}"
 
 
 def _selection(_: str, found: dict[str, Any]) -> str:
