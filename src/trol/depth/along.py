@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from trol.depth.planes import ALONG, adopt
+from trol.depth.slots import at_rest
 from trol.errors import HostError
 
 
 class PositionSlot:
     """Something of each position, kept beside a layer's planes and cropped, reordered with them."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor, *, is_static: bool = False) -> None:
+        self.values = at_rest(values) if is_static else values
         """Shape: [B, S, ...]."""
+        self.is_static = is_static
+        """Whether S is all that the cache can hold, and values are written where they are."""
+
+    def reset(self) -> None:
+        self.values.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.values = self.values.index_select(0, beam_idx.to(self.values.device))

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils.output_capturing import CompileableContextVar
 
 from trol.depth.context import Context
+from trol.depth.cost import StackCost
 from trol.depth.planes import PlanedCache
-from trol.depth.policy import AbstractPolicy
+from trol.depth.policy import AbstractPolicy, Visit
 from trol.depth.readout import Readout
 from trol.depth.roles import Mask, Prompt, Roles
 from trol.depth.trace import Recorder
@@ -30,6 +31,8 @@ class Step:
     roles: Roles
     keep: bool = True
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
+    start: int | None = None
+    """Columns before these tokens, where the caller knows and the policy reads it."""
     last_only: bool = False
     """Whether nobody reads what comes out above any token but the last of each row."""
     real: Tensor | None = None
@@ -38,6 +41,18 @@ class Step:
     """The host's final norm and head."""
     notes: dict[Any, Any] | None = None
     """Where the policy's notes go, for the host to read when the pass is over."""
+
+
+Executor = Literal["auto", "dense", "packed"]
+"""`dense` computes all tokens, `packed` those that go wherever it can, `auto` where it pays."""
+
+Kind = tuple[type, type, bool, bool]
+"""Visits that are packed alike: (layer's class, slot's class, tokens or rows, without a mask)."""
+
+
+def unpriced() -> StackCost:
+    """Of no layers."""
+    return StackCost((), ())
 
 
 UNTOLD = Step(Roles())
@@ -71,8 +86,19 @@ class Call:
     """How often each layer was applied; written by the layers."""
     last_only: bool = False
     """Whether only the last token's output of the last layer is read, and nobody watches."""
-    packs: bool = False
-    """Whether a layer may be left at its keys and values where no token goes through it."""
+    executor: Executor = "dense"
+    """Who makes visits that not all tokens make."""
+    gathers: bool = False
+    """Whether the attention takes masks of which some rows can be had."""
+    costs: Callable[[], StackCost] = unpriced
+    """What visits of the layers cost."""
+    verdicts: dict[Kind, bool] = field(default_factory=dict)
+    """Whether packed visits of a kind of layer gave what dense ones do, once they were compared."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether a tensor may be looked at to leave tokens out."""
+        return self.executor != "dense"
 
     @property
     def in_scope(self) -> Mask:
@@ -93,6 +119,12 @@ class Call:
         """Whether only the last token's output of this layer is read."""
         return self.last_only and layer == len(self.applied) - 1
 
+    def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
+        """Which rows make the next visit, where a plan settles it for whole sequences."""
+        if not self.everywhere:
+            return None
+        return self.policy.rows_going(visit.layer, visit.number, visit.state.shape[0])
+
     def scratch(self) -> DynamicCache:
         """A cache for one layer's pass, where keys and values are merged but none is kept."""
         return DynamicCache(config=self.config)
@@ -108,6 +140,7 @@ class Ambience:
 
     policy: AbstractPolicy | None = None
     recorder: Recorder | None = None
+    executor: Executor = "auto"
     decoding: Decoding | None = None
 
 

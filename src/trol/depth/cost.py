@@ -49,11 +49,11 @@ class LayerCost:
     keys_per_token: int | None = None
     """FLOPs for one token that leaves its keys and values only; None where that is not known."""
 
-    def flops(self, *, rows: int, tokens: int, past: int, images: bool) -> int:
-        """FLOPs of one visit of rows x tokens tokens after `past` others."""
+    def flops(self, count: int, *, step: int, past: int = 0, images: bool = False) -> int:
+        """FLOPs of one visit of `count` tokens, each beside `step` of its row, after `past`."""
         seen = past if self.window is None else min(past, self.window - 1)
-        one = self.per_token + self.per_key * (seen + tokens)
-        return rows * tokens * (one + self.per_image_call_token * images)
+        one = self.per_token + self.per_key * (seen + step)
+        return count * (one + self.per_image_call_token * images)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class StackCost:
 
         `images`: whether there are image tokens among them, for decoders that treat them apart.
         """
-        layers = self.layer_flops(visits, rows=rows, tokens=tokens, past=past, images=images)
+        computed = [count * rows * tokens for count in visits]
+        layers = self.layer_flops(computed, step=tokens, past=past, images=images)
         if layers is None:
             return None
         # A mixer's gate looks at every state but the last.
@@ -91,23 +92,32 @@ class StackCost:
 
     def layer_flops(
         self,
-        visits: Sequence[int],
+        computed: Sequence[int],
         *,
-        keys: Sequence[int] | None = None,
-        rows: int,
-        tokens: int,
+        left: Sequence[int] | None = None,
+        step: int,
         past: int = 0,
         images: bool = False,
     ) -> int | None:
-        """FLOPs of the layers alone; `keys[l]` times, tokens leave keys and values only there."""
+        """FLOPs of the layers alone, for so many tokens of all rows that each computes.
+
+        Args:
+            computed: tokens that go through each layer, each visit counted.
+            left: tokens that leave keys and values there, and no more.
+            step: tokens of one row in this call.
+            past: tokens of one row before it.
+            images: as in `flops`.
+        """
         total = 0
-        for layer, count, left in zip(self.layers, visits, keys or [0] * len(visits), strict=True):
-            if not (count or left):
+        for layer, count, keys in zip(
+            self.layers, computed, left or [0] * len(computed), strict=True
+        ):
+            if not (count or keys):
                 continue
-            if layer is None or (left and layer.keys_per_token is None):
+            if layer is None or (keys and layer.keys_per_token is None):
                 return None
-            total += count * layer.flops(rows=rows, tokens=tokens, past=past, images=images)
-            total += left * (layer.keys_per_token or 0) * rows * tokens
+            total += layer.flops(count, step=step, past=past, images=images)
+            total += keys * (layer.keys_per_token or 0)
         return total
 
 

@@ -25,6 +25,8 @@ class Quirk:
     """Why the family cannot be treated rightly at all."""
     no_holes: str = ""
     """Why `skipped_kv="hole"` is refused."""
+    dense: str = ""
+    """Why its tokens cannot be packed: every visit computes all of them."""
 
 
 _SHARES_KV = "its layers share keys and values with each other, so a second visit overwrites them"
@@ -33,7 +35,11 @@ _PURE_RECURRENT = "it has no attention layer, so its cache does not know how lon
 QUIRKS: dict[str, Quirk] = {
     "gemma3n_text": Quirk(refused=_SHARES_KV),
     "gemma4_text": Quirk(refused=_SHARES_KV),
-    "gpt_neo": Quirk(no_holes="its attention builds its own causal mask"),
+    "gpt_neo": Quirk(
+        no_holes="its attention builds its own causal mask",
+        dense="its attention builds its own causal mask, from lengths",
+    ),
+    "llama4_text": Quirk(dense="its layers count positions themselves, from 8,192 on"),
     "mamba": Quirk(refused=_PURE_RECURRENT),
     "mamba2": Quirk(refused=_PURE_RECURRENT),
     "falcon_mamba": Quirk(refused=_PURE_RECURRENT),
@@ -54,6 +60,8 @@ class LayerSite:
     mask_position: int | None
     names: tuple[str, ...] = ()
     """The layer's parameters after the hidden states, as far as they have a position."""
+    causal: bool = True
+    """Whether its attention, given no mask, lets a token see earlier ones alone."""
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
@@ -104,7 +112,8 @@ def layer_site(layer: nn.Module) -> LayerSite:
             "attaches to transformers decoder layers."
         )
     mask = names.index("attention_mask") if "attention_mask" in names else None
-    return LayerSite(found[0], names.index(found[0]), mask, tuple(names))
+    causal = next((m.is_causal for m in layer.modules() if hasattr(m, "is_causal")), True)
+    return LayerSite(found[0], names.index(found[0]), mask, tuple(names), bool(causal))
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

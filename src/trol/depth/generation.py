@@ -19,6 +19,8 @@ from trol.depth.call import (
     told,
 )
 from trol.depth.families import find_decoder
+from trol.depth.planes import prepare
+from trol.depth.policy import AbstractPolicy
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
@@ -97,7 +99,17 @@ class HostMixin(Specialised):
         rows, count = tokens.shape[:2]
         roles = prompt.roles(start, count, rows, tokens.device)
         keep = prompt.may_ask_again(start, count)
-        inputs["depth_step"] = Step(roles, keep=keep, real=kwargs.get("attention_mask"))
+        stack: Any = find_decoder(cast(nn.Module, self))
+        policy = stack.depth_policy_in_force()
+        known = start if policy.reads_start else None  # else compiled code would follow it
+        step = Step(roles, keep=keep, real=kwargs.get("attention_mask"), start=known)
+        if cache is not None and cache.is_compileable:  # the next pass may be compiled code
+            scope = policy.scope_in(training=stack.training)
+            asks = keep or scope != "question"
+            # A recurrent state has no positions to copy: its planes begin where the row begins.
+            visits = roles.in_scope(scope) is not False or stack.depth_recurrent
+            make_ready(cache, stack, policy, planes=asks and visits)
+        inputs["depth_step"] = step
         return inputs
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +135,18 @@ class HostMixin(Specialised):
 
     init_continuous_batching = generate_batch
     continuous_batching_context_manager = generate_batch
+
+
+def make_ready(cache: Any, stack: Any, policy: AbstractPolicy, *, planes: bool) -> None:
+    """Puts into a cache what `policy` will keep there, because compiled code could not.
+
+    `planes`: whether planes above 1 are among it.
+    """
+    visits = [policy.bounds(i).most for i in range(stack.depth_layers)] if planes else []
+    absent = stack.depth_absent(policy)
+    beside = policy.skipped_kv == "hole" or policy.observes
+    if absent or beside or max(visits, default=1) > 1:
+        prepare(cache, visits, absent)
 
 
 def _penalised(out: Any, penalty: Tensor, kwargs: dict[str, Any]) -> Any:

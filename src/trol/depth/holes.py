@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from trol.depth.along import PositionSlot
 from trol.depth.families import LayerSite
@@ -24,7 +25,10 @@ class Holes:
     def __init__(self, cache: Any, layer: int, tokens: int) -> None:
         self.cache, self.layer = cache, layer
         slot = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
-        self.start = 0 if slot is None else int(slot.get_seq_length())
+        self.room = slot.max_cache_len if _is_whole(slot) else None
+        self.start: int | Tensor = 0 if slot is None else slot.get_seq_length()
+        if isinstance(self.start, Tensor):  # which the first visit advances
+            self.start = self.start.clone()
         self.keys, self.offset = (tokens, 0) if slot is None else slot.get_mask_sizes(tokens)
         self.holes: Tensor | None = None
 
@@ -34,11 +38,17 @@ class Holes:
         if isinstance(need, bool):
             need = torch.full((rows, tokens), need, device=state.device)
         kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
-        past = need.new_zeros(rows, self.start) if kept is None else kept.values
-        self.holes = torch.cat([past, ~need], dim=1)  # Shape: [B, start + T]
+        if self.room is None:
+            past = need.new_zeros(rows, self.start) if kept is None else kept.values
+            kept = PositionSlot(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
+        else:
+            kept = kept or PositionSlot(need.new_zeros(rows, self.room), is_static=True)
+            here = torch.arange(tokens, device=need.device) + self.start
+            kept.values.index_copy_(1, here, ~need)
+        self.holes = kept.values
         if self.cache is not None:
             adopt(self.cache, getattr(self.cache, "absent", frozenset()))
-            self.cache.planes[self.layer, HOLES] = PositionSlot(self.holes)
+            self.cache.planes[self.layer, HOLES] = kept
 
     def shown_in(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], site: LayerSite, state: Tensor
@@ -52,7 +62,7 @@ class Holes:
         mask = site.mask_in(args, kwargs)
         tokens = state.shape[1]
         keys = torch.arange(self.offset, self.offset + self.keys, device=state.device)
-        queries = torch.arange(self.start, self.start + tokens, device=state.device)[:, None]
+        queries = (torch.arange(tokens, device=state.device) + self.start)[:, None]
         hidden = torch.nn.functional.pad(
             self.holes, (0, max(0, self.offset + self.keys - self.holes.shape[1]))
         )[:, keys]
@@ -67,3 +77,8 @@ class Holes:
         if mask.dtype == torch.bool:
             return site.with_mask(args, kwargs, mask & ~hidden)
         return site.with_mask(args, kwargs, mask.masked_fill(hidden, torch.finfo(mask.dtype).min))
+
+
+def _is_whole(slot: Any) -> bool:
+    """Whether a slot has room for all tokens of its cache from the start."""
+    return isinstance(slot, StaticLayer) and not slot.is_sliding

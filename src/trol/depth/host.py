@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from trol.depth.call import Ambience, Decoding, ambience_of, in_force
+from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.families import find_decoder, layer_list, layer_site, quirk_of
 from trol.depth.generation import HostMixin
@@ -19,13 +19,11 @@ from trol.depth.policy import AbstractPolicy
 from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.specialise import restore, specialise
 from trol.depth.stack import LayerMixin, StackMixin
+from trol.depth.tied import declare_tied, undeclare_tied
 from trol.depth.trace import Recorder, Trace
-from trol.errors import HostError, UsageError
+from trol.errors import HostError, UsageError, unknown
 
 Model = TypeVar("Model", bound=nn.Module)
-
-TIED = ("_tied_weights_keys", "all_tied_weights_keys")
-"""Where transformers keeps which parameters are one: on the class, and on each model."""
 
 
 def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
@@ -64,8 +62,9 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
         specialise(model, HostMixin)
     decoder.depth_policy, decoder.depth_layers = policy, len(layers)
     decoder.depth_recurrent = _is_recurrent(decoder.config)
+    decoder.depth_verdicts = {}
     if policy.tied:
-        _declare_tied(model)
+        declare_tied(model)
     return model
 
 
@@ -81,13 +80,14 @@ def detach(model: Model) -> Model:
         for name in ("depth_index", "depth_site"):
             delattr(layer, name)
         layer._modules.pop("depth", None)
-    for name in ("depth_policy", "depth_layers", "depth_recurrent"):
+    for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_verdicts"):
         delattr(stack, name)
-    stack.__dict__.pop("depth_ambiences", None)
+    for name in ("depth_ambiences", "depth_costs"):
+        stack.__dict__.pop(name, None)
     restore(stack)
     if host is not stack:
         restore(host)
-    _undeclare_tied(host)
+    undeclare_tied(host)
     return model
 
 
@@ -174,6 +174,23 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
 
 
 @contextmanager
+def executor(model: nn.Module, which: Executor) -> Generator[None]:
+    """Has visits made by one executor, in this thread, for a while.
+
+    `dense` computes all tokens of every visit, the reference; `packed` only those that go, wherever
+    it can; `auto`, which is in force otherwise, only where that takes less time on this device.
+
+    Raises:
+        UsageError: there is no such executor, or no policy is attached.
+    """
+    if which not in get_args(Executor):
+        raise unknown("executor", which, get_args(Executor))
+    _, stack = attached(model)
+    with _open_on(stack, replace(ambience_of(stack), executor=which)):
+        yield
+
+
+@contextmanager
 def decoding(model: nn.Module, loop: Decoding, policy: AbstractPolicy) -> Generator[None]:
     """Has `generate` decode with `loop`, which itself puts `policy` in force, for a while.
 
@@ -233,33 +250,6 @@ def _place_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> N
             gate.to(weight.device)
         gate.train(layer.training)
         layer.depth = gate
-
-
-def _declare_tied(model: Any) -> None:
-    """Tells transformers which parameters are one.
-
-    It reads `_tied_weights_keys` when saving and `all_tied_weights_keys` when loading.
-    """
-    names: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        source = names.setdefault(id(parameter), name)
-        if source != name and ".depth." in name:
-            tied[name] = source
-    for attribute in TIED:
-        known = getattr(model, attribute, None)
-        if known is not None or attribute == "_tied_weights_keys":
-            setattr(model, attribute, {**tied, **(known or {})})
-
-
-def _undeclare_tied(model: Any) -> None:
-    for attribute in TIED:
-        known: dict[str, str] = vars(model).get(attribute) or {}
-        if any(".depth." in name for name in known):
-            delattr(model, attribute)  # what the class says shows again, where it says anything
-            rest = {name: source for name, source in known.items() if ".depth." not in name}
-            if rest != (getattr(model, attribute, None) or {}) or attribute != "_tied_weights_keys":
-                setattr(model, attribute, rest)
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

@@ -1,52 +1,127 @@
-"""Packed visits: only tokens whose output somebody reads are computed.
+"""The packed executor: only the tokens that make a visit are computed.
 
-Where no token goes again, a layer is entered for its keys and values alone, and left at its
-cache. And in generation nothing but the last token's logits is read, so the last visit to the
-last layer is made by the last token, which attends to the keys and values of all.
+The tokens that go again are gathered, with their side inputs, and enter the layer together; what
+comes out is put back in their places. They attend to the keys and values of all positions, which
+are put together in `StepKeys`: those of tokens that go come out of the same call; those of tokens
+that stay but own an entry in this plane (`skipped_kv="project"`, the scope of a second visit) from
+a call that leaves the layer at its cache; all others are the plane below's. Rows that a fixed plan
+keeps out of a layer have no entries in it at all (`compact`).
+
+It keeps the contract of `visits.dense_visit`, and gives the same numbers.
 """
 
 from __future__ import annotations
 
 import copy
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
-    StaticLayer,
 )
 
-if TYPE_CHECKING:
-    from trol.depth.visits import LayerRun
+from trol.depth.compact import RowsKept, keep_rows
+from trol.depth.layer_run import LayerRun
+from trol.depth.pace import pace_of
+from trol.depth.planes import LayerPlanes
+from trol.depth.roles import Mask
+from trol.depth.selection import Group, everybody, groups_of
+from trol.depth.sides import sides_of
+from trol.depth.spared import query_weight, without_queries
 
-PER_TOKEN = {
-    "attention_mask": -2,
-    "image_tokens": -1,
-    "per_layer_input": -2,
-    "position_embeddings": -2,
-    "position_ids": -1,
-}
-"""Side inputs of a layer that go with its tokens, and in which dimension the tokens lie."""
-
-PER_KEY = ("alibi",)
-"""Side inputs that go with the keys, which stay as they are."""
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Classes of slot whose keys and values, while it is empty, are the step's own."""
 
 
 class KeysWritten(Exception):
-    """Leaves a layer once its keys and values are stored."""
+    """Leaves a layer once its keys and values are known."""
 
 
-class LeftAtKeys:
-    """A slot that stores keys and values, and ends the pass."""
+@dataclass(frozen=True)
+class Packing:
+    """Who enters the layer in one visit."""
+
+    going: list[Group]
+    """Those that go through it."""
+    leaving: list[Group]
+    """Those that leave their keys and values, and no more."""
+    keep: bool = False
+    """Whether the plane shall hold nothing but the rows that go, from now on."""
+    among: bool = False
+    """Whether those that go see each other alone, because nobody else leaves keys and values."""
+
+    @classmethod
+    def dense(cls, state: Tensor) -> Packing:
+        """Everybody. Shape of state: [B, T, D]."""
+        return cls([everybody(*state.shape[:2])], [])
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups; those that leave are first, so that the others see their keys."""
+        return [*self.leaving, *self.going]
+
+    @property
+    def computed(self) -> int:
+        """Tokens that go through the layer, padding of groups included."""
+        return sum(group.size for group in self.going)
+
+    @property
+    def left(self) -> int:
+        """Tokens that leave keys and values."""
+        return sum(group.size for group in self.leaving)
+
+
+class StepKeys:
+    """The keys and values of one step, put together group by group."""
+
+    def __init__(self, rows: int, tokens: int, below: tuple[Tensor, Tensor] | None) -> None:
+        self.shape, self.below = (rows, tokens), below
+        self.held: tuple[Tensor, Tensor] | None = None
+        """Shape: [B, H, T, d] each."""
+        self.rest: tuple[Any, Any] = ((), {})
+        """What a layer hands to its cache beside them."""
+        self.stored = False
+
+    def put(self, group: Group, keys: Tensor, values: Tensor) -> None:
+        """Adds a group's. Shape: [b, H, m, d] each."""
+        if group.rows is None and group.tokens is None:
+            self.held = keys, values
+            return
+        if self.held is None:
+            below = self.below or (None, None)
+            self.held = self._begun(keys, below[0]), self._begun(values, below[1])
+        for held, own in zip(self.held, (keys, values), strict=True):
+            group.put(held, own, -2)
+
+    def store(self, slot: Any) -> tuple[Tensor, Tensor]:
+        """Writes them to the plane; gives all that it then shows. Shape: [B, H, S, d] each."""
+        assert self.held is not None
+        args, kwargs = self.rest
+        self.stored = True
+        return slot.update(*self.held, *args, **kwargs)
+
+    def _begun(self, own: Tensor, below: Tensor | None) -> Tensor:
+        if below is not None:
+            return below.clone()
+        rows, tokens = self.shape
+        return own.new_zeros(rows, own.shape[1], tokens, own.shape[3])
+
+
+class PackedSlot:
+    """A slot as one group's call sees it."""
 
     slot: Any = None
 
-    def __init__(self, slot: Any) -> None:
-        self.slot = slot
+    def __init__(self, slot: Any, step: StepKeys, group: Group, packing: Packing) -> None:
+        self.slot, self.step, self.group = slot, step, group
+        self.leave, self.among = group in packing.leaving, packing.among
+        self.alone = len(packing.going) == 1
 
     @property
     def __class__(self) -> Any:  # what the slot is an instance of, this is too
@@ -56,100 +131,91 @@ class LeftAtKeys:
         return getattr(self.slot, name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Raises `KeysWritten`. Shape: [B, H, T, d] each."""
-        self.slot.update(keys, values, *args, **kwargs)
-        raise KeysWritten
-
-
-class WrittenOnce(LeftAtKeys):
-    """A slot that stores keys and values of all tokens, ends that pass, and shows them after it."""
-
-    held: Any = None
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """All keys and values of the layer so far. Shape: [B, H, S, d] each."""
-        if self.held is None:
-            self.held = self.slot.update(keys, values, *args, **kwargs)
+        """All keys and values that the group's rows see. Shape: [b, H, S, d] each."""
+        if isinstance(self.slot, RowsKept):
+            return self.slot.update(keys, values, *args, **kwargs)
+        self.step.put(self.group, keys, values)
+        self.step.rest = args, kwargs
+        if self.leave:
             raise KeysWritten
-        return self.held
+        shown = self.step.store(self.slot) if self.alone else self.step.held
+        if self.among:
+            return keys, values
+        assert shown is not None
+        return tuple(self.group.rows_in(part) for part in shown)
 
 
-def keys_only(run: LayerRun, state: Tensor, layer: int, plane: int) -> bool:
-    """Leaves the keys and values of all tokens in plane `plane`, and their states as they are.
-
-    False, and nothing done, where this layer cannot do it. Shape of state: [B, T, D].
-    """
-    planes = run.planes
-    if planes is None or not _keeps_keys(planes.slots[plane - 1]):
-        return False
-    view = planes.opened(plane)
-    if view is run.cache:
-        view = copy.copy(view)
-        view.layers = list(view.layers)
-    view.layers[layer] = LeftAtKeys(view.layers[layer])
-    with suppress(KeysWritten):  # a layer that stores none runs to its end
-        run.call(state, (run.args, run.kwargs), view)
-    planes.close()
-    return True
-
-
-def last_visit(run: LayerRun, state: Tensor, layer: int, plane: int) -> Tensor | None:
-    """One visit whose output only the last token of each row has; the others keep their state.
-
-    Shape: [B, T, D], in and out. None, and nothing done, where this layer cannot do it.
-    """
-    planes, last = run.planes, last_inputs(run, state.shape[1])
-    if planes is None or last is None or not _packable(run, planes.slots[plane - 1]):
-        return None
-    view = planes.opened(plane)
-    view.layers[layer] = WrittenOnce(view.layers[layer])
-    run.applied += 1
-    try:
-        whole = run.call(state, (run.args, run.kwargs), view)
-    except KeysWritten:
-        planes.close()
-        out = run.call(state[:, -1:], last, view)
-        return torch.cat([state[:, :-1], out], dim=1)
-    planes.close()
-    return whole  # the layer stored nothing, so this was a whole visit
-
-
-def _keeps_keys(slot: Any) -> bool:
+def packable(planes: LayerPlanes, plane: int) -> bool:
+    """Whether a plane keeps keys and values alone, so that some tokens can write theirs."""
+    slot = planes.slots[plane - 1]
     recurrent = isinstance(slot, LinearAttentionCacheLayerMixin)
     return isinstance(slot, CacheLayerMixin) and not recurrent
 
 
-def _packable(run: LayerRun, slot: Any) -> bool:
-    if not _keeps_keys(slot):
-        return False
-    # Without a mask one query sees all keys: right, unless some of them are not written yet.
-    return run.site.mask_in(run.args, run.kwargs) is not None or not isinstance(slot, StaticLayer)
+def growing(slot: Any) -> bool:
+    """Whether a slot holds nothing yet, and will show what the step brings as it is."""
+    return type(slot) in GROWING and not int(slot.get_seq_length())
 
 
-def last_inputs(run: LayerRun, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A layer's arguments for its last token, or None where one of them is not understood."""
-    names = run.site.names[: len(run.args)]
-    given = {**dict(zip(names, run.args, strict=True)), **run.kwargs}
-    kept = {
-        name: value if name in PER_KEY else _last(value, PER_TOKEN.get(name), tokens)
-        for name, value in given.items()
-    }
-    if any(kept[name] is None and value is not None for name, value in given.items()):
+def packing_of(
+    planes: LayerPlanes, plane: int, going: Tensor, owning: Mask, device: torch.device
+) -> Packing:
+    """Groups of the tokens that go, and of the others that own an entry in this plane.
+
+    Shape: BoolTensor [B, T] each, or one truth for all.
+    """
+    slot = planes.slots[plane - 1]
+    # Groups of rows take turns: each must see its keys before those of the next are known.
+    one = not growing(slot)
+    left = ~going if owning is True else going.new_zeros(going.shape)
+    if isinstance(owning, Tensor):
+        left = owning.to(going.device) & ~going
+    return Packing(groups_of(going, device, one=one), groups_of(left, device))
+
+
+def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> Tensor:
+    """One visit by the tokens of `packing.going`; the others keep their state.
+
+    Shape: [B, T, D], in and out.
+    """
+    planes = run.planes
+    assert planes is not None
+    slot = planes.slots[plane - 1]
+    planes.fetch(slot)
+    step = StepKeys(*state.shape[:2], _below(planes, plane))
+    if packing.keep and packing.going[0].rows is not None:
+        keep_rows(slot, packing.going[0].rows, len(state))
+    inputs = (run.args, run.kwargs) if packing.among else run.inputs(state)
+    # Before anything is stored: what masks say of keys hangs on how many there are.
+    sides = [sides_of(run, inputs, group, slot, packing, state) for group in packing.groups]
+    out = state.clone() if packing.going else state
+    for group, side in zip(packing.groups, sides, strict=True):
+        view = copy.copy(planes.cache)
+        view.layers = list(planes.cache.layers)
+        view.layers[planes.layer] = PackedSlot(slot, step, group, packing)
+        if group in packing.going:
+            group.put(out, run.call(group.take(state, -2), side, view), -2)
+            continue
+        with suppress(KeysWritten), without_queries(_spared(run, group, state)):
+            run.call(group.take(state, -2), side, view)
+    step.held = step.held or step.below
+    if step.held is not None and not step.stored:
+        step.store(slot)
+    planes.stow(slot)
+    run.applied += bool(packing.going)
+    planes.fresh = step.held or planes.fresh
+    return out
+
+
+def _spared(run: LayerRun, group: Group, state: Tensor) -> Tensor | None:
+    """The weight whose products need not be made, where that saves time."""
+    weight = query_weight(getattr(run.forward, "__self__", None))
+    if weight is None:
         return None
-    return tuple(kept.pop(name) for name in names), kept
+    pace = pace_of(state.device, state.dtype)
+    return weight if pace.pays(2 * weight.numel() * group.size, 1) else None
 
 
-def _last(value: Any, dimension: int | None, tokens: int) -> Any:
-    if isinstance(value, tuple | list) and value and dimension is not None:
-        parts = [_last(part, dimension, tokens) for part in value]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if not isinstance(value, Tensor):
-        return value if _plain(value) else None
-    if dimension is None or value.ndim < -dimension or value.shape[dimension] != tokens:
-        return None
-    return value.narrow(dimension, tokens - 1, 1)
-
-
-def _plain(value: Any) -> bool:
-    """Whether an argument says the same for every selection of tokens."""
-    return value is None or isinstance(value, bool | int | float | str | Cache)
+def _below(planes: LayerPlanes, plane: int) -> tuple[Tensor, Tensor] | None:
+    """The step's keys and values in the plane below, where some positions copy theirs."""
+    return planes.fresh if plane > 1 and planes.in_scope is not True else None

@@ -9,6 +9,7 @@ Plane 1 is the host's own cache.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,16 +18,12 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
-    StaticLayer,
 )
 
 from trol.depth.roles import Mask
+from trol.depth.slots import Slot, VisitSlot, fork, held_bytes, is_static
 from trol.depth.specialise import specialised
 from trol.errors import HostError
-
-Slot = Any
-"""One layer's place in a cache: a CacheLayerMixin or a LinearAttentionCacheLayerMixin."""
-
 
 HOLES, ALONG = 0, -1
 """The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
@@ -37,10 +34,18 @@ class PlanedCache:
     """Mixin for a live cache that also holds planes above 1, or has layers that never run."""
 
     layers: list[Slot]
+    offloading: bool
     planes: dict[tuple[int, int], Slot]
     """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `PositionSlot`."""
     absent: frozenset[int]
     """Layers that have no keys and values because the whole batch skips them."""
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.offloading:  # transformers fetched the next layer, which may be one that never runs
+            self.layers[layer_idx].prefetch()
+        return super().update(keys, values, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return super().get_seq_length(self._standing_in_for(layer_idx))  # type: ignore[misc]
@@ -78,7 +83,11 @@ class PlanedCache:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.planes.clear()
+        for key, slot in list(self.planes.items()):
+            if is_static(slot):  # compiled code knows where it lies
+                slot.reset()
+            else:
+                del self.planes[key]
 
     def _standing_in_for(self, layer: int) -> int:
         # Lengths and mask sizes of a layer that never runs come from one of its kind that does.
@@ -105,6 +114,12 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
         )
     planed = cast(Any, cache)
     if not isinstance(cache, PlanedCache):
+        if torch.compiler.is_compiling():
+            raise HostError(
+                "compiled code cannot give a cache its planes; call "
+                "trol.depth.prepare_cache(model, cache) before the compiled model and pass that "
+                "cache as past_key_values, or pass use_cache=False."
+            )
         planed.__class__ = specialised(type(cache), PlanedCache)
         planed.planes = {}
         planed.absent = frozenset()
@@ -112,6 +127,26 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
         _check_lengths(planed, absent)
         planed.absent = absent
     return planed
+
+
+def prepare(cache: Any, visits: Sequence[int], absent: frozenset[int]) -> None:
+    """Adopts a cache and gives layer l its planes up to visits[l], so that none is made later.
+
+    A new plane starts as a copy of the one below: at every position, the newest plane so far.
+    """
+    adopt(cache, absent)
+    for layer, most in enumerate(visits):
+        _grow(cache, layer)
+        below = cache.layers[layer]
+        for plane in range(2, most + 1):
+            if (layer, plane) not in cache.planes:
+                cache.planes[layer, plane] = fork(below)
+            below = cache.planes[layer, plane]
+
+
+def _grow(cache: Any, layer: int) -> None:
+    while len(cache.layers) <= layer:  # DynamicCache makes its layers when they are first used
+        cache.layers.append(cache.layer_class_to_replicate())
 
 
 def _check_lengths(cache: Any, absent: frozenset[int]) -> None:
@@ -130,36 +165,6 @@ def _has_keys(cache: Any, layer: int) -> bool:
     return isinstance(cache.layers[layer], CacheLayerMixin)
 
 
-class VisitSlot:
-    """A slot as one visit sees it: merges new keys and values, remembers them, then stores them."""
-
-    slot: Slot = None  # on the class too: dynamo asks for `__class__` before `__init__` has run
-
-    def __init__(self, slot: Slot, in_scope: Mask, fallback: tuple[Tensor, Tensor] | None) -> None:
-        self.slot = slot
-        self.in_scope = in_scope
-        self.fallback = fallback
-        self.fresh: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def __class__(self) -> Any:  # isinstance(slot, LinearAttentionCacheLayerMixin) must still hold
-        return type(self.slot)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.slot, name)
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stores the step's keys and values. Shape: [B, H, T, d] each, in and out."""
-        if self.fallback is not None and self.in_scope is False:
-            keys, values = self.fallback
-        elif self.fallback is not None and isinstance(self.in_scope, Tensor):
-            mine = self.in_scope[:, None, :, None]  # Shape: [B, 1, T, 1]
-            keys = torch.where(mine, keys, self.fallback[0])
-            values = torch.where(mine, values, self.fallback[1])
-        self.fresh = keys, values
-        return self.slot.update(keys, values, *args, **kwargs)
-
-
 class LayerPlanes:
     """The planes of one layer while one call passes through it.
 
@@ -172,8 +177,7 @@ class LayerPlanes:
     """
 
     def __init__(self, cache: Any, layer: int, *, most: int, in_scope: Mask, keep: bool) -> None:
-        while len(cache.layers) <= layer:  # DynamicCache makes its layers when they are first used
-            cache.layers.append(cache.layer_class_to_replicate())
+        _grow(cache, layer)
         self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
         held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
         self.held = [plane for owner, plane in held if owner == layer and plane > 1]
@@ -183,14 +187,16 @@ class LayerPlanes:
             most = 1
         for plane in range(2, max(most, *self.held, 1) + 1):
             # Taken before plane 1 grows: a plane that starts now copies what came before this call.
-            self.slots.append(held.get((layer, plane)) or _fork(self.slots[-1]))
+            self.slots.append(held.get((layer, plane)) or fork(self.slots[-1]))
         self.remembers = (most > 1 and in_scope is not True) or bool(keep and self.held)
         self.fresh: tuple[Tensor, Tensor] | None = None
         self._open: VisitSlot | None = None
+        self._slot: Slot = None
 
     def opened(self, plane: int) -> Any:
         """The cache to hand to the layer for its visit number `plane`."""
-        slot = self.slots[plane - 1]
+        self._slot = slot = self.slots[plane - 1]
+        self.fetch(slot)
         if self.remembers and isinstance(slot, CacheLayerMixin):
             self._open = slot = VisitSlot(slot, self.in_scope, self.fresh)
         if slot is self.cache.layers[self.layer]:
@@ -205,6 +211,13 @@ class LayerPlanes:
         if self._open is not None:
             self.fresh = self._open.fresh or self.fresh
             self._open = None
+        self.stow(self._slot)  # a visit that was left at its keys and values has not done so
+
+    def twin(self) -> LayerPlanes:
+        """Planes that start from what these hold and go their own way."""
+        twin = copy.copy(self)
+        twin.slots = [fork(slot) for slot in self.slots]
+        return twin
 
     def finish(self, visited: int) -> None:
         """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
@@ -213,11 +226,26 @@ class LayerPlanes:
             if plane > visited:
                 planes[plane] = self.slots[plane - 1]
                 if self.keep and self.fresh is not None:
+                    self.fetch(planes[plane])
                     planes[plane].update(*self.fresh)
+                    self.stow(planes[plane])
         if self.keep and planes:
             adopt_planes(self.cache, {(self.layer, plane): s for plane, s in planes.items()})
         elif isinstance(self.cache, PlanedCache):
             drop_planes(self.cache, self.layer)
+
+    def fetch(self, slot: Slot) -> None:
+        """Gets a slot from where an offloaded cache keeps it between calls."""
+        if self.cache.offloading:  # transformers fetches plane 1 of the next layer, and no other
+            slot.prefetch()
+
+    def stow(self, slot: Slot) -> None:
+        """Puts it back there."""
+        cache = self.cache
+        if cache.offloading and isinstance(slot, CacheLayerMixin):
+            stays = cache.only_non_sliding and getattr(slot, "is_sliding", False)
+            if not stays:
+                slot.offload()
 
 
 def forked(cache: Any, *, planes: bool) -> Any:
@@ -226,10 +254,10 @@ def forked(cache: Any, *, planes: bool) -> Any:
     `planes`: whether it also starts from the planes above 1, the holes and what is kept along.
     """
     twin = copy.copy(cache)
-    twin.layers = [_fork(slot) for slot in cache.layers]
+    twin.layers = [fork(slot) for slot in cache.layers]
     if isinstance(cache, PlanedCache):
         held = cache.planes if planes else {}
-        twin.planes = {key: _fork(slot) for key, slot in held.items()}
+        twin.planes = {key: fork(slot) for key, slot in held.items()}
     return twin
 
 
@@ -249,27 +277,4 @@ def drop_planes(cache: PlanedCache, layer: int | None = None) -> None:
 def cache_bytes(cache: Any) -> int:
     """What a cache holds, planes above 1 included. Unit: bytes."""
     slots = [*cache.layers, *(cache.planes.values() if isinstance(cache, PlanedCache) else ())]
-    tensors = [t for slot in slots for t in _tensors(slot)]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _tensors(slot: Slot) -> list[Tensor]:
-    values = [vars(slot).get("keys"), vars(slot).get("values")]
-    for states in (vars(slot).get("conv_states"), vars(slot).get("recurrent_states")):
-        values.extend((states or {}).values())
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _fork(slot: Slot) -> Slot:
-    """A private copy. Layers that grow by concatenation share their past; others are cloned."""
-    twin = copy.copy(slot)
-    for name, value in vars(slot).items():
-        if isinstance(value, dict):
-            setattr(twin, name, {k: _cloned(v) for k, v in value.items()})
-        elif isinstance(slot, StaticLayer):
-            setattr(twin, name, _cloned(value))
-    return twin
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return held_bytes(slots)

@@ -82,6 +82,8 @@ class AbstractPolicy(ABC):
     """Whether `again` is also asked where no token is in scope, to look at them."""
     translates: bool = False
     """Whether `enter` changes states."""
+    decides: ClassVar[bool] = False
+    """Whether every answer is 0 or 1, so that nothing is mixed."""
 
     scope: Scope
     training_scope: Scope
@@ -111,6 +113,14 @@ class AbstractPolicy(ABC):
     @abstractmethod
     def again(self, visit: Visit) -> Answer:
         """a_r for the tokens of this visit; asked for r = 0 .. bounds.most - 1."""
+
+    def rows_going(self, layer: int, number: int, rows: int) -> tuple[bool, ...] | None:
+        """Which of so many rows make visit `number + 1`, where that is settled beforehand.
+
+        None where tokens of one row may differ, or all rows go alike.
+        """
+        del layer, number, rows
+        return None
 
     def enter(self, visit: Visit) -> Tensor:
         """x_0 of a layer, for policies that translate states. Shape: [B, T, D]."""

@@ -23,6 +23,7 @@ POLICIES = {
     "replay": "trol.policies.replay:Replay",
     "controller": "trol.policies.controller:Controller",
     "router": "trol.policies.router:Router",
+    "random_tokens": "trol.policies.random_tokens:RandomTokens",
 }
 """Registered name -> module:class."""
 

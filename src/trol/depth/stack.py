@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,27 @@ from trol.depth.call import (
     UNTOLD,
     Ambience,
     Call,
+    Kind,
     Step,
     ambience_of,
 )
 from trol.depth.context import INPUT, Context
-from trol.depth.families import LayerSite
+from trol.depth.cost import StackCost, stack_cost
+from trol.depth.families import LayerSite, layer_list, quirk_of
+from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, PlanedCache, adopt, drop_planes
 from trol.depth.policy import AbstractPolicy
 from trol.depth.roles import Mask
 from trol.depth.specialise import Specialised
-from trol.depth.visits import LayerRun, traverse
+from trol.depth.visits import traverse
 from trol.errors import HostError
+
+
+GATHERED = ("eager", "sdpa")
+"""Attentions that take a mask with one row for each query."""
+
+SHOWN = ("output_attentions", "output_router_logits")
+"""What a caller may ask for that tells of all tokens of each layer."""
 
 
 class LayerMixin(Specialised):
@@ -92,6 +102,10 @@ class StackMixin(Specialised):
     """Whether some layer keeps a recurrent state, which every token must advance."""
     depth_ambiences: int = 0
     """How many `trol.depth` and `trol.trace` blocks are open on this stack, in all threads."""
+    depth_costs: StackCost | None = None
+    """What visits of the layers cost, once it was asked for."""
+    depth_verdicts: dict[Kind, bool]
+    """Of packed visits that were compared with dense ones."""
     training: bool
     config: Any
 
@@ -148,9 +162,13 @@ class StackMixin(Specialised):
         keep = scope != "question" or step.keep
         if ambience.recorder is None and self._all_plain(policy, in_scope, keep, cache):
             return None
-        # Not in training or compiled code, nor where the attention of every layer is shown.
+        # Not in training or compiled code, nor where something of every token is shown.
         free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        shown = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        packs = (
+            free
+            and ambience.executor != "dense"
+            and not any(kwargs.get(name, getattr(self.config, name, False)) for name in SHOWN)
+        )
         return Call(
             policy,
             self._context(policy, step, in_scope, cache, self._padding(step, args, kwargs)),
@@ -160,14 +178,28 @@ class StackMixin(Specialised):
             config=self.config,
             applied=[0] * self.depth_layers,
             # A trace wants to see all visits.
-            last_only=step.last_only and free and ambience.recorder is None,
-            packs=free and not shown,
+            last_only=step.last_only and packs and ambience.recorder is None,
+            executor=ambience.executor if packs else "dense",
+            gathers=getattr(self.config, "_attn_implementation", None) in GATHERED
+            and not quirk_of(self).dense,
+            costs=self._costs,
+            verdicts=self.depth_verdicts,
         )
+
+    def _costs(self) -> StackCost:
+        """What visits of the layers cost, read off their modules once."""
+        if self.depth_costs is None:
+            layers = list(layer_list(cast(nn.Module, self)) or ())
+            self.depth_costs = stack_cost(layers, [None] * len(layers), self.config)
+        return self.depth_costs
 
     def _context(
         self, policy: AbstractPolicy, step: Step, in_scope: Mask, cache: Any, padding: Any
     ) -> Context:
-        start = int(cache.get_seq_length()) if policy.reads_start and cache is not None else 0
+        start = step.start
+        if start is None:
+            reads = policy.reads_start and cache is not None
+            start = int(cache.get_seq_length()) if reads else 0
         notes = {} if step.notes is None else step.notes
         return Context(
             in_scope,

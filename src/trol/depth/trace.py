@@ -91,8 +91,8 @@ class Recorder:
         self._needs: list[list[Tensor]] = [[] for _ in range(self.layers)]
         self._shares: list[list[Answer]] = [[] for _ in range(self.layers)]
         self._shape: tuple[int, int] | None = None
-        self._runs = [0] * self.layers
-        self._keys = [0] * self.layers
+        self._computed = [0] * self.layers
+        self._left = [0] * self.layers
         self._looks = 0
 
     @contextmanager
@@ -107,19 +107,18 @@ class Recorder:
         self.trace._milliseconds += 1000 * (time.perf_counter() - began)
         self._end(start, mask, images)
 
-    def visit(self, layer: int, need: Mask, state: Tensor) -> None:
-        """One visit was made by the tokens in `need`. Shape of state: [B, T, D]."""
+    def visit(self, layer: int, need: Mask, state: Tensor, computed: int, left: int) -> None:
+        """One visit was made by the tokens in `need`. Shape of state: [B, T, D].
+
+        `computed` tokens went through the layer for it, `left` no further than its cache.
+        """
         rows, tokens = state.shape[:2]
         self._shape = rows, tokens
         if isinstance(need, bool):
             need = torch.full((rows, tokens), need)
         self._needs[layer].append(need.detach().long().cpu())
-        self._runs[layer] += 1
-
-    def keys(self, layer: int, state: Tensor) -> None:
-        """A layer was entered for its keys and values alone."""
-        self._shape = state.shape[0], state.shape[1]
-        self._keys[layer] += 1
+        self._computed[layer] += computed
+        self._left[layer] += left
 
     def translated(self) -> None:
         """The policy may have changed states at a layer's entrance."""
@@ -161,7 +160,7 @@ class Recorder:
             real = mask[:, -tokens:].bool().cpu()
         self.trace._real.append(real)
         layers = self.trace._stack_cost.layer_flops(
-            self._runs, keys=self._keys, rows=rows, tokens=tokens, past=start, images=images
+            self._computed, left=self._left, step=tokens, past=start, images=images
         )
         self.trace._flops.append(None if layers is None else layers + self._looks)
 

@@ -120,6 +120,7 @@ class Controller(AbstractPolicy):
     """
 
     name = "controller"
+    decides = True
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class EarlyExit(AbstractPolicy):
     """
 
     name = "early_exit"
+    decides = True
 
     def __init__(
         self,

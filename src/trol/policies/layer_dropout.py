@@ -24,6 +24,7 @@ class LayerDropout(AbstractPolicy):
     """
 
     name = "layer_dropout"
+    decides = True
 
     def __init__(self, rate: float = 0.1) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ class Plain(AbstractPolicy):
     """a_0 = 1, a_1 = 0: what the host does without trol."""
 
     name = "plain"
+    decides = True
 
     def __init__(self) -> None:
         super().__init__()

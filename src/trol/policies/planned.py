@@ -25,6 +25,7 @@ class Planned(AbstractPolicy):
     """
 
     name = "plan"
+    decides = True
 
     def __init__(
         self,
@@ -54,6 +55,12 @@ class Planned(AbstractPolicy):
         rows, tokens = visit.state.shape[:2]
         answers = torch.tensor(goes, device=visit.state.device)[:, None]  # Shape: [plans, 1]
         return expand_rows(answers, rows).expand(rows, tokens)
+
+    def rows_going(self, layer: int, number: int, rows: int) -> tuple[bool, ...] | None:
+        goes = [number < visits_of(plan, layer) for plan in self.plans]
+        if len(set(goes)) == 1 or rows % len(goes):
+            return None
+        return tuple(one for one in goes for _ in range(rows // len(goes)))
 
     def settings(self) -> dict[str, Any]:
         plans = [plan.to_json() for plan in self.plans]

@@ -82,6 +82,7 @@ class Router(AbstractPolicy):
     """
 
     name = "router"
+    decides = True
     reads_start = True
     observes = True
 

@@ -1,0 +1,64 @@
+"""Slots that hold some rows of a batch alone: those that a fixed plan lets visit the layer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from trol.depth.specialise import specialised
+from trol.errors import HostError
+
+
+class RowsKept(CacheLayerMixin):
+    """Mixin for a slot that is told whole batches, and holds some of their rows."""
+
+    kept: Tensor
+    """Which rows. Shape: [b]."""
+    batch: int
+    """B: how many rows there are."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stores those rows' keys and values. Shape: [b, H, T, d] each, in; [b, H, S, d], out.
+
+        Raises:
+            HostError: keys and values of other rows come.
+        """
+        if len(keys) != len(self.kept):
+            raise HostError(
+                f"this layer of the cache holds rows {self.kept.tolist()} of {self.batch}, because "
+                "the plans that filled it keep the other rows out; start a new cache, or keep "
+                "those plans."
+            )
+        return super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(self._places()[beam_idx.to(self.kept.device)[self.kept]])  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        each = torch.arange(repeats, device=self.kept.device)
+        self.kept = (self.kept[:, None] * repeats + each).flatten()
+        self.batch *= repeats
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        chosen = torch.arange(self.batch, device=self.kept.device)[indices]  # also for a mask
+        places = self._places()[chosen]
+        here = places >= 0
+        super().batch_select_indices(places[here])  # type: ignore[misc]
+        self.kept, self.batch = here.nonzero()[:, 0], len(chosen)
+
+    def _places(self) -> Tensor:
+        """Where each row lies among those that are kept; -1 for the others. Shape: [B]."""
+        places = self.kept.new_full((self.batch,), -1)
+        places[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
+        return places
+
+
+def keep_rows(slot: object, rows: Tensor, batch: int) -> None:
+    """Makes an empty slot one that holds these rows alone, in place."""
+    slot.__class__ = specialised(type(slot), RowsKept)
+    kept = cast(RowsKept, slot)
+    kept.kept, kept.batch = rows, batch

@@ -1,0 +1,62 @@
+"""One layer in one call: what it is handed, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from trol.depth.families import LayerSite
+from trol.depth.holes import Holes
+from trol.depth.planes import LayerPlanes
+from trol.depth.sides import Inputs
+
+Forward = Callable[..., Any]
+
+
+class LayerRun:
+    """One layer, one call: applies the host's own layer as often as the visit loop asks."""
+
+    def __init__(
+        self, forward: Forward, site: LayerSite, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.forward, self.site, self.args, self.kwargs = forward, site, args, kwargs
+        self.cache = site.cache_in(args, kwargs)
+        self.lasts = self.cache is not None
+        """Whether later calls read what this one leaves."""
+        self.planes: LayerPlanes | None = None
+        self.holes: Holes | None = None
+        self.rest: tuple[Any, ...] | None = None
+        self.applied = 0
+
+    def apply(self, state: Tensor, plane: int) -> Tensor:
+        """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out."""
+        cache = None if self.planes is None else self.planes.opened(plane)
+        out = self.call(state, self.inputs(state), cache)
+        self.applied += 1
+        if self.planes is not None:
+            self.planes.close()
+        return out
+
+    def inputs(self, state: Tensor) -> Inputs:
+        """The layer's arguments beside `state` [B, T, D], with a mask that hides its holes."""
+        if self.holes is None:
+            return self.args, self.kwargs
+        return self.holes.shown_in(self.args, self.kwargs, self.site, state)
+
+    def call(self, state: Tensor, inputs: Inputs, cache: Any) -> Tensor:
+        """The host's layer once, on these side inputs and, if not None, this cache."""
+        args, kwargs = inputs
+        if cache is not None:
+            args, kwargs = self.site.with_cache(args, kwargs, cache)
+        out = self.forward(state, *args, **kwargs)
+        if not isinstance(out, tuple):
+            return out
+        if self.rest is None:  # what comes beside the hidden states is the first visit's
+            self.rest = out[1:]
+        return out[0]
+
+    def wrap(self, state: Tensor) -> Any:
+        """The layer's output in the form that its family returns; the layer has run."""
+        return state if self.rest is None else (state, *self.rest)

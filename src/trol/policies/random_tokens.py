@@ -1,0 +1,79 @@
+"""Chance in the place of a policy's choice: the control of whatever chooses tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
+from trol.errors import UsageError
+
+STRIDE, FACTOR, MODULUS = 7919, 48271, 2**31 - 1
+"""Of the generator of Park and Miller, which is all the same on every device."""
+
+
+class RandomTokens(AbstractPolicy):
+    """a_0 = 1 for a share of the tokens (visit = 1), or a_0 = 1, a_1 = 1 for it (visit = 2).
+
+    In each layer another share: whether a token belongs to it follows from the seed, the layer and
+    the token's position, so that it is the same with a cache and without, alone and in a batch.
+
+    Args:
+        share: how many of the tokens in scope make the visit, in [0, 1].
+        visit: which visit they make and the others do not: 1, the others skip the layer; or 2, the
+            others visit it once.
+        seed: another number, other tokens.
+
+    Raises:
+        UsageError: a setting is out of its range.
+    """
+
+    name = "random_tokens"
+    reads_start = True
+    decides = True
+
+    def __init__(
+        self,
+        share: float = 0.5,
+        *,
+        visit: Literal[1, 2] = 2,
+        seed: int = 0,
+        scope: Scope = "all",
+        skipped_kv: Literal["project", "hole"] = "project",
+    ) -> None:
+        super().__init__(scope=scope, skipped_kv=skipped_kv)
+        if not 0 <= share <= 1:
+            raise UsageError(f"share is {share}, but must lie in [0, 1].")
+        if visit not in (1, 2):
+            raise UsageError(f"visit is {visit}; give 1 to skip layers, or 2 to repeat them.")
+        self.share, self.visit, self.seed = share, visit, seed
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(self.visit - 1, self.visit)
+
+    def again(self, visit: Visit) -> Answer:
+        if visit.number < self.visit - 1:
+            return 1.0
+        positions = visit.context.positions(visit.state)
+        rows, tokens = visit.state.shape[:2]
+        drawn = _drawn(positions, STRIDE * (self.seed + 1) + visit.layer)
+        return (drawn < self.share).float().expand(rows, tokens)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "share": self.share,
+            "visit": self.visit,
+            "seed": self.seed,
+            "scope": self.scope,
+            "skipped_kv": self.skipped_kv,
+        }
+
+
+def _drawn(positions: Tensor, key: int) -> Tensor:
+    """One number in [0, 1) for each position. Shape: [..., T], in and out."""
+    state = (positions + 1) * STRIDE + key * FACTOR
+    for _ in range(3):
+        state = (state * FACTOR + key) % MODULUS
+    return state / MODULUS
