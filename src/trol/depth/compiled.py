@@ -22,5 +22,5 @@ def prepare_cache(model: nn.Module, cache: Any) -> Any:
         HostError: this is no transformers cache, or its layers hold rows of different lengths.
     """
     _, stack = attached(model)
-    make_ready(cache, stack, stack.depth_policy_in_force(), planes=True)
+    make_ready(stack, cache, planes=True)
     return cache

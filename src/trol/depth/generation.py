@@ -20,7 +20,6 @@ from trol.depth.call import (
 )
 from trol.depth.families import find_decoder
 from trol.depth.planes import prepare
-from trol.depth.policy import AbstractPolicy
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
@@ -95,20 +94,14 @@ class HostMixin(Specialised):
         ids = inputs.get("input_ids")
         tokens = inputs["inputs_embeds"] if ids is None else ids
         cache = inputs.get("past_key_values")
-        start = 0 if cache is None else int(cache.get_seq_length())
         rows, count = tokens.shape[:2]
+        start = _columns_before(cache, kwargs.get("attention_mask"), count)
         roles = prompt.roles(start, count, rows, tokens.device)
         keep = prompt.may_ask_again(start, count)
-        stack: Any = find_decoder(cast(nn.Module, self))
-        policy = stack.depth_policy_in_force()
-        known = start if policy.reads_start else None  # else compiled code would follow it
-        step = Step(roles, keep=keep, real=kwargs.get("attention_mask"), start=known)
-        if cache is not None and cache.is_compileable:  # the next pass may be compiled code
-            scope = policy.scope_in(training=stack.training)
-            asks = keep or scope != "question"
-            # A recurrent state has no positions to copy: its planes begin where the row begins.
-            visits = roles.in_scope(scope) is not False or stack.depth_recurrent
-            make_ready(cache, stack, policy, planes=asks and visits)
+        step = Step(roles, keep=keep, real=kwargs.get("attention_mask"))
+        if cache is not None and cache.is_compileable:
+            stack: Any = find_decoder(cast(nn.Module, self))
+            step = _for_compiled(stack, cache, step, start)
         inputs["depth_step"] = step
         return inputs
 
@@ -137,16 +130,39 @@ class HostMixin(Specialised):
     continuous_batching_context_manager = generate_batch
 
 
-def make_ready(cache: Any, stack: Any, policy: AbstractPolicy, *, planes: bool) -> None:
-    """Puts into a cache what `policy` will keep there, because compiled code could not.
+def _for_compiled(stack: Any, cache: Any, step: Step, start: int) -> Step:
+    """The step, with what compiled code could not find out, and its cache made ready."""
+    policy = stack.depth_policy_in_force()
+    scope = policy.scope_in(training=stack.training)
+    keep = step.keep or scope != "question"
+    # A recurrent state has no positions to copy: its planes begin where the row begins.
+    visits = step.roles.in_scope(scope) is not False or stack.depth_recurrent
+    make_ready(stack, cache, planes=keep and visits)
+    return replace(step, start=start if policy.reads_start else None)
+
+
+def make_ready(stack: Any, cache: Any, *, planes: bool) -> None:
+    """Puts into a cache what the policy in force will keep there, because compiled code could not.
 
     `planes`: whether planes above 1 are among it.
     """
+    policy = stack.depth_policy_in_force()
     visits = [policy.bounds(i).most for i in range(stack.depth_layers)] if planes else []
     absent = stack.depth_absent(policy)
     beside = policy.skipped_kv == "hole" or policy.observes
     if absent or beside or max(visits, default=1) > 1:
         prepare(cache, visits, absent)
+
+
+def _columns_before(cache: Any, mask: Any, count: int) -> int:
+    """Columns before the last `count`; `mask` [B, S] covers those in the cache and these."""
+    if cache is None:
+        return 0
+    held = cache.get_seq_length()
+    on_device = isinstance(held, Tensor)  # a static cache's: to read it is to wait for the device
+    if on_device and isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.shape[-1] - count
+    return int(held)
 
 
 def _penalised(out: Any, penalty: Tensor, kwargs: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ from trol.depth.pace import pace_of
 from trol.depth.planes import LayerPlanes
 from trol.depth.roles import Mask
 from trol.depth.selection import Group, everybody, groups_of
-from trol.depth.sides import sides_of
+from trol.depth.sides import Asking
 from trol.depth.spared import query_weight, without_queries
 
 GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -145,9 +145,8 @@ class PackedSlot:
         return tuple(self.group.rows_in(part) for part in shown)
 
 
-def packable(planes: LayerPlanes, plane: int) -> bool:
-    """Whether a plane keeps keys and values alone, so that some tokens can write theirs."""
-    slot = planes.slots[plane - 1]
+def is_packable(slot: Any) -> bool:
+    """Whether a slot keeps keys and values alone, so that some tokens can write theirs."""
     recurrent = isinstance(slot, LinearAttentionCacheLayerMixin)
     return isinstance(slot, CacheLayerMixin) and not recurrent
 
@@ -157,14 +156,11 @@ def growing(slot: Any) -> bool:
     return type(slot) in GROWING and not int(slot.get_seq_length())
 
 
-def packing_of(
-    planes: LayerPlanes, plane: int, going: Tensor, owning: Mask, device: torch.device
-) -> Packing:
+def packing_of(slot: Any, going: Tensor, owning: Mask, device: torch.device) -> Packing:
     """Groups of the tokens that go, and of the others that own an entry in this plane.
 
     Shape: BoolTensor [B, T] each, or one truth for all.
     """
-    slot = planes.slots[plane - 1]
     # Groups of rows take turns: each must see its keys before those of the next are known.
     one = not growing(slot)
     left = ~going if owning is True else going.new_zeros(going.shape)
@@ -182,12 +178,13 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
     assert planes is not None
     slot = planes.slots[plane - 1]
     planes.fetch(slot)
-    step = StepKeys(*state.shape[:2], _below(planes, plane))
+    step = StepKeys(state.shape[0], state.shape[1], _below(planes, plane))
     if packing.keep and packing.going[0].rows is not None:
         keep_rows(slot, packing.going[0].rows, len(state))
     inputs = (run.args, run.kwargs) if packing.among else run.inputs(state)
+    asking = Asking(run.site, inputs, slot, state.shape[:2], among=packing.among)
     # Before anything is stored: what masks say of keys hangs on how many there are.
-    sides = [sides_of(run, inputs, group, slot, packing, state) for group in packing.groups]
+    sides = [asking.of(group, attends=group in packing.going) for group in packing.groups]
     out = state.clone() if packing.going else state
     for group, side in zip(packing.groups, sides, strict=True):
         view = copy.copy(planes.cache)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from trol.depth.families import LayerSite
 from trol.depth.selection import Group
 
-if TYPE_CHECKING:  # which hold these inputs, or ask for them
+if TYPE_CHECKING:  # which holds these inputs
     from trol.depth.layer_run import LayerRun
-    from trol.depth.packed import Packing
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer takes beside the hidden states."""
@@ -33,7 +35,7 @@ PER_KEY = ("alibi",)
 def understood(run: LayerRun, rows: int, tokens: int) -> bool:
     """Whether every side input of a layer is known, so that some tokens can go alone."""
     return all(
-        _known(value, name, rows, tokens) for name, value in _given(run.args, run.kwargs, run)
+        _known(value, name, rows, tokens) for name, value in _given(run.args, run.kwargs, run.site)
     )
 
 
@@ -42,47 +44,44 @@ def masked(run: LayerRun, slot: Any) -> bool:
     return run.site.mask_in(run.args, run.kwargs) is not None or not isinstance(slot, StaticLayer)
 
 
-def sides_of(
-    run: LayerRun, inputs: Inputs, group: Group, slot: Any, packing: Packing, state: Tensor
-) -> Inputs:
-    """A layer's arguments for the tokens of one group.
+@dataclass(frozen=True)
+class Asking:
+    """One packed visit, as far as a layer's arguments hang on it."""
 
-    Args:
-        run: the layer.
-        inputs: its arguments for all tokens.
-        group: who goes, or leaves.
-        slot: the keys and values before this step.
-        packing: all groups.
-        state: the hidden states of all tokens. Shape: [B, T, D].
-    """
-    args, kwargs = inputs
-    if group.rows is None and group.tokens is None:
-        return inputs
-    names, (rows, step, _) = run.site.names[: len(args)], state.shape
-    given = dict(_given(args, kwargs, run))
-    mask = given.pop("attention_mask", None)
-    taken = {name: _taken(value, name, group, rows) for name, value in given.items()}
-    taken["attention_mask"] = None  # who leaves at the cache never comes to attend
-    if group in packing.going:
-        taken["attention_mask"] = _mask(run, mask, group, slot, step, among=packing.among)
-    return tuple(taken.pop(name) for name in names), taken
+    site: LayerSite
+    inputs: Inputs
+    """Those for all tokens."""
+    slot: Any
+    """The keys and values before this step."""
+    shape: Sequence[int]
+    """Of the tokens: [B, T]."""
+    among: bool
+    """Whether those that go see each other alone."""
 
+    def of(self, group: Group, *, attends: bool) -> Inputs:
+        """The arguments for one group; who leaves at the cache never comes to attend."""
+        args, kwargs = self.inputs
+        if group.rows is None and group.tokens is None:
+            return self.inputs
+        given = dict(_given(args, kwargs, self.site))
+        mask = given.pop("attention_mask", None)
+        taken = {name: _taken(value, name, group, self.shape[0]) for name, value in given.items()}
+        taken["attention_mask"] = self._mask(mask, group) if attends else None
+        return tuple(taken.pop(name) for name in self.site.names[: len(args)]), taken
 
-def _mask(
-    run: LayerRun, mask: Tensor | None, group: Group, slot: Any, step: int, *, among: bool
-) -> Tensor | None:
-    """What the group's tokens see: keys of all positions, or `among` themselves."""
-    if mask is not None:
-        mask = group.take(mask, -2)
-        return group.take_keys(mask) if among else mask
-    if among or group.tokens is None or not run.site.causal:
-        return None
-    # Without a mask, fewer queries than keys would be taken for the first ones.
-    return _causal(group.tokens, slot, step)
+    def _mask(self, mask: Tensor | None, group: Group) -> Tensor | None:
+        """What the group's tokens see: keys of all positions, or their own."""
+        if mask is not None:
+            mask = group.take(mask, -2)
+            return group.take_keys(mask) if self.among else mask
+        if self.among or group.tokens is None or not self.site.causal:
+            return None
+        # Without a mask, fewer queries than keys would be taken for the first ones.
+        return _causal(group.tokens, self.slot, self.shape[1])
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any], run: LayerRun) -> list[tuple[str, Any]]:
-    names = run.site.names[: len(args)]
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any], site: LayerSite) -> list[tuple[str, Any]]:
+    names = site.names[: len(args)]
     return [*zip(names, args, strict=True), *kwargs.items()]
 
 

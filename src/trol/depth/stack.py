@@ -30,7 +30,6 @@ from trol.depth.specialise import Specialised
 from trol.depth.visits import traverse
 from trol.errors import HostError
 
-
 GATHERED = ("eager", "sdpa")
 """Attentions that take a mask with one row for each query."""
 
@@ -181,7 +180,7 @@ class StackMixin(Specialised):
             last_only=step.last_only and packs and ambience.recorder is None,
             executor=ambience.executor if packs else "dense",
             gathers=getattr(self.config, "_attn_implementation", None) in GATHERED
-            and not quirk_of(self).dense,
+            and not quirk_of(cast(nn.Module, self)).dense,
             costs=self._costs,
             verdicts=self.depth_verdicts,
         )

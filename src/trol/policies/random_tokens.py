@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
