@@ -5,10 +5,11 @@ Nothing of this lives on the model, so two threads on one model cannot mix their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -42,6 +43,12 @@ class Step:
     notes: dict[Any, Any] | None = None
     """Where the policy's notes go, for the host to read when the pass is over."""
 
+
+GATHERED = ("eager", "sdpa")
+"""Attentions that take a mask with one row for each query."""
+
+SHOWN = ("output_attentions", "output_router_logits")
+"""What a caller may ask for that tells of all tokens of each layer."""
 
 Executor = Literal["auto", "dense", "packed"]
 """`dense` computes all tokens, `packed` those that go wherever it can, `auto` where it pays."""
@@ -84,30 +91,41 @@ class Call:
     """The stack's configuration."""
     applied: list[int]
     """How often each layer was applied; written by the layers."""
+    absent: frozenset[int] = frozenset()
+    """Layers that the whole batch, always, skips: they have no keys and values."""
     last_only: bool = False
     """Whether only the last token's output of the last layer is read, and nobody watches."""
+    free: bool = False
+    """Whether a tensor may be looked at to decide where the program goes: neither gradients nor a
+    compiler follow it."""
     executor: Executor = "dense"
     """Who makes visits that not all tokens make."""
     gathers: bool = False
-    """Whether the attention takes masks of which some rows can be had."""
+    """Whether no quirk of the family forbids to compute some tokens alone."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the stack."""
     costs: Callable[[], StackCost] = unpriced
     """What visits of the layers cost."""
     verdicts: dict[Kind, bool] = field(default_factory=dict)
     """Whether packed visits of a kind of layer gave what dense ones do, once they were compared."""
 
-    @property
+    @cached_property
     def packs(self) -> bool:
-        """Whether a tensor may be looked at to leave tokens out."""
-        return self.executor != "dense"
+        """Whether tokens may be left out: not where something of all of them is shown."""
+        if not self.free or self.executor == "dense":
+            return False
+        shown = (self.asked.get(name, getattr(self.config, name, False)) for name in SHOWN)
+        return not any(shown)
+
+    @cached_property
+    def masks_gather(self) -> bool:
+        """Whether the attention takes masks of which some queries' rows can be had."""
+        return self.gathers and getattr(self.config, "_attn_implementation", None) in GATHERED
 
     @property
     def in_scope(self) -> Mask:
         """Where the policy applies. Shape: [B, T]."""
         return self.context.in_scope
-
-    def is_absent(self, layer: int) -> bool:
-        """Whether the whole batch, always, skips this layer: then it has no keys and values."""
-        return self.everywhere and self.policy.skips(layer)
 
     def runs_once(self, layer: int, cache: Any) -> bool:
         """Whether this layer does what the plain model's does, and nobody watches."""
@@ -117,7 +135,7 @@ class Call:
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
-        return self.last_only and layer == len(self.applied) - 1
+        return self.last_only and layer == len(self.applied) - 1 and self.packs
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
         """Which rows make the next visit, where a plan settles it for whole sequences."""

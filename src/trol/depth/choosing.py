@@ -34,7 +34,7 @@ def packing_for(
     going, owning = _who(run, visit, need, settled=fixed is not None, only_last=only_last)
     if not going.any():
         return _nobody(run, visit.state, owning) if is_packable(slot) else None
-    known = call.gathers and understood(run, *visit.state.shape[:2]) and masked(run, slot)
+    known = call.masks_gather and understood(run, *visit.state.shape[:2]) and masked(run, slot)
     if not (known and is_packable(slot)):
         return None
     packing = packing_of(slot, going, owning, visit.state.device)

@@ -8,6 +8,7 @@ from torch import nn
 
 from trol.depth.generation import make_ready
 from trol.depth.host import attached
+from trol.depth.planes import check_cache
 
 
 def prepare_cache(model: nn.Module, cache: Any) -> Any:
@@ -22,5 +23,6 @@ def prepare_cache(model: nn.Module, cache: Any) -> Any:
         HostError: this is no transformers cache, or its layers hold rows of different lengths.
     """
     _, stack = attached(model)
+    check_cache(cache)
     make_ready(stack, cache, planes=True)
     return cache

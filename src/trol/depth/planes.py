@@ -101,17 +101,22 @@ class PlanedCache:
         return next(iter(same or present), layer)
 
 
+def check_cache(cache: Any) -> None:
+    """Raises `HostError` unless this is a transformers cache."""
+    if not isinstance(cache, Cache):
+        raise HostError(
+            f"got a {type(cache).__name__} as the cache; pass a transformers Cache "
+            "(DynamicCache, StaticCache, ...)."
+        )
+
+
 def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
     """Makes a live cache a `PlanedCache`, in place, and tells it which layers never run.
 
     Raises:
         HostError: it is no transformers cache, or layers that will run missed tokens before.
     """
-    if not isinstance(cache, Cache):
-        raise HostError(
-            f"got a {type(cache).__name__} as the cache; pass a transformers Cache "
-            "(DynamicCache, StaticCache, ...)."
-        )
+    check_cache(cache)
     planed = cast(Any, cache)
     if not isinstance(cache, PlanedCache):
         if torch.compiler.is_compiling():

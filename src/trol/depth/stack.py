@@ -30,12 +30,6 @@ from trol.depth.specialise import Specialised
 from trol.depth.visits import traverse
 from trol.errors import HostError
 
-GATHERED = ("eager", "sdpa")
-"""Attentions that take a mask with one row for each query."""
-
-SHOWN = ("output_attentions", "output_router_logits")
-"""What a caller may ask for that tells of all tokens of each layer."""
-
 
 class LayerMixin(Specialised):
     """A decoder layer whose tokens may visit it zero, one or several times."""
@@ -63,14 +57,14 @@ class LayerMixin(Specialised):
             return self._shown(forward(state, *args, **kwargs))
         if layer == 0 and call.policy.reads_input:
             call.context.notes[INPUT] = state
-        if call.is_absent(layer):
+        if layer in call.absent:
             if call.recorder is not None:
                 call.recorder.skipped(layer, state)
             return self._passed_by(state, args, kwargs)
-        run = LayerRun(forward, self.depth_site, args, kwargs)
-        if call.runs_once(layer, run.cache):
+        if call.runs_once(layer, self.depth_site.cache_in(args, kwargs)):
             call.applied[layer] = 1
             return self._shown(forward(state, *args, **kwargs))
+        run = LayerRun(forward, self.depth_site, args, kwargs)
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
         return self._shown(run.wrap(out)) if run.applied else self._passed_by(out, args, kwargs)
@@ -161,13 +155,6 @@ class StackMixin(Specialised):
         keep = scope != "question" or step.keep
         if ambience.recorder is None and self._all_plain(policy, in_scope, keep, cache):
             return None
-        # Not in training or compiled code, nor where something of every token is shown.
-        free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        packs = (
-            free
-            and ambience.executor != "dense"
-            and not any(kwargs.get(name, getattr(self.config, name, False)) for name in SHOWN)
-        )
         return Call(
             policy,
             self._context(policy, step, in_scope, cache, self._padding(step, args, kwargs)),
@@ -176,11 +163,12 @@ class StackMixin(Specialised):
             recorder=ambience.recorder,
             config=self.config,
             applied=[0] * self.depth_layers,
-            # A trace wants to see all visits.
-            last_only=step.last_only and packs and ambience.recorder is None,
-            executor=ambience.executor if packs else "dense",
-            gathers=getattr(self.config, "_attn_implementation", None) in GATHERED
-            and not quirk_of(cast(nn.Module, self)).dense,
+            absent=absent,
+            last_only=step.last_only and ambience.recorder is None,  # a trace wants to see all
+            free=not (torch.is_grad_enabled() or torch.compiler.is_compiling()),
+            executor=ambience.executor,
+            gathers=not quirk_of(cast(nn.Module, self)).dense,
+            asked=kwargs,
             costs=self._costs,
             verdicts=self.depth_verdicts,
         )
@@ -238,9 +226,8 @@ class StackMixin(Specialised):
 
     def _close(self, call: Call, out: Any) -> Any:
         cache = getattr(out, "past_key_values", None)
-        absent = self.depth_absent(call.policy)
-        if cache is not None and absent:
-            adopt(cache, absent)  # so that whoever asks for its length next is told the truth
+        if cache is not None and call.absent:
+            adopt(cache, call.absent)  # so that whoever asks for its length next is told the truth
         if call.recorder is not None:
             call.recorder.holding(cache)
         attentions = getattr(out, "attentions", None)
