@@ -6,11 +6,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Two workers with one torch thread each (tests/conftest.py).
 WORKERS ?= 2
 
-.PHONY: help demo test lint laws check clean
+.PHONY: help demo test lint laws check bench-check clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.ready ## train trol-tiny, show what traversal did to it: runs/demo/report.html
 	$(BIN)/trol demo
@@ -28,6 +28,9 @@ laws: $(VENV)/.ready-dev ## only the laws of the depth core
 	$(BIN)/python -m pytest -n $(WORKERS) tests/laws
 
 check: test ## the same as test
+
+bench-check: $(VENV)/.ready ## every benchmark suite, against the stored results (25 minutes)
+	$(BIN)/trol bench all --against benchmarks/results
 
 clean: ## forget the environment and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,19 +15,31 @@ INTRO = """# Benchmark results
 
 Written by `python benchmarks/render.py` from `benchmarks/results/*.json`; each section names the
 command that measured it. Ratios are medians of the rounds' ratios, rounds interleaved in one
-process; the spread is half their interquartile range. No GPU was at hand: a CPU ran all of it."""
+process; the spread is half their interquartile range. In the suites of `trol bench` the ratio
+is measured time to limit, and the limit is what the host itself takes for the layer visits that
+were made ([docs/benchmarks.md](../docs/benchmarks.md)). `?` marks a row whose spread is above 5 %,
+`!` one above its bound."""
 
 SUITES = {
-    "overhead": """A Llama of hidden size 512 and 8 layers, float32, sdpa, one thread. The
-`published` rows are a model of the released kind (partial LoRA, one gate, 256 image tokens in a
-prompt of 300); their bounds are what the official code takes of its own single pass. Rows without
-times are shares that must be 1.""",
-    "train": """One loss and its gradients with a second visit for all tokens, to the same
-without, on the same Llama.""",
-    "skip": """A Llama of hidden size 512 and 12 layers, of which a plan keeps six. The ratio is to
-half of the host's time and half of the time without any layers (for `answer`, where tokens of the
-answer alone skip: of the time in which they leave keys and values in every layer, no more).""",
+    "overhead": """What attaching costs. The `published` rows are a model of the released kind
+(partial LoRA, one gate, 256 image tokens in a prompt of 300); their limits are what the official
+code takes, as a multiple of its own single pass.""",
+    "traverse": """Two visits of a question's tokens, or of an answer's, and none.""",
+    "skip": """Half of the layers skipped by plan: by all tokens, or by those of the answer alone,
+which leave their keys and values.""",
+    "rows": """Eight rows of a batch, each with a plan of its own that keeps half of the layers.""",
+    "sparse": """A random share of the tokens makes a second visit, or any at all, another share in
+each layer; one pass over a prompt. `extra time` is that beyond the bare host's. `as dense`: where
+packing would lose, the executor taken by itself against the dense one.""",
+    "speculate": """Drafts that are always right, because the upper three quarters of the layers do
+next to nothing: milliseconds of each of 64 tokens, against plain decoding and against the passes
+that a round makes.""",
+    "train": """One loss and its gradients with a second visit for all tokens, to twice the same
+without.""",
+    "load": """Opening a checkpoint in the published layout, and a host with its adapter. Memory:
+what the process held of its own meanwhile.""",
 }
+"""Suite of `trol bench` -> what it measures."""
 
 FIGURES = ("rougeL", "loss", "visits")
 
@@ -36,32 +48,63 @@ def main() -> None:
     """Reads every result that is there and writes the page."""
     parts = [INTRO]
     for title, render in SECTIONS.items():
-        file = HERE / "results" / f"{title}.json"
-        found = json.loads(file.read_text(encoding="utf-8"))
-        run = found["run"]
-        packages = ", ".join(
-            f"{name} {run['versions'][name]}" for name in ("torch", "transformers")
-        )
-        origin = f"{run['machine']}, {packages}, commit {run['commit']}."
-        origin += f" {found['note']}" if "note" in found else ""
-        parts.append(f"## {title}\n\n    {run['command']}\n\n{origin}\n\n{render(title, found)}")
+        for file in _files(title):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            parts.append(f"## {file.stem}\n\n{_origin(found)}\n\n{render(title, found)}")
     (HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _suite(name: str, found: dict[str, Any]) -> str:
-    rows = [
-        [
-            row["case"],
-            _number(row["baseline_ms"]),
-            _number(row["measured_ms"]),
-            f"{row['ratio']:.3f}",
-            f"± {row['spread']:.3f}",
-            f"{row['must']:.2f}",
-        ]
-        for row in found["rows"]
+def _files(title: str) -> list[Path]:
+    """The results of one section: of a suite also those at other settings, as `skip-1.8b-bf16`."""
+    others = (HERE / "results").glob(f"{title}-*.json") if title in SUITES else []
+    return [
+        file for file in (HERE / "results" / f"{title}.json", *sorted(others)) if file.is_file()
     ]
-    heads = ["case", "bare ms", "measured ms", "ratio", "spread", "must be at most"]
-    return f"{SUITES[name]}\n\n{_table(heads, rows)}"
+
+
+def _origin(found: dict[str, Any]) -> str:
+    run = found["run"]
+    packages = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
+    origin = f"{run['machine']}, {packages}, commit {run['commit']}."
+    origin += f" {found['note']}" if "note" in found else ""
+    return f"    {run['command']}\n\n{origin}"
+
+
+def _suite(name: str, found: dict[str, Any]) -> str:
+    speeds = any("tokens_per_s" in row for row in found["rows"])
+    heads = ["case", "bare ms", "measured ms", "limit ms", "limit", "ratio", "spread"]
+    heads += ["must be at most", "tokens/s"] if speeds else ["must be at most"]
+    rows = []
+    for row in found["rows"]:
+        cells = [
+            row["case"],
+            *(_amount(row, key) for key in ("baseline", "measured", "limit")),
+            row.get("limit", ""),
+            f"{row['ratio']:.3f}{_mark(row)}",
+            f"± {row['spread']:.3f}",
+            "" if row["must"] is None else f"{row['must']:.3g}",
+        ]
+        rows.append([*cells, _number(row.get("tokens_per_s"))] if speeds else cells)
+    return f"{SUITES[name]}{_measured_at(found)}\n\n{_table(heads, rows)}"
+
+
+def _measured_at(found: dict[str, Any]) -> str:
+    if "size" not in found:  # of before suites had settings
+        return ""
+    threads = f"{found['threads']} thread" + ("s" if found["threads"] > 1 else "")
+    at = f"Size {found['size']}, {found['dtype']}, {found['device']}, {threads}"
+    return f" {at}, {found['rounds']} rounds."
+
+
+def _amount(row: dict[str, Any], key: str) -> str:
+    if f"{key}_bytes" in row:
+        return f"{row[f'{key}_bytes'] / 2**30:.2f} GiB"
+    return _number(row[f"{key}_ms"])
+
+
+def _mark(row: dict[str, Any]) -> str:
+    above = row["must"] is not None and row["ratio"] > row["must"]
+    return (" !" if above else "") + (" ?" if row.get("noisy") else "")
 
 
 def _published(_: str, found: dict[str, Any]) -> str:
@@ -168,11 +211,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "overhead": _suite,
-    "train": _suite,
+    **dict.fromkeys(SUITES, _suite),
     "published": _published,
     "quantised_training": _quantised,
-    "skip": _suite,
     "speculation": _speculation,
     "depth_selection": _selection,
 }

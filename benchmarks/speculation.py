@@ -21,7 +21,8 @@ import torch
 
 from trol.cli.models import open_model
 from trol.cli.provenance import run_record
-from trol.evaluation.bench_rows import llama
+from trol.evaluation.bench.setting import Setting
+from trol.evaluation.bench.speculate import idle_host, working_layers
 from trol.evaluation.draft_plans import draft_plan, measured_speed
 from trol.evaluation.tasks import task_of
 from trol.evaluation.timing import interleaved, ratio_and_spread
@@ -32,8 +33,8 @@ CALIBRATION, QUESTIONS = 32, 200
 BATCHES = (1, 8)
 ROUNDS = 3
 
-IDLE_FROM, DRAFTED, NEW_TOKENS = 3, (2, 4, 6), 64
-"""Of the ceiling: the first idle layer, tokens drafted a round, tokens of an answer."""
+DRAFTED, NEW_TOKENS = (2, 4, 6), 64
+"""Of the ceiling: tokens drafted a round, tokens of an answer."""
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -60,10 +61,7 @@ def measured(folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def ceiling() -> list[dict[str, Any]]:
     """What drafts of a quarter of the layers gain where they are right."""
-    model = llama(hidden=512, layers=12)
-    for layer in model.model.layers[IDLE_FROM:]:
-        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            last.weight.mul_(1e-3)
+    model = idle_host(Setting())
     ids = torch.randint(3, model.config.vocab_size, (1, 32))
     return [gained(model, ids, tokens) for tokens in DRAFTED]
 
@@ -79,7 +77,9 @@ def gained(model: Any, ids: Any, tokens: int) -> dict[str, Any]:
         return time.perf_counter() - began
 
     def drafted() -> float:
-        with speculate(model, f"exit@{IDLE_FROM}", tokens=tokens) as given["figures"]:
+        with speculate(model, f"exit@{working_layers(Setting())}", tokens=tokens) as given[
+            "figures"
+        ]:
             return timed("drafted")
 
     times = interleaved({"plain": lambda: timed("plain"), "drafted": drafted}, rounds=5)

@@ -16,8 +16,17 @@ def test_accuracy_stands_beside_chance() -> None:
 
 
 def test_a_bench_row_without_a_bound() -> None:
-    row = {"case": "a", "baseline_ms": 1.0, "measured_ms": 2.0, "ratio": 2.0, "must": None}
-    assert bench._table([row]).splitlines()[1].split() == ["a", "1.000", "2.000", "2.000"]
+    times = {"baseline_ms": 1.0, "measured_ms": 2.0, "limit_ms": 1.0}
+    row = {"case": "a", **times, "ratio": 2.0, "spread": 0.1, "must": None, "noisy": False}
+    told = ["a", "1.000", "2.000", "1.000", "2.000", "0.100"]
+    assert bench._table([row]).splitlines()[1].split() == told
+
+
+def test_bench_rows_that_are_noisy_or_above_their_bound_are_marked() -> None:
+    row = {"ratio": 2.0, "must": 1.5, "noisy": True}
+    assert bench._mark(row) == "!?"
+    assert bench._mark({**row, "ratio": 1.5}) == "?"
+    assert bench._mark({**row, "must": None, "noisy": False}) == ""
 
 
 def test_the_run_record_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,47 +1,123 @@
-"""The suites run and say what they must; their bounds are not tested here."""
+"""The suites run on tiny hosts and say what they must; their bounds are not tested here."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
-from trol.errors import UsageError
-from trol.evaluation import bench, bench_skip
+from trol.errors import HostError, UsageError
+from trol.evaluation.bench import SUITES, Setting, run
+from trol.evaluation.bench import hosts as built
+from trol.evaluation.bench.limits import HostTimes, limit_of
+from trol.evaluation.bench.row import figure_row, row
+from trol.evaluation.bench.setting import SIZES, TINY
 from trol.evaluation.timing import ratio_and_spread
+from trol.family import memory
+
+KEYS = {"case", "baseline_ms", "measured_ms", "limit_ms", "ratio", "spread", "must"}
+SETTING = Setting(replace(TINY, layers=2, prompt=16, new_tokens=3), rounds=2)
 
 
-@pytest.mark.parametrize("suite", bench.SUITES)
-def test_a_suite_gives_rows_of_the_promised_form(
-    suite: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = bench.llama
-    for module in (bench, bench_skip):
-        monkeypatch.setattr(module, "llama", lambda **_: small(hidden=64, layers=2))
-        monkeypatch.setattr(module, "PROMPTS", (8,))
-        monkeypatch.setattr(module, "BATCHES", (1,))
-    found = bench.run(suite, rounds=2)
-    keys = {"case", "baseline_ms", "measured_ms", "limit_ms", "ratio", "spread", "must"}
-    assert all(set(row) == keys for row in found["rows"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_gives_rows_of_the_promised_form(suite: str) -> None:
+    threads = torch.get_num_threads()
+    found = run(suite, SETTING)
     assert found["rows"]
-    exact = {row["case"]: row["ratio"] for row in found["rows"] if row["baseline_ms"] is None}
-    assert set(exact.values()) <= {1.0}  # memory as the bare host's, tokens as recomputed
+    assert (found["suite"], found["size"], found["rounds"]) == (suite, "tiny", 2)
+    for one in found["rows"]:
+        assert one.keys() >= {*KEYS, "limit", "noisy"}
+        assert one["limit"]
+    cases = [one["case"] for one in found["rows"]]
+    assert len(set(cases)) == len(cases)  # rows are compared by their cases
+    exact = {r["case"]: r["ratio"] for r in found["rows"] if r["must"] in {0.0, 1.0}}
+    assert all(ratio <= 1.0 for ratio in exact.values())
+    assert all(ratio == 0.0 for case, ratio in exact.items() if "unlike" in case)
+    assert torch.get_num_threads() == threads
+
+
+def test_bounds_are_promised_for_the_default_alone() -> None:
+    assert Setting().must(1.05) == 1.05
+    for other in (
+        Setting(SIZES["1.8b"]),
+        Setting(dtype="bf16"),
+        Setting(device="cuda"),
+        Setting(threads=2),
+    ):
+        assert other.must(1.05) is None
+    assert Setting(rounds=3).must(1.05) == 1.05
 
 
 def test_an_unknown_suite_is_told() -> None:
     with pytest.raises(UsageError, match="Did you mean 'overhead'"):
-        bench.run("overheads")
+        run("overheads")
 
 
-def test_the_limit_of_skipping_lies_between_no_layers_and_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bench_skip, "HIDDEN", 64)
-    monkeypatch.setattr(bench_skip, "LAYERS", 4)
-    monkeypatch.setattr(bench_skip, "PROMPTS", (8,))
-    monkeypatch.setattr(bench_skip, "BATCHES", (2,))
-    rows = {row["case"]: row for row in bench.run("skip", rounds=2)["rows"]}
-    assert list(rows) == ["all prefill b2 t8", "all decode b2 t8", "answer decode b2 t8"]
-    assert all(row["limit_ms"] < row["baseline_ms"] for row in rows.values())
-    half, still = (rows[f"{scope} decode b2 t8"]["limit_ms"] for scope in ("all", "answer"))
-    assert half < still  # answers that skip a layer still leave their keys and values there
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (Setting(dtype="bf1"), "Did you mean 'bf16'"),
+        (Setting(device="gpu"), "unknown device"),
+        (Setting(rounds=1), "at least 2"),
+        (Setting(threads=0), "at least 1"),
+    ],
+)
+def test_a_setting_that_cannot_be_measured_is_refused(setting: Setting, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        run("train", setting)
+
+
+def test_training_on_weights_of_four_bits_is_refused() -> None:
+    with pytest.raises(UsageError, match="no gradients"):
+        run("train", Setting(TINY, dtype="nf4", rounds=2))
+
+
+def test_a_limit_is_the_fixed_part_and_a_layers_time_for_each_visit() -> None:
+    times = {8: HostTimes([10.0], [2.0], 4), 4: HostTimes([5.0], [1.0], 4)}
+    assert limit_of(times, 8, {8: 4}) == [10.0]  # the host's own visits: the host's own time
+    assert limit_of(times, 8, {}) == [2.0]
+    assert limit_of(times, 8, {8: 2, 4: 2, 0: 1}) == [2.0 + 2 * 2.0 + 2 * 1.0]
+
+
+def test_a_hiccup_of_the_fixed_part_makes_no_layer_cheaper_than_nothing() -> None:
+    assert limit_of({1: HostTimes([1.0], [3.0], 2)}, 1, {1: 4}) == [3.0]
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_the_limit_of_skipping_lies_between_no_layers_and_all(kept: int) -> None:
+    own = HostTimes([10.0, 12.0], [2.0, 3.0], 4)
+    limits = limit_of({1: own}, 1, {1: kept})
+    assert limits == [2.0 + 2.0 * kept, 3.0 + 2.25 * kept]
+    triples = zip(own.fixed, limits, own.whole, strict=True)
+    assert all(nothing <= limit <= everything for nothing, limit, everything in triples)
 
 
 def test_the_ratio_is_the_median_of_the_rounds() -> None:
     assert ratio_and_spread([1.0, 2.0, 4.0], [2.0, 4.0, 4.0])[0] == 2.0
+
+
+def test_a_row_is_noisy_where_its_rounds_disagree() -> None:
+    def of(measured: list[float]) -> dict[str, Any]:
+        return row("a", [1.0] * 5, measured, [2.0] * 5, limit="two", must=None)
+
+    assert not of([2.0, 2.0, 2.1, 2.1, 2.0])["noisy"]
+    assert of([2.0, 3.0, 1.0, 4.0, 2.0])["noisy"]
+    assert not figure_row("a", 0.5, limit="all", must=1.0)["noisy"]
+
+
+def test_a_host_too_large_is_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * 2**30)
+    monkeypatch.setattr(built.LlamaForCausalLM, "_from_config", None)  # calling it would fail
+    with pytest.raises(HostError, match=r"7\.0 GiB .* 3\.0 GiB .* 4\.0 GiB are missing"):
+        run("traverse", Setting(SIZES["1.8b"]))
+    with pytest.raises(HostError, match=r"3\.5 GiB"):
+        run("traverse", Setting(SIZES["1.8b"], dtype="bf16"))
+
+
+def test_what_a_host_needs_is_what_its_weights_take() -> None:
+    model = built.host(SETTING)
+    taken = sum(parameter.nbytes for parameter in model.parameters())
+    assert built.needed_bytes(SETTING, model.config) == taken
+    assert built.needed_bytes(SETTING, model.config, training=True) == 2 * taken

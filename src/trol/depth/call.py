@@ -106,6 +106,7 @@ class Call:
     """Keyword arguments of the stack."""
     costs: Callable[[], StackCost] = unpriced
     """What visits of the layers cost."""
+    _real: tuple[Tensor | None] | None = field(default=None, init=False)
     verdicts: dict[Kind, bool] = field(default_factory=dict)
     """Whether packed visits of a kind of layer gave what dense ones do, once they were compared."""
 
@@ -136,6 +137,15 @@ class Call:
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
         return self.last_only and layer == len(self.applied) - 1 and self.packs
+
+    def real(self, state: Tensor) -> Tensor | None:
+        """Which tokens are no padding, None where none is. [B, T, D] -> BoolTensor [B, T]."""
+        if self._real is None:
+            padding = self.context.padding
+            alike = padding is not None and padding.shape[1] >= state.shape[1]
+            real = self.context.real(state) if alike and len(padding) == len(state) else None
+            self._real = (None if real is None or bool(real.all()) else real,)
+        return self._real[0]
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
         """Which rows make the next visit, where a plan settles it for whole sequences."""

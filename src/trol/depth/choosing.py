@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,20 +25,25 @@ def packing_for(
 ) -> Packing | None:
     """Who enters the layer, where that is not everybody; None for the dense executor."""
     fixed = call.rows_going(visit)
-    only_last = last and visit.number > 0 and call.only_last_of(visit.layer) and fixed is None
-    if need is True and not only_last:
-        return None
     kept = _kept_already(run, visit, fixed)
-    if kept is not None or not (call.packs and _could_pay(visit, need, call)):
+    if kept is not None or not call.packs or (visit.number == 0 and need is True):
         return kept
-    slot = _planes_of(run, visit, call).slots[visit.number]
-    going, owning = _who(run, visit, need, settled=fixed is not None, only_last=only_last)
+    only_last = last and visit.number > 0 and call.only_last_of(visit.layer) and fixed is None
+    real = None if fixed is not None else call.real(visit.state)  # rows kept are kept whole
+    going = _going(visit.state, need, real, only_last=only_last)
+    if going is True or not _could_pay(visit, going, call):
+        return None
+    planes = _planes_of(run, visit, call)
+    slot = planes.slots[visit.number]
+    owning: Mask = planes.in_scope if visit.number else True
+    if fixed is not None or (run.holes is not None and not visit.number):
+        owning = need
     if not going.any():
         return _nobody(run, visit.state, owning) if is_packable(slot) else None
     known = call.masks_gather and understood(run, *visit.state.shape[:2]) and masked(run, slot)
     if not (known and is_packable(slot)):
         return None
-    packing = packing_of(slot, going, owning, visit.state.device)
+    packing = packing_of(slot, going, _without_padding(owning, real), visit.state.device)
     fresh = growing(slot)
     packing = replace(
         packing,
@@ -48,19 +54,26 @@ def packing_for(
     return packing if not fails and _pays(packing, visit, call) else None
 
 
-def _who(
-    run: LayerRun, visit: Visit, need: Mask, *, settled: bool, only_last: bool
-) -> tuple[Tensor, Mask]:
-    """Who goes through, and who leaves keys and values in this plane. Shape: [B, T] each."""
-    planes = run.planes
-    assert planes is not None
-    going = need if isinstance(need, Tensor) else torch.full(visit.state.shape[:2], need)
+def _going(
+    state: Tensor, need: Mask, real: Tensor | None, *, only_last: bool
+) -> Tensor | Literal[True]:
+    """Who goes through, of whom something is read; True for everybody. Shape: [B, T]."""
+    if need is True and real is None and not only_last:
+        return True
+    going = need if isinstance(need, Tensor) else torch.full(state.shape[:2], need)
+    if real is not None:
+        going = going.to(real.device) & real
     if only_last:
         last = going.shape[1] - 1
         going = going & (torch.arange(last + 1, device=going.device) == last)
-    if settled or (run.holes is not None and not visit.number):
-        return going, need
-    return going, planes.in_scope if visit.number else True
+    return going
+
+
+def _without_padding(owning: Mask, real: Tensor | None) -> Mask:
+    """Nobody sees the keys of padding."""
+    if real is None or owning is False:
+        return owning
+    return real if owning is True else owning.to(real.device) & real
 
 
 def _kept_already(run: LayerRun, visit: Visit, fixed: tuple[bool, ...] | None) -> Packing | None:
@@ -105,13 +118,13 @@ def _in_order(run: LayerRun, packing: Packing) -> bool:
     return all(group.real is None for group in packing.going)
 
 
-def _could_pay(visit: Visit, need: Mask, call: Call) -> bool:
+def _could_pay(visit: Visit, going: Tensor, call: Call) -> bool:
     """Whether leaving out those who do not go could save time, were all else for nothing."""
     cost = call.costs().layers[visit.layer]
-    if call.executor == "packed" or cost is None or isinstance(need, bool):
-        return call.executor == "packed" or isinstance(need, bool)
-    count = int(need.sum())
-    saved = cost.flops(need.numel() - count, step=need.shape[1])
+    if call.executor == "packed" or cost is None:
+        return call.executor == "packed"
+    count = int(going.sum())
+    saved = cost.flops(going.numel() - count, step=going.shape[1])
     return not count or pace_of(visit.state.device, visit.state.dtype).pays(saved, 1)
 
 
@@ -132,5 +145,6 @@ def kind_of(run: LayerRun, visit: Visit, packing: Packing) -> Kind:
     """What is alike in all visits that one comparison speaks for."""
     slot = None if run.planes is None else run.planes.slots[visit.number]
     tokens = any(group.tokens is not None for group in packing.going)
-    layer = type(getattr(run.forward, "__self__", None))
-    return layer, type(slot), tokens, run.site.mask_in(run.args, run.kwargs) is None
+    layer = getattr(run.forward, "__self__", None)
+    known = getattr(layer, "trol_original", type(layer))  # a made-up class cannot be pickled
+    return known, type(slot), tokens, run.site.mask_in(run.args, run.kwargs) is None

@@ -27,7 +27,7 @@ class _WithoutProduct(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.linear and args[1] is self.weight:
+        if func is nn.functional.linear and len(args) > 1 and args[1] is self.weight:
             return args[0].new_zeros(()).expand(*args[0].shape[:-1], len(self.weight))
         return func(*args, **(kwargs or {}))
 

@@ -25,6 +25,8 @@ class Timing:
     """Median time of one further token."""
     mean_decode: float
     """Mean time of one further token: what counts where tokens differ in depth."""
+    peak_bytes: int | None = None
+    """The most memory held on a GPU meanwhile, the model's own included; None without one."""
 
 
 class _Clock(StoppingCriteria):
@@ -34,14 +36,23 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
+        self.times.append(now(input_ids.device))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock that starts anywhere, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Timing:
     """Times one greedy `generate` of at least two new tokens; `inputs` hold ids [B, T] at least."""
-    clock = _Clock()
-    began = time.perf_counter()
+    clock, device = _Clock(), inputs["input_ids"].device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = now(device)
     model.generate(
         **{"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs},
         max_new_tokens=new_tokens,
@@ -51,16 +62,29 @@ def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: in
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     steps = [later - sooner for sooner, later in zip(clock.times, clock.times[1:], strict=False)]
-    prefill = clock.times[0] - began
-    return Timing(1000 * prefill, 1000 * statistics.median(steps), 1000 * statistics.fmean(steps))
+    return Timing(
+        1000 * (clock.times[0] - began),
+        1000 * statistics.median(steps),
+        1000 * statistics.fmean(steps),
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+@torch.no_grad()
+def time_forward(model: Any, ids: torch.Tensor, cache: Any = None) -> float:
+    """Milliseconds of one pass over ids [B, T] that fills a cache and reads the last logits."""
+    began = now(ids.device)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return 1000 * (now(ids.device) - began)
 
 
 def time_step(model: Any, batch: Mapping[str, torch.Tensor]) -> float:
     """Milliseconds of one loss and its gradients, without the optimiser's step."""
     model.zero_grad(set_to_none=True)
-    began = time.perf_counter()
+    device = batch["input_ids"].device
+    began = now(device)
     model(**batch, use_cache=False).loss.backward()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (now(device) - began)
 
 
 def interleaved(

@@ -24,6 +24,7 @@ from trol.depth.registry import from_settings
 from trol.depth.saving import marks
 from trol.errors import HostError, TrolError
 from trol.family import TrolForConditionalGeneration  # registers the family's classes as well
+from trol.family.memory import check_opening
 from trol.family.published.files import CONFIG
 from trol.family.published.naming import check_source
 from trol.family.published.opening import open_published
@@ -46,8 +47,8 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
 
     Raises:
         UsageError: the name is neither a folder's nor can it be a hub name; or other bits.
-        HostError: nothing of that name can be opened, what lies there is no model, or its widths
-            do not fit 4 bits.
+        HostError: nothing of that name can be opened, what lies there is no model, its widths do
+            not fit 4 bits, or it does not fit the memory at hand.
         DataError: a published checkpoint is damaged.
     """
     source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
@@ -82,6 +83,7 @@ def _open(source: str, bits: int | None, settings: dict[str, Any]) -> tuple[Any,
     if found is None:
         raise HostError(f"{Path(source) / CONFIG} is missing; give the folder that a model is in.")
     config = json.loads(Path(found).read_text(encoding="utf-8"))
+    check_opening(source, Path(found).parent, settings, mapped=not marks(config))
     model = _open_marked(config, Path(found).parent, bits) if marks(config) else None
     if model is None:
         auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM

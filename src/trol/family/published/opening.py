@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
+from trol.family.memory import check_opening
 from trol.family.published.configs import trol_config
 from trol.family.published.files import CONFIG, GATING, MARKER, STEMS, Checkpoint, read_json
 from trol.family.published.gates import check_gates, gate_tensors, read_gates, sharing_of
@@ -131,6 +132,7 @@ def open_published(cls: Any, source: str | Path | None, **settings: Any) -> Any:
     published = find_published(source, **hub)
     if published is None:
         return None
+    check_opening(published.source, published.folder, settings)
     opened = cls.from_pretrained(
         None, config=published.config, state_dict=dict(published.weights), **settings
     )

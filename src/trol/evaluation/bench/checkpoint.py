@@ -1,0 +1,118 @@
+"""A checkpoint of random weights in the published layout, and what opening one takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from trol.family import TrolConfig
+from trol.family.published.layouts import sources
+
+SHARD_BYTES = 2**30
+
+
+def write_published(folder: Path, config: TrolConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes random weights of these dimensions as the released checkpoints lie."""
+    family = "phi3" if config.text_config.model_type == "phi3" else "internlm2"
+    rows, columns = config.patch_grid
+    names, shard = {}, 0
+    torch.manual_seed(0)
+    for shard, tensors in enumerate(_shards(sources(family, config, rows * columns + 1), dtype)):
+        file = f"model-{shard:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": names}
+    _write(folder / "model.safetensors.index.json", index)
+    hidden = config.text_config.hidden_size
+    gate = {"weight": 0.02 * torch.randn(1, hidden), "bias": torch.zeros(1)}
+    layers = range(config.text_config.num_hidden_layers)
+    torch.save({f"{i}.{k}": v for i in layers for k, v in gate.items()}, folder / "trol_gating.pt")
+    stated = _phi3(config) if family == "phi3" else _internlm2(config)
+    _write(folder / "config.json", {**stated, "torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _shards(wanted: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    for source in wanted:
+        shard[source.name] = torch.empty(source.shape, dtype=dtype).normal_(std=0.02)
+        if len(source.shape) == 1 and source.name.endswith("weight"):
+            shard[source.name].fill_(1)
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def _internlm2(config: TrolConfig) -> dict[str, Any]:
+    text = config.text_config
+    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    more = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
+    return {
+        **{name: getattr(text, name) for name in (*kept, *more)},
+        "architectures": ["TroLForCausalLM"],
+        "model_type": "internlm2",
+        "rope_theta": 1e6,
+        "rope_scaling": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+
+
+def _phi3(config: TrolConfig) -> dict[str, Any]:
+    vision = config.vision_config.to_dict()
+    for name in ("image_size", "patch_size"):
+        vision[name] = vision[name][0] if isinstance(vision[name], list | tuple) else vision[name]
+    return {
+        "architectures": ["TroLForCausalLM"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": config.downsample_ratio,
+        "force_image_size": vision["image_size"],
+        "image_token_index": config.image_token_id,
+        "llm_config": {**config.text_config.to_dict(), "rope_theta": 1e4, "rope_scaling": None},
+        "vision_config": {**vision, "qkv_bias": True, "qk_normalization": False},
+        "select_layer": -1,
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+class PeakMemory:
+    """The most anonymous memory of this process above what it had at first. Unit: bytes.
+
+    Only where the system tells it of a process: on Linux. `peak` is 0 elsewhere.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.first, self.peak, self._open = _anonymous(), 0, True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._open:
+            self.peak = max(self.peak, _anonymous() - self.first)
+            time.sleep(0.005)
+
+
+def _anonymous() -> int:
+    if sys.platform != "linux":
+        return 0
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])

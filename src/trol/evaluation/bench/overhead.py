@@ -1,0 +1,173 @@
+"""What attaching costs, on prompts of several lengths and batches of several rows.
+
+The limit of a policy by which each layer is visited n times is n times the bare host's time. That
+of the released models' kind is what the official code takes, as a multiple of its own single pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig
+
+from trol.depth import AbstractPolicy, attach, depth
+from trol.depth.planes import cache_bytes
+from trol.evaluation.bench.hosts import host, twin
+from trol.evaluation.bench.limits import scaled
+from trol.evaluation.bench.row import Row, figure_row, phase_of, row
+from trol.evaluation.bench.setting import DTYPES, Setting, Size
+from trol.evaluation.timing import Timing, interleaved, time_generate
+from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
+from trol.policies.mixer import TrolMixer
+from trol.policies.plain import Plain
+
+POLICIES: dict[str, tuple[Callable[[], AbstractPolicy], dict[str, tuple[int, float]]]] = {
+    "plain": (Plain, {"prefill": (1, 1.03), "decode": (1, 1.03)}),
+    "question": (TrolMixer, {"prefill": (2, 1.025), "decode": (1, 1.05)}),
+    "all": (lambda: TrolMixer(scope="all"), {"decode": (2, 1.05)}),
+}
+"""Attached policy -> phase -> (visits of each layer, largest ratio to so many bare visits)."""
+
+OFFICIAL = {"prefill": 1.95, "decode": 1.0}
+"""What the official code takes with traversal, as a multiple of its own single pass."""
+
+IMAGE_TOKENS, TEXT_TOKENS = 256, 44
+
+
+@torch.no_grad()
+def overhead(setting: Setting, rounds: int) -> list[Row]:
+    """Policies attached to a Llama; the released kind; memory; exactness."""
+    bare = host(setting)
+    models = {name: attach(twin(bare), make()) for name, (make, _) in POLICIES.items()}
+    rows: list[Row] = []
+    for batch, tokens in setting.shapes(4):
+        rows += _attached(bare, models, setting, (batch, tokens), rounds)
+    if setting.size.short is not None and setting.dtype != "nf4":
+        rows += _published_rows(setting, rounds)
+    rows.append(_memory(bare, models["question"], setting))
+    if setting.dtype == "float32":  # narrower types round differently in passes of other lengths
+        rows.append(_exactness(models["all"], setting))
+    return rows
+
+
+def _attached(
+    bare: Any, models: dict[str, Any], setting: Setting, shape: tuple[int, int], rounds: int
+) -> list[Row]:
+    inputs, new_tokens = {"input_ids": setting.ids(*shape)}, setting.size.new_tokens
+    runs = {
+        name: lambda model=model: time_generate(model, inputs, new_tokens)
+        for name, model in {"bare": bare, **models}.items()
+    }
+    times = interleaved(runs, rounds=rounds)
+    rows = []
+    for name, (_, bounds) in POLICIES.items():
+        for phase, (visits, bound) in bounds.items():
+            plain, measured = (phase_of(times[which], phase) for which in ("bare", name))
+            rows.append(
+                row(
+                    f"{name} {phase} b{shape[0]} t{shape[1]}",
+                    plain,
+                    measured,
+                    scaled(plain, visits),
+                    limit=f"{visits} x the bare host",
+                    must=setting.must(bound),
+                )
+            )
+    return rows
+
+
+def _published_rows(setting: Setting, rounds: int) -> list[Row]:
+    """The released models' kind: partial LoRA, one gate, most of the prompt image tokens."""
+    model: Any = released_kind(setting.size)
+    model.to(setting.device, DTYPES[setting.dtype])
+    image = torch.full((1, model.config.tokens_per_image), model.config.image_token_id)
+    words = torch.randint(3, setting.size.vocabulary, (1, TEXT_TOKENS))
+    side = model.config.vision_config.image_size
+    inputs = {
+        "input_ids": torch.cat([words[:, :8], image, words[:, 8:]], dim=1).to(setting.device),
+        "pixel_values": torch.randn(1, 3, side, side).to(setting.device, DTYPES[setting.dtype]),
+    }
+    new_tokens = setting.size.new_tokens
+
+    def bare() -> Timing:
+        with depth(model, "all"):
+            return time_generate(model, inputs, new_tokens)
+
+    runs = {"bare": bare, "trol": lambda: time_generate(model, inputs, new_tokens)}
+    times = interleaved(runs, rounds=rounds)
+    rows = []
+    for phase, official in OFFICIAL.items():
+        plain, measured = (phase_of(times[name], phase) for name in runs)
+        rows.append(
+            row(
+                f"published {phase} b1 t{IMAGE_TOKENS + TEXT_TOKENS}",
+                plain,
+                measured,
+                scaled(plain, official),
+                limit=f"official code: {official:g} x its single pass",
+                must=setting.must(1.0),
+            )
+        )
+    return rows
+
+
+def released_kind(size: Size) -> TrolForConditionalGeneration:
+    """An InternLM2 of this size behind a tower that costs next to nothing."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=64,
+        patch_size=4,
+    )
+    heads = size.hidden // 64
+    text = InternLM2Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        eos_token_id=2,
+    )
+    config = TrolConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=text.vocab_size,
+        depth={"policy": "trol_mixer", "sharing": "shared"},
+    )
+    return TrolForConditionalGeneration(config).eval()
+
+
+def _memory(bare: Any, model: Any, setting: Setting) -> Row:
+    """Keys and values held after the prefill inside `generate`, to those of the bare host."""
+    held = [_bytes_after_prefill(one, setting) for one in (bare, model)]
+    case = "question memory after prefill (bytes)"
+    return figure_row(case, held[1] / held[0], limit="the bare host's bytes", must=1.0)
+
+
+def _bytes_after_prefill(model: Any, setting: Setting) -> int:
+    caches: list[Any] = []
+    stack = model.get_decoder()
+    hook = stack.register_forward_hook(lambda _m, _a, out: caches.append(out.past_key_values))
+    try:
+        time_generate(model, {"input_ids": setting.ids(1, 64)}, 2)
+    finally:
+        hook.remove()
+    return cache_bytes(caches[0])
+
+
+def _exactness(model: Any, setting: Setting) -> Row:
+    """Scope all: tokens decoded with a cache that differ from recomputing everything."""
+    ids = setting.ids(2, 32)
+    settings = {"max_new_tokens": setting.size.new_tokens, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    cached = model.generate(ids, attention_mask=mask, **settings)
+    recomputed = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    unlike = (cached != recomputed).float().mean().item()
+    case = "all: share of tokens unlike recomputing"
+    return figure_row(case, unlike, limit="no token", must=0.0)
