@@ -75,7 +75,10 @@ def told_share(out: Path) -> float:
 
 def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "adapter"
-    assert run("calibrate", llama, "--cost", 1.0, "--questions", 8, "--out", out) == 0
+    assert (
+        run("calibrate", llama, "--exit", "margin", "--cost", 1.0, "--questions", 8, "--out", out)
+        == 0
+    )
     text = capsys.readouterr().out
     assert "100.0 % of the tokens agree" in text
     assert f"Written to {out}; trol.load(model, {str(out)!r}) attaches it." in text
@@ -112,11 +115,14 @@ def test_trained_heads_stay(llama: str, tmp_path: Path, capsys: pytest.CaptureFi
     ("words", "said"),
     [
         (("--exit", "margins"), "Did you mean 'margin'"),
-        (("--quality", 0.9, "--cost", 0.5), "either a wanted quality or a wanted cost"),
-        (("--quality", 0.95, "--questions", 20), "give 45 or more"),
-        (("--quality", 0.95, "--questions", 100), "40 answers cannot show"),
-        (("--quality", 0.5, "--first", 4), "the stack has layers 0 to 3"),
-        (("--task", "docstring"), "Did you mean 'docstrings'"),
+        (
+            ("--exit", "margin", "--quality", 0.9, "--cost", 0.5),
+            "either a wanted quality or a wanted cost",
+        ),
+        (("--exit", "margin", "--quality", 0.95, "--questions", 20), "give 45 or more"),
+        (("--exit", "margin", "--quality", 0.95, "--questions", 100), "40 answers cannot show"),
+        (("--exit", "margin", "--quality", 0.5, "--first", 4), "the stack has layers 0 to 3"),
+        (("--data", "docstring"), "Did you mean 'docstrings'"),
     ],
 )
 def test_bad_usage(
@@ -145,5 +151,5 @@ def test_a_folder_with_something_else_in_it_is_refused_first(
 def test_an_adapter_is_written_over(llama: str, tmp_path: Path) -> None:
     for cost in (1.0, 0.9):
         words = ("--cost", cost, "--questions", 8, "--out", tmp_path / "adapter")
-        assert run("calibrate", llama, *words) == 0
+        assert run("calibrate", llama, "--exit", "margin", "--task", "docstrings", *words) == 0
     assert json.loads((tmp_path / "adapter" / "calibration.json").read_text())["cost"] == 0.9

@@ -11,14 +11,14 @@ from training import standins
 from trol.depth import attach, attached, detach
 from trol.depth.host import gates_of
 from trol.errors import DataError, HostError, UsageError
-from trol.evaluation.calibration import (
-    THRESHOLDS,
+from trol.evaluation.calibration.evidence import (
+    at_least,
     binomial_tail,
-    calibrate,
+    most_faults,
     needed,
     p_value,
-    with_threshold,
 )
+from trol.evaluation.calibration.exits import THRESHOLDS, calibrate, with_threshold
 from trol.evaluation.exit_record import Outcome, counted, flops_share, recorded, run
 from trol.evaluation.tasks import Item
 from trol.family.loading import load_model
@@ -70,6 +70,19 @@ def test_p_values() -> None:
     for losses in ((drawn < 0.1).double(), 0.2 * drawn):  # their means are 0.1
         refuted = sum(p_value(row, 0.1) <= 0.1 for row in losses)
         assert refuted <= 50  # of 40 on average at most
+
+
+def test_how_many_answers_may_differ() -> None:
+    """The most faults whose tail is still small; the share that they show, as scipy has it."""
+    for n, quality, confidence in ((230, 0.99, 0.9), (229, 0.99, 0.9), (500, 0.9, 0.95)):
+        most = most_faults(n, quality, confidence)
+        tails = [stats.binom.cdf(k, n, 1 - quality) for k in (most, most + 1)]
+        assert most < 0 or tails[0] <= 1 - confidence
+        assert tails[1] > 1 - confidence
+    assert [most_faults(n, 0.99, 0.9) for n in (229, 230)] == [-1, 0]
+    for faults, n in ((0, 45), (3, 200), (20, 20)):
+        shown = stats.beta.ppf(0.9, faults + 1, n - faults) if faults < n else 1.0
+        assert at_least(faults, n, 0.9) == pytest.approx(1 - shown, abs=1e-5)
 
 
 def test_thresholds_are_fixed_and_strict_first() -> None:
@@ -183,14 +196,14 @@ def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None
         ran = run(*given)
         return ran if len(calls) > 2 else Outcome(torch.zeros_like(ran.qualities), ran.shares)
 
-    monkeypatch.setattr("trol.evaluation.calibration.run", worse)
+    monkeypatch.setattr("trol.evaluation.calibration.exits.run", worse)
     found = calibrate(*llama, items, policy, quality=0.5, confidence=0.6)
     assert len(calls) == 3
     assert calls == sorted(set(calls))
     assert found.policy.thresholds[0] == calls[-1]
     calls.clear()
     monkeypatch.setattr(
-        "trol.evaluation.calibration.run",
+        "trol.evaluation.calibration.exits.run",
         lambda *given: Outcome(torch.zeros(20, dtype=torch.double), run(*given).shares),
     )
     with pytest.raises(HostError, match="when tokens really leave"):

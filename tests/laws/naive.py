@@ -22,6 +22,7 @@ from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 from trol.policies.router import Router
 
 KeysValues = tuple[Tensor, Tensor]
@@ -179,9 +180,11 @@ class NaiveLayer:
 
     def _most(self) -> int:
         if isinstance(self.policy, TrolMixer):
-            return self.policy.passes
+            return 1 if self._tau() is None else self.policy.passes
         if isinstance(self.policy, Router):
             return max(self._of_plan(plan) for plan in self.policy.menu)
+        if isinstance(self.policy, RandomTokens):
+            return self.policy.visit
         return self._of_plan(self.policy.plans[0]) if isinstance(self.policy, Planned) else 1
 
     def _of_plan(self, plan: Plan) -> int:
@@ -198,11 +201,28 @@ class NaiveLayer:
         if isinstance(self.policy, Controller) and self.gate is not None:
             skip, go = (self.gate[0] @ x.flatten() + self.gate[1]).tolist()
             return float(go >= skip)
-        if visits == 0:
-            return 1.0
+        if isinstance(self.policy, RandomTokens):
+            last = visits + 1 == self.policy.visit
+            return float(not last or self._draw(token) < self.policy.share)
+        return 1.0 if visits == 0 else self._gated(x)
+
+    def _gated(self, x: Tensor) -> float:
         weight, bias = self.gate
         gate = (0.5 * torch.tanh(x.flatten() @ weight + bias) + 0.5).item()
-        return gate if gate > self.policy.tau else 0.0
+        tau = self._tau()
+        return gate if tau == 0 or gate > tau else 0.0
+
+    def _draw(self, token: int) -> float:
+        """Three steps of the generator of Park and Miller, from the layer and the position."""
+        key = 7919 * (self.policy.seed + 1) + self.index
+        drawn = 7919 * (token + 1) + 48271 * key
+        for _ in range(3):
+            drawn = (48271 * drawn + key) % (2**31 - 1)
+        return drawn / (2**31 - 1)
+
+    def _tau(self) -> float | None:
+        tau = self.policy.tau
+        return tau[self.index] if isinstance(tau, tuple) else tau
 
 
 def _of_token(name: str, value: Any, token: int, columns: list[int]) -> Any:

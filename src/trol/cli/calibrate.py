@@ -1,4 +1,8 @@
-"""`trol calibrate`: the threshold of early exits, for a wanted quality or cost, as an adapter."""
+"""`trol calibrate`: thresholds that save most while the answers stay as they were, as an adapter.
+
+Of a model that traverses: those of its gates, and layers that need no second visit. With `--exit`:
+that of early exits.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,16 @@ import typer
 
 from trol.cli import terminal
 from trol.cli.provenance import run_record
-from trol.errors import UsageError, unknown
+from trol.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trol.evaluation.calibration import Calibration
-    from trol.policies.exits import EarlyExit
 
 EXAMPLES = (
-    "trol calibrate --task boards --quality 0.9 --out runs/margin",
-    "trol calibrate --exit entropy --task boards --quality 0.95 --confidence 0.99 --questions 600",
-    "trol calibrate --exit margin --task boards --cost 0.8 --json",
+    "trol calibrate --data boards --quality 0.99 --out runs/sparse",
+    "trol calibrate --exit margin --data boards --quality 0.9 --out runs/margin",
+    "trol calibrate --exit entropy --data boards --cost 0.8 --json",
 )
 
 RESULT = "calibration.json"
@@ -31,149 +33,143 @@ RESULT = "calibration.json"
 def calibrate(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    measure: Annotated[
-        str,
-        typer.Option("--exit", metavar="MEASURE", help="entropy, margin, saturation or patience."),
-    ] = "margin",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "--task",
+            metavar="NAME",
+            help="Questions to calibrate on: boards, docstrings, alpaca:FILE, ... "
+            "Default: boards for a model that sees, docstrings for one that reads.",
+        ),
+    ] = None,
     quality: Annotated[
         float | None,
         typer.Option(
             "--quality",
             metavar="Q",
-            help="Share of tokens as the full model says them. Default: 0.95, without --cost.",
+            help="Share of answers as under full traversal (default: 0.99); with --exit, share of "
+            "tokens as the full model says them (0.95).",
         ),
-    ] = None,
-    cost: Annotated[
-        float | None,
-        typer.Option("--cost", metavar="SHARE", help="In its place: share of the layers to run."),
     ] = None,
     confidence: Annotated[
         float, typer.Option("--confidence", metavar="C", help="That the quality holds.")
     ] = 0.9,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            "--exit",
+            metavar="MEASURE",
+            help="Calibrate early exits: entropy, margin, saturation or patience.",
+        ),
+    ] = None,
+    cost: Annotated[
+        float | None,
+        typer.Option("--cost", metavar="SHARE", help="Exits: share of the layers to run instead."),
+    ] = None,
     first: Annotated[
         int | None,
-        typer.Option("--first", metavar="LAYER", help="The first layer before which one leaves."),
+        typer.Option("--first", metavar="LAYER", help="Exits: the first layer looked before."),
     ] = None,
     every: Annotated[
-        int | None, typer.Option("--every", metavar="K", help="Look before each K-th layer.")
+        int | None, typer.Option("--every", metavar="K", help="Exits: look before each K-th layer.")
     ] = None,
-    task: Annotated[
-        str, typer.Option("--task", metavar="NAME", help="Questions to calibrate on.")
-    ] = "docstrings",
     questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=1, help="How many of them.")
-    ] = 300,
+        int | None,
+        typer.Option(
+            "--questions",
+            metavar="N",
+            min=1,
+            help="How many. Default: four times what the quality needs; with --exit, 300.",
+        ),
+    ] = None,
     seed: terminal.Seed = 0,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The adapter's folder.")] = Path(
         "runs/calibrated"
     ),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Find the threshold at which MODEL's tokens may leave early."""
+    """Find which second visits MODEL can spare, or early exits."""
+    from trol.cli import calibrated_exits, calibrated_taus
     from trol.cli.models import open_model
-    from trol.evaluation import calibration
-    from trol.evaluation.tasks import check_reads, task_of
+    from trol.depth import is_attached
+    from trol.evaluation.calibration.evidence import check_wish
+    from trol.evaluation.tasks import task_of
     from trol.policies.adapter import check_adapter_folder
-    from trol.policies.confidence import MEASURES
 
-    if measure not in MEASURES:
-        raise unknown("exit", measure, MEASURES)
-    if quality is None and cost is None:
-        quality = 0.95
-    calibration.check_wishes(quality, cost, confidence, questions)
-    asked = task_of(task)
+    wanted = {"quality": quality, "cost": cost, "confidence": confidence, "questions": questions}
+    wanted |= {"measure": measure, "first": first, "every": every, "seed": seed}
+    for name in ("quality", "confidence"):
+        if wanted[name] is not None:
+            check_wish(name, wanted[name])
+    if measure is not None:
+        calibrated_exits.check(measure, wanted)
+    if data is not None:
+        task_of(data)
     check_adapter_folder(out, beside=(RESULT,))
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
-        policy = _exits(opened, measure, first, every)
-        items = asked.items(questions, seed, "validation")
-        check_reads(processor, task, items)
-        wishes = {"quality": quality, "cost": cost, "confidence": confidence}
+        carries = is_attached(opened)
+        wanted["measure"] = _measure(opened, wanted)
+        kind = calibrated_taus if wanted["measure"] is None else calibrated_exits
+        data = data or _fitting(processor)
         with _bar() as progress:
-            found = calibration.calibrate(
-                opened, processor, items, policy, **wishes, progress=progress
-            )
-        about = {"model": model, "task": task, "questions": len(items), **wishes}
-        result = {**about, **found.json(), "out": str(out), "run": run_record(seed)}
+            found, asked, text = kind.calibrated(opened, processor, data, wanted, progress)
+        result = {"model": model, "data": data, **asked, **found.json(), "out": str(out)}
+        result["run"] = run_record(seed)
         _save(opened, found.policy, out, result)
-    terminal.report(result, as_json=as_json, text=lambda: _text(found, out))
+    onto = "trol.detach(model)" if carries else "model"
+    last = f"Written to {out}; trol.load({onto}, {str(out)!r}) attaches it."
+    terminal.report(result, as_json=as_json, text=lambda: f"{text}\n{last}")
 
 
-def _exits(model: Any, measure: str, first: int | None, every: int | None) -> EarlyExit:
-    """The exits to calibrate: those that the model carries, or new ones.
+def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
+    """The measure of the exits to calibrate, or None where it is the gates of the model.
 
     Raises:
-        UsageError: they do not fit the model, or its trained heads.
+        UsageError: there are no gates and no measure is named, or there are and exits are meant.
     """
     from trol.depth import attached, is_attached
-    from trol.depth.families import find_decoder
-    from trol.depth.host import check
+    from trol.evaluation.calibration.taus import mixer_of
     from trol.policies.exits import EarlyExit
 
-    settings: dict[str, Any] = {"first": 1, "every": 1}
-    if is_attached(model):
-        carried = attached(model)[1].depth_policy
-        if isinstance(carried, EarlyExit):
-            settings = {key: carried.settings()[key] for key in ("first", "every", "heads")}
-        elif carried.name != "plain":
-            terminal.note(
-                f"trol: {carried.name} is taken off: exits are calibrated on the plain model."
-            )
-    given = {"first": first, "every": every}
-    if settings.get("heads") and any(
-        value not in (None, settings[key]) for key, value in given.items()
-    ):
+    if wanted["measure"] is not None:
+        return wanted["measure"]
+    carried = attached(model)[1].depth_policy if is_attached(model) else None
+    if isinstance(carried, EarlyExit):
+        return carried.measure
+    mixer_of(model)
+    given = [name for name in ("cost", "first", "every") if wanted[name] is not None]
+    if given:
         raise UsageError(
-            f"the model's exit heads were trained for first={settings['first']} and "
-            f"every={settings['every']}; leave --first and --every out."
+            f"--{given[0]} is for early exits; add --exit MEASURE, or leave --{given[0]} out to "
+            "calibrate the gates of this model."
         )
-    settings |= {key: value for key, value in given.items() if value is not None}
-    policy = EarlyExit(measure, 1.0, **settings)  # type: ignore[arg-type]
-    check(find_decoder(model), policy)
-    return policy
+    return None
 
 
-def _save(model: Any, policy: EarlyExit, out: Path, result: dict[str, Any]) -> None:
+def _fitting(processor: Any) -> str:
+    """The built-in questions for this model."""
+    from transformers import ProcessorMixin
+
+    return "boards" if isinstance(processor, ProcessorMixin) else "docstrings"
+
+
+def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
     import trol
     from trol.analysis.files import write_json
     from trol.depth import attached, is_attached
+    from trol.policies.mixer import TrolMixer
 
-    if policy.heads:
-        attached(model)[1].depth_policy = policy  # its trained heads stay where they are
+    if isinstance(policy, TrolMixer) or policy.heads:
+        attached(model)[1].depth_policy = policy  # its trained parameters stay where they are
     else:
         if is_attached(model):
             trol.detach(model)
         trol.attach(model, policy)
     trol.save(model, out)
     write_json(out / RESULT, result)
-
-
-def _text(found: Calibration, out: Path) -> str:
-    policy, ran = found.policy, found.ran
-    lines = [
-        f"{policy.measure} >= {policy.thresholds[0]:g}, looked at before every layer from "
-        f"{policy.first}" + (f", each {policy.every}." if policy.every > 1 else "."),
-        f"{100 * ran.executed:.1f} % of the layers run{_flops(found.flops_share)}; "
-        f"{100 * ran.quality:.1f} % of the tokens agree with the full model "
-        f"({len(ran.qualities)} answers, {found.tokens} tokens).",
-    ]
-    if found.flops_share is not None and found.flops_share >= 1:
-        lines.append(
-            "These exits save nothing on this model: its looks, which read the head, cost as much "
-            "as the skipped layers or more. Look less often (--every K) or later (--first LAYER)."
-        )
-    if found.p_value is not None:
-        lines.append(f"p = {found.p_value:.3g} that less than the wanted quality is kept.")
-    if ran.executed == 1:
-        lines.append("No token leaves early; lower --quality, or train exit heads.")
-    return "\n".join([*lines, f"Written to {out}; trol.load(model, {str(out)!r}) attaches it."])
-
-
-def _flops(share: float | None) -> str:
-    if share is None:
-        return ", its FLOPs are not known"
-    return f", {100 * share:.3g} % of the FLOPs per answer token, looks included"
 
 
 @contextmanager

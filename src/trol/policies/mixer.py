@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,8 @@ class TrolMixer(AbstractPolicy):
         scope: who is traversed in inference.
         training_scope: who is traversed in training (published: all tokens).
         tau: tokens whose gate is <= tau leave without another visit; 0 is exact, and a layer's
-            output then moves by at most tau * |x_2 - x_1|.
+            output then moves by at most tau * |x_2 - x_1|. One for all layers, or one for each;
+            None for a layer that nobody visits again, whose gate is not even computed.
         initial_gate: the gate's value before training, 0.001 for nearly no effect; None for
             nn.Linear's own initialisation, as published.
     """
@@ -66,7 +68,7 @@ class TrolMixer(AbstractPolicy):
         sharing: Literal["per_layer", "shared"] = "per_layer",
         scope: Scope = "question",
         training_scope: Scope = "all",
-        tau: float = 0.0,
+        tau: float | Sequence[float | None] = 0.0,
         initial_gate: float | None = None,
     ) -> None:
         super().__init__(scope=scope, training_scope=training_scope)
@@ -76,8 +78,7 @@ class TrolMixer(AbstractPolicy):
             raise unknown("sharing", sharing, SHARING)
         if initial_gate is not None and not 0 < initial_gate < 1:
             raise UsageError(f"initial_gate is {initial_gate}, but must lie in (0, 1).")
-        check_share("tau", tau)
-        self.passes, self.sharing, self.tau = passes, sharing, tau
+        self.passes, self.sharing, self.tau = passes, sharing, _checked(tau)
         self.initial_gate = initial_gate
 
     @property
@@ -87,15 +88,29 @@ class TrolMixer(AbstractPolicy):
     def gate(self, layer: int, width: int) -> nn.Module:
         return Gate(width, self.initial_gate)
 
+    def check(self, layers: int) -> None:
+        if isinstance(self.tau, tuple) and len(self.tau) != layers:
+            raise UsageError(
+                f"tau is a list of {len(self.tau)}, but the stack has {layers} layers; give one "
+                "for each layer, or one number for all."
+            )
+
+    def threshold(self, layer: int) -> float | None:
+        """tau of layer `layer`; None where nobody goes again."""
+        return self.tau[layer] if isinstance(self.tau, tuple) else self.tau
+
     def bounds(self, layer: int) -> Bounds:
-        return Bounds(self.passes if self.tau == 0 else 1, self.passes)
+        tau = self.threshold(layer)
+        if tau is None:
+            return Bounds(1, 1)
+        return Bounds(1 if tau else self.passes, self.passes)
 
     def again(self, visit: Visit) -> Answer:
         if visit.number == 0:
             return 1.0
         assert visit.gate is not None
-        gate: Tensor = visit.gate(visit.state)
-        return torch.where(gate > self.tau, gate, 0.0) if self.tau else gate
+        tau, gate = self.threshold(visit.layer), visit.gate(visit.state)
+        return torch.where(gate > tau, gate, 0.0) if tau else gate
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -103,6 +118,23 @@ class TrolMixer(AbstractPolicy):
             "sharing": self.sharing,
             "scope": self.scope,
             "training_scope": self.training_scope,
-            "tau": self.tau,
+            "tau": list(self.tau) if isinstance(self.tau, tuple) else self.tau,
             "initial_gate": self.initial_gate,
         }
+
+
+def _checked(tau: float | Sequence[float | None]) -> float | tuple[float | None, ...]:
+    """One threshold, or one for each layer; raises `UsageError` where one is outside [0, 1)."""
+    if isinstance(tau, (int, float)):
+        check_share("tau", tau)
+        return tau
+    if isinstance(tau, str) or not isinstance(tau, Sequence) or not tau:
+        raise UsageError(
+            f"tau is {tau!r}; give a number in [0, 1), or a list with one (or None) for each layer."
+        )
+    for layer, one in enumerate(tau):
+        if one is not None and not isinstance(one, (int, float)):
+            raise UsageError(f"tau of layer {layer} is {one!r}; give a number in [0, 1), or None.")
+        if one is not None:
+            check_share(f"tau of layer {layer}", one)
+    return tuple(tau)

@@ -1,4 +1,4 @@
-"""Calibration of early exits: the threshold that saves most at a wanted quality, or the reverse.
+"""Early exits: the threshold that saves most at a wanted quality, or the reverse.
 
 One pass of the full model over questions with their answers records, at every look, how sure each
 token is and whether its prediction is the full model's already. All thresholds are judged from
@@ -7,15 +7,13 @@ this record; the chosen one is then run for real, because tokens that left chang
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from trol.depth.registry import from_settings
 from trol.errors import HostError, UsageError
+from trol.evaluation.calibration.evidence import Progress, check_count, check_wish, p_value
 from trol.evaluation.exit_record import BATCH, Outcome, flops_share, recorded, run
 from trol.evaluation.tasks import Item
 from trol.policies.exits import EarlyExit
@@ -23,9 +21,6 @@ from trol.policies.exits import EarlyExit
 THRESHOLDS = tuple(round(1 - 10 ** (step / 20 - 6), 7) for step in range(121))
 """What is tried, from strict to lenient, for measures in [0, 1]: fixed before any data are seen,
 and finest near 1, where trained models are."""
-
-Progress = Callable[[int, int], None]
-"""(passes over a batch made, passes known of so far)."""
 
 
 @dataclass(frozen=True)
@@ -56,41 +51,6 @@ class Calibration:
             "answers": len(self.ran.qualities),
             "tokens": self.tokens,
         }
-
-
-def needed(quality: float, confidence: float) -> int:
-    """Fewest answers that can show `quality`, were there no fault: quality^n <= 1 - confidence."""
-    return math.ceil(math.log(1 - confidence) / math.log(quality))
-
-
-def p_value(losses: Tensor, limit: float) -> float:
-    """Of the hypothesis that the mean of losses in [0, 1] is above `limit`; Hoeffding-Bentkus.
-
-        min(exp(-n h(min(m, limit), limit)), e P[Binomial(n, limit) <= ceil(n m)])
-
-    with m the mean of the n losses and h(a, b) = a log(a / b) + (1 - a) log((1 - a) / (1 - b)).
-    Learn then test (https://arxiv.org/abs/2110.01052, section 3.2); a plain binomial tail would
-    hold only for losses that are 0 or 1.
-    """
-    n, mean = len(losses), losses.double().mean().item()
-    low = min(mean, limit)
-    apart = (1 - low) * math.log((1 - low) / (1 - limit))
-    apart += low * math.log(low / limit) if low else 0.0
-    tail = binomial_tail(math.ceil(n * mean - 1e-9), n, limit)
-    return min(1.0, math.exp(-n * apart), math.e * tail)
-
-
-def binomial_tail(most: int, n: int, share: float) -> float:
-    """P[Binomial(n, share) <= most]."""
-    logs = (
-        math.lgamma(n + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(n - k + 1)
-        + k * math.log(share)
-        + (n - k) * math.log1p(-share)
-        for k in range(min(most, n) + 1)
-    )
-    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def calibrate(
@@ -137,7 +97,7 @@ def calibrate(
     order = _thresholds(policy, len(record.layers) - 1)
     outcomes = [record.outcome(threshold) for threshold in order]
     if quality is not None:
-        _check_count(len(outcomes[0].qualities), quality, confidence)
+        check_count(len(outcomes[0].qualities), quality, confidence)
         place: int | None = _last_passed(outcomes, quality, 1 - confidence)
     else:
         place = _best_within(outcomes, cost or 0.0)
@@ -173,25 +133,12 @@ def check_wishes(
     if (quality is None) == (cost is None):
         raise UsageError("give either a wanted quality or a wanted cost.")
     for name, value in (("quality", quality), ("confidence", confidence)):
-        if value is not None and math.isnan(value):
-            raise UsageError(f"{name} is no number; give one in (0, 1), such as 0.95.")
-        if value is not None and not 0 < value < 1:
-            raise UsageError(
-                f"{name} is {value}, but must lie in (0, 1): no finite set could show more."
-            )
+        if value is not None:
+            check_wish(name, value)
     if cost is not None and not 0 < cost <= 1:
         raise UsageError(f"cost is {cost}, but is a share of the layers, in (0, 1].")
     if quality is not None:
-        _check_count(answers, quality, confidence)
-
-
-def _check_count(answers: int, quality: float, confidence: float) -> None:
-    least = needed(quality, confidence)
-    if answers < least:
-        raise UsageError(
-            f"{answers} answers cannot show a quality of {quality} with a confidence of "
-            f"{confidence}, even without a fault; give {least} or more, or ask for less."
-        )
+        check_count(answers, quality, confidence)
 
 
 def _thresholds(policy: EarlyExit, looks: int) -> Sequence[float]:
