@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trol import depth
-    from trol.depth import AbstractPolicy, Plan, Trace, attach, detach, trace
+    from trol.depth import AbstractPolicy, Plan, Trace, attach, detach, prepare_cache, trace
     from trol.family.loading import load_model
     from trol.policies.adapter import load, save
     from trol.policies.controller import Controller
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trol.policies.mixer import TrolMixer
     from trol.policies.plain import Plain
     from trol.policies.planned import Planned
+    from trol.policies.random_tokens import RandomTokens
     from trol.policies.replay import Replay
     from trol.policies.router import Router
     from trol.policies.speculation import speculate
@@ -33,6 +34,7 @@ _HOMES = {
     "attach": "depth",
     "detach": "depth",
     "trace": "depth",
+    "prepare_cache": "depth",
     "save": "policies.adapter",
     "load": "policies.adapter",
     "AbstractPolicy": "depth",
@@ -43,6 +45,7 @@ _HOMES = {
     "Controller": "policies.controller",
     "Plain": "policies.plain",
     "Planned": "policies.planned",
+    "RandomTokens": "policies.random_tokens",
     "Replay": "policies.replay",
     "Router": "policies.router",
     "TrolMixer": "policies.mixer",
