@@ -193,17 +193,14 @@ class NaiveLayer:
     def _again(self, visits: int, x: Tensor, token: int) -> float:
         if self.exits is not None:
             return float(token not in self.exits.left)
-        if isinstance(self.policy, Planned):
-            return float(visits < self._of_plan(self.policy.plans[0]))
+        if isinstance(self.policy, (Planned, RandomTokens)):
+            return float(visits < self._settled(token))
         if self.router is not None:
             plan = self.router.plans.get(token)
             return float(visits < (1 if plan is None else self._of_plan(plan)))
         if isinstance(self.policy, Controller) and self.gate is not None:
             skip, go = (self.gate[0] @ x.flatten() + self.gate[1]).tolist()
             return float(go >= skip)
-        if isinstance(self.policy, RandomTokens):
-            last = visits + 1 == self.policy.visit
-            return float(not last or self._draw(token) < self.policy.share)
         return 1.0 if visits == 0 else self._gated(x)
 
     def _gated(self, x: Tensor) -> float:
@@ -212,13 +209,20 @@ class NaiveLayer:
         tau = self._tau()
         return gate if tau == 0 or gate > tau else 0.0
 
+    def _settled(self, token: int) -> int:
+        if isinstance(self.policy, RandomTokens):
+            return self.policy.visit - (self._draw(token) >= self.policy.share)
+        return self._of_plan(self.policy.plans[0])
+
     def _draw(self, token: int) -> float:
-        """Three steps of the generator of Park and Miller, from the layer and the position."""
-        key = 7919 * (self.policy.seed + 1) + self.index
-        drawn = 7919 * (token + 1) + 48271 * key
-        for _ in range(3):
-            drawn = (48271 * drawn + key) % (2**31 - 1)
-        return drawn / (2**31 - 1)
+        """A hash of seed, layer and position, in 24 of its 32 bits."""
+        word = 0
+        for part in (self.policy.seed + 1, self.index, token):
+            word = (word + part) % 2**32
+            for _ in range(2):
+                word = (word ^ word // 2**16) * 0x45D9F3B % 2**32
+            word ^= word // 2**16
+        return word // 2**8 / 2**24
 
     def _tau(self) -> float | None:
         tau = self.policy.tau

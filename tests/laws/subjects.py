@@ -17,6 +17,7 @@ from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 from trol.policies.router import Router
 
 SURE = (0.3, 0.004, 0.1)
@@ -40,6 +41,8 @@ POLICIES: dict[str, Callable[[], AbstractPolicy]] = {
     "exit_heads": lambda: EarlyExit("margin", SURE, heads=True),
     "controller": Controller,
     "router": lambda: Router(["0 3", "0 2-3", "all"], hidden=8),
+    "some_twice": lambda: RandomTokens(0.5),
+    "some_skip": lambda: RandomTokens(0.5, visit=1),
 }
 """Every kind of policy, every scope; on stacks of four layers."""
 
@@ -47,6 +50,7 @@ HOLED: dict[str, Callable[[], AbstractPolicy]] = {
     "hole_answer": lambda: Planned("1-3", scope="answer", skipped_kv="hole"),
     "hole_question": lambda: Planned("0 2", scope="question", skipped_kv="hole"),
     "hole_exit": lambda: EarlyExit("patience", 1, scope="all", skipped_kv="hole"),
+    "hole_some": lambda: RandomTokens(0.5, visit=1, skipped_kv="hole"),
 }
 """Policies that leave holes; not every family can have them."""
 

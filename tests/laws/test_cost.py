@@ -35,7 +35,7 @@ VISITS = {
 }
 """Visits of each layer by the tokens of a question."""
 
-DECIDED = {"trol_tau", "exit_sure", "exit_heads"}
+DECIDED = {"trol_tau", "exit_sure", "exit_heads", "some_twice", "some_skip"}
 """Policies whose visits hang on the tokens."""
 
 

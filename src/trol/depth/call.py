@@ -53,8 +53,9 @@ SHOWN = ("output_attentions", "output_router_logits")
 Executor = Literal["auto", "dense", "packed"]
 """`dense` computes all tokens, `packed` those that go wherever it can, `auto` where it pays."""
 
-Kind = tuple[type, type, bool, bool]
-"""Visits that are packed alike: (layer's class, slot's class, tokens or rows, without a mask)."""
+Kind = tuple[int, type, type, bool, bool]
+"""Visits that one comparison speaks for: (layer, its class, slot's class, tokens or rows, without a
+mask). Layers of one class may differ: in some families every other one has a window of its own."""
 
 
 def unpriced() -> StackCost:
@@ -107,13 +108,18 @@ class Call:
     costs: Callable[[], StackCost] = unpriced
     """What visits of the layers cost."""
     _real: tuple[Tensor | None] | None = field(default=None, init=False)
-    verdicts: dict[Kind, bool] = field(default_factory=dict)
-    """Whether packed visits of a kind of layer gave what dense ones do, once they were compared."""
+    verdicts: dict[Kind | type, bool] = field(default_factory=dict)
+    """Whether packed visits of a kind gave what dense ones do, once they were compared; and False
+    for a class of layers of which one did not."""
 
-    @cached_property
+    @property
     def packs(self) -> bool:
         """Whether tokens may be left out: not where something of all of them is shown."""
-        if not self.free or self.executor == "dense":
+        return self.free and self._packs  # compiled code, never free, cannot read what is cached
+
+    @cached_property
+    def _packs(self) -> bool:
+        if self.executor == "dense":
             return False
         shown = (self.asked.get(name, getattr(self.config, name, False)) for name in SHOWN)
         return not any(shown)

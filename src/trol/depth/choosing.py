@@ -11,12 +11,12 @@ from torch import Tensor
 from trol.depth.call import Call, Kind
 from trol.depth.compact import RowsKept
 from trol.depth.layer_run import LayerRun
-from trol.depth.pace import pace_of
+from trol.depth.pace import CALL, pace_of
 from trol.depth.packed import Packing, growing, is_packable, packing_of
 from trol.depth.planes import LayerPlanes
 from trol.depth.policy import Visit
 from trol.depth.roles import Mask
-from trol.depth.selection import Group, everybody, groups_of
+from trol.depth.selection import Group, crowd_of, everybody
 from trol.depth.sides import masked, understood
 
 
@@ -36,7 +36,9 @@ def packing_for(
     planes = _planes_of(run, visit, call)
     slot = planes.slots[visit.number]
     owning: Mask = planes.in_scope if visit.number else True
-    if fixed is not None or (run.holes is not None and not visit.number):
+    fresh = growing(slot)
+    # Rows that a plan keeps out own nothing where nobody else can ever ask: in a slot of their own.
+    if (fixed is not None and fresh) or (run.holes is not None and not visit.number):
         owning = need
     if not going.any():
         return _nobody(run, visit.state, owning) if is_packable(slot) else None
@@ -44,13 +46,12 @@ def packing_for(
     if not (known and is_packable(slot)):
         return None
     packing = packing_of(slot, going, _without_padding(owning, real), visit.state.device)
-    fresh = growing(slot)
     packing = replace(
         packing,
         keep=fixed is not None and fresh and len(packing.going) == 1,
         among=run.holes is not None and not visit.number and fresh and _in_order(run, packing),
     )
-    fails = call.verdicts.get(kind_of(run, visit, packing)) is False
+    fails = kind_of(run, visit, packing)[1] in call.verdicts
     return packing if not fails and _pays(packing, visit, call) else None
 
 
@@ -81,8 +82,7 @@ def _kept_already(run: LayerRun, visit: Visit, fixed: tuple[bool, ...] | None) -
     slot = None if run.planes is None else run.planes.slots[visit.number]
     if fixed is None or not isinstance(slot, RowsKept):
         return None
-    if slot.kept.tolist() != [row for row, goes in enumerate(fixed) if goes]:
-        return None  # what follows brings other rows, which the slot refuses
+    slot.check([row for row, goes in enumerate(fixed) if goes])
     return Packing([Group(slot.kept, None, None, len(slot.kept) * visit.state.shape[1])], [])
 
 
@@ -108,7 +108,7 @@ def _nobody(run: LayerRun, state: Tensor, owning: Mask) -> Packing | None:
     if run.holes is not None:  # which nobody will see; their form alone is wanted
         left = torch.zeros_like(left)
         left[:, 0] = True
-    return Packing([], groups_of(left, state.device))
+    return Packing([], crowd_of(left, state.device))
 
 
 def _in_order(run: LayerRun, packing: Packing) -> bool:
@@ -125,7 +125,7 @@ def _could_pay(visit: Visit, going: Tensor, call: Call) -> bool:
         return call.executor == "packed"
     count = int(going.sum())
     saved = cost.flops(going.numel() - count, step=going.shape[1])
-    return not count or pace_of(visit.state.device, visit.state.dtype).pays(saved, 1)
+    return not count or pace_of(visit.state.device, visit.state.dtype).pays(saved, CALL)
 
 
 def _pays(packing: Packing, visit: Visit, call: Call) -> bool:
@@ -138,7 +138,7 @@ def _pays(packing: Packing, visit: Visit, call: Call) -> bool:
     left = whole // (rows * tokens) if cost.keys_per_token is None else cost.keys_per_token
     saved = whole - cost.flops(packing.computed, step=tokens) - left * packing.left
     calls = len(packing.going) + len(packing.leaving)
-    return pace_of(visit.state.device, visit.state.dtype).pays(saved, calls)
+    return pace_of(visit.state.device, visit.state.dtype).pays(saved, calls * CALL)
 
 
 def kind_of(run: LayerRun, visit: Visit, packing: Packing) -> Kind:
@@ -147,4 +147,4 @@ def kind_of(run: LayerRun, visit: Visit, packing: Packing) -> Kind:
     tokens = any(group.tokens is not None for group in packing.going)
     layer = getattr(run.forward, "__self__", None)
     known = getattr(layer, "trol_original", type(layer))  # a made-up class cannot be pickled
-    return known, type(slot), tokens, run.site.mask_in(run.args, run.kwargs) is None
+    return visit.layer, known, type(slot), tokens, run.site.mask_in(run.args, run.kwargs) is None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from trol.depth.specialise import specialised
+from trol.depth.policy import AbstractPolicy
+from trol.depth.specialise import Specialised, specialised
 from trol.errors import HostError
 
 
-class RowsKept(CacheLayerMixin):
+class RowsKept(CacheLayerMixin, Specialised):  # only in this order can a slot become it
     """Mixin for a slot that is told whole batches, and holds some of their rows."""
 
     kept: Tensor
@@ -27,12 +29,25 @@ class RowsKept(CacheLayerMixin):
             HostError: keys and values of other rows come.
         """
         if len(keys) != len(self.kept):
-            raise HostError(
-                f"this layer of the cache holds rows {self.kept.tolist()} of {self.batch}, because "
-                "the plans that filled it keep the other rows out; start a new cache, or keep "
-                "those plans."
-            )
+            raise self._refusal()
         return super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Raises `HostError` unless these are the rows that it holds."""
+        if self.kept.tolist() != list(rows):
+            raise self._refusal()
+
+    def _refusal(self) -> HostError:
+        return HostError(
+            f"a layer of this cache holds rows {self.kept.tolist()} of {self.batch}, because the "
+            "plans that filled it keep the other rows out; start a new cache, or keep those plans."
+        )
+
+    def get_seq_length(self) -> int:
+        length = super().get_seq_length()  # type: ignore[misc]
+        if length or self.keys is None or len(self.keys) or self.keys.ndim < 4:
+            return length
+        return self.keys.shape[-2]  # all its rows were taken out of the batch
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(self._places()[beam_idx.to(self.kept.device)[self.kept]])  # type: ignore[misc]
@@ -55,6 +70,20 @@ class RowsKept(CacheLayerMixin):
         places = self.kept.new_full((self.batch,), -1)
         places[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
         return places
+
+
+def check_rows(cache: Any, policy: AbstractPolicy, *, everywhere: bool) -> None:
+    """Raises `HostError` where `policy` has other rows visit a layer than those that it holds.
+
+    `everywhere`: whether its scope is `all`.
+    """
+    slots = {(layer, 1): slot for layer, slot in enumerate(cache.layers)}
+    for (layer, plane), slot in (slots | getattr(cache, "planes", {})).items():
+        most = policy.bounds(layer).most
+        if isinstance(slot, RowsKept) and most:  # else the layer is left alone
+            fixed = policy.rows_going(layer, plane - 1, slot.batch) if everywhere else None
+            going = [most >= plane] * slot.batch if fixed is None else fixed
+            slot.check([row for row, goes in enumerate(going) if goes])
 
 
 def keep_rows(slot: object, rows: Tensor, batch: int) -> None:

@@ -49,11 +49,22 @@ class LayerCost:
     keys_per_token: int | None = None
     """FLOPs for one token that leaves its keys and values only; None where that is not known."""
 
-    def flops(self, count: int, *, step: int, past: int = 0, images: bool = False) -> int:
-        """FLOPs of one visit of `count` tokens, each beside `step` of its row, after `past`."""
+    def flops(
+        self,
+        count: int,
+        *,
+        step: int,
+        past: int = 0,
+        images: bool = False,
+        pairs: int | None = None,
+    ) -> int:
+        """FLOPs of one visit of `count` tokens, each beside `step` of its row, after `past`.
+
+        `pairs`: of queries and keys of this step, where not each of them sees `step`.
+        """
         seen = past if self.window is None else min(past, self.window - 1)
-        one = self.per_token + self.per_key * (seen + step)
-        return count * (one + self.per_image_call_token * images)
+        one = self.per_token + self.per_key * seen + self.per_image_call_token * images
+        return count * one + self.per_key * (count * step if pairs is None else pairs)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ class StackCost:
         computed: Sequence[int],
         *,
         left: Sequence[int] | None = None,
+        pairs: Sequence[int] | None = None,
         step: int,
         past: int = 0,
         images: bool = False,
@@ -104,20 +116,22 @@ class StackCost:
         Args:
             computed: tokens that go through each layer, each visit counted.
             left: tokens that leave keys and values there, and no more.
+            pairs: of queries and keys of this call; `computed` * `step` where not given.
             step: tokens of one row in this call.
             past: tokens of one row before it.
             images: as in `flops`.
         """
         total = 0
-        for layer, count, keys in zip(
-            self.layers, computed, left or [0] * len(computed), strict=True
+        none = [None] * len(computed)
+        for layer, count, keys, seen in zip(
+            self.layers, computed, left or none, pairs or none, strict=True
         ):
             if not (count or keys):
                 continue
             if layer is None or (keys and layer.keys_per_token is None):
                 return None
-            total += layer.flops(count, step=step, past=past, images=images)
-            total += keys * (layer.keys_per_token or 0)
+            total += layer.flops(count, step=step, past=past, images=images, pairs=seen)
+            total += (keys or 0) * (layer.keys_per_token or 0)
         return total
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Holes:
     def __init__(self, cache: Any, layer: int, tokens: int) -> None:
         self.cache, self.layer = cache, layer
         slot = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
-        self.room = slot.max_cache_len if _is_whole(slot) else None
+        self.room = _room(slot)
         self.start: int | Tensor = 0 if slot is None else slot.get_seq_length()
         if isinstance(self.start, Tensor):  # which the first visit advances
             self.start = self.start.clone()
@@ -39,7 +39,7 @@ class Holes:
             need = torch.full((rows, tokens), need, device=state.device)
         kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
         if self.room is None:
-            past = need.new_zeros(rows, self.start) if kept is None else kept.values
+            past = need.new_zeros(rows, cast(int, self.start)) if kept is None else kept.values
             kept = PositionSlot(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
         else:
             kept = kept or PositionSlot(need.new_zeros(rows, self.room), is_static=True)
@@ -79,6 +79,7 @@ class Holes:
         return site.with_mask(args, kwargs, mask.masked_fill(hidden, torch.finfo(mask.dtype).min))
 
 
-def _is_whole(slot: Any) -> bool:
-    """Whether a slot has room for all tokens of its cache from the start."""
-    return isinstance(slot, StaticLayer) and not slot.is_sliding
+def _room(slot: Any) -> int | None:
+    """How many tokens a slot has place for from the start, if it holds all of them."""
+    whole = isinstance(slot, StaticLayer) and not slot.is_sliding
+    return slot.max_cache_len if whole else None

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-OPERATIONS = 100
-"""Small tensor operations that take as long as one more call of a layer and the gathering for it,
-its matrices aside (`trol bench sparse` shows what choosing by it costs)."""
+CALL, SPARING = 100, 30
+"""Small tensor operations that take as long as one more call of a layer with the gathering for it,
+its matrices aside, and as leaving a product out of a call (`trol bench sparse` shows what choosing
+by them costs)."""
 SIZE, TRIES = 768, 5
 
 
@@ -28,22 +30,23 @@ class Pace:
     operation: float
     """Seconds of one small operation."""
 
-    def pays(self, saved: int, calls: int) -> bool:
-        """Whether saving so many FLOPs is worth `calls` calls of a layer."""
-        return saved / self.flops > calls * OPERATIONS * self.operation
+    def pays(self, saved: int, operations: int) -> bool:
+        """Whether saving so many FLOPs is worth so many small operations."""
+        return saved / self.flops > operations * self.operation
 
 
 @functools.cache
 def pace_of(device: torch.device, dtype: torch.dtype) -> Pace:
     """The pace of a device, measured once in a process: some milliseconds."""
-    wide = torch.ones(SIZE, SIZE, device=device, dtype=dtype)
-    small = torch.ones(8, device=device, dtype=dtype)
-    product = _shortest(lambda: wide @ wide, device)
-    return Pace(2 * SIZE**3 / product, _shortest(lambda: _repeat(small), device) / OPERATIONS)
+    with _disable_current_modes():  # who counts FLOPs now does not mean these
+        wide = torch.ones(SIZE, SIZE, device=device, dtype=dtype)
+        small = torch.ones(8, device=device, dtype=dtype)
+        product = _shortest(lambda: wide @ wide, device)
+        return Pace(2 * SIZE**3 / product, _shortest(lambda: _repeat(small), device) / CALL)
 
 
 def _repeat(small: torch.Tensor) -> None:
-    for _ in range(OPERATIONS):
+    for _ in range(CALL):
         small = small + 1
 
 

@@ -13,7 +13,7 @@ It keeps the contract of `visits.dense_visit`, and gives the same numbers.
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,12 @@ from transformers.cache_utils import (
 
 from trol.depth.compact import RowsKept, keep_rows
 from trol.depth.layer_run import LayerRun
-from trol.depth.pace import pace_of
+from trol.depth.pace import SPARING, pace_of
 from trol.depth.planes import LayerPlanes
 from trol.depth.roles import Mask
-from trol.depth.selection import Group, everybody, groups_of
+from trol.depth.selection import Group, crowd_of, everybody, groups_of
 from trol.depth.sides import Asking
-from trol.depth.spared import query_weight, without_queries
+from trol.depth.spared import query_weight, within_reach, without_queries
 
 GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 """Classes of slot whose keys and values, while it is empty, are the step's own."""
@@ -70,6 +70,13 @@ class Packing:
     def computed(self) -> int:
         """Tokens that go through the layer, padding of groups included."""
         return sum(group.size for group in self.going)
+
+    def pairs(self, tokens: int) -> int:
+        """Pairs of a query and a key of this step, which has so many tokens in each row."""
+        if not self.among:
+            return self.computed * tokens
+        widths = (tokens if g.tokens is None else g.tokens.shape[1] for g in self.going)
+        return sum(g.size * width for g, width in zip(self.going, widths, strict=True))
 
     @property
     def left(self) -> int:
@@ -166,7 +173,7 @@ def packing_of(slot: Any, going: Tensor, owning: Mask, device: torch.device) -> 
     left = ~going if owning is True else going.new_zeros(going.shape)
     if isinstance(owning, Tensor):
         left = owning.to(going.device) & ~going
-    return Packing(groups_of(going, device, one=one), groups_of(left, device))
+    return Packing(groups_of(going, device, one=one), crowd_of(left, device))
 
 
 def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> Tensor:
@@ -191,9 +198,10 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
         view.layers = list(planes.cache.layers)
         view.layers[planes.layer] = PackedSlot(slot, step, group, packing)
         if group in packing.going:
-            group.put(out, run.call(group.take(state, -2), side, view), -2)
+            with _within_reach(group, state, asking):
+                group.put(out, run.call(group.take(state, -2), side, view), -2)
             continue
-        with suppress(KeysWritten), without_queries(_spared(run, group, state)):
+        with suppress(KeysWritten), _without_queries(run, group, state):
             run.call(group.take(state, -2), side, view)
     step.held = step.held or step.below
     if step.held is not None and not step.stored:
@@ -204,13 +212,23 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
     return out
 
 
-def _spared(run: LayerRun, group: Group, state: Tensor) -> Tensor | None:
-    """The weight whose products need not be made, where that saves time."""
+def _without_queries(run: LayerRun, group: Group, state: Tensor) -> AbstractContextManager[Any]:
+    """Leaves the queries out of a call that stores keys, where that saves time."""
     weight = query_weight(getattr(run.forward, "__self__", None))
-    if weight is None:
-        return None
-    pace = pace_of(state.device, state.dtype)
-    return weight if pace.pays(2 * weight.numel() * group.size, 1) else None
+    saved = 0 if weight is None else 2 * weight.numel() * group.size
+    if weight is None or not pace_of(state.device, state.dtype).pays(saved, SPARING):
+        return nullcontext()
+    return without_queries(weight)
+
+
+def _within_reach(group: Group, state: Tensor, asking: Asking) -> AbstractContextManager[Any]:
+    """Leaves the keys behind each stretch of tokens out, where that saves time."""
+    if not group.reach or type(asking.slot) not in GROWING or not asking.is_in_order(group):
+        return nullcontext()
+    rows, (_, step, width) = group.size // len(group.reach), state.shape
+    saved = 4 * width * rows * sum(step - end for end in group.reach)
+    pays = pace_of(state.device, state.dtype).pays(saved, SPARING * len(group.reach))
+    return within_reach(group.reach, step) if pays else nullcontext()
 
 
 def _below(planes: LayerPlanes, plane: int) -> tuple[Tensor, Tensor] | None:

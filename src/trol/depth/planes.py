@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
         HostError: it is no transformers cache, or layers that will run missed tokens before.
     """
     check_cache(cache)
-    planed = cast(Any, cache)
+    planed: Any = cache
     if not isinstance(cache, PlanedCache):
         if torch.compiler.is_compiling():
             raise HostError(

@@ -12,6 +12,8 @@ SLACK = 64
 """Tokens that a group may be padded by in any case: a layer reads all its weights for one."""
 WASTE = 0.25
 """Beyond them, the padding that a group may have, as a share of its real tokens."""
+STRETCH = 64
+"""Tokens of a group that attend together: later ones see more keys than earlier ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,8 @@ class Group:
     """Places in the flattened `tokens` that are no padding; None where all are. Shape: [n]."""
     size: int
     """How many tokens are computed: b * m."""
+    reach: tuple[int, ...] = ()
+    """For every `STRETCH` of the m, one more than the last position among them; empty if few."""
 
     def take(self, value: Tensor, dim: int) -> Tensor:
         """The group's part of [B, ..., T, ...], tokens in `dim` < 0; B may be 1 for all rows.
@@ -78,6 +82,24 @@ class Group:
         return rows[:, None]
 
 
+class Crowd(Group):
+    """Tokens of any rows as one row: for what happens to each alone, before it attends.
+
+    Shape: rows [n], tokens [n].
+    """
+
+    def take(self, value: Tensor, dim: int) -> Tensor:
+        along = value.movedim(dim, 1)
+        mine = along[0][self.tokens] if len(value) == 1 else along[self.rows, self.tokens]
+        return mine[None].movedim(1, dim)
+
+    def put(self, target: Tensor, value: Tensor, dim: int) -> None:
+        target.movedim(dim, 1)[self.rows, self.tokens] = value.movedim(dim, 1)[0]
+
+    def rows_in(self, value: Tensor) -> Tensor:
+        return value
+
+
 def everybody(rows: int, tokens: int) -> Group:
     """All rows, all tokens."""
     return Group(None, None, None, rows * tokens)
@@ -88,6 +110,15 @@ def groups_of(mask: Tensor, device: torch.device, *, one: bool = False) -> list[
     mask = mask.cpu()  # the one look that waits for a device
     counts: list[int] = mask.sum(1).tolist()
     return [_group(mask, rows, counts, device) for rows in _alike(counts, one=one)]
+
+
+def crowd_of(mask: Tensor, device: torch.device) -> list[Group]:
+    """The tokens of a BoolTensor [B, T] as one row; no group where there is none."""
+    mask = mask.cpu()
+    if len(mask) == 1 or bool(mask.all()):
+        return groups_of(mask, device)
+    rows, tokens = (part.to(device) for part in mask.nonzero(as_tuple=True))
+    return [Crowd(rows, tokens, None, len(tokens))] if len(tokens) else []
 
 
 def _alike(counts: Sequence[int], *, one: bool) -> list[list[int]]:
@@ -118,8 +149,14 @@ def _group(mask: Tensor, rows: list[int], counts: Sequence[int], device: torch.d
         if most == width:
             return Group(where, None, None, size)
         tokens = here.nonzero()[:, 1].view(len(rows), most)
-        return Group(where, tokens.to(device), None, size)
+        return Group(where, tokens.to(device), None, size, _reach(tokens))
     # Selected tokens first, in their order; what fills a shorter row up is never written back.
     tokens = here.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
     real = here.gather(1, tokens).flatten().nonzero()[:, 0]
-    return Group(where, tokens.to(device), real.to(device), size)
+    return Group(where, tokens.to(device), real.to(device), size, _reach(tokens))
+
+
+def _reach(tokens: Tensor) -> tuple[int, ...]:
+    if tokens.shape[1] < 2 * STRETCH:
+        return ()
+    return tuple(int(part.max()) + 1 for part in tokens.split(STRETCH, dim=1))

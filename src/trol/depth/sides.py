@@ -69,12 +69,17 @@ class Asking:
         taken["attention_mask"] = self._mask(mask, group) if attends else None
         return tuple(taken.pop(name) for name in self.site.names[: len(args)]), taken
 
+    def is_in_order(self, group: Group) -> bool:
+        """Whether the group's tokens see all keys up to themselves, and no mask says otherwise."""
+        given = self.site.mask_in(*self.inputs)
+        return given is None and group.tokens is not None and self.site.causal and not self.among
+
     def _mask(self, mask: Tensor | None, group: Group) -> Tensor | None:
         """What the group's tokens see: keys of all positions, or their own."""
         if mask is not None:
             mask = group.take(mask, -2)
             return group.take_keys(mask) if self.among else mask
-        if self.among or group.tokens is None or not self.site.causal:
+        if group.tokens is None or not self.is_in_order(group):
             return None
         # Without a mask, fewer queries than keys would be taken for the first ones.
         return _causal(group.tokens, self.slot, self.shape[1])

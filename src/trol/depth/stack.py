@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from trol.depth.call import (
     CALL,
@@ -19,6 +20,7 @@ from trol.depth.call import (
     Step,
     ambience_of,
 )
+from trol.depth.compact import check_rows
 from trol.depth.context import INPUT, Context
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.families import LayerSite, layer_list, quirk_of
@@ -97,7 +99,7 @@ class StackMixin(Specialised):
     """How many `trol.depth` and `trol.trace` blocks are open on this stack, in all threads."""
     depth_costs: StackCost | None = None
     """What visits of the layers cost, once it was asked for."""
-    depth_verdicts: dict[Kind, bool]
+    depth_verdicts: dict[Kind | type, bool]
     """Of packed visits that were compared with dense ones."""
     training: bool
     config: Any
@@ -149,6 +151,8 @@ class StackMixin(Specialised):
         scope = policy.scope_in(training=self.training)
         cache = self._argument("past_key_values", args, kwargs)
         absent = self.depth_absent(policy)
+        if isinstance(cache, Cache) and not torch.compiler.is_compiling():
+            check_rows(cache, policy, everywhere=scope == "all")
         if cache is not None and (absent or (isinstance(cache, PlanedCache) and cache.absent)):
             adopt(cache, absent)
         in_scope = step.roles.in_scope(scope)
@@ -165,7 +169,8 @@ class StackMixin(Specialised):
             applied=[0] * self.depth_layers,
             absent=absent,
             last_only=step.last_only and ambience.recorder is None,  # a trace wants to see all
-            free=not (torch.is_grad_enabled() or torch.compiler.is_compiling()),
+            # Where dropout draws, some tokens alone are not what they are among all others.
+            free=not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()),
             executor=ambience.executor,
             gathers=not quirk_of(cast(nn.Module, self)).dense,
             asked=kwargs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from trol.depth.planes import cache_bytes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
 from trol.errors import UsageError
+
+if TYPE_CHECKING:  # which reads traces' costs
+    from trol.depth.packed import Packing
 
 
 class Trace:
@@ -92,6 +95,7 @@ class Recorder:
         self._shares: list[list[Answer]] = [[] for _ in range(self.layers)]
         self._shape: tuple[int, int] | None = None
         self._computed = [0] * self.layers
+        self._pairs = [0] * self.layers
         self._left = [0] * self.layers
         self._looks = 0
 
@@ -107,18 +111,16 @@ class Recorder:
         self.trace._milliseconds += 1000 * (time.perf_counter() - began)
         self._end(start, mask, images)
 
-    def visit(self, layer: int, need: Mask, state: Tensor, computed: int, left: int) -> None:
-        """One visit was made by the tokens in `need`. Shape of state: [B, T, D].
-
-        `computed` tokens went through the layer for it, `left` no further than its cache.
-        """
+    def visit(self, layer: int, need: Mask, state: Tensor, packing: Packing) -> None:
+        """One visit was made by the tokens in `need`, as packed. Shape of state: [B, T, D]."""
         rows, tokens = state.shape[:2]
         self._shape = rows, tokens
         if isinstance(need, bool):
             need = torch.full((rows, tokens), need)
         self._needs[layer].append(need.detach().long().cpu())
-        self._computed[layer] += computed
-        self._left[layer] += left
+        self._computed[layer] += packing.computed
+        self._pairs[layer] += packing.pairs(tokens)
+        self._left[layer] += packing.left
 
     def translated(self) -> None:
         """The policy may have changed states at a layer's entrance."""
@@ -160,7 +162,12 @@ class Recorder:
             real = mask[:, -tokens:].bool().cpu()
         self.trace._real.append(real)
         layers = self.trace._stack_cost.layer_flops(
-            self._computed, left=self._left, step=tokens, past=start, images=images
+            self._computed,
+            pairs=self._pairs,
+            left=self._left,
+            step=tokens,
+            past=start,
+            images=images,
         )
         self.trace._flops.append(None if layers is None else layers + self._looks)
 

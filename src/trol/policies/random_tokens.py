@@ -9,8 +9,9 @@ from torch import Tensor
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.errors import UsageError
 
-STRIDE, FACTOR, MODULUS = 7919, 48271, 2**31 - 1
-"""Of the generator of Park and Miller, which is all the same on every device."""
+FACTOR, WORD = 0x45D9F3B, 2**32 - 1
+"""Of a hash of 32-bit words whose products fit 64 bits, so that every device agrees on it. Sums and
+products alone would not do: neighbours, and the same tokens of two layers, would go together."""
 
 
 class RandomTokens(AbstractPolicy):
@@ -57,7 +58,7 @@ class RandomTokens(AbstractPolicy):
             return 1.0
         positions = visit.context.positions(visit.state)
         rows, tokens = visit.state.shape[:2]
-        drawn = _drawn(positions, STRIDE * (self.seed + 1) + visit.layer)
+        drawn = _drawn(positions, self.seed, visit.layer)
         return (drawn < self.share).float().expand(rows, tokens)
 
     def settings(self) -> dict[str, Any]:
@@ -70,9 +71,14 @@ class RandomTokens(AbstractPolicy):
         }
 
 
-def _drawn(positions: Tensor, key: int) -> Tensor:
+def _drawn(positions: Tensor, seed: int, layer: int) -> Tensor:
     """One number in [0, 1) for each position. Shape: [..., T], in and out."""
-    state = (positions + 1) * STRIDE + key * FACTOR
-    for _ in range(3):
-        state = (state * FACTOR + key) % MODULUS
-    return state / MODULUS
+    mixed = _mixed(_mixed(_mixed(seed + 1) + layer) + positions)
+    return (mixed >> 8) / 2**24  # 24 bits: all that float32 holds below 1
+
+
+def _mixed(word: Any) -> Any:
+    word = word & WORD
+    for _ in range(2):
+        word = (((word >> 16) ^ word) * FACTOR) & WORD
+    return (word >> 16) ^ word
