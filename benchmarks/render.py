@@ -201,6 +201,39 @@ controllers were trained on from each seed's full model. The oracle equals the f
     return f"{told}\n\n{_table(heads, rows)}"
 
 
+def _sparse_traversal(_: str, found: dict[str, Any]) -> str:
+    rows = [
+        [name, *_thresholds(one, kind)]
+        for name, one in found["models"].items()
+        for kind in ("full", "sparse", "plain")
+    ]
+    heads = ["model", "tau of each layer", "FLOPs / plain", "answers kept", "accuracy"]
+    heads += [f"prefill / plain, {count} at once" for count in (1, 32)]
+    told = """What `trol calibrate` finds on validation boards at quality .99, asked 1,800 test
+questions: the share of answers that are, word for word, those of full traversal, and the time of
+reading the prompts. LAB.md has the controls (random tokens, whole layers)."""
+    return f"{told}\n\n{_table(heads, rows)}"
+
+
+def _thresholds(one: dict[str, Any], kind: str) -> list[str]:
+    """One model under full traversal, the calibrated thresholds, or none."""
+    said, taus = one["answers"][kind], one["answers"]["calibration"]["policy"]["tau"]
+    told = {
+        "full": ("0 everywhere", 2.0),
+        "sparse": (
+            ", ".join("none" if tau is None else f"{tau:g}" for tau in taus),
+            said.get("cost"),
+        ),
+        "plain": ("none anywhere", 1.0),
+    }
+    again, cost = told[kind]
+    times = [
+        f"{t['ratio'][kind]:.2f} ± {t['spread'][kind]:.2f} ({t['milliseconds'][kind]:.1f} ms)"
+        for t in one["times"]["auto"]
+    ]
+    return [again, f"{cost:.2f}", f"{said['kept']:.4f}", f"{said['accuracy']:.3f}", *times]
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
@@ -214,6 +247,7 @@ SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     **dict.fromkeys(SUITES, _suite),
     "published": _published,
     "quantised_training": _quantised,
+    "sparse_traversal": _sparse_traversal,
     "speculation": _speculation,
     "depth_selection": _selection,
 }

@@ -120,7 +120,6 @@ def test_flops_predicted_are_flops_counted(host: Host, name: str, masked: bool) 
     assert seen.cost.flops == sum(v for k, v in totals.items() if k.partition(".")[2] in inside)
 
 
-@pytest.mark.xfail(strict=True, reason="the trace counts queries that `spared` leaves out")
 def test_flops_of_keys_without_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a layer is wide enough to leave out the queries of those who leave keys alone."""
     monkeypatch.setattr(packed_, "pace_of", lambda *_: Pace(1.0, 0.0))

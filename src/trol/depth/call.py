@@ -147,9 +147,9 @@ class Call:
     def real(self, state: Tensor) -> Tensor | None:
         """Which tokens are no padding, None where none is. [B, T, D] -> BoolTensor [B, T]."""
         if self._real is None:
-            padding = self.context.padding
-            alike = padding is not None and padding.shape[1] >= state.shape[1]
-            real = self.context.real(state) if alike and len(padding) == len(state) else None
+            padding, (rows, tokens) = self.context.padding, state.shape[:2]
+            told = padding is not None and len(padding) == rows and padding.shape[1] >= tokens
+            real = self.context.real(state) if told else None
             self._real = (None if real is None or bool(real.all()) else real,)
         return self._real[0]
 

@@ -9,6 +9,7 @@ its state unchanged. `dense_visit` computes all tokens and selects: the readable
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import torch
@@ -21,6 +22,7 @@ from trol.depth.layer_run import LayerRun
 from trol.depth.packed import Packing, packed_visit
 from trol.depth.policy import Visit
 from trol.depth.roles import Mask
+from trol.depth.selection import Group
 
 
 def dense_visit(run: LayerRun, state: Tensor, need: Mask, plane: int) -> Tensor:
@@ -42,7 +44,7 @@ def make_visit(run: LayerRun, visit: Visit, need: Mask, call: Call, *, last: boo
     elif _checked(run, visit, packing, call):
         out = packed_visit(run, state, plane, packing)
     else:
-        out, packing = _compared(run, visit, need, packing, call), Packing.dense(state)
+        out, packing = _compared(run, visit, need, packing, call)
     if call.recorder is not None:
         call.recorder.visit(visit.layer, need, state, packing)
     return out
@@ -55,35 +57,43 @@ def _checked(run: LayerRun, visit: Visit, packing: Packing, call: Call) -> bool:
     return planes is not None and isinstance(planes.slots[visit.number], RowsKept)
 
 
-def _compared(run: LayerRun, visit: Visit, need: Mask, packing: Packing, call: Call) -> Tensor:
-    """The first packed visit of its kind, made twice: the dense one counts. Shape: [B, T, D].
+def _compared(
+    run: LayerRun, visit: Visit, need: Mask, packing: Packing, call: Call
+) -> tuple[Tensor, Packing]:
+    """The first packed visit of its kind, made twice: the dense one counts where they differ.
 
     Some layers make masks or positions of their own, from lengths, which nobody can gather.
     """
     state, plane, kind = visit.state, visit.number + 1, kind_of(run, visit, packing)
+    assert run.planes is not None
     twin = copy.copy(run)
-    twin.planes = None if run.planes is None else run.planes.twin()
-    packed = packed_visit(twin, state, plane, packing)
-    dense = dense_visit(run, state, need, plane)
-    apart = 0.0
-    for group in packing.going:
-        here, there = group.take(packed, -2), group.take(dense, -2)
-        if group.real is not None:
-            here, there = (part.flatten(0, 1)[group.real] for part in (here, there))
-        apart = max(apart, _gap(here, there))
+    twin.planes = run.planes.twin()
+    dense = dense_visit(twin, state, need, plane)
+    try:
+        packed = packed_visit(run, state, plane, packing)
+        apart = max(_apart(group, packed, dense) for group in packing.going)
+        how = f"give other states than all together (by {apart:.2g} of the largest)"
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        packed, apart, how = dense, math.inf, f"cannot go through it ({error})"
     # Above rounding, which is a few eps, and below what a wrong mask or position does.
     call.verdicts[kind] = apart <= torch.finfo(dense.dtype).eps ** (2 / 3)
-    if not call.verdicts[kind]:
-        call.verdicts[kind[1]] = False
-        warnings.warn(
-            f"some tokens of {kind[1].__name__} alone give other states than all together (by "
-            f"{apart:.2g} of the largest), so its visits compute all tokens.",
-            stacklevel=2,
-        )
-    return dense
+    if call.verdicts[kind]:
+        return packed, packing
+    call.verdicts[kind[1]] = False
+    warnings.warn(
+        f"some tokens of {kind[1].__name__} alone {how}, so its visits compute all tokens.",
+        stacklevel=2,
+    )
+    run.planes.become(twin.planes)
+    run.rest = twin.rest
+    return dense, Packing.dense(state)
 
 
-def _gap(here: Tensor, there: Tensor) -> float:
-    """The largest difference, as a share of the largest value; the same nan is none."""
+def _apart(group: Group, packed: Tensor, dense: Tensor) -> float:
+    """The largest difference of a group's states, as a share of the largest of them."""
+    here, there = group.take(packed, -2), group.take(dense, -2)
+    if group.real is not None:
+        here, there = (part.flatten(0, 1)[group.real] for part in (here, there))
+    # Where both are nan they are alike.
     apart = (here - there).abs().masked_fill(here.isnan() & there.isnan(), 0).max()
     return (apart / there.nan_to_num().abs().max().clamp(min=1e-30)).float().nan_to_num(1.0).item()

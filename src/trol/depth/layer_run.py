@@ -29,6 +29,8 @@ class LayerRun:
         self.holes: Holes | None = None
         self.rest: tuple[Any, ...] | None = None
         self.applied = 0
+        self.spared = 0
+        """FLOPs that packed visits left out of calls of the layer."""
 
     def apply(self, state: Tensor, plane: int) -> Tensor:
         """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out."""

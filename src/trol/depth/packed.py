@@ -218,6 +218,7 @@ def _without_queries(run: LayerRun, group: Group, state: Tensor) -> AbstractCont
     saved = 0 if weight is None else 2 * weight.numel() * group.size
     if weight is None or not pace_of(state.device, state.dtype).pays(saved, SPARING):
         return nullcontext()
+    run.spared += saved
     return without_queries(weight)
 
 

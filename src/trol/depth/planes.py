@@ -224,6 +224,12 @@ class LayerPlanes:
         twin.slots = [fork(slot) for slot in self.slots]
         return twin
 
+    def become(self, twin: LayerPlanes) -> None:
+        """Holds what a twin made of them, in place."""
+        for own, other in zip(self.slots, twin.slots, strict=True):
+            own.__class__, own.__dict__ = other.__class__, other.__dict__
+        self.fresh = twin.fresh
+
     def finish(self, visited: int) -> None:
         """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
         planes = {plane: self.slots[plane - 1] for plane in range(2, visited + 1)}

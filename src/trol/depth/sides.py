@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from trol.depth.families import LayerSite
 from trol.depth.selection import Group
+from trol.errors import HostError
 
 if TYPE_CHECKING:  # which holds these inputs
     from trol.depth.layer_run import LayerRun
@@ -110,6 +111,12 @@ def _taken(value: Any, name: str, group: Group, rows: int) -> Any:
         return value
     if name in PER_KEY:
         return group.rows_in(value.view(rows, -1, *value.shape[1:])).flatten(0, 1)
+    if name not in PER_TOKEN:
+        raise HostError(
+            f"a layer takes {name}, of which trol does not know what belongs to which row, and its "
+            "cache holds some rows alone; start a new one under trol.depth.executor(model, "
+            "'dense')."
+        )
     return group.take(value, PER_TOKEN[name])
 
 

@@ -47,12 +47,12 @@ def query_weight(layer: nn.Module | None) -> Tensor | None:
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
-def without_queries(weight: Tensor) -> AbstractContextManager[Any]:
+def without_queries(unasked: Tensor) -> AbstractContextManager[Any]:
     """For a while, zeros are what comes of this weight."""
 
-    def linear(input: Tensor, matrix: Tensor, *rest: Any, **named: Any) -> Tensor:
-        if matrix is not weight:
-            return nn.functional.linear(input, matrix, *rest, **named)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight is not unasked:
+            return nn.functional.linear(input, weight, bias)
         return input.new_zeros(()).expand(*input.shape[:-1], len(weight))
 
     return _Instead({nn.functional.linear: linear})

@@ -190,8 +190,8 @@ class StackMixin(Specialised):
     ) -> Context:
         start = step.start
         if start is None:
-            reads = policy.reads_start and cache is not None
-            start = int(cache.get_seq_length()) if reads else 0
+            known = None if cache is None or not policy.reads_start else cache.get_seq_length()
+            start = 0 if known is None else int(known)
         notes = {} if step.notes is None else step.notes
         return Context(
             in_scope,

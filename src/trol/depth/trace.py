@@ -97,7 +97,7 @@ class Recorder:
         self._computed = [0] * self.layers
         self._pairs = [0] * self.layers
         self._left = [0] * self.layers
-        self._looks = 0
+        self._beside = 0
 
     @contextmanager
     def one_pass(self, cache: Any, mask: Any, *, images: bool = False) -> Generator[None]:
@@ -129,7 +129,11 @@ class Recorder:
     def looked(self, visit: Visit, flops: int) -> None:
         """The policy answered for the tokens of a visit, at so many FLOPs for each."""
         rows, tokens = visit.state.shape[:2]
-        self._looks += flops * rows * tokens
+        self._beside += flops * rows * tokens
+
+    def spared(self, flops: int) -> None:
+        """So many FLOPs of what was told of a layer were not made."""
+        self._beside -= flops
 
     def weights(self, layer: int, made: list[Answer]) -> None:
         """w_0, w_1, ... of one layer."""
@@ -169,7 +173,7 @@ class Recorder:
             past=start,
             images=images,
         )
-        self.trace._flops.append(None if layers is None else layers + self._looks)
+        self.trace._flops.append(None if layers is None else layers + self._beside)
 
 
 def _length(cache: Any) -> int:

@@ -50,6 +50,7 @@ def traverse(
         run.planes.finish(visited)
     if call.recorder is not None:
         call.recorder.weights(layer, made)
+        call.recorder.spared(run.spared)
     assert out is not None  # alive reaches 0, so some weight was not 0
     return out.to(state.dtype)
 
