@@ -75,7 +75,9 @@ def test_not_slower_than_stored_passes(
         (("trian",), "Did you mean 'train'"),
         (("train", "--size", "smal"), "Did you mean 'small'"),
         (("train", "--rounds", "1"), "at least 2"),
-        (("train", *QUICK, "--against", "nowhere"), "no result of train"),
+        (("train", *QUICK, "--against", "nowhere"), "there is no nowhere"),
+        (("train", *QUICK, "--against", "."), "no result of train"),
+        (("train", *QUICK, "--out", __file__), "cannot write into"),
         (("all", *QUICK, "--against", __file__), "needs one of stored results"),
     ],
 )

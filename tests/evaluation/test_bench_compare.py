@@ -36,6 +36,12 @@ def test_noisy_rows_are_told_and_do_not_fail() -> None:
         assert not compared.slower
 
 
+def test_another_suite_is_not_compared() -> None:
+    """Where no row is alike, nothing would be slower."""
+    with pytest.raises(UsageError, match="of the suite 'sparse', and these of 'skip'"):
+        compare(result(1.0), {**result(1.0), "suite": "sparse"})
+
+
 def test_rows_that_came_or_went_do_not_fail() -> None:
     stored, found = result(1.0), result(1.0)
     found["rows"][0]["case"] = "new"

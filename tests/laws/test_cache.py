@@ -9,6 +9,9 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import Inputs
 from trol import depth
+from trol.depth import executor
+from trol.depth.call import Executor
+from trol.depth.planes import HOLES
 
 from .subjects import (
     answer_masks,
@@ -221,3 +224,22 @@ def conversation(
     masks = torch.cat([roles, torch.ones_like(new)], 1)
     logits = model(**whole, assistant_masks=masks, use_cache=False).logits
     return logits[:, -new.shape[1] - 1 : -1]
+
+
+@pytest.mark.parametrize("which", ["dense", "packed"])
+@pytest.mark.parametrize("host", some_hosts("llama", "gemma3", "qwen3_vl"))
+def test_holes_stay_hidden_from_another_policy(host: Host, which: Executor) -> None:
+    """Whatever lies in the cache where a token left nothing: nobody reads it."""
+    model, inputs = attach_settled(host.build(), made("hole_some")), host.inputs(length=5)
+    more = {"input_ids": HOSTS["llama"].inputs(length=3, seed=1)["input_ids"]}
+    said = []
+    for garbage in (0.0, 9.0):
+        with executor(model, which):
+            cache = model(**inputs, use_cache=True).past_key_values
+            for layer, slot in enumerate(cache.layers):
+                holes = cache.planes[layer, HOLES].values[:, None, -slot.keys.shape[2] :, None]
+                slot.keys.masked_fill_(holes, garbage)
+                slot.values.masked_fill_(holes, garbage)
+            with depth(model, "0-1:2 2-3"):
+                said.append(model(**more, past_key_values=cache).logits)
+    assert gap(*said) <= host.default_exact

@@ -89,7 +89,7 @@ def test_settings_make_the_policy_again(visit: int) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(UsageError, match=r"share is .* must lie in \[0, 1\]"):
+    with pytest.raises(UsageError, match=r"share is .* must be a number in \[0, 1\]"):
         RandomTokens(share)
 
 

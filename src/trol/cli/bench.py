@@ -57,12 +57,15 @@ def bench(
     """Measure what SUITE promises, beside the bound it must keep."""
     from trol.evaluation.bench import Setting
     from trol.evaluation.bench.setting import size_of
+    from trol.policies.adapter import check_writable
 
     setting = Setting(size_of(size), dtype, device, threads, rounds)
     if profile:
         return _profile(suite, setting, as_json=as_json)
     names = _chosen(suite, setting)
     stored = {} if against is None else _stored(against, names, setting)
+    if out is not None:
+        check_writable(out)
     terminal.no_library_bars()
     found = _measured(names, setting, out, quiet=as_json)
     if as_json:
@@ -135,6 +138,8 @@ def _stored(against: Path, names: list[str], setting: Setting) -> dict[str, Any]
     """The stored results of these suites, as far as there are any."""
     from trol.evaluation.bench.compare import read_stored
 
+    if not against.exists():
+        raise UsageError(f"there is no {against}; give a result of --out, or the folder of them.")
     if not against.is_dir() and len(names) > 1:
         raise UsageError(f"{against} is no folder; `all` needs one of stored results.")
     stored = {name: read_stored(against, file_name(name, setting)) for name in names}

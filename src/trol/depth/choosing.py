@@ -38,7 +38,7 @@ def packing_for(
     owning: Mask = planes.in_scope if visit.number else True
     fresh = growing(slot)
     # Rows that a plan keeps out own nothing where nobody else can ever ask: in a slot of their own.
-    if (fixed is not None and fresh) or (run.holes is not None and not visit.number):
+    if (fixed is not None and fresh) or (run.digs and not visit.number):
         owning = need
     if not going.any():
         return _nobody(run, visit.state, owning) if is_packable(slot) else None
@@ -49,7 +49,7 @@ def packing_for(
     packing = replace(
         packing,
         keep=fixed is not None and fresh and len(packing.going) == 1,
-        among=run.holes is not None and not visit.number and fresh and _in_order(run, packing),
+        among=run.digs and not visit.number and fresh and _in_order(run, packing),
     )
     fails = kind_of(run, visit, packing)[1] in call.verdicts
     return packing if not fails and _pays(packing, visit, call) else None
@@ -100,12 +100,12 @@ def _planes_of(run: LayerRun, visit: Visit, call: Call) -> LayerPlanes:
 def _nobody(run: LayerRun, state: Tensor, owning: Mask) -> Packing | None:
     """Nobody goes through: the layer is entered for keys and values alone."""
     rows, tokens = state.shape[:2]
-    if owning is True or (run.holes is not None and not understood(run, rows, tokens)):
+    if owning is True or (run.digs and not understood(run, rows, tokens)):
         return Packing([], [everybody(rows, tokens)])
     if not understood(run, rows, tokens):
         return None
     left = owning if isinstance(owning, Tensor) else torch.zeros(rows, tokens, dtype=torch.bool)
-    if run.holes is not None:  # which nobody will see; their form alone is wanted
+    if run.digs:  # which nobody will see; their form alone is wanted
         left = torch.zeros_like(left)
         left[:, 0] = True
     return Packing([], crowd_of(left, state.device))

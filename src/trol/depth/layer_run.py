@@ -27,6 +27,8 @@ class LayerRun:
         """Whether later calls read what this one leaves."""
         self.planes: LayerPlanes | None = None
         self.holes: Holes | None = None
+        self.digs = False
+        """Whether tokens that skip leave holes; a cache may hold some of an earlier policy's."""
         self.rest: tuple[Any, ...] | None = None
         self.applied = 0
         self.spared = 0

@@ -15,7 +15,7 @@ from trol.depth.call import Call
 from trol.depth.executors import make_visit
 from trol.depth.holes import Holes
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import LayerPlanes
+from trol.depth.planes import HOLES, LayerPlanes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
 
@@ -41,7 +41,7 @@ def traverse(
         alive = alive * again
         need = call.in_scope if number < least and number > 0 else _positive(alive)
         if number == 0 and run.holes is not None:
-            run.holes.dig(need, state)
+            run.holes.dig(need if run.digs else True, state)
         if number == limit or (_nobody(need, call) and not _must_run(run, number, need)):
             break
         visited = number + 1
@@ -81,7 +81,8 @@ def _prepare(run: LayerRun, layer: int, limit: int, tokens: int, call: Call) -> 
     if run.cache is not None:
         keep = call.keep and run.lasts
         run.planes = LayerPlanes(run.cache, layer, most=limit, in_scope=call.in_scope, keep=keep)
-    if call.policy.skipped_kv == "hole" and call.policy.bounds(layer).least == 0:
+    run.digs = call.policy.skipped_kv == "hole" and call.policy.bounds(layer).least == 0
+    if run.digs or (layer, HOLES) in getattr(run.cache, "planes", ()):
         run.holes = Holes(run.cache, layer, tokens)
 
 

@@ -44,8 +44,8 @@ class RandomTokens(AbstractPolicy):
         skipped_kv: Literal["project", "hole"] = "project",
     ) -> None:
         super().__init__(scope=scope, skipped_kv=skipped_kv)
-        if not 0 <= share <= 1:
-            raise UsageError(f"share is {share}, but must lie in [0, 1].")
+        if not (isinstance(share, int | float) and 0 <= share <= 1):
+            raise UsageError(f"share is {share!r}, but must be a number in [0, 1].")
         if visit not in (1, 2):
             raise UsageError(f"visit is {visit}; give 1 to skip layers, or 2 to repeat them.")
         self.share, self.visit, self.seed = share, visit, seed

@@ -33,8 +33,14 @@ def compare(found: Mapping[str, Any], stored: Mapping[str, Any]) -> Comparison:
     """Slower means: ratio - stored ratio > spread + stored spread + 2 % of the stored ratio.
 
     Raises:
-        UsageError: the two were measured on hosts of different size, type, device or threads.
+        UsageError: the two are not of one suite, or were measured on hosts of different size, type,
+            device or threads.
     """
+    if stored["suite"] != found["suite"]:
+        raise UsageError(
+            f"the stored results are of the suite {stored['suite']!r}, and these of "
+            f"{found['suite']!r}; give the file, or the folder, that `--out` wrote for it."
+        )
     for key in SAME:
         if key in stored and stored[key] != found[key]:
             raise UsageError(
