@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import shutil
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -87,7 +88,10 @@ def _train(out: str, settings: list[str]) -> None:
 def test_killed_ten_times_it_ends_the_same(
     tmp_path: Path, unbroken: tuple[dict[str, Any], Path]
 ) -> None:
-    """Odd attempts are killed at any moment, even ones while a checkpoint is being written."""
+    """Odd attempts are killed at any moment, even ones while a checkpoint is being written.
+
+    An attempt that ends before it is killed has the next one begin from nothing.
+    """
     context, draw = get_context("forkserver"), random.Random(5)
     context.set_forkserver_preload(["trol.training", "trol.cli"])
     out, drafts, killed = tmp_path / "out", 0, 0
@@ -98,8 +102,9 @@ def test_killed_ten_times_it_ends_the_same(
         if killed == KILLS:
             process.join()
             break
-        if killed % 2:
-            drafts += _await(lambda: any(out.parent.glob("out.partial/*/.writing/*")), process)
+        drafting = killed % 2
+        if drafting:
+            _await(lambda: any(out.parent.glob("out.partial/*/.writing/*")), process)
             time.sleep(draw.uniform(0, 0.02))
         else:
             _await(lambda: bool(_checkpoints(out)), process)
@@ -108,7 +113,11 @@ def test_killed_ten_times_it_ends_the_same(
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            killed, drafts = killed + 1, drafts + drafting
+        else:
+            assert process.exitcode == 0
+            shutil.rmtree(out)
     assert process.exitcode == 0
     assert drafts == KILLS // 2
     assert same(out, unbroken)
@@ -118,12 +127,9 @@ def _checkpoints(out: Path) -> list[Path]:
     return list(out.parent.glob("out.partial/stage-*/checkpoint-*"))
 
 
-def _await(moment: Callable[[], bool], process: Any) -> bool:
-    while process.is_alive():
-        if moment():
-            return True
+def _await(moment: Callable[[], bool], process: Any) -> None:
+    while process.is_alive() and not moment():
         time.sleep(0.001)
-    return False
 
 
 @pytest.mark.parametrize("at", range(5))
