@@ -5,20 +5,21 @@ import io
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from hosts import HOSTS
+from hosts import HOSTS, Host
 from hosts.text import COMMON, GATED
-from trol.depth import attach, attached, detach, executor, families
+from trol.depth import attach, attached, detach, executor, families, selection, sides, spared
 from trol.depth.pace import Pace
 from trol.policies.planned import Planned
 from trol.policies.random_tokens import RandomTokens
 
-from .subjects import attach_settled, gap, layers_of, made
+from .subjects import attach_settled, gap, layers_of, made, some_hosts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -234,3 +235,29 @@ def test_executors_nest_and_end() -> None:
         model(**inputs, use_cache=False)
     model(**inputs, use_cache=False)
     assert counts == [18, 9, 18]
+
+
+@pytest.mark.parametrize("host", some_hosts("llama", "gpt2", "phi3", "qwen3_moe", "gemma3"))
+def test_queries_attend_within_their_reach(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In stretches of tokens, of which none sees keys behind its last position; in chunks too."""
+    own, seen = spared._in_stretches, []
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+        seen.append(named["attn_mask"].reach)
+        return own(query, key, value, **named)
+
+    monkeypatch.setattr(spared, "_in_stretches", noted)
+    for room in (selection, spared):
+        monkeypatch.setattr(room, "STRETCH", 4)
+    monkeypatch.setattr(sides, "pace_of", lambda *_: Pace(1.0, 0.0))
+    model = attach(host.build("sdpa"), RandomTokens(0.7, scope="all"))
+    ids, more = (host.inputs(length=n, seed=n)["input_ids"] for n in (5, 40))
+    said = []
+    for which in ("dense", "packed"):
+        with executor(model, which):
+            out = model(input_ids=more)
+            late = model(input_ids=ids, past_key_values=out.past_key_values)
+            said.append(torch.cat([out.logits, late.logits], dim=1))
+    assert gap(*said) <= host.default_exact
+    assert all(list(reach) == sorted(reach) and reach[-1] <= 40 for reach in seen)
+    assert seen

@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import shutil
-import shutil
 import signal
 import time
 from collections.abc import Callable

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -33,10 +31,8 @@ from trol.depth.planes import LayerPlanes
 from trol.depth.roles import Mask
 from trol.depth.selection import Group, crowd_of, everybody, groups_of
 from trol.depth.sides import Asking
-from trol.depth.spared import query_weight, within_reach, without_queries
-
-GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Classes of slot whose keys and values, while it is empty, are the step's own."""
+from trol.depth.slots import GROWING
+from trol.depth.spared import query_weight, without_queries
 
 
 class KeysWritten(Exception):
@@ -189,7 +185,7 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
     if packing.keep and packing.going[0].rows is not None:
         keep_rows(slot, packing.going[0].rows, len(state))
     inputs = (run.args, run.kwargs) if packing.among else run.inputs(state)
-    asking = Asking(run.site, inputs, slot, state.shape[:2], among=packing.among)
+    asking = Asking(run.site, inputs, slot, state, among=packing.among)
     # Before anything is stored: what masks say of keys hangs on how many there are.
     sides = [asking.of(group, attends=group in packing.going) for group in packing.groups]
     out = state.clone() if packing.going else state
@@ -198,8 +194,7 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
         view.layers = list(planes.cache.layers)
         view.layers[planes.layer] = PackedSlot(slot, step, group, packing)
         if group in packing.going:
-            with _within_reach(group, state, asking):
-                group.put(out, run.call(group.take(state, -2), side, view), -2)
+            group.put(out, run.call(group.take(state, -2), side, view), -2)
             continue
         with suppress(KeysWritten), _without_queries(run, group, state):
             run.call(group.take(state, -2), side, view)
@@ -220,16 +215,6 @@ def _without_queries(run: LayerRun, group: Group, state: Tensor) -> AbstractCont
         return nullcontext()
     run.spared += saved
     return without_queries(weight)
-
-
-def _within_reach(group: Group, state: Tensor, asking: Asking) -> AbstractContextManager[Any]:
-    """Leaves the keys behind each stretch of tokens out, where that saves time."""
-    if not group.reach or type(asking.slot) not in GROWING or not asking.is_in_order(group):
-        return nullcontext()
-    rows, (_, step, width) = group.size // len(group.reach), state.shape
-    saved = 4 * width * rows * sum(step - end for end in group.reach)
-    pays = pace_of(state.device, state.dtype).pays(saved, SPARING * len(group.reach))
-    return within_reach(group.reach, step) if pays else nullcontext()
 
 
 def _below(planes: LayerPlanes, plane: int) -> tuple[Tensor, Tensor] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from trol.depth.families import LayerSite
+from trol.depth.pace import SPARING, pace_of
 from trol.depth.selection import Group
+from trol.depth.slots import GROWING
+from trol.depth.spared import ReachMask
 from trol.errors import HostError
 
 if TYPE_CHECKING:  # which holds these inputs
@@ -54,8 +56,8 @@ class Asking:
     """Those for all tokens."""
     slot: Any
     """The keys and values before this step."""
-    shape: Sequence[int]
-    """Of the tokens: [B, T]."""
+    state: Tensor
+    """The hidden states of all tokens. Shape: [B, T, D]."""
     among: bool
     """Whether those that go see each other alone."""
 
@@ -66,24 +68,31 @@ class Asking:
             return self.inputs
         given = dict(_given(args, kwargs, self.site))
         mask = given.pop("attention_mask", None)
-        taken = {name: _taken(value, name, group, self.shape[0]) for name, value in given.items()}
+        taken = {name: _taken(value, name, group, len(self.state)) for name, value in given.items()}
         taken["attention_mask"] = self._mask(mask, group) if attends else None
         return tuple(taken.pop(name) for name in self.site.names[: len(args)]), taken
-
-    def is_in_order(self, group: Group) -> bool:
-        """Whether the group's tokens see all keys up to themselves, and no mask says otherwise."""
-        given = self.site.mask_in(*self.inputs)
-        return given is None and group.tokens is not None and self.site.causal and not self.among
 
     def _mask(self, mask: Tensor | None, group: Group) -> Tensor | None:
         """What the group's tokens see: keys of all positions, or their own."""
         if mask is not None:
             mask = group.take(mask, -2)
             return group.take_keys(mask) if self.among else mask
-        if group.tokens is None or not self.is_in_order(group):
+        if self.among or group.tokens is None or not self.site.causal:
             return None
         # Without a mask, fewer queries than keys would be taken for the first ones.
-        return _causal(group.tokens, self.slot, self.shape[1])
+        mask = _causal(group.tokens, self.slot, self.state.shape[1])
+        return self._within_reach(mask, group)
+
+    def _within_reach(self, mask: Tensor, group: Group) -> Tensor:
+        """A mask that leaves out the keys behind each stretch of tokens, where that saves time."""
+        if not group.reach or type(self.slot) not in GROWING:
+            return mask
+        rows, (_, step, width) = group.size // len(group.reach), self.state.shape
+        saved = 4 * width * rows * sum(step - end for end in group.reach)
+        pace = pace_of(self.state.device, self.state.dtype)
+        if not pace.pays(saved, SPARING * len(group.reach)):
+            return mask
+        return ReachMask.of(mask, group.reach, step)
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], site: LayerSite) -> list[tuple[str, Any]]:

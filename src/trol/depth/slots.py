@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from trol.depth.roles import Mask
 
 Slot = Any
 """One layer's place in a cache: a CacheLayerMixin or a LinearAttentionCacheLayerMixin."""
+
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Classes of slot whose keys and values, while it is empty, are the step's own."""
 
 STATES = ("keys", "values", "conv_states", "recurrent_states", "indexer_keys")
 """What slots hold of the tokens so far, by name."""

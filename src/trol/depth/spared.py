@@ -6,7 +6,7 @@ Where a layer is left at its cache, its queries; where some tokens attend, the k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -58,32 +58,50 @@ def without_queries(unasked: Tensor) -> AbstractContextManager[Any]:
     return _Instead({nn.functional.linear: linear})
 
 
-def within_reach(reach: Sequence[int], step: int) -> AbstractContextManager[Any]:
-    """For a while, queries attend in stretches, each to the keys up to its last position.
+class ReachMask(Tensor):
+    """A mask whose queries attend in stretches, each to the keys up to its last position.
 
-    Exact where the mask hides all later keys: a product with them is one that weighs 0.
-
-    Args:
-        reach: of each stretch of queries, as in `Group`.
-        step: how many of the keys, the last ones, are of this call.
+    Exact where the mask hides all later keys: a product with them is one that weighs 0. It is a
+    tensor like any other but for sdpa, and costs other functions nothing, since they never see it.
     """
-    plain = nn.functional.scaled_dot_product_attention
 
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        **named: Any,
-    ) -> Tensor:
-        if attn_mask is None or not 0 <= len(reach) * STRETCH - query.shape[-2] < STRETCH:
-            return plain(query, key, value, attn_mask=attn_mask, **named)
-        before, outs = key.shape[-2] - step, []
-        masks = attn_mask.split(STRETCH, dim=-2)
-        for part, mask, end in zip(query.split(STRETCH, dim=-2), masks, reach, strict=True):
-            keys, values = key[..., : before + end, :], value[..., : before + end, :]
-            seen = mask[..., : before + end]
-            outs.append(plain(part, keys, values, attn_mask=seen, **named))
-        return torch.cat(outs, dim=-2)
+    reach: tuple[int, ...]
+    """Of each stretch of queries, as in `Group`."""
+    step: int
+    """How many of the keys, the last ones, are of this call."""
 
-    return _Instead({plain: attention}) if reach else nullcontext()
+    @classmethod
+    def of(cls, mask: Tensor, reach: Sequence[int], step: int) -> ReachMask:
+        """The same mask [b, 1, m, S]."""
+        made = mask.as_subclass(cls)
+        made.reach, made.step = tuple(reach), step
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _in_stretches(*args, **(kwargs or {}))
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, ReachMask) and isinstance(args[0], ReachMask):
+            out.reach, out.step = args[0].reach, args[0].step  # a part of it, say
+        return out
+
+
+def _in_stretches(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: ReachMask, **named: Any
+) -> Tensor:
+    plain, outs = nn.functional.scaled_dot_product_attention, []
+    before, reach = key.shape[-2] - attn_mask.step, attn_mask.reach
+    mask = attn_mask.as_subclass(Tensor)
+    parts = zip(query.split(STRETCH, dim=-2), mask.split(STRETCH, dim=-2), reach, strict=True)
+    for part, seen, end in parts:
+        keys, values = key[..., : before + end, :], value[..., : before + end, :]
+        outs.append(plain(part, keys, values, attn_mask=seen[..., : before + end], **named))
+    return torch.cat(outs, dim=-2)

@@ -71,10 +71,14 @@ def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: in
 
 
 @torch.no_grad()
-def time_forward(model: Any, ids: torch.Tensor, cache: Any = None) -> float:
-    """Milliseconds of one pass over ids [B, T] that fills a cache and reads the last logits."""
+def time_forward(model: Any, ids: torch.Tensor, cache: Any = None, *, head: bool = False) -> float:
+    """Milliseconds of one pass over ids [B, T] that fills a cache, of the decoder alone.
+
+    `head`: of the whole model, which then reads the last logits, and need not make some visits.
+    """
+    run, asked = (model, {"logits_to_keep": 1}) if head else (model.get_decoder(), {})
     began = now(ids.device)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    run(ids, past_key_values=cache, use_cache=True, **asked)
     return 1000 * (now(ids.device) - began)
 
 

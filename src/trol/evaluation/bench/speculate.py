@@ -51,7 +51,7 @@ def speculate(setting: Setting, rounds: int) -> list[Row]:
             return _per_token(model, ids, said, f"{tokens}")
 
     runs: dict[str, Any] = {"plain": plain, "draft": lambda: _step(draft, ids)}
-    runs["prompt"] = lambda: time_forward(model, ids)
+    runs["prompt"] = lambda: time_forward(model, ids, head=True)
     for tokens in DRAFTED:
         runs[f"{tokens}"] = lambda tokens=tokens: drafted(tokens)
         runs[f"verify {tokens}"] = lambda tokens=tokens: _verify(model, past, setting, tokens)
@@ -91,7 +91,7 @@ def _step(draft: Any, ids: torch.Tensor) -> float:
 
 
 def _verify(model: Any, past: DynamicCache, setting: Setting, tokens: int) -> float:
-    return time_forward(model, setting.ids(1, tokens + 1), copy.deepcopy(past))
+    return time_forward(model, setting.ids(1, tokens + 1), copy.deepcopy(past), head=True)
 
 
 def _rows(times: dict[str, list[float]], tokens: int, setting: Setting) -> list[Row]:
