@@ -82,7 +82,7 @@ def _suite(name: str, found: dict[str, Any]) -> str:
             row.get("limit", ""),
             f"{row['ratio']:.3f}{_mark(row)}",
             f"± {row['spread']:.3f}",
-            "" if row["must"] is None else f"{row['must']:.3g}",
+            "" if row["must"] is None else f"{row['must']:.4g}",
         ]
         rows.append([*cells, _number(row.get("tokens_per_s"))] if speeds else cells)
     return f"{SUITES[name]}{_measured_at(found)}\n\n{_table(heads, rows)}"
