@@ -39,7 +39,10 @@ class Trace:
 
     @property
     def visits(self) -> Tensor:
-        """How often each token visited each layer. Shape: [L, B, T]."""
+        """How often each token visited each layer; of padding (`real`) it says nothing.
+
+        Shape: [L, B, T].
+        """
         return torch.cat(self._some(self._visits), dim=-1)
 
     @property

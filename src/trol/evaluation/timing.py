@@ -71,6 +71,17 @@ def time_generate(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: in
 
 
 @torch.no_grad()
+def generated(
+    models: Mapping[str, Any], inputs: Mapping[str, torch.Tensor], new_tokens: int, *, rounds: int
+) -> dict[str, list[Timing]]:
+    """Times greedy `generate` of several models in turn; `inputs` as in `time_generate`."""
+    runs = {
+        name: lambda model=model: time_generate(model, inputs, new_tokens)
+        for name, model in models.items()
+    }
+    return interleaved(runs, rounds=rounds)
+
+
 def time_forward(model: Any, ids: torch.Tensor, cache: Any = None, *, head: bool = False) -> float:
     """Milliseconds of one pass over ids [B, T] that fills a cache, of the decoder alone.
 

@@ -18,7 +18,7 @@ from trol.evaluation.bench.hosts import host, twin
 from trol.evaluation.bench.limits import scaled
 from trol.evaluation.bench.row import Row, figure_row, phase_of, row
 from trol.evaluation.bench.setting import DTYPES, Setting, Size
-from trol.evaluation.timing import Timing, interleaved, time_generate
+from trol.evaluation.timing import Timing, generated, interleaved, time_generate
 from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
@@ -56,11 +56,7 @@ def _attached(
     bare: Any, models: dict[str, Any], setting: Setting, shape: tuple[int, int], rounds: int
 ) -> list[Row]:
     inputs, new_tokens = {"input_ids": setting.ids(*shape)}, setting.size.new_tokens
-    runs = {
-        name: lambda model=model: time_generate(model, inputs, new_tokens)
-        for name, model in {"bare": bare, **models}.items()
-    }
-    times = interleaved(runs, rounds=rounds)
+    times = generated({"bare": bare, **models}, inputs, new_tokens, rounds=rounds)
     rows = []
     for name, (_, bounds) in POLICIES.items():
         for phase, (visits, bound) in bounds.items():

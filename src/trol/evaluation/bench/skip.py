@@ -18,7 +18,7 @@ from trol.evaluation.bench.hosts import host, twin
 from trol.evaluation.bench.limits import HostTimes, limit_of
 from trol.evaluation.bench.row import Row, phase_of, row
 from trol.evaluation.bench.setting import Setting
-from trol.evaluation.timing import Timing, interleaved, time_generate
+from trol.evaluation.timing import Timing, generated
 from trol.policies.planned import Planned
 from trol.policies.static_plans import static_plan
 
@@ -60,11 +60,7 @@ def _rows(
     rounds: int,
 ) -> list[Row]:
     inputs, new_tokens = {"input_ids": setting.ids(*shape)}, setting.size.new_tokens
-    runs = {
-        name: lambda model=model: time_generate(model, inputs, new_tokens)
-        for name, model in models.items()
-    }
-    times = interleaved(runs, rounds=rounds)
+    times = generated(models, inputs, new_tokens, rounds=rounds)
     return [
         _row(times, scope, phase, kept, (f"{scope} {phase} b{shape[0]} t{shape[1]}", setting))
         for scope, phase in (("all", "prefill"), ("all", "decode"), ("answer", "decode"))

@@ -19,7 +19,7 @@ from trol.evaluation.bench.hosts import host, twin
 from trol.evaluation.bench.limits import HostTimes, limit_of
 from trol.evaluation.bench.row import Row, memory_row, phase_of, row
 from trol.evaluation.bench.setting import Setting
-from trol.evaluation.timing import Timing, interleaved, time_forward, time_generate
+from trol.evaluation.timing import Timing, generated, interleaved, time_forward
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 
@@ -70,11 +70,7 @@ def _generated(
     models: dict[str, Any], setting: Setting, shape: tuple[int, int], rounds: int
 ) -> list[Row]:
     inputs, new_tokens = {"input_ids": setting.ids(*shape)}, setting.size.new_tokens
-    runs = {
-        name: lambda model=model: time_generate(model, inputs, new_tokens)
-        for name, model in models.items()
-    }
-    times = interleaved(runs, rounds=rounds)
+    times = generated(models, inputs, new_tokens, rounds=rounds)
     layers, named = setting.size.layers, f"b{shape[0]} t{shape[1]}"
     decode = _host_times(times, "decode", layers)
     prefill = _host_times(times, "prefill", layers)
