@@ -11,6 +11,7 @@ from hosts import HOSTS
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attach
 from trol.depth.context import INPUT, Context
 from trol.errors import HostError
+from trol.host.names import CACHE
 
 STATE = torch.zeros(2, 3, 4)
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
@@ -97,16 +98,16 @@ def test_what_is_kept_goes_with_the_cache() -> None:
     ids = host.inputs(batch=2, length=8)["input_ids"]
     mask = torch.tensor([[0] * 2 + [1] * 4, [1] * 6])
     cache = DynamicCache(config=model.config)
-    model(ids[:, :6], attention_mask=mask, past_key_values=cache)
+    model(ids[:, :6], attention_mask=mask, **{CACHE: cache})
     first = [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
     assert policy.kept[-1].tolist() == first
     cache.crop(-2)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
-    model(ids[[1, 1, 0, 0], 4:6], past_key_values=cache)
+    model(ids[[1, 1, 0, 0], 4:6], **{CACHE: cache})
     assert policy.kept[-1].tolist() == [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 0, 0, 1, 4, 5]] * 2
     cache.batch_select_indices(torch.tensor([0, 3]))
-    model(ids[[1, 0], 6:7], past_key_values=cache)
+    model(ids[[1, 0], 6:7], **{CACHE: cache})
     assert policy.kept[-1].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 4, 5, 6]]
     model(ids[:, 6:], use_cache=False)
     assert policy.kept[-1].tolist() == [[0, 1]] * 2
@@ -116,7 +117,7 @@ def test_what_is_kept_goes_with_the_cache() -> None:
 def test_a_cache_that_others_filled_is_refused() -> None:
     host = HOSTS["llama"]
     plain, ids = host.build(), host.inputs()["input_ids"]
-    cache = plain(ids).past_key_values
+    cache = plain(ids)[CACHE]
     model, _ = _watched()
     with pytest.raises(HostError, match="holds 9 tokens that the policy in force never looked at"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})

@@ -8,6 +8,7 @@ import trol
 from family.small import SWITCH, alone, batch, phi3
 from trol.errors import DataError
 from trol.family.rope import RowRotaryEmbedding
+from trol.host.names import CACHE
 
 CLOSE = {"atol": 5e-5, "rtol": 0}
 NEW = {
@@ -79,8 +80,8 @@ def test_a_kept_cache_switches_where_all_tokens_are_given(model):
     for how in ({}, {"prefill_chunk_size": 5}):
         cache = DynamicCache(config=model.config.text_config)
         with torch.no_grad():
-            model(**first, past_key_values=cache)
-        ids, logits = generated(model, inputs, past_key_values=cache, **how)
+            model(**first, **{CACHE: cache})
+        ids, logits = generated(model, inputs, **{CACHE: cache}, **how)
         plain_ids, plain_logits = generated(model, inputs)
         assert torch.equal(ids, plain_ids)
         torch.testing.assert_close(logits, plain_logits, **CLOSE)
@@ -90,10 +91,10 @@ def test_a_kept_cache_and_only_new_tokens_are_refused_where_it_switches(model):
     inputs = batch(model, [0], [30])
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model(**{name: value[:, :10] for name, value in inputs.items()}, past_key_values=cache)
+        model(**{name: value[:, :10] for name, value in inputs.items()}, **{CACHE: cache})
     inputs["input_ids"] = inputs["input_ids"][:, 10:]
     with pytest.raises(DataError, match="pass all of its tokens"):
-        generated(model, inputs, past_key_values=cache)
+        generated(model, inputs, **{CACHE: cache})
 
 
 def test_beams_switch_as_they_do_without_a_cache(model):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trol.host.names import CACHE
+
 from .forward import ROW_ALONE, run
 from .record import recording
 from .report import Report, at, one_row
@@ -52,7 +54,7 @@ def _cache_of(model: Any, first: Case) -> Any:
         attention_mask=first.mask,
         position_ids=first.positions,
         use_cache=True,
-    ).past_key_values
+    )[CACHE]
 
 
 def _check_first_part(
@@ -82,10 +84,10 @@ def _second(model: Any, case: Case, past: int) -> tuple[dict[str, Tensor], dict[
             input_ids=case.ids[:, past:],
             attention_mask=case.mask,
             position_ids=case.positions[:, past:],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     counts = {"gate_calls": record.gate_calls, "layer_calls_per_layer": record.layer_calls[0]}
-    return record.tensors(out.logits, out.past_key_values), counts
+    return record.tensors(out.logits, out[CACHE]), counts
 
 
 def _check_second(
@@ -168,7 +170,7 @@ def _check_token_by_token(
             input_ids=case.ids[:, column : column + 1],
             attention_mask=case.mask[:, : column + 1],
             position_ids=case.positions[:, column : column + 1],
-            past_key_values=cache,
+            **{CACHE: cache},
             assistant_masks=torch.ones(case.ids.shape[0], 1),
         )
         made.append(out.logits)

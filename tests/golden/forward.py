@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trol.depth.host import depth
+from trol.host.names import CACHE
 
 from .record import Record, recording
 from .report import Report, at, one_row
@@ -57,7 +58,7 @@ def run(model: Any, case: Case, **more: Any) -> tuple[Record, dict[str, Tensor]]
             **images(model, case),
             **more,
         )
-    return record, record.tensors(out.logits, out.past_key_values)
+    return record, record.tensors(out.logits, out[CACHE])
 
 
 def check_forward(model: Any, golden: GoldenSet, case: Case, report: Report) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from trol.host.names import CACHE
+
 from .forward import ROW_ALONE, TRAVERSAL_OFF, images, traversal
 from .record import Record, recording
 from .report import Report, at
@@ -153,7 +155,7 @@ def _check_last_cache(golden: GoldenSet, case: Case, out: Any, report: Report, n
         return
     if note.startswith("own: see"):
         return report.add(name, None, note, passed=True)
-    got, want = out.past_key_values.layers[0].keys, golden.expected[name]
+    got, want = out[CACHE].layers[0].keys, golden.expected[name]
     if got.shape != want.shape:
         return report.close(name, got, want)
     grown = torch.ones(case.mask.shape[0], want.shape[2] - case.mask.shape[1])

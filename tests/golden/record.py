@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import attached
-from trol.depth.families import layer_list
 from trol.depth.visits import LayerRun
+from trol.host.layers import layer_list
 
 
 class Record:

@@ -18,6 +18,7 @@ from trol.family import TrolForConditionalGeneration
 from trol.family.instructions import INSTRUCTIONS, user_message
 from trol.family.published.templates import MARKS, chat_template
 from trol.family.rope import RowRotaryEmbedding
+from trol.host.names import CACHE
 
 from .folder import publish
 from .made import make_set
@@ -72,12 +73,12 @@ def test_a_prompt_cut_in_two_is_the_same_prompt(model):
     """
     ids = batch(model, [0], [12])["input_ids"]
     whole = model(ids).logits[:, 7:]
-    first = model(ids[:, :7], use_cache=True).past_key_values
-    chunked = model(ids[:, 7:], past_key_values=first).logits
+    first = model(ids[:, :7], use_cache=True)[CACHE]
+    chunked = model(ids[:, 7:], **{CACHE: first}).logits
     torch.testing.assert_close(chunked, whole, **CLOSE)
-    first = model(ids[:, :7], use_cache=True).past_key_values
+    first = model(ids[:, :7], use_cache=True)[CACHE]
     drop_planes(first)
-    assert distance(model(ids[:, 7:], past_key_values=first).logits, whole) > FAR
+    assert distance(model(ids[:, 7:], **{CACHE: first}).logits, whole) > FAR
 
 
 @torch.no_grad()
@@ -93,17 +94,17 @@ def test_padding_stays_padding_after_the_prompt(model):
     step = torch.tensor([[7], [7]])
 
     def decoded(now, positions):
-        past = model(**inputs, position_ids=positions_of(mask), use_cache=True).past_key_values
+        past = model(**inputs, position_ids=positions_of(mask), use_cache=True)[CACHE]
         return model(
             step,
             attention_mask=now,
             position_ids=positions,
-            past_key_values=past,
+            **{CACHE: past},
             assistant_masks=torch.ones_like(step),
         ).logits[0]
 
-    past = model(**single, use_cache=True).past_key_values
-    own = model(step[:1], past_key_values=past, assistant_masks=torch.ones(1, 1)).logits[0]
+    past = model(**single, use_cache=True)[CACHE]
+    own = model(step[:1], **{CACHE: past}, assistant_masks=torch.ones(1, 1)).logits[0]
     grown = torch.cat([mask, torch.ones_like(step)], dim=1)
     torch.testing.assert_close(decoded(grown, grown.sum(-1, keepdim=True) - 1), own, **CLOSE)
     forgotten = decoded(torch.ones_like(grown), torch.full_like(step, mask.shape[1]))
@@ -143,9 +144,9 @@ def test_keys_are_made_anew_where_the_factors_switch(switching):
     plain = switching.generate(**inputs, **how, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(cached.logits[1], plain.logits[1], **CLOSE)
-    past = switching(**inputs, use_cache=True).past_key_values
+    past = switching(**inputs, use_cache=True)[CACHE]
     step = cached.sequences[:, SWITCH : SWITCH + 1]
-    mixed = switching(step, past_key_values=past, assistant_masks=torch.ones(1, 1)).logits[:, -1]
+    mixed = switching(step, **{CACHE: past}, assistant_masks=torch.ones(1, 1)).logits[:, -1]
     assert distance(mixed, plain.logits[1]) > FAR
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Phi3Config
+from transformers import AutoModel, LlamaConfig, LlamaModel, Phi3Config
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from trol.depth.call import Call
-from trol.depth.families import LayerSite
-from trol.depth.visits import LayerRun, traverse
+from trol.depth import attach
 from trol.family import TrolConfig
 from trol.family.internlm2 import _IMAGE_TOKENS, PartialLora
 from trol.family.projector import pixel_shuffle
 from trol.family.published.layouts import resize_position_table, sources
-from trol.policies.mixer import Gate, TrolMixer
+from trol.policies.mixer import TrolMixer
 
 from .report import Report
 
@@ -44,27 +44,39 @@ def check_partial_lora(units: Units, report: Report) -> None:
         report.tick(f"plora.{name}")
 
 
+class Recorded(LlamaDecoderLayer):
+    """A layer whose visits give what was recorded."""
+
+    def __init__(self, config: LlamaConfig, visits: list[Tensor]) -> None:
+        super().__init__(config, 0)
+        self.visits = iter(visits)
+
+    @functools.wraps(LlamaDecoderLayer.forward)
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return next(self.visits)
+
+
 def check_mix(units: Units, report: Report) -> None:
     """The gate reads the first visit, and weighs it against the second."""
     part = units.part("mix")
-    gate = Gate(part["weight"].shape[1], None)
+    width = part["weight"].shape[1]
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=width,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    stack = LlamaModel(config).eval()
+    stack.layers[0] = Recorded(config, [part["pass1"], part["pass2"]])
+    attach(stack, TrolMixer(scope="all"))
+    gate = stack.layers[0].depth
     gate.load_state_dict({name: part[name] for name in ("weight", "bias")})
     report.close("mix.score", gate(part["pass1"]), part["score"])
-    visits = iter((part["pass1"], part["pass2"]))
-    site = LayerSite("past_key_values", 0, None)
-    run = LayerRun(lambda state: next(visits), site, (), {})
-    call = Call(
-        TrolMixer(),
-        in_scope=True,
-        keep=True,
-        start=0,
-        everywhere=False,
-        recorder=None,
-        config=None,
-        applied=[0],
-    )
-    out = traverse(run, torch.zeros_like(part["pass1"]), 0, gate, call)
-    report.close("mix.out", out, part["out"])
+    outs = []
+    stack.layers[0].register_forward_hook(lambda _layer, _inputs, out: outs.append(out))
+    stack(inputs_embeds=torch.zeros_like(part["pass1"]), use_cache=False)
+    report.close("mix.out", outs[0], part["out"])
     for name in ("weight", "bias", "pass1", "pass2"):
         report.tick(f"mix.{name}")
 

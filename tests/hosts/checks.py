@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from trol.host.names import CACHE
+
 from .host import Host, Inputs
 
 NEW = 3
@@ -136,11 +138,11 @@ def _piecewise(host: Host, model: PreTrainedModel, *, masked: bool) -> float:
     cut = length - 3
     cache = DynamicCache(config=model.config)
     first = {k: v[:, :cut] if v.shape == ids.shape else v for k, v in inputs.items()}
-    parts = [model(**first, past_key_values=cache).logits]
+    parts = [model(**first, **{CACHE: cache}).logits]
     for end in range(cut + 1, length + 1):
         seen = {"attention_mask": mask[:, :end]} if masked else {}
         one = ids[:, end - 1 : end]
-        parts.append(model(input_ids=one, **seen, past_key_values=cache).logits)
+        parts.append(model(input_ids=one, **seen, **{CACHE: cache}).logits)
     return _difference(torch.cat(parts, 1), model(**inputs, use_cache=False).logits)
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from trol.host.names import CACHE
+
 from . import CHECKS, HOSTS, Host
 
 BOTH = ("generate", "right_padding")
@@ -85,7 +87,7 @@ def test_build_is_quick_seeded_and_deep(host: Host) -> None:
     for (name, a), b in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     deeper = host.build(layers=6)
-    assert deeper(**host.inputs()).past_key_values.layers[5] is not None
+    assert deeper(**host.inputs())[CACHE].layers[5] is not None
 
 
 def _pass_by(_layer, args, kwargs, output):

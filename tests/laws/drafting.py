@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from hosts import Host
+from trol.host.names import CACHE
 
 from .subjects import attach_settled, gap, made
 
@@ -37,5 +38,5 @@ def assert_equal(got: Any, wanted: Any, exact: float) -> None:
         given, expected = (torch.stack(getattr(out, name), 1) for out in (got, wanted))
         finite = expected > -torch.inf
         assert gap(given[finite], expected[finite]) <= exact
-    lengths = [int(out.past_key_values.get_seq_length()) for out in (got, wanted)]
+    lengths = [int(out[CACHE].get_seq_length()) for out in (got, wanted)]
     assert lengths[0] == lengths[1]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, Plan
 from trol.depth.readout import Readout
+from trol.host.names import CACHE
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
@@ -172,7 +173,7 @@ class NaiveLayer:
         cache = (
             "layer_past"
             if "layer_past" in inspect.signature(type(layer).forward).parameters
-            else ("past_key_values")
+            else (CACHE)
         )
         out = type(layer).forward(layer, x, **here | {cache: shelf})
         planes[token][plane] = shelf.fresh

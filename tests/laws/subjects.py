@@ -10,8 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from hosts import HOSTS, Host
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, attach, attached
-from trol.depth.families import layer_list
 from trol.depth.host import gates_of
+from trol.host.layers import layer_list
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer

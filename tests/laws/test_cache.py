@@ -12,6 +12,7 @@ from trol import depth
 from trol.depth import executor
 from trol.depth.call import Executor
 from trol.depth.planes import HOLES
+from trol.host.names import CACHE
 
 from .subjects import (
     answer_masks,
@@ -104,7 +105,7 @@ def test_several_turns_are_one_conversation(host: Host, attn: str, name: str) ->
             asked = torch.tensor([[10 + turn, 30, 50 + turn]])[:, : 2 + turn % 2]
             talk = host.extend(talk, asked)
             roles = torch.cat([roles, torch.zeros_like(asked)], 1)
-        kept = {} if cache is None else {"past_key_values": cache}
+        kept = {} if cache is None else {CACHE: cache}
         said = model.generate(
             **(talk if cache is None else unseen(talk, host)),
             **kept,
@@ -114,7 +115,7 @@ def test_several_turns_are_one_conversation(host: Host, attn: str, name: str) ->
             output_logits=True,
             return_dict_in_generate=True,
         )
-        cache = said.past_key_values
+        cache = said[CACHE]
         new = said.sequences[:, talk["input_ids"].shape[1] :]
         expected = conversation(host, model, talk, roles, new)
         assert gap(torch.stack(said.logits, 1), expected) <= host.default_exact
@@ -158,22 +159,22 @@ def test_another_policy_takes_over_a_cache() -> None:
     ids = inputs["input_ids"]
     whole = model(ids, assistant_masks=answer_masks({"input_ids": ids[:, :6]}, inputs)).logits
     cache = DynamicCache(config=model.config)
-    first = model(ids[:, :6], past_key_values=cache).logits
+    first = model(ids[:, :6], **{CACHE: cache}).logits
     with depth(model, "all"):
-        model(ids[:, 6:8], past_key_values=cache)
-    last = model(ids[:, 8:], past_key_values=cache).logits
+        model(ids[:, 6:8], **{CACHE: cache})
+    last = model(ids[:, 8:], **{CACHE: cache}).logits
     assert gap(first, whole[:, :6]) <= 5e-5
     assert gap(last, whole[:, 8:]) > 1e-2  # two tokens visited once
     cache = DynamicCache(config=model.config)
     trol = attach_settled(host.build(), made("trol"))
     roles = torch.zeros_like(ids)
     roles[:, 6:8] = 1
-    trol(ids[:, :6], past_key_values=cache)
+    trol(ids[:, :6], **{CACHE: cache})
     with depth(trol, "all"):
-        trol(ids[:, 6:8], past_key_values=cache)
+        trol(ids[:, 6:8], **{CACHE: cache})
     assert (
         gap(
-            trol(ids[:, 8:], past_key_values=cache).logits,
+            trol(ids[:, 8:], **{CACHE: cache}).logits,
             trol(ids, assistant_masks=roles, use_cache=False).logits[:, 8:],
         )
         <= 5e-5
@@ -202,12 +203,12 @@ def in_pieces(
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = DynamicCache(config=model.config) if cache is None else cache
     opening = {k: v[:, :first] if v.shape == ids.shape else v for k, v in inputs.items()}
-    out = [model(**opening, assistant_masks=roles[:, :first], past_key_values=cache).logits]
+    out = [model(**opening, assistant_masks=roles[:, :first], **{CACHE: cache}).logits]
     for cut in cuts(ids.shape[1] - first, size):
         here = slice(cut.start + first, cut.stop + first)
         seen = {"attention_mask": mask[:, : here.stop]} if masked else {}
         piece = {"input_ids": ids[:, here], "assistant_masks": roles[:, here]}
-        out.append(model(**piece, **seen, past_key_values=cache).logits)
+        out.append(model(**piece, **seen, **{CACHE: cache}).logits)
     return torch.cat(out, 1)
 
 
@@ -235,11 +236,11 @@ def test_holes_stay_hidden_from_another_policy(host: Host, which: Executor) -> N
     said = []
     for garbage in (0.0, 9.0):
         with executor(model, which):
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True)[CACHE]
             for layer, slot in enumerate(cache.layers):
                 holes = cache.planes[layer, HOLES].values[:, None, -slot.keys.shape[2] :, None]
                 slot.keys.masked_fill_(holes, garbage)
                 slot.values.masked_fill_(holes, garbage)
             with depth(model, "0-1:2 2-3"):
-                said.append(model(**more, past_key_values=cache).logits)
+                said.append(model(**more, **{CACHE: cache}).logits)
     assert gap(*said) <= host.default_exact

@@ -11,6 +11,7 @@ from hosts.host import Inputs
 from trol.depth.call import Executor
 from trol.depth.host import executor
 from trol.depth.planes import PlanedCache
+from trol.host.names import CACHE
 
 from .subjects import (
     answer_masks,
@@ -90,7 +91,7 @@ def in_pieces(
     ids, parts = inputs["input_ids"], []
     for cut in cuts(ids.shape[1], 2):
         masks = {"assistant_masks": roles[:, cut]} if told else {}
-        parts.append(model(ids[:, cut], **masks, past_key_values=cache).logits)
+        parts.append(model(ids[:, cut], **masks, **{CACHE: cache}).logits)
     return torch.cat(parts, 1)
 
 
@@ -107,7 +108,7 @@ def test_a_cache_that_quantises_without_loss_is_uncached(who: Executor, name: st
     expected = recomputed(host, model, inputs, new=5)
     cache = Cache(layers=[Lossless() for _ in range(4)])
     with executor(model, who):
-        told = spoken(model, inputs, past_key_values=cache, max_new_tokens=5)
+        told = spoken(model, inputs, **{CACHE: cache}, max_new_tokens=5)
     assert_same(told, expected, host.default_exact)
     roles = answer_masks({"input_ids": inputs["input_ids"][:, :5]}, inputs)
     whole = model(**inputs, assistant_masks=roles, use_cache=False).logits
@@ -139,7 +140,7 @@ def test_an_offloaded_cache_is_uncached(who: Executor, name: str) -> None:
     expected = recomputed(host, model, inputs)
     cache = Cache(layers=[Elsewhere() for _ in range(4)], offloading=True)
     with executor(model, who):
-        assert_same(spoken(model, inputs, past_key_values=cache), expected, host.default_exact)
+        assert_same(spoken(model, inputs, **{CACHE: cache}), expected, host.default_exact)
     planes = cache.planes.values() if isinstance(cache, PlanedCache) else ()
     slots = [slot for slot in (*cache.layers, *planes) if isinstance(slot, Elsewhere)]
     assert all(slot.away for slot in slots if slot.is_initialized and slot is not cache.layers[0])

@@ -8,6 +8,7 @@ from hosts import HOSTS, Host
 from trol import depth
 from trol.depth import AbstractPolicy, trace
 from trol.errors import HostError
+from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
 
@@ -44,9 +45,9 @@ def test_one_graph(host: Host) -> None:
         return
     # A fresh cache gets its planes outside the graph.
     cache = StaticCache(model.config, max_cache_len=20)
-    model(**{key: given[:, :3]}, past_key_values=cache)
+    model(**{key: given[:, :3]}, **{CACHE: cache})
     rest = {key: given[:, 3:], "assistant_masks": roles[:, 3:]}
-    assert gap(compiled(**rest, past_key_values=cache)[0], talk[:, 3:]) <= host.default_exact
+    assert gap(compiled(**rest, **{CACHE: cache})[0], talk[:, 3:]) <= host.default_exact
 
 
 @pytest.mark.parametrize("policy", [TrolMixer(tau=0.5), Planned("1")], ids=["tau", "skip"])

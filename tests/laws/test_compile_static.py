@@ -10,8 +10,9 @@ from hosts.checks import greedy
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, planes, prepare_cache
 from trol.depth.planes import PlanedCache
-from trol.depth.slots import is_static
 from trol.errors import HostError, UsageError
+from trol.host.cache import is_static
+from trol.host.names import CACHE
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
@@ -166,7 +167,7 @@ def test_a_prepared_cache_takes_a_whole_talk_compiled(policy: AbstractPolicy) ->
     prepare_cache(model, cache)
     for _ in range(2):
         parts = [
-            compiled(ids[:, cut], assistant_masks=roles[:, cut], past_key_values=cache).logits
+            compiled(ids[:, cut], assistant_masks=roles[:, cut], **{CACHE: cache}).logits
             for cut in (slice(0, 5), *(slice(i, i + 1) for i in range(5, 9)))
         ]
         assert gap(torch.cat(parts, 1), whole) <= host.default_exact
@@ -179,9 +180,9 @@ def test_an_unprepared_cache_is_refused_with_the_cure() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     ids = HOSTS["llama"].inputs()["input_ids"]
     with pytest.raises(Exception, match=r"prepare_cache\(model, cache\)"):
-        compiled(ids, past_key_values=StaticCache(model.config, max_cache_len=ROOM))
+        compiled(ids, **{CACHE: StaticCache(model.config, max_cache_len=ROOM)})
     cache = prepare_cache(model, StaticCache(model.config, max_cache_len=ROOM))
-    told = compiled(ids, past_key_values=cache).logits
+    told = compiled(ids, **{CACHE: cache}).logits
     assert gap(told, model(ids, use_cache=False).logits) <= HOSTS["llama"].default_exact
 
 
@@ -205,13 +206,13 @@ def test_planes_stay_where_they_are(host: str, name: str) -> None:
     model, inputs = attach_settled(HOSTS[host].build(), made(name)), HOSTS[host].inputs(batch=2)
     ids = inputs["input_ids"]
     cache = StaticCache(model.config, max_cache_len=ROOM)
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     prepare_cache(model, cache)  # for answers: planes that start from what was read
     seen = {k: t.data_ptr() for k, t in _written(cache).items()}
     assert seen
     for _ in range(3):
         token = {"input_ids": ids[:, :1], "assistant_masks": torch.ones_like(ids[:, :1])}
-        model(**token, past_key_values=cache)
+        model(**token, **{CACHE: cache})
     assert {k: t.data_ptr() for k, t in _written(cache).items()} == seen
 
 
@@ -231,8 +232,8 @@ def _written(cache: PlanedCache) -> dict[object, Tensor]:
 def test_decoding_copies_no_plane(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planes are forked while the question is read, or before the first answer token."""
     host, forks = HOSTS["llama"], []
-    fork = planes.fork
-    monkeypatch.setattr(planes, "fork", lambda slot: forks.append(slot) or fork(slot))
+    fork = planes.copy_on_write
+    monkeypatch.setattr(planes, "copy_on_write", lambda slot: forks.append(slot) or fork(slot))
     model, inputs = attach_settled(host.build(), made(name)), host.inputs()
     counts = []
     for new in (2, 6):

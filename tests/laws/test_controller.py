@@ -16,6 +16,7 @@ from trol import depth
 from trol.depth import AbstractPolicy, attached, detach, trace
 from trol.depth.host import gates_of
 from trol.errors import HostError
+from trol.host.names import CACHE
 from trol.policies.controller import Controller
 from trol.policies.planned import Planned
 from trol.policies.router import Router
@@ -199,9 +200,9 @@ def test_flops_are_counted_where_they_are_made(host: Host, name: str) -> None:
         masks = torch.zeros_like(ids[:, cut])
         masks[:, masks.shape[1] - answered :] = 1
         said: dict[str, Any] = {"input_ids": ids[:, cut], "assistant_masks": masks}
-        counted = _count(model, said | {"past_key_values": twin}, use_cache=True)
+        counted = _count(model, said | {CACHE: twin}, use_cache=True)
         with trace(model) as seen:
-            model(**said, past_key_values=cache)
+            model(**said, **{CACHE: cache})
         assert seen.cost.flops == counted
 
 
@@ -258,7 +259,7 @@ def test_a_router_that_never_saw_the_question_is_refused() -> None:
     host = HOSTS["llama"]
     model, ids = host.build(), host.inputs()["input_ids"]
     cache = DynamicCache(config=model.config)
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], **{CACHE: cache})
     attach_settled(model, made("router"))
     with pytest.raises(HostError, match="holds 5 tokens that the policy in force never looked at"):
-        model(ids[:, 5:], past_key_values=cache)
+        model(ids[:, 5:], **{CACHE: cache})

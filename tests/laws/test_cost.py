@@ -9,6 +9,7 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol.depth import attach, cost_of, detach, trace
 from trol.depth.planes import cache_bytes
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
 from .subjects import POLICIES, attach_settled, layers_of, made, policy_cases, some_hosts
@@ -73,9 +74,9 @@ def test_flops_of_pieces_and_decoding(host: Host, name: str) -> None:
     for cut in (slice(0, 8), slice(8, 11), slice(11, 12)):
         answer = torch.full_like(ids[:, cut], int(cut.start == 11))
         said = {"input_ids": ids[:, cut], "assistant_masks": answer}
-        total += _count(model, said | {"past_key_values": twin}, use_cache=True)
+        total += _count(model, said | {CACHE: twin}, use_cache=True)
         with trace(model) as seen:
-            model(**said, past_key_values=cache)
+            model(**said, **{CACHE: cache})
         start = cut.start
         visits = (1, 1, 1, 1) if name == "trol" and start == 11 else VISITS[name]
         if start < 11 or name != "trol":  # answers after TroL still advance plane 2
@@ -120,9 +121,9 @@ def test_planes_are_dropped_after_the_prompt(host: Host) -> None:
     """Scope question: `generate` ends with the bare host's cache; scope all holds planes twice."""
     model, inputs = host.build(), host.inputs(batch=2)
     bare = cache_bytes(
-        model.generate(
-            **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
-        ).past_key_values
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)[
+            CACHE
+        ]
     )
     held = {}
     for name in ("plain", "trol", "trol_all", "trol_three", "skip_answer", "skip_question", "exit"):
@@ -142,13 +143,13 @@ def test_planes_are_kept_for_a_caller(host: Host) -> None:
     """Who holds the cache may ask again: plane 2 of the question stays, and answers advance it."""
     model, inputs = host.build(), host.inputs(batch=2)
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
-    bare = cache_bytes(model.generate(**inputs, **settings).past_key_values)
+    bare = cache_bytes(model.generate(**inputs, **settings)[CACHE])
     attach_settled(model, made("trol"))
-    kept = model.generate(**inputs, **settings).past_key_values
+    kept = model.generate(**inputs, **settings)[CACHE]
     assert cache_bytes(kept) == 2 * bare
     assert {plane for _, plane in kept.planes} == {2}
     cache = DynamicCache(config=model.config)
-    model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+    model.generate(**inputs, max_new_tokens=3, do_sample=False, **{CACHE: cache})
     assert cache_bytes(cache) == 2 * bare
 
 
@@ -156,9 +157,9 @@ def test_a_skipped_layer_holds_nothing() -> None:
     """Skipped by all rows always: no keys and values, and the cache still knows its length."""
     host = HOSTS["llama"]
     model, inputs = host.build(), host.inputs(length=9)
-    whole = model(**inputs).past_key_values
+    whole = model(**inputs)[CACHE]
     attach(model, Planned("1 3"))
-    part = model(**inputs).past_key_values
+    part = model(**inputs)[CACHE]
     assert cache_bytes(part) == cache_bytes(whole) // 2
     assert part.get_seq_length() == 9
     assert [slot.get_seq_length() for slot in part.layers] == [0, 9, 0, 9]

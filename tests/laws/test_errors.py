@@ -17,6 +17,7 @@ from trol.depth import attach, detach
 from trol.depth.planes import adopt
 from trol.depth.registry import from_settings, names, to_settings
 from trol.errors import HostError, UsageError
+from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
 
@@ -104,11 +105,11 @@ def test_a_cache_that_misses_tokens_is_refused(llama) -> None:
     cache = DynamicCache(config=llama.config)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with trol.depth(llama, "0 2-3"):
-        llama(ids, past_key_values=cache)
+        llama(ids, **{CACHE: cache})
     with pytest.raises(HostError, match=r"layers \[1\] of this cache hold 0 of 5 tokens"):
-        llama(ids[:, :1], past_key_values=cache)
+        llama(ids[:, :1], **{CACHE: cache})
     with trol.depth(llama, "0 2-3"):
-        assert llama(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+        assert llama(ids[:, :1], **{CACHE: cache}).logits.isfinite().all()
     with pytest.raises(HostError, match="got a list as the cache"):
         adopt([])
 

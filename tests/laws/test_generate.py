@@ -13,6 +13,7 @@ from hosts.host import VOCABULARY
 from trol import depth
 from trol.depth import attach, detach, trace
 from trol.errors import HostError
+from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
 
@@ -135,7 +136,7 @@ def test_a_generation_config_object(host: Host) -> None:
         recomputed(host, model, inputs),
         host.default_exact,
     )
-    assert said.past_key_values.planes  # kept for the caller
+    assert said[CACHE].planes  # kept for the caller
 
 
 def test_two_threads_do_not_mix() -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from hosts import HOSTS, Host
 from trol.depth import AbstractPolicy, trace
 from trol.depth.planes import cache_bytes
+from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 from trol.policies.planned import Planned
@@ -51,7 +52,7 @@ def test_planes_are_kept_while_somebody_can_read_them(host: Host, cache: str) ->
             **{"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True},
             **settings,
         )
-    plain = cache_bytes(told.past_key_values)
+    plain = cache_bytes(told[CACHE])
     assert plain > 0
 
     def kept(policy: AbstractPolicy) -> int:

@@ -13,6 +13,7 @@ from hosts.checks import greedy
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, attach, attached, detach, executor, selection
 from trol.depth import packed as packed_
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
 from .subjects import HOLED, NO_HOLES, POLICIES, attach_settled, gap, hosts_and_attns
@@ -156,7 +157,7 @@ def test_a_conversation_on_one_cache(host: Host, name: str) -> None:
                     output_logits=True,
                     return_dict_in_generate=True,
                 )
-            kept = {"past_key_values": out.past_key_values}
+            kept = {CACHE: out[CACHE]}
             new = torch.cat([out.sequences[:, -2:], inputs["input_ids"][:, :3]], 1)
             talk = host.extend(talk, new)
             logits.append(torch.stack(out.logits, 1))

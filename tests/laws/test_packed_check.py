@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hosts import HOSTS, Host
 from hosts.text import COMMON, GATED
-from trol.depth import attach, attached, detach, executor, families, selection, sides, spared
+from trol.depth import attach, attached, detach, executor, selection, sides, spared
 from trol.depth.pace import Pace
+from trol.host import layers
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 from trol.policies.random_tokens import RandomTokens
 
@@ -61,8 +63,8 @@ def entered(model: PreTrainedModel) -> list[int]:
 def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Families whose table does not say that they must stay dense."""
     for name in SELF_MADE:
-        quirk = replace(families.QUIRKS[name], dense="")
-        monkeypatch.setitem(families.QUIRKS, name, quirk)
+        quirk = replace(layers.QUIRKS[name], dense="")
+        monkeypatch.setitem(layers.QUIRKS, name, quirk)
     return
 
 
@@ -256,7 +258,7 @@ def test_queries_attend_within_their_reach(host: Host, monkeypatch: pytest.Monke
     for which in ("dense", "packed"):
         with executor(model, which):
             out = model(input_ids=more)
-            late = model(input_ids=ids, past_key_values=out.past_key_values)
+            late = model(input_ids=ids, **{CACHE: out[CACHE]})
             said.append(torch.cat([out.logits, late.logits], dim=1))
     assert gap(*said) <= host.default_exact
     assert all(list(reach) == sorted(reach) and reach[-1] <= 40 for reach in seen)

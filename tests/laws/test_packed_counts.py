@@ -16,6 +16,7 @@ from trol.depth import Trace, attach, attached, executor, trace
 from trol.depth import choosing as choosing_
 from trol.depth import packed as packed_
 from trol.depth.pace import Pace, pace_of
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 from trol.policies.random_tokens import RandomTokens
 
@@ -256,7 +257,7 @@ def test_a_trace_of_packed_and_dense_tells_the_same(monkeypatch: pytest.MonkeyPa
         with executor(model, who):
             model(**inputs)
             with trace(model) as traces[who]:
-                model(**inputs, past_key_values=DynamicCache(config=model.config))
+                model(**inputs, **{CACHE: DynamicCache(config=model.config)})
     dense, packed = traces["dense"], traces["packed"]
     assert torch.equal(dense.visits, packed.visits)
     assert torch.equal(dense.weights, packed.weights)

@@ -15,6 +15,7 @@ from trol.depth import attach, detach, executor
 from trol.depth.compact import RowsKept
 from trol.depth.planes import cache_bytes
 from trol.errors import HostError, TrolError
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
 from .subjects import assert_same, cuts, gap, recomputed, some_hosts, spoken
@@ -51,7 +52,7 @@ def read(
     cache = DynamicCache(config=model.config) if cache is None else cache
     with executor(model, "packed"):
         parts = [
-            model(ids[:, cut], past_key_values=cache).logits
+            model(ids[:, cut], **{CACHE: cache}).logits
             for cut in cuts(ids.shape[1], size or ids.shape[1])
         ]
     return torch.cat(parts, 1), cache
@@ -98,7 +99,7 @@ def test_a_cache_of_kept_rows_is_smaller(host: Host) -> None:
     _, cache = read(model, ids)
     bare = DynamicCache(config=model.config)
     with depth(model, "all"):
-        model(ids, past_key_values=bare)
+        model(ids, **{CACHE: bare})
     assert cache_bytes(cache) * 12 == cache_bytes(bare) * 9
     assert cache.planes[0, 2].kept.tolist() == [0]
 
@@ -185,8 +186,8 @@ def test_a_second_turn(host: Host) -> None:
         first = model.generate(**inputs, **kept)
         more = torch.cat([first.sequences[:, -2:], inputs["input_ids"][:, :3]], 1)
         talk = host.extend(inputs, more)
-        second = greedy(model, talk, past_key_values=first.past_key_values, max_new_tokens=3)
-    assert held(first.past_key_values) == KEPT
+        second = greedy(model, talk, **{CACHE: first[CACHE]}, max_new_tokens=3)
+    assert held(first[CACHE]) == KEPT
     with executor(model, "dense"):
         assert_same(second, recomputed(host, model, talk), host.default_exact)
 
@@ -213,10 +214,10 @@ def test_other_plans_are_refused(other: str, who: str) -> None:
         executor(model, who),
         pytest.raises(HostError, match=r"holds rows \[.*\] of 3.*start a new cache, or keep"),
     ):
-        model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], **{CACHE: cache})
     assert [slot.get_seq_length() for slot in cache.layers] == [6] * 4
     with executor(model, who):  # the same plans go on, whoever executes them
-        found = model(ids[:, 6:], past_key_values=cache).logits
+        found = model(ids[:, 6:], **{CACHE: cache}).logits
     assert gap(found, whole[:, 6:]) <= host.default_exact
 
 
@@ -225,10 +226,10 @@ def test_fewer_rows_and_a_detached_model_are_refused() -> None:
     model, ids = opened(host), host.inputs(batch=3, length=8)["input_ids"]
     _, cache = read(model, ids[:, :6])
     with pytest.raises(TrolError, match="rows"):
-        model(ids[:1, 6:], past_key_values=copy.deepcopy(cache))
+        model(ids[:1, 6:], **{CACHE: copy.deepcopy(cache)})
     detach(model)
     with pytest.raises(HostError, match="holds rows"):
-        model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -241,13 +242,13 @@ def test_a_static_cache_holds_every_row(attn: str, kv: str) -> None:
     whole, after = dense(model, ids), []
     for who in ("dense", "packed"):
         with executor(model, who):
-            model(ids[:, :2], past_key_values=StaticCache(model.config, max_cache_len=12))
+            model(ids[:, :2], **{CACHE: StaticCache(model.config, max_cache_len=12)})
             cache = StaticCache(model.config, max_cache_len=12)
-            head = model(ids[:, :6], past_key_values=cache).logits
+            head = model(ids[:, :6], **{CACHE: cache}).logits
             fork = copy.deepcopy(cache)
-            tail = model(ids[:, 6:], past_key_values=cache).logits
+            tail = model(ids[:, 6:], **{CACHE: cache}).logits
             assert gap(torch.cat([head, tail], 1), whole) <= host.default_exact
             if kv == "project":
                 with depth(model, "all"):
-                    after.append(model(ids[:, 6:], past_key_values=fork).logits)
+                    after.append(model(ids[:, 6:], **{CACHE: fork}).logits)
     assert not after or gap(*after) <= host.default_exact

@@ -19,6 +19,7 @@ from hosts import HOSTS, Host
 from hosts.host import PAD
 from trol import depth, speculate
 from trol.depth import attached, is_attached
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
 from .drafting import NEW, assert_equal, greedily, padded, settled
@@ -178,13 +179,13 @@ def test_the_cache_goes_on(host: Host, name: str | None) -> None:
     for draft in (None, "exit@2"):
         cache, ids = DynamicCache(config=model.config), inputs["input_ids"]
         for _ in range(2):
-            run = partial(greedily, model, {"input_ids": ids}, past_key_values=cache)
+            run = partial(greedily, model, {"input_ids": ids}, **{CACHE: cache})
             if draft is None:
                 out = run()
             else:
                 with speculate(model, draft, tokens=3):
                     out = run()
-            assert out.past_key_values is cache
+            assert out[CACHE] is cache
             ids = torch.cat([out.sequences, inputs["input_ids"][:, :4]], 1)
         assert not any(getattr(slot, "record_past", False) for slot in cache.layers)
         turns.append(out)

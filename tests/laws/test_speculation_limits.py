@@ -14,6 +14,7 @@ from trol import depth, speculate
 from trol.depth import Plan, detach, is_attached, trace
 from trol.errors import HostError, UsageError
 from trol.family import TrolForConditionalGeneration, tiny
+from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer
 
 from .drafting import assert_equal, greedily, settled
@@ -185,4 +186,4 @@ def test_a_cache_that_cannot_be_cut_is_refused() -> None:
     model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
     static = StaticCache(config=model.config, max_cache_len=40)
     with speculate(model, "exit@1"), pytest.raises(HostError, match="StaticCache"):
-        model.generate(**inputs, max_new_tokens=4, past_key_values=static)
+        model.generate(**inputs, max_new_tokens=4, **{CACHE: static})

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.run import __file__ as torchrun
 
 from trol.errors import TrainingError, UsageError
-from trol.training import resolve, run, stage, trainer
+from trol.host import trainer
+from trol.training import resolve, run, stage
 
 from .ranks import attached_model, measured
 from .short import SHORT, weights

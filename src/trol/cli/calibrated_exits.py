@@ -55,8 +55,8 @@ def _exits(model: Any, measure: str, first: int | None, every: int | None) -> Ea
         UsageError: they do not fit the model, or its trained heads.
     """
     from trol.depth import attached, is_attached
-    from trol.depth.families import find_decoder
     from trol.depth.host import check
+    from trol.host.layers import find_decoder
     from trol.policies.exits import EarlyExit
 
     settings: dict[str, Any] = {"first": 1, "every": 1}

@@ -24,8 +24,8 @@ def info(as_json: terminal.AsJson = False) -> None:
 def _collect() -> dict[str, Any]:
     import torch
 
-    from trol.depth.families import QUIRKS
     from trol.depth.registry import names
+    from trol.host.layers import QUIRKS
 
     cuda = torch.cuda.is_available()
     return {

@@ -85,9 +85,9 @@ def _made(
 ) -> tuple[Plan, int]:
     """The plan, and how many layers the model has; leaves in `measured_on` what was used of it."""
     from trol.cli.models import open_model
-    from trol.depth.families import find_decoder, layer_list
     from trol.evaluation.chosen_plans import chosen_plan
     from trol.evaluation.draft_plans import draft_plan, measured_speed
+    from trol.host.layers import find_decoder, layer_list
     from trol.policies.static_plans import STATIC, static_plan
 
     opened, processor = open_model(model)

@@ -49,7 +49,7 @@ def noise_to_stderr() -> Generator[None]:
 
 def no_library_bars() -> None:
     """Silences transformers' own progress bars: a model of a verb opens in a moment."""
-    from transformers.utils import logging
+    from transformers import logging
 
     logging.disable_progress_bar()
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trol.depth.planes import ALONG, adopt
-from trol.depth.slots import at_rest
 from trol.errors import HostError
+from trol.host.cache import at_rest
 
 
 class PositionSlot:
@@ -28,7 +28,7 @@ class PositionSlot:
         self.values = self.values.index_select(0, beam_idx.to(self.values.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        if tokens_to_remove and not self.is_static:  # there, what comes next is written over it
             self.values = self.values[:, : -abs(tokens_to_remove)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

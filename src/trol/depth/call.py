@@ -13,8 +13,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.utils.output_capturing import CompileableContextVar
 
 from trol.depth.context import Context
 from trol.depth.cost import StackCost
@@ -23,6 +21,10 @@ from trol.depth.policy import AbstractPolicy, Visit
 from trol.depth.readout import Readout
 from trol.depth.roles import Mask, Prompt, Roles
 from trol.depth.trace import Recorder
+from trol.host.cache import new_cache
+from trol.host.context import CompileableContextVar
+from trol.host.generation import shows_all
+from trol.host.layers import GATHERED, attention_of
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,6 @@ class Step:
     notes: dict[Any, Any] | None = None
     """Where the policy's notes go, for the host to read when the pass is over."""
 
-
-GATHERED = ("eager", "sdpa")
-"""Attentions that take a mask with one row for each query."""
-
-SHOWN = ("output_attentions", "output_router_logits")
-"""What a caller may ask for that tells of all tokens of each layer."""
 
 Executor = Literal["auto", "dense", "packed"]
 """`dense` computes all tokens, `packed` those that go wherever it can, `auto` where it pays."""
@@ -92,6 +88,10 @@ class Call:
     """The stack's configuration."""
     applied: list[int]
     """How often each layer was applied; written by the layers."""
+    cache: Any = None
+    """The cache that the layers were handed; written by them."""
+    entered: bool = False
+    """Whether some layer has seen this call; written by the layers."""
     absent: frozenset[int] = frozenset()
     """Layers that the whole batch, always, skips: they have no keys and values."""
     last_only: bool = False
@@ -119,15 +119,14 @@ class Call:
 
     @cached_property
     def _packs(self) -> bool:
-        if self.executor == "dense":
-            return False
-        shown = (self.asked.get(name, getattr(self.config, name, False)) for name in SHOWN)
-        return not any(shown)
+        # Hidden states are shown between layers, whole in either way.
+        asked = {**self.asked, "output_hidden_states": False}
+        return self.executor != "dense" and not shows_all(self.config, asked)
 
     @cached_property
     def masks_gather(self) -> bool:
         """Whether the attention takes masks of which some queries' rows can be had."""
-        return self.gathers and getattr(self.config, "_attn_implementation", None) in GATHERED
+        return self.gathers and attention_of(self.config) in GATHERED
 
     @property
     def in_scope(self) -> Mask:
@@ -159,9 +158,9 @@ class Call:
             return None
         return self.policy.rows_going(visit.layer, visit.number, visit.state.shape[0])
 
-    def scratch(self) -> DynamicCache:
+    def scratch(self) -> Any:
         """A cache for one layer's pass, where keys and values are merged but none is kept."""
-        return DynamicCache(config=self.config)
+        return new_cache(self.config)
 
 
 Decoding = Callable[[Any, dict[str, Any]], dict[str, Any]]

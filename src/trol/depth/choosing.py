@@ -12,12 +12,14 @@ from trol.depth.call import Call, Kind
 from trol.depth.compact import RowsKept
 from trol.depth.layer_run import LayerRun
 from trol.depth.pace import CALL, pace_of
-from trol.depth.packed import Packing, growing, is_packable, packing_of
+from trol.depth.packed import Packing, is_packable, packing_of
 from trol.depth.planes import LayerPlanes
 from trol.depth.policy import Visit
 from trol.depth.roles import Mask
 from trol.depth.selection import Group, crowd_of, everybody
 from trol.depth.sides import masked, understood
+from trol.host.cache import is_growing_and_empty
+from trol.host.classes import original_class
 
 
 def packing_for(
@@ -36,7 +38,7 @@ def packing_for(
     planes = _planes_of(run, visit, call)
     slot = planes.slots[visit.number]
     owning: Mask = planes.in_scope if visit.number else True
-    fresh = growing(slot)
+    fresh = is_growing_and_empty(slot)
     # Rows that a plan keeps out own nothing where nobody else can ever ask: in a slot of their own.
     if (fixed is not None and fresh) or (run.digs and not visit.number):
         owning = need
@@ -114,7 +116,7 @@ def _nobody(run: LayerRun, state: Tensor, owning: Mask) -> Packing | None:
 def _in_order(run: LayerRun, packing: Packing) -> bool:
     """Whether what fills short rows up, at their ends, is hidden from the tokens before it."""
     if run.site.mask_in(run.args, run.kwargs) is None:
-        return run.site.causal
+        return bool(run.site.causal)
     return all(group.real is None for group in packing.going)
 
 
@@ -145,6 +147,5 @@ def kind_of(run: LayerRun, visit: Visit, packing: Packing) -> Kind:
     """What is alike in all visits that one comparison speaks for."""
     slot = None if run.planes is None else run.planes.slots[visit.number]
     tokens = any(group.tokens is not None for group in packing.going)
-    layer = getattr(run.forward, "__self__", None)
-    known = getattr(layer, "trol_original", type(layer))  # a made-up class cannot be pickled
+    known = original_class(run.layer)  # a made-up class cannot be pickled
     return visit.layer, known, type(slot), tokens, run.site.mask_in(run.args, run.kwargs) is None

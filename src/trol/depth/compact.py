@@ -7,14 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from trol.depth.policy import AbstractPolicy
-from trol.depth.specialise import Specialised, specialised
 from trol.errors import HostError
+from trol.host.cache import AttentionLayer
+from trol.host.classes import Specialised, specialised
 
 
-class RowsKept(CacheLayerMixin, Specialised):  # only in this order can a slot become it
+class RowsKept(AttentionLayer, Specialised):  # only in this order can a slot become it
     """Mixin for a slot that is told whole batches, and holds some of their rows."""
 
     kept: Tensor

@@ -7,12 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-MADE_BEFORE_KEYS = frozenset(
-    ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
-)
-"""Names of the linear maps of an attention that run before it stores keys and values."""
+from trol.host.layers import LINEAR, MADE_BEFORE_KEYS
 
 
 @dataclass(frozen=True)
@@ -169,7 +165,7 @@ def _keys_flops(layer: nn.Module) -> int | None:
     found = [
         module.weight.numel()
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and MADE_BEFORE_KEYS & set(name.split("."))
+        if isinstance(module, LINEAR) and MADE_BEFORE_KEYS & set(name.split("."))
     ]
     return 2 * sum(found) or None
 
@@ -191,7 +187,7 @@ def _weights(layer: nn.Module, config: Any) -> int:
     linear = sum(
         module.weight.numel()
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name != "depth"
+        if isinstance(module, LINEAR) and name != "depth"
     )
     experts = [p for p in layer.parameters() if p.ndim == 3]
     routers = [
@@ -199,7 +195,7 @@ def _weights(layer: nn.Module, config: Any) -> int:
         for name, p in layer.named_parameters()
         if p.ndim == 2 and experts and name.endswith(("gate.weight", "router.weight"))
     ]
-    owned = {id(m.weight) for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    owned = {id(m.weight) for m in layer.modules() if isinstance(m, LINEAR)}
     linear += sum(p.numel() for p in routers if id(p) not in owned)
     chosen = getattr(config, "num_experts_per_tok", 1)
     return 2 * (linear + sum(p.numel() * chosen // p.shape[0] for p in experts))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from trol.depth.call import (
@@ -18,14 +19,16 @@ from trol.depth.call import (
     prompt_of,
     told,
 )
-from trol.depth.families import find_decoder
 from trol.depth.planes import prepare
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
-from trol.depth.specialise import Specialised
 from trol.depth.stack import StackMixin
 from trol.errors import HostError, UsageError
+from trol.host.classes import Specialised
+from trol.host.generation import CONTINUOUS, reads_last_only, returns_cache
+from trol.host.layers import argument, find_decoder
+from trol.host.names import cache_among, generation_cache
 
 
 class HostMixin(Specialised):
@@ -43,10 +46,14 @@ class HostMixin(Specialised):
         **kwargs: Any,
     ) -> Any:
         """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
+        labels = argument(self.trol_original.forward, "labels", args, kwargs)
         if depth_step is None:
-            depth_step = told(assistant_masks, kwargs.get("labels"), kwargs.get("attention_mask"))
+            mask = argument(self.trol_original.forward, "attention_mask", args, kwargs)
+            depth_step = told(assistant_masks, labels, mask)
+            if labels is None and assistant_masks is None:
+                self._check_untold()
         notes: dict[Any, Any] = {}
-        last_only = self._reads_last_only(kwargs)
+        last_only = reads_last_only(self.config, kwargs)
         token = STEP.set(
             replace(depth_step, last_only=last_only, readout=Readout(self), notes=notes)
         )
@@ -54,31 +61,43 @@ class HostMixin(Specialised):
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             STEP.reset(token)
-        if not notes or kwargs.get("labels") is None:
+        if not notes or labels is None:
             return out
         stack: Any = find_decoder(cast(nn.Module, self))
         penalty = stack.depth_policy_in_force().penalty(notes)
-        return out if penalty is None else _penalised(out, penalty, kwargs)
+        return (
+            out
+            if penalty is None
+            else _penalised(out, penalty, labels, kwargs.get("num_items_in_batch"))
+        )
 
-    def _reads_last_only(self, kwargs: dict[str, Any]) -> bool:
-        shown = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name, False)) for name in shown):
-            return False
-        kept = kwargs.get("logits_to_keep", 0)
-        return isinstance(kept, int) and kept == 1
+    def _check_untold(self) -> None:
+        """Raises `HostError` for a pass inside `generate` whose roles nobody has told."""
+        if torch.compiler.is_compiling() or prompt_of(self) is None:
+            return
+        stack: Any = find_decoder(cast(nn.Module, self))
+        policy = stack.depth_policy_in_force()
+        scope = policy.scope_in(training=stack.training)
+        if scope != "all":
+            raise HostError(
+                f"{type(self).__name__} was called inside generate without "
+                "prepare_inputs_for_generation (by a logits processor, say), so trol cannot know "
+                f"which of its tokens are question; give the policy scope='all' (it has {scope!r})"
+                ", or pass assistant_masks in that call."
+            )
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, assistant_masks: Any = None, **kwargs: Any
     ) -> Any:
         """The host's own `generate`: the prompt is question, what is new is answer."""
-        length = _prompt_length(inputs, kwargs)
+        columns, ids = _prompt_columns(inputs, kwargs)
         outer = outermost_prompt()
-        if outer is not None:  # as the assistant of another generate, whose prompt is the question
-            length = min(length, outer.length)
-        config = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
-        returned = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
-        callers = kwargs.get("past_key_values") is not None or bool(returned)
-        prompt = Prompt.of(length, assistant_masks, cache_is_the_callers=callers)
+        # As the assistant of another generate, the prompt of that one is the question.
+        length = columns if outer is None else min(columns, outer.length)
+        callers = returns_cache(self, args[0] if args else None, kwargs)
+        prompt = Prompt.of(
+            length, assistant_masks, columns=columns, ids=ids, cache_is_the_callers=callers
+        )
         decoding = ambience_of(find_decoder(cast(nn.Module, self))).decoding
         if decoding is not None and outer is None:
             kwargs = decoding(self, kwargs)
@@ -91,17 +110,24 @@ class HostMixin(Specialised):
         prompt = prompt_of(self)
         if prompt is None:
             return inputs
+        prepare = self.trol_original.prepare_inputs_for_generation
+        all_ids = argument(prepare, "input_ids", args, kwargs)
+        mask = argument(prepare, "attention_mask", args, kwargs)
         ids = inputs.get("input_ids")
         tokens = inputs["inputs_embeds"] if ids is None else ids
-        cache = inputs.get("past_key_values")
+        generation_cache(kwargs)  # checked: there is one, where there must be
+        cache = cache_among(inputs)  # which Phi-3 leaves out where it begins anew
         rows, count = tokens.shape[:2]
-        start = _columns_before(cache, kwargs.get("attention_mask"), count)
+        end = prompt.end(all_ids.shape[1])
+        start = _chunk_start(cache, mask, count) if end is None else end - count
         roles = prompt.roles(start, count, rows, tokens.device)
         keep = prompt.may_ask_again(start, count)
-        step = Step(roles, keep=keep, real=kwargs.get("attention_mask"))
+        stack: Any = find_decoder(cast(nn.Module, self))
+        # Compiled code would be compiled anew for each start: only policies that read it are told.
+        reads_start = stack.depth_policy_in_force().reads_start
+        step = Step(roles, keep=keep, start=start if reads_start else None, real=mask)
         if cache is not None and cache.is_compileable:
-            stack: Any = find_decoder(cast(nn.Module, self))
-            step = _for_compiled(stack, cache, step, start)
+            _ready_for_compiled(stack, cache, step)
         inputs["depth_step"] = step
         return inputs
 
@@ -118,27 +144,28 @@ class HostMixin(Specialised):
             mark(folder, stack.depth_policy)
         return saved
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the paged cache of continuous batching cannot hold planes."""
-        del args, kwargs
-        raise HostError(
-            "continuous batching (generate_batch) writes keys and values past trol's planes, so "
-            "its answers would be wrong; call generate with a padded batch."
-        )
 
-    init_continuous_batching = generate_batch
-    continuous_batching_context_manager = generate_batch
+def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refused: the paged cache of continuous batching cannot hold planes."""
+    del self, args, kwargs
+    raise HostError(
+        "continuous batching (generate_batch) writes keys and values past trol's planes, so "
+        "its answers would be wrong; call generate with a padded batch."
+    )
 
 
-def _for_compiled(stack: Any, cache: Any, step: Step, start: int) -> Step:
-    """The step, with what compiled code could not find out, and its cache made ready."""
+for _name in CONTINUOUS:
+    setattr(HostMixin, _name, _refuse_continuous_batching)
+
+
+def _ready_for_compiled(stack: Any, cache: Any, step: Step) -> None:
+    """Puts into the cache what compiled code could not."""
     policy = stack.depth_policy_in_force()
     scope = policy.scope_in(training=stack.training)
     keep = step.keep or scope != "question"
     # A recurrent state has no positions to copy: its planes begin where the row begins.
     visits = step.roles.in_scope(scope) is not False or stack.depth_recurrent
     make_ready(stack, cache, planes=keep and visits)
-    return replace(step, start=start if policy.reads_start else None)
 
 
 def make_ready(stack: Any, cache: Any, *, planes: bool) -> None:
@@ -154,35 +181,32 @@ def make_ready(stack: Any, cache: Any, *, planes: bool) -> None:
         prepare(cache, visits, absent)
 
 
-def _columns_before(cache: Any, mask: Any, count: int) -> int:
-    """Columns before the last `count`; `mask` [B, S] covers those in the cache and these."""
-    if cache is None:
-        return 0
-    held = cache.get_seq_length()
-    on_device = isinstance(held, Tensor)  # a static cache's: to read it is to wait for the device
-    if on_device and isinstance(mask, Tensor) and mask.ndim == 2:
+def _chunk_start(cache: Any, mask: Any, count: int) -> int:
+    """Columns before a chunk of a prompt; `mask` [B, S] covers those in the cache and these."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.shape[-1] - count
-    return int(held)
+    return 0 if cache is None else int(cache.get_seq_length())  # no cache: all is in this call
 
 
-def _penalised(out: Any, penalty: Tensor, kwargs: dict[str, Any]) -> Any:
+def _penalised(out: Any, penalty: Tensor, labels: Tensor, whole: Any) -> Any:
     """The host's output with the policy's penalty in its loss.
 
     A loss that is divided by the answer tokens of a whole batch gets this part's share of it.
     """
-    whole = kwargs.get("num_items_in_batch")
     if whole is not None:
-        penalty = penalty * ((kwargs["labels"] != IGNORED_LABEL).sum() / whole)
+        penalty = penalty * ((labels != IGNORED_LABEL).sum() / whole)
     if isinstance(out, tuple):
         return (out[0] + penalty, *out[1:])
     out.loss = out.loss + penalty
     return out
 
 
-def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
+def _prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Columns that a `generate` call starts from, and how many of them are given as ids."""
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     embeds = kwargs.get("inputs_embeds")
     lengths = [x.shape[1] for x in (ids, embeds, kwargs.get("attention_mask")) if x is not None]
     if ids is not None and ids.numel() == 0 and embeds is None:
         raise UsageError("an empty prompt: input_ids has no tokens; give at least one.")
-    return max(lengths, default=1)
+    # Without either, generate starts from one column: the token that begins a text.
+    return max(lengths, default=1), (int(embeds is None) if ids is None else ids.shape[1])

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
 
 from trol.depth.along import PositionSlot
-from trol.depth.families import LayerSite
 from trol.depth.planes import HOLES, adopt
 from trol.depth.roles import Mask
 from trol.errors import HostError
+from trol.host.cache import capacity
+from trol.host.layers import LayerSite
 
 
 class Holes:
@@ -25,7 +25,7 @@ class Holes:
     def __init__(self, cache: Any, layer: int, tokens: int) -> None:
         self.cache, self.layer = cache, layer
         slot = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
-        self.room = _room(slot)
+        self.room = None if slot is None else capacity(slot)
         self.start: int | Tensor = 0 if slot is None else slot.get_seq_length()
         if isinstance(self.start, Tensor):  # which the first visit advances
             self.start = self.start.clone()
@@ -77,9 +77,3 @@ class Holes:
         if mask.dtype == torch.bool:
             return site.with_mask(args, kwargs, mask & ~hidden)
         return site.with_mask(args, kwargs, mask.masked_fill(hidden, torch.finfo(mask.dtype).min))
-
-
-def _room(slot: Any) -> int | None:
-    """How many tokens a slot has place for from the start, if it holds all of them."""
-    whole = isinstance(slot, StaticLayer) and not slot.is_sliding
-    return slot.max_cache_len if whole else None

@@ -8,22 +8,31 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast, get_args
 
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
-from trol.depth.families import find_decoder, layer_list, layer_site, quirk_of
 from trol.depth.generation import HostMixin
 from trol.depth.policy import AbstractPolicy
 from trol.depth.registry import PolicyLike, from_settings, resolve
-from trol.depth.specialise import restore, specialise
 from trol.depth.stack import LayerMixin, StackMixin
-from trol.depth.tied import declare_tied, undeclare_tied
 from trol.depth.trace import Recorder, Trace
 from trol.errors import HostError, UsageError, unknown
+from trol.host.cache import has_recurrent_layers
+from trol.host.classes import (
+    declare_tied,
+    remove_submodule,
+    restore,
+    specialise,
+    submodule,
+    trained_copy,
+    undeclare_tied,
+)
+from trol.host.layers import find_decoder, layer_list, layer_site, quirk_of
 
 Model = TypeVar("Model", bound=nn.Module)
+
+GATE = "depth"
+"""What the policy's parameters on a layer are called there."""
 
 
 def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
@@ -61,10 +70,10 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
         specialise(decoder, StackMixin)
         specialise(model, HostMixin)
     decoder.depth_policy, decoder.depth_layers = policy, len(layers)
-    decoder.depth_recurrent = _is_recurrent(decoder.config)
+    decoder.depth_recurrent = has_recurrent_layers(decoder.config)
     decoder.depth_verdicts = {}
     if policy.tied:
-        declare_tied(model)
+        declare_tied(model, GATE)
     return model
 
 
@@ -79,7 +88,7 @@ def detach(model: Model) -> Model:
         restore(cast(Any, layer))
         for name in ("depth_index", "depth_site"):
             delattr(layer, name)
-        layer._modules.pop("depth", None)
+        remove_submodule(layer, GATE)
     for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_verdicts"):
         delattr(stack, name)
     for name in ("depth_ambiences", "depth_costs"):
@@ -87,7 +96,7 @@ def detach(model: Model) -> Model:
     restore(stack)
     if host is not stack:
         restore(host)
-    undeclare_tied(host)
+    undeclare_tied(host, GATE)
     return model
 
 
@@ -118,7 +127,7 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     quirk = quirk_of(decoder)
     no_holes = quirk.no_holes or (
         "its recurrent layers have no positions to leave out"
-        if _is_recurrent(decoder.config)
+        if has_recurrent_layers(decoder.config)
         else ""
     )
     if skips and policy.skipped_kv == "hole" and no_holes:
@@ -130,13 +139,7 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
 
 def gates_of(stack: nn.Module) -> list[nn.Module | None]:
     """The policy's parameters, layer by layer."""
-    return [_in_use(layer._modules.get("depth")) for layer in _layers(stack)]
-
-
-def _in_use(gate: nn.Module | None) -> nn.Module | None:
-    # PEFT's `modules_to_save` wraps a gate, to train a copy of it: the copy is what runs.
-    copies = None if gate is None else gate._modules.get("modules_to_save")
-    return gate if copies is None else cast(Any, copies)[cast(Any, gate).active_adapters[0]]
+    return [trained_copy(submodule(layer, GATE)) for layer in _layers(stack)]
 
 
 def cost_of(model: nn.Module) -> StackCost:
@@ -261,11 +264,6 @@ def _layers(decoder: nn.Module) -> nn.ModuleList:
             f"{type(decoder).__name__} repeats one layer object; its layers must differ."
         )
     return layers
-
-
-def _is_recurrent(config: Any) -> bool:
-    slots = DynamicCache(config=config).layers
-    return any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in slots)
 
 
 def _find_host(model: object) -> nn.Module | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from trol.depth.families import LayerSite
 from trol.depth.holes import Holes
 from trol.depth.planes import LayerPlanes
 from trol.depth.sides import Inputs
+from trol.host.layers import LayerSite
 
 Forward = Callable[..., Any]
 
@@ -19,9 +19,15 @@ class LayerRun:
     """One layer, one call: applies the host's own layer as often as the visit loop asks."""
 
     def __init__(
-        self, forward: Forward, site: LayerSite, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layer: nn.Module,
+        forward: Forward,
+        site: LayerSite,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        self.forward, self.site, self.args, self.kwargs = forward, site, args, kwargs
+        self.layer, self.forward, self.site = layer, forward, site
+        self.args, self.kwargs = args, kwargs
         self.cache = site.cache_in(args, kwargs)
         self.lasts = self.cache is not None
         """Whether later calls read what this one leaves."""

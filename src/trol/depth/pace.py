@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from trol.host.dispatch import without_modes
 
 CALL, SPARING = 100, 30
 """Small tensor operations that take as long as one more call of a layer with the gathering for it,
@@ -38,7 +39,7 @@ class Pace:
 @functools.cache
 def pace_of(device: torch.device, dtype: torch.dtype) -> Pace:
     """The pace of a device, measured once in a process: some milliseconds."""
-    with _disable_current_modes():  # who counts FLOPs now does not mean these
+    with without_modes():  # who counts FLOPs now does not mean these
         wide = torch.ones(SIZE, SIZE, device=device, dtype=dtype)
         small = torch.ones(8, device=device, dtype=dtype)
         product = _shortest(lambda: wide @ wide, device)

@@ -12,17 +12,12 @@ It keeps the contract of `visits.dense_visit`, and gives the same numbers.
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    LinearAttentionCacheLayerMixin,
-)
 
 from trol.depth.compact import RowsKept, keep_rows
 from trol.depth.layer_run import LayerRun
@@ -31,8 +26,9 @@ from trol.depth.planes import LayerPlanes
 from trol.depth.roles import Mask
 from trol.depth.selection import Group, crowd_of, everybody, groups_of
 from trol.depth.sides import Asking
-from trol.depth.slots import GROWING
-from trol.depth.spared import query_weight, without_queries
+from trol.depth.spared import without_queries
+from trol.host.cache import has_keys, is_growing_and_empty, is_recurrent, offload, prefetch
+from trol.host.layers import query_weight
 
 
 class KeysWritten(Exception):
@@ -150,13 +146,7 @@ class PackedSlot:
 
 def is_packable(slot: Any) -> bool:
     """Whether a slot keeps keys and values alone, so that some tokens can write theirs."""
-    recurrent = isinstance(slot, LinearAttentionCacheLayerMixin)
-    return isinstance(slot, CacheLayerMixin) and not recurrent
-
-
-def growing(slot: Any) -> bool:
-    """Whether a slot holds nothing yet, and will show what the step brings as it is."""
-    return type(slot) in GROWING and not int(slot.get_seq_length())
+    return has_keys(slot) and not is_recurrent(slot)
 
 
 def packing_of(slot: Any, going: Tensor, owning: Mask, device: torch.device) -> Packing:
@@ -165,7 +155,7 @@ def packing_of(slot: Any, going: Tensor, owning: Mask, device: torch.device) -> 
     Shape: BoolTensor [B, T] each, or one truth for all.
     """
     # Groups of rows take turns: each must see its keys before those of the next are known.
-    one = not growing(slot)
+    one = not is_growing_and_empty(slot)
     left = ~going if owning is True else going.new_zeros(going.shape)
     if isinstance(owning, Tensor):
         left = owning.to(going.device) & ~going
@@ -180,7 +170,7 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
     planes = run.planes
     assert planes is not None
     slot = planes.slots[plane - 1]
-    planes.fetch(slot)
+    prefetch(planes.cache, slot)
     step = StepKeys(state.shape[0], state.shape[1], _below(planes, plane))
     if packing.keep and packing.going[0].rows is not None:
         keep_rows(slot, packing.going[0].rows, len(state))
@@ -190,9 +180,7 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
     sides = [asking.of(group, attends=group in packing.going) for group in packing.groups]
     out = state.clone() if packing.going else state
     for group, side in zip(packing.groups, sides, strict=True):
-        view = copy.copy(planes.cache)
-        view.layers = list(planes.cache.layers)
-        view.layers[planes.layer] = PackedSlot(slot, step, group, packing)
+        view = planes.with_slot(PackedSlot(slot, step, group, packing))
         if group in packing.going:
             group.put(out, run.call(group.take(state, -2), side, view), -2)
             continue
@@ -201,7 +189,7 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
     step.held = step.held or step.below
     if step.held is not None and not step.stored:
         step.store(slot)
-    planes.stow(slot)
+    offload(planes.cache, slot)
     run.applied += bool(packing.going)
     planes.fresh = step.held or planes.fresh
     return out
@@ -209,7 +197,7 @@ def packed_visit(run: LayerRun, state: Tensor, plane: int, packing: Packing) -> 
 
 def _without_queries(run: LayerRun, group: Group, state: Tensor) -> AbstractContextManager[Any]:
     """Leaves the queries out of a call that stores keys, where that saves time."""
-    weight = query_weight(getattr(run.forward, "__self__", None))
+    weight = query_weight(run.layer)
     saved = 0 if weight is None else 2 * weight.numel() * group.size
     if weight is None or not pace_of(state.device, state.dtype).pays(saved, SPARING):
         return nullcontext()

@@ -14,16 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    LinearAttentionCacheLayerMixin,
-)
 
 from trol.depth.roles import Mask
-from trol.depth.slots import Slot, VisitSlot, fork, held_bytes, is_static
-from trol.depth.specialise import specialised
+from trol.depth.slots import Slot, VisitSlot
 from trol.errors import HostError
+from trol.host.cache import (
+    check_cache,
+    copy_on_write,
+    grow,
+    has_keys,
+    held_bytes,
+    is_recurrent,
+    is_sliding,
+    is_static,
+    offload,
+    prefetch,
+    with_layers,
+)
+from trol.host.classes import specialised
+from trol.host.names import CACHE
 
 HOLES, ALONG = 0, -1
 """The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
@@ -43,8 +52,9 @@ class PlanedCache:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.offloading:  # transformers fetched the next layer, which may be one that never runs
-            self.layers[layer_idx].prefetch()
+        prefetch(
+            self, self.layers[layer_idx]
+        )  # transformers fetched the next one, which may never run
         return super().update(keys, values, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -94,20 +104,11 @@ class PlanedCache:
         if layer not in self.absent or layer >= len(self.layers):
             return layer
         present = [
-            i for i in range(len(self.layers)) if i not in self.absent and _has_keys(self, i)
+            i for i, slot in enumerate(self.layers) if i not in self.absent and has_keys(slot)
         ]
-        sliding = getattr(self.layers[layer], "is_sliding", False)
-        same = [i for i in present if getattr(self.layers[i], "is_sliding", False) == sliding]
+        sliding = is_sliding(self.layers[layer])
+        same = [i for i in present if is_sliding(self.layers[i]) == sliding]
         return next(iter(same or present), layer)
-
-
-def check_cache(cache: Any) -> None:
-    """Raises `HostError` unless this is a transformers cache."""
-    if not isinstance(cache, Cache):
-        raise HostError(
-            f"got a {type(cache).__name__} as the cache; pass a transformers Cache "
-            "(DynamicCache, StaticCache, ...)."
-        )
 
 
 def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
@@ -123,7 +124,7 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
             raise HostError(
                 "compiled code cannot give a cache its planes; call "
                 "trol.depth.prepare_cache(model, cache) before the compiled model and pass that "
-                "cache as past_key_values, or pass use_cache=False."
+                f"cache as {CACHE}, or pass use_cache=False."
             )
         planed.__class__ = specialised(type(cache), PlanedCache)
         planed.planes = {}
@@ -141,21 +142,16 @@ def prepare(cache: Any, visits: Sequence[int], absent: frozenset[int]) -> None:
     """
     adopt(cache, absent)
     for layer, most in enumerate(visits):
-        _grow(cache, layer)
+        grow(cache, layer)
         below = cache.layers[layer]
         for plane in range(2, most + 1):
             if (layer, plane) not in cache.planes:
-                cache.planes[layer, plane] = fork(below)
+                cache.planes[layer, plane] = copy_on_write(below)
             below = cache.planes[layer, plane]
 
 
-def _grow(cache: Any, layer: int) -> None:
-    while len(cache.layers) <= layer:  # DynamicCache makes its layers when they are first used
-        cache.layers.append(cache.layer_class_to_replicate())
-
-
 def _check_lengths(cache: Any, absent: frozenset[int]) -> None:
-    running = [i for i in range(len(cache.layers)) if i not in absent and _has_keys(cache, i)]
+    running = [i for i, slot in enumerate(cache.layers) if i not in absent and has_keys(slot)]
     lengths = {i: int(cache.layers[i].get_seq_length()) for i in running}
     most = max(lengths.values(), default=0)
     short = [i for i in running if lengths[i] < most]
@@ -164,10 +160,6 @@ def _check_lengths(cache: Any, absent: frozenset[int]) -> None:
             f"layers {short} of this cache hold {lengths[short[0]]} of {most} tokens, because an "
             "earlier plan skipped them; start a new cache, or keep skipping them."
         )
-
-
-def _has_keys(cache: Any, layer: int) -> bool:
-    return isinstance(cache.layers[layer], CacheLayerMixin)
 
 
 class LayerPlanes:
@@ -182,17 +174,17 @@ class LayerPlanes:
     """
 
     def __init__(self, cache: Any, layer: int, *, most: int, in_scope: Mask, keep: bool) -> None:
-        _grow(cache, layer)
+        grow(cache, layer)
         self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
         held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
         self.held = [plane for owner, plane in held if owner == layer and plane > 1]
         self.slots: list[Slot] = [cache.layers[layer]]
-        self.recurrent = isinstance(self.slots[0], LinearAttentionCacheLayerMixin)
+        self.recurrent = is_recurrent(self.slots[0])
         if in_scope is False and not (self.recurrent and keep):
             most = 1
         for plane in range(2, max(most, *self.held, 1) + 1):
             # Taken before plane 1 grows: a plane that starts now copies what came before this call.
-            self.slots.append(held.get((layer, plane)) or fork(self.slots[-1]))
+            self.slots.append(held.get((layer, plane)) or copy_on_write(self.slots[-1]))
         self.remembers = (most > 1 and in_scope is not True) or bool(keep and self.held)
         self.fresh: tuple[Tensor, Tensor] | None = None
         self._open: VisitSlot | None = None
@@ -201,27 +193,32 @@ class LayerPlanes:
     def opened(self, plane: int) -> Any:
         """The cache to hand to the layer for its visit number `plane`."""
         self._slot = slot = self.slots[plane - 1]
-        self.fetch(slot)
-        if self.remembers and isinstance(slot, CacheLayerMixin):
+        prefetch(self.cache, slot)
+        if self.remembers and has_keys(slot):
             self._open = slot = VisitSlot(slot, self.in_scope, self.fresh)
         if slot is self.cache.layers[self.layer]:
             return self.cache
-        view = copy.copy(self.cache)
-        view.layers = list(self.cache.layers)
-        view.layers[self.layer] = slot
-        return view
+        return self.with_slot(slot)
+
+    def with_slot(self, slot: Slot) -> Any:
+        """The cache with another slot in this layer's place."""
+        layers = list(self.cache.layers)
+        layers[self.layer] = slot
+        return with_layers(self.cache, layers)
 
     def close(self) -> None:
         """Ends a visit: its keys and values become the fallback of the next."""
         if self._open is not None:
             self.fresh = self._open.fresh or self.fresh
             self._open = None
-        self.stow(self._slot)  # a visit that was left at its keys and values has not done so
+        offload(
+            self.cache, self._slot
+        )  # a visit that was left at its keys and values has not done so
 
     def twin(self) -> LayerPlanes:
         """Planes that start from what these hold and go their own way."""
         twin = copy.copy(self)
-        twin.slots = [fork(slot) for slot in self.slots]
+        twin.slots = [copy_on_write(slot) for slot in self.slots]
         return twin
 
     def become(self, twin: LayerPlanes) -> None:
@@ -237,26 +234,13 @@ class LayerPlanes:
             if plane > visited:
                 planes[plane] = self.slots[plane - 1]
                 if self.keep and self.fresh is not None:
-                    self.fetch(planes[plane])
+                    prefetch(self.cache, planes[plane])
                     planes[plane].update(*self.fresh)
-                    self.stow(planes[plane])
+                    offload(self.cache, planes[plane])
         if self.keep and planes:
             adopt_planes(self.cache, {(self.layer, plane): s for plane, s in planes.items()})
         elif isinstance(self.cache, PlanedCache):
             drop_planes(self.cache, self.layer)
-
-    def fetch(self, slot: Slot) -> None:
-        """Gets a slot from where an offloaded cache keeps it between calls."""
-        if self.cache.offloading:  # transformers fetches plane 1 of the next layer, and no other
-            slot.prefetch()
-
-    def stow(self, slot: Slot) -> None:
-        """Puts it back there."""
-        cache = self.cache
-        if cache.offloading and isinstance(slot, CacheLayerMixin):
-            stays = cache.only_non_sliding and getattr(slot, "is_sliding", False)
-            if not stays:
-                slot.offload()
 
 
 def forked(cache: Any, *, planes: bool) -> Any:
@@ -264,11 +248,10 @@ def forked(cache: Any, *, planes: bool) -> Any:
 
     `planes`: whether it also starts from the planes above 1, the holes and what is kept along.
     """
-    twin = copy.copy(cache)
-    twin.layers = [fork(slot) for slot in cache.layers]
+    twin = with_layers(cache, [copy_on_write(slot) for slot in cache.layers])
     if isinstance(cache, PlanedCache):
         held = cache.planes if planes else {}
-        twin.planes = {key: fork(slot) for key, slot in held.items()}
+        twin.planes = {key: copy_on_write(slot) for key, slot in held.items()}
     return twin
 
 

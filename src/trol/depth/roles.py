@@ -61,13 +61,25 @@ class Prompt:
 
     length: int
     """Columns of the prompt, padding included. Unit: tokens."""
+    columns: int
+    """Columns that `generate` starts from; as an assistant of another, more than the prompt."""
+    ids: int
+    """How many of these columns were given as ids: not embeddings, nor in a cache alone."""
     answers: Tensor | None = None
     """Assistant turns inside the prompt, where there are any. Shape: [B, length]."""
     cache_is_the_callers: bool = False
     """Whether the cache lives on after `generate`, so that later questions may read it."""
 
     @classmethod
-    def of(cls, length: int, masks: Tensor | None, *, cache_is_the_callers: bool) -> Prompt:
+    def of(
+        cls,
+        length: int,
+        masks: Tensor | None,
+        *,
+        columns: int,
+        ids: int,
+        cache_is_the_callers: bool,
+    ) -> Prompt:
         """The prompt of a `generate` call; `masks` is `assistant_masks` [B, length] or None.
 
         Raises:
@@ -81,9 +93,15 @@ class Prompt:
         has_answers = masks is not None and bool(masks.any())
         return cls(
             length,
+            columns,
+            ids,
             masks.bool() if has_answers and masks is not None else None,
             cache_is_the_callers,
         )
+
+    def end(self, ids: int) -> int | None:
+        """Columns up to the last of so many ids; None for fewer than given: a chunk of them."""
+        return None if ids < self.ids else self.columns + ids - self.ids
 
     def roles(self, start: int, tokens: int, rows: int, device: torch.device) -> Roles:
         """Roles of columns start .. start + tokens - 1 for `rows` rows (beams included)."""

@@ -7,32 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import Cache
 
-from trol.depth.families import LayerSite
 from trol.depth.pace import SPARING, pace_of
 from trol.depth.selection import Group
-from trol.depth.slots import GROWING
 from trol.depth.spared import ReachMask
 from trol.errors import HostError
+from trol.host.cache import GROWING, is_static
+from trol.host.layers import PER_KEY, PER_TOKEN, LayerSite
 
 if TYPE_CHECKING:  # which holds these inputs
     from trol.depth.layer_run import LayerRun
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer takes beside the hidden states."""
-
-PER_TOKEN = {
-    "attention_mask": -2,
-    "image_tokens": -1,
-    "per_layer_input": -2,
-    "position_embeddings": -2,
-    "position_ids": -1,
-}
-"""Side inputs of a layer that go with its tokens, and in which dimension the tokens lie."""
-
-PER_KEY = ("alibi",)
-"""Side inputs that go with rows and keys. Shape: [B * heads, ...]."""
 
 
 def understood(run: LayerRun, rows: int, tokens: int) -> bool:
@@ -44,7 +32,9 @@ def understood(run: LayerRun, rows: int, tokens: int) -> bool:
 
 def masked(run: LayerRun, slot: Any) -> bool:
     """Whether the mask is there, or is not needed to tell which keys are written."""
-    return run.site.mask_in(run.args, run.kwargs) is not None or not isinstance(slot, StaticLayer)
+    if run.site.mask_in(run.args, run.kwargs) is not None:
+        return True
+    return run.site.causal is not None and not is_static(slot)
 
 
 @dataclass(frozen=True)

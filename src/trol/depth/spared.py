@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trol.depth.selection import STRETCH
-
-ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
-"""Names that families give to a layer's attention."""
+from trol.host.dispatch import without_subclasses
 
 Instead = Callable[..., Any]
 
@@ -36,15 +34,6 @@ class _Instead(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return self.instead.get(func, func)(*args, **(kwargs or {}))
-
-
-def query_weight(layer: nn.Module | None) -> Tensor | None:
-    """The weight of a layer's query projection, where it is a linear map of its own."""
-    found = (getattr(layer, name, None) for name in ATTENTIONS)
-    attention = next((module for module in found if module is not None), None)
-    projection = getattr(attention, "q_proj", None)
-    weight = getattr(getattr(projection, "base_layer", projection), "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
 def without_queries(unasked: Tensor) -> AbstractContextManager[Any]:
@@ -86,7 +75,7 @@ class ReachMask(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclasses():
                 return _in_stretches(*args, **(kwargs or {}))
         out = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(out, ReachMask) and isinstance(args[0], ReachMask):

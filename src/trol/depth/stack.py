@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from trol.depth.call import (
     CALL,
@@ -23,14 +21,15 @@ from trol.depth.call import (
 from trol.depth.compact import check_rows
 from trol.depth.context import INPUT, Context
 from trol.depth.cost import StackCost, stack_cost
-from trol.depth.families import LayerSite, layer_list, quirk_of
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import HOLES, PlanedCache, adopt, drop_planes
+from trol.depth.planes import HOLES, PlanedCache, adopt, check_cache, drop_planes
 from trol.depth.policy import AbstractPolicy
 from trol.depth.roles import Mask
-from trol.depth.specialise import Specialised
 from trol.depth.visits import traverse
 from trol.errors import HostError
+from trol.host.classes import Specialised
+from trol.host.layers import LayerSite, argument, layer_list, quirk_of
+from trol.host.names import CACHE, cache_among, returned_cache
 
 
 class LayerMixin(Specialised):
@@ -57,16 +56,18 @@ class LayerMixin(Specialised):
         call, layer = depth_call, self.depth_index
         if call is None:
             return self._shown(forward(state, *args, **kwargs))
+        cache = self.depth_site.cache_in(args, kwargs)
+        call.cache, call.entered = cache, True
         if layer == 0 and call.policy.reads_input:
             call.context.notes[INPUT] = state
         if layer in call.absent:
             if call.recorder is not None:
                 call.recorder.skipped(layer, state)
             return self._passed_by(state, args, kwargs)
-        if call.runs_once(layer, self.depth_site.cache_in(args, kwargs)):
+        if call.runs_once(layer, cache):
             call.applied[layer] = 1
             return self._shown(forward(state, *args, **kwargs))
-        run = LayerRun(forward, self.depth_site, args, kwargs)
+        run = LayerRun(cast(nn.Module, self), forward, self.depth_site, args, kwargs)
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
         return self._shown(run.wrap(out)) if run.applied else self._passed_by(out, args, kwargs)
@@ -149,9 +150,10 @@ class StackMixin(Specialised):
         """The call for this pass, or None where every token visits every layer once."""
         policy = ambience.policy or self.depth_policy
         scope = policy.scope_in(training=self.training)
-        cache = self._argument("past_key_values", args, kwargs)
+        cache = self._cache(args, kwargs)
         absent = self.depth_absent(policy)
-        if isinstance(cache, Cache) and not torch.compiler.is_compiling():
+        if cache is not None and not torch.compiler.is_compiling():
+            check_cache(cache)
             check_rows(cache, policy, everywhere=scope == "all")
         if cache is not None and (absent or (isinstance(cache, PlanedCache) and cache.absent)):
             adopt(cache, absent)
@@ -190,8 +192,8 @@ class StackMixin(Specialised):
     ) -> Context:
         start = step.start
         if start is None:
-            known = None if cache is None or not policy.reads_start else cache.get_seq_length()
-            start = 0 if known is None else int(known)
+            # Without a cache, nothing comes before these tokens.
+            start = 0 if cache is None or not policy.reads_start else int(cache.get_seq_length())
         notes = {} if step.notes is None else step.notes
         return Context(
             in_scope,
@@ -224,13 +226,19 @@ class StackMixin(Specialised):
     def _recorded(self, ambience: Ambience, step: Step, args: Any, kwargs: Any) -> Any:
         if ambience.recorder is None:
             return nullcontext()
-        cache = self._argument("past_key_values", args, kwargs)
+        cache = self._cache(args, kwargs)
         real = self._padding(step, args, kwargs)
         images = kwargs.get("image_tokens") is not None
         return ambience.recorder.one_pass(cache, real, images=images)
 
     def _close(self, call: Call, out: Any) -> Any:
-        cache = getattr(out, "past_key_values", None)
+        cache: Any = call.cache
+        if not call.entered or (cache is None and returned_cache(out) is not None):
+            what = "calls its layers past" if not call.entered else "hands them no cache through"
+            raise HostError(
+                f"{type(self).__name__} {what} trol, so this pass was not what the policy says; "
+                "run `trol info`, which checks what is assumed of this transformers."
+            )
         if cache is not None and call.absent:
             adopt(cache, call.absent)  # so that whoever asks for its length next is told the truth
         if call.recorder is not None:
@@ -241,9 +249,9 @@ class StackMixin(Specialised):
             out.attentions = tuple(attentions[i] for i in firsts)  # those of the first visits
         return out
 
+    def _cache(self, args: Any, kwargs: Any) -> Any:
+        found = cache_among(kwargs)
+        return self._argument(CACHE, args, kwargs) if found is None else found
+
     def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
-        if name in kwargs or not args:
-            return kwargs.get(name)
-        names = list(inspect.signature(self.trol_original.forward).parameters)[1:]
-        where = names.index(name) if name in names else len(args)
-        return args[where] if where < len(args) else None
+        return argument(self.trol_original.forward, name, args, kwargs)

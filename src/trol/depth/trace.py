@@ -27,7 +27,8 @@ class Trace:
     """
 
     def __init__(self, stack_cost: StackCost) -> None:
-        self._stack_cost = stack_cost
+        self.stack_cost = stack_cost
+        """What visits of the layers cost."""
         self._visits: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._real: list[Tensor] = []
@@ -78,6 +79,26 @@ class Trace:
             milliseconds=self._milliseconds,
         )
 
+    def add(
+        self,
+        *,
+        visits: Tensor,
+        weights: Tensor,
+        real: Tensor,
+        flops: int | None,
+        milliseconds: float,
+    ) -> None:
+        """Adds a forward pass: [L, B, T], [L, R + 1, B, T], [B, T], FLOPs and milliseconds."""
+        self._visits.append(visits)
+        self._weights.append(weights)
+        self._real.append(real)
+        self._flops.append(flops)
+        self._milliseconds += milliseconds
+
+    def holding(self, kv_bytes: int) -> None:
+        """Notes what the cache holds by now. Unit: bytes."""
+        self._kv_bytes = kv_bytes
+
     def _some(self, tensors: list[Tensor]) -> list[Tensor]:
         if not tensors:
             raise UsageError("this trace saw no forward pass; run the model inside the with block.")
@@ -111,8 +132,7 @@ class Recorder:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.trace._milliseconds += 1000 * (time.perf_counter() - began)
-        self._end(start, mask, images)
+        self._end(start, mask, images, 1000 * (time.perf_counter() - began))
 
     def visit(self, layer: int, need: Mask, state: Tensor, packing: Packing) -> None:
         """One visit was made by the tokens in `need`, as packed. Shape of state: [B, T, D]."""
@@ -151,24 +171,22 @@ class Recorder:
 
     def holding(self, cache: Any) -> None:
         """Notes how much the cache holds after a pass."""
-        self.trace._kv_bytes = 0 if cache is None else cache_bytes(cache)
+        self.trace.holding(0 if cache is None else cache_bytes(cache))
 
-    def _end(self, start: int, mask: Any, images: bool) -> None:
+    def _end(self, start: int, mask: Any, images: bool, milliseconds: float) -> None:
         assert self._shape is not None
         rows, tokens = self._shape
         nobody = torch.zeros(rows, tokens, dtype=torch.long)
-        self.trace._visits.append(torch.stack([sum(n, nobody) for n in self._needs]))
+        visits = torch.stack([sum(n, nobody) for n in self._needs])
         most = max(len(shares) for shares in self._shares)
         full = torch.zeros(self.layers, most, rows, tokens)
         for layer, shares in enumerate(self._shares):
             for number, share in enumerate(shares):
                 full[layer, number] = share
-        self.trace._weights.append(full)
         real = torch.ones(rows, tokens, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -tokens:].bool().cpu()
-        self.trace._real.append(real)
-        layers = self.trace._stack_cost.layer_flops(
+        layers = self.trace.stack_cost.layer_flops(
             self._computed,
             pairs=self._pairs,
             left=self._left,
@@ -176,7 +194,10 @@ class Recorder:
             past=start,
             images=images,
         )
-        self.trace._flops.append(None if layers is None else layers + self._beside)
+        flops = None if layers is None else layers + self._beside
+        self.trace.add(
+            visits=visits, weights=full, real=real, flops=flops, milliseconds=milliseconds
+        )
 
 
 def _length(cache: Any) -> int:

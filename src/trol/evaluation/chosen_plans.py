@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import Any
 
 from trol.depth import Plan, Scope, depth
-from trol.depth.families import find_decoder, layer_list
 from trol.errors import UsageError, unknown
 from trol.evaluation.hidden_states import influences
 from trol.evaluation.metrics import losses
 from trol.evaluation.tasks import Item
+from trol.host.layers import find_decoder, layer_list
 from trol.policies.planned import Planned
 from trol.policies.static_plans import kept_count, plan_of
 

@@ -133,11 +133,12 @@ def costs_of(host: Any, stack: Any, one: Followed, stays: Sequence[int], rounds:
     """Times a step of the model, of shallow and deep drafts, and verifying passes; one row."""
     own = stack.depth_policy_in_force()
     prompt = one.ids[:, : one.prompt]
+    start = Prompt(one.prompt, columns=one.prompt, ids=one.prompt)
 
     def timed(new: int, policy: Any) -> float:
         ids = torch.cat([prompt, one.ids[:, -1:].expand(-1, new)], 1)
         began = time.perf_counter()
-        with under(stack, policy), generating(host, Prompt(one.prompt)):
+        with under(stack, policy), generating(host, start):
             _behind(one, ids, new)[0, -1].argmax().item()  # waits for the device
         return time.perf_counter() - began
 

@@ -16,11 +16,11 @@ from torch.nn.functional import cosine_similarity
 
 from trol.data.chat import IGNORED
 from trol.depth import Scope, depth
-from trol.depth.families import find_decoder, layer_list
 from trol.depth.registry import PolicyLike
 from trol.errors import DataError
 from trol.evaluation.metrics import labelled
 from trol.evaluation.tasks import Item, batches, tokenizer_of
+from trol.host.layers import find_decoder, layer_list
 
 BATCH = 16
 """Answers read at once."""

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from trol.host.names import CACHE
+
 Measured = TypeVar("Measured")
 
 
@@ -89,7 +91,7 @@ def time_forward(model: Any, ids: torch.Tensor, cache: Any = None, *, head: bool
     """
     run, asked = (model, {"logits_to_keep": 1}) if head else (model.get_decoder(), {})
     began = now(ids.device)
-    run(ids, past_key_values=cache, use_cache=True, **asked)
+    run(ids, **{CACHE: cache}, use_cache=True, **asked)
     return 1000 * (now(ids.device) - began)
 
 

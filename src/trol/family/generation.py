@@ -10,6 +10,8 @@ from transformers import Cache, GenerationMixin
 from trol.errors import DataError
 from trol.family.placeholders import repeat_images
 from trol.family.rope import rows_are_known, rows_known, switch_length
+from trol.host.generation import prompt_columns
+from trol.host.names import generation_cache
 
 
 class TrolGenerationMixin(GenerationMixin):
@@ -25,10 +27,10 @@ class TrolGenerationMixin(GenerationMixin):
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         held = _held(input_ids, embeds)
         # A mask of nothing but ones may be taken away beforehand, and only its length kept.
-        known = getattr(generation_config, "_mask_length", held) if mask is None else mask.shape[-1]
+        known = prompt_columns(generation_config, held) if mask is None else mask.shape[-1]
         total = max(held, known)
         self._start_anew_where_rope_switches(
-            model_kwargs.get("past_key_values"), mask, held=held, total=total
+            generation_cache(model_kwargs), mask, held=held, total=total
         )
         tokens = input_ids if embeds is None else embeds
         lengths = tokens.new_full(tokens.shape[:1], total) if mask is None else mask.sum(-1)
@@ -41,15 +43,14 @@ class TrolGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers does; all tokens again where a row outgrows its short RoPE factors."""
-        held = _held(input_ids, inputs_embeds)
+        held, cache = _held(input_ids, inputs_embeds), generation_cache(kwargs)
         if not rows_are_known() and self._start_anew_where_rope_switches(
-            past_key_values, attention_mask, held=held, new=next_sequence_length or 0
+            cache, attention_mask, held=held, new=next_sequence_length or 0
         ):
             next_sequence_length, kwargs["is_first_iteration"] = None, True
             if inputs_embeds is not None:
@@ -58,7 +59,6 @@ class TrolGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **kwargs,

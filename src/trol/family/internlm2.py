@@ -6,15 +6,17 @@ partial LoRA, a low-rank update on image tokens only, and embedding rows beyond 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import Cache, LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.utils.output_capturing import CompileableContextVar
+
+from trol.host.context import CompileableContextVar
 
 _IMAGE_TOKENS = CompileableContextVar("trol_image_tokens")
 """Which tokens of the running layer are image tokens [B, T]; None where none is."""
@@ -81,18 +83,16 @@ class InternLM2DecoderLayer(LlamaDecoderLayer):
                 for name in names:
                     setattr(owner, name, PartialLora(getattr(owner, name), *settings))
 
+    # Its signature is Llama's, which says what this transformers calls the cache.
+    @functools.wraps(LlamaDecoderLayer.forward)
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        image_tokens: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, *args: Any, image_tokens: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Shape: [B, T, D], in and out."""
         # Set within the layer, so that it holds too when checkpointing runs the layer once more.
         token = _IMAGE_TOKENS.set(image_tokens)
         try:
-            return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             _IMAGE_TOKENS.reset(token)
 

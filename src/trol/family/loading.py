@@ -30,6 +30,7 @@ from trol.family.published.naming import check_source
 from trol.family.published.opening import open_published
 from trol.family.published.quantisation import check_blocks, quantised
 from trol.family.published.reading import open_published_processor
+from trol.host.classes import tied_names
 
 SHIPPED = ("trol-tiny",)
 """Models that lie inside the package."""
@@ -74,17 +75,28 @@ def shipped_folder(name: str) -> str:
     return str(files("trol") / "models" / name)
 
 
+def config_file(source: str) -> Path:
+    """Where the configuration of a folder or hub name lies here; fetched if it must be.
+
+    Raises:
+        HostError: the folder has none.
+        OSError: it cannot be fetched.
+    """
+    found = cached_file(source, CONFIG)
+    if found is None:
+        raise HostError(f"{Path(source) / CONFIG} is missing; give the folder that a model is in.")
+    return Path(found)
+
+
 def _open(source: str, bits: int | None, settings: dict[str, Any]) -> tuple[Any, Any]:
     """A model and its processor, whatever kind lies there."""
     model = open_published(TrolForConditionalGeneration, source, **settings)
     if model is not None:
         return model, open_published_processor(source, **settings)
-    found = cached_file(source, CONFIG)
-    if found is None:
-        raise HostError(f"{Path(source) / CONFIG} is missing; give the folder that a model is in.")
-    config = json.loads(Path(found).read_text(encoding="utf-8"))
-    check_opening(source, Path(found).parent, settings, mapped=not marks(config))
-    model = _open_marked(config, Path(found).parent, bits) if marks(config) else None
+    found = config_file(source)
+    config = json.loads(found.read_text(encoding="utf-8"))
+    check_opening(source, found.parent, settings, mapped=not marks(config))
+    model = _open_marked(config, found.parent, bits) if marks(config) else None
     if model is None:
         auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
         model = auto.from_pretrained(source, **settings)
@@ -114,7 +126,7 @@ def _open_marked(config: dict[str, Any], folder: Path, bits: int | None) -> Any:
     for path in sorted(folder.glob("*.safetensors")):
         weights |= load_file(path)
     missing, surplus = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys)
+    tied = tied_names(model)
     if surplus or set(missing) - tied:
         raise HostError(
             f"the weights in {folder} do not fit: missing {sorted(set(missing) - tied)}, "

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -25,6 +25,7 @@ from trol.family.projector import TrolProjector, pixel_shuffle
 from trol.family.published.opening import open_published
 from trol.family.published.quantisation import spare_parts
 from trol.family.rope import by_row, check_length
+from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
 from trol.policies import from_settings, to_settings
 
 Encoded = dict[str, BaseModelOutputWithPooling]
@@ -38,7 +39,7 @@ class TrolPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own declaration
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(KNOWN_CACHE_NAMES)  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -150,6 +151,7 @@ class TrolModel(TrolPreTrainedModel):
         check_count(mask, features.shape[0], self.config.tokens_per_image)
         return inputs_embeds.masked_scatter(mask[..., None], features), features
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -158,7 +160,6 @@ class TrolModel(TrolPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         *,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: Encoded | None = None,
         **kwargs: Any,
@@ -179,14 +180,13 @@ class TrolModel(TrolPreTrainedModel):
             inputs_embeds, features = self._with_images(inputs_embeds, mask, encoded)
             if getattr(self.language_model, "reads_image_tokens", False):
                 kwargs["image_tokens"] = mask
-        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+        elif (cache := cache_among(kwargs)) is None or cache.get_seq_length() == 0:
             # Later calls are not checked: guesses of assisted decoding may hold image tokens.
             check_count(mask, 0, self.config.tokens_per_image)
         check_length(self.config.text_config, inputs_embeds.shape[1])
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
             **kwargs,
@@ -248,6 +248,7 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         """As `TrolModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -256,7 +257,6 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         *,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -274,7 +274,6 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,

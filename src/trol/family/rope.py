@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils.output_capturing import CompileableContextVar
 
 from trol.errors import DataError
+from trol.host.context import CompileableContextVar
 
 _AT_LEAST = CompileableContextVar("trol_row_lengths")
 """What each row will be long when its prompt is read [B, 1]; None where its positions tell."""

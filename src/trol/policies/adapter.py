@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trol.depth import attach, attached, detach
-from trol.depth.families import find_decoder
 from trol.depth.host import gates_of
 from trol.depth.policy import AbstractPolicy
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import AdapterError, UsageError, unwritable
+from trol.host.layers import find_decoder
 from trol.policies.digests import host_digest
 
 CONFIG_NAME = "depth_config.json"

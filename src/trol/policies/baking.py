@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trol.depth import Plan, depth
-from trol.depth.families import find_decoder, layer_list
 from trol.errors import HostError, UsageError
+from trol.host.layers import find_decoder, layer_list
 from trol.policies.cutting import cut_config
 from trol.policies.planned import Planned
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from trol.host.layers import attention_of, with_attention
+
 INDEX_LISTS = (
     "attn_layer_indices",
     "cross_attention_layers",
@@ -32,8 +34,7 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     `trol.policies.export` finds where they then say something else.
     """
     text = config.get_text_config(decoder=True)
-    cut = type(text).from_dict(_cut(text, kept))
-    cut._attn_implementation = text._attn_implementation
+    cut = with_attention(type(text).from_dict(_cut(text, kept)), attention_of(text))
     return _replaced(config, text, cut)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.hub import cached_file
 
 from trol.errors import HostError, unknown
 from trol.family import TrolConfig, TrolForConditionalGeneration, TrolProcessor
 from trol.family.internlm2 import InternLM2Config
+from trol.family.loading import config_file
 from trol.family.presets import PUBLISHED
 from trol.family.published.files import CONFIG, Checkpoint, read_json
 from trol.family.published.layouts import TEXT, VISION, resize_position_table, sources
@@ -110,11 +110,9 @@ def _is_table(name: str) -> bool:
 def _decoder(config: TrolConfig, source: str, weights: Weights) -> TrolProcessor:
     """Puts the decoder's weights in place and its configuration into `config`."""
     try:
-        found = cached_file(source, CONFIG)
-        assert found is not None
-        stated = read_json(Path(found))
-        if stated.get("model_type") == RAW:
-            return _internlm2(config, Path(found), source, weights)
+        found = config_file(source)
+        if read_json(found).get("model_type") == RAW:
+            return _internlm2(config, found, source, weights)
         text = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -7,10 +7,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from trol.depth.families import find_decoder, layer_list
 from trol.errors import HostError, UsageError
+from trol.host.layers import LINEAR, find_decoder, layer_list
 from trol.training.quantised import is_quantised
 from trol.training.visit_updates import AGAIN, only_again
 
@@ -82,7 +81,7 @@ def _targets(model: Any) -> tuple[str, bool]:
     maps = {
         name.partition(".")[2]: module
         for name, module in (layers or nn.ModuleList()).named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not set(name.split(".")) & set(SPARED)
+        if isinstance(module, LINEAR) and not set(name.split(".")) & set(SPARED)
     }
     if not maps:
         raise HostError(
@@ -90,7 +89,7 @@ def _targets(model: Any) -> tuple[str, bool]:
             "be put on; train with lora=0."
         )
     names = "|".join(re.escape(name) for name in sorted(maps))
-    transposed = all(isinstance(module, Conv1D) for module in maps.values())
+    transposed = not any(isinstance(module, nn.Linear) for module in maps.values())
     return rf"{re.escape(prefix)}\.\d+\.(?:{names})", transposed
 
 

@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""a, b, c of the iteration X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al., 2024)."""
+
+ITERATIONS = 5
 
 
 class BatchedMuon(torch.optim.Optimizer):
@@ -61,7 +65,8 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(DEFAULT_NS_STEPS):
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = DEFAULT_A * x + (DEFAULT_B * gram + DEFAULT_C * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

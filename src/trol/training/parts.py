@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from trol.depth import attached
-from trol.depth.families import layer_list
 from trol.errors import HostError
+from trol.host.layers import layer_list
 
 MARKS: dict[str, tuple[str, ...]] = {
     "mixers": ("depth",),

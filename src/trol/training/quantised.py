@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from trol.errors import HostError
 from trol.family.published.quantisation import quantised
+from trol.host.quantised import four_bit_maps, keep_differentiable
 from trol.training.parts import NOT_DECODER, part_of
 
 
@@ -42,25 +40,6 @@ def check_quantised(model: nn.Module) -> None:
 
 
 def let_gradients_through(model: nn.Module) -> None:
-    """Makes 4-bit maps on a CPU differentiable, whatever runs before; call it before training.
-
-    bitsandbytes (0.50) repacks a 4-bit weight in the first evaluation on a CPU with AVX512-BF16,
-    and from then on multiplies by a kernel without a gradient: all below it would stop learning,
-    with no more than a warning. Packed weights are unpacked here, and none is packed later.
-    """
-    for module in _four_bit(model):
-        state = module.weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import (  # noqa: PLC0415 - an optional dependency
-                _convert_weight_packed_for_cpu_inverse as unpacked,
-            )
-
-            module.weight.data, module.weight.quant_state = unpacked(module.weight.data, state)
-            module.quant_state = module.weight.quant_state
-        module.support_avx512bf16_for_cpu = False
-
-
-def _four_bit(model: nn.Module) -> list[Any]:
-    library = sys.modules.get("bitsandbytes")  # not imported: then nothing is quantised by it
-    kind: Any = () if library is None else library.nn.Linear4bit
-    return [module for module in model.modules() if isinstance(module, kind)]
+    """Makes 4-bit maps on a CPU differentiable, whatever runs before; call it before training."""
+    for four_bit in four_bit_maps(model):
+        keep_differentiable(four_bit)

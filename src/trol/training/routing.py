@@ -20,9 +20,9 @@ from transformers import ProcessorMixin
 from trol.data.oracle_rows import OracleRow
 from trol.data.pair import Pair
 from trol.depth import Plan, attach, attached, depth, detach
-from trol.depth.families import find_decoder, layer_list
 from trol.depth.host import gates_of
 from trol.errors import TrainingError, UsageError
+from trol.host.layers import find_decoder, layer_list
 from trol.policies.router import Ballot, Router
 from trol.training.routing_table import DIALS, Table, report, table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerCallback
 
 from trol.errors import TrainingError, UsageError
+from trol.host.trainer import StepwiseTrainer, keep_newest
 from trol.training import processes
 from trol.training.watching import GateMeans, Speed
 from trol.training.whole import DRAFTS, whole_folder
@@ -31,7 +31,7 @@ BETWEEN_LOGS = "between_logs_{rank}.json"
 """What Trainer itself forgets: the losses since it last logged."""
 
 
-class StageTrainer(Trainer):
+class StageTrainer(StepwiseTrainer):
     """One stage of a recipe.
 
     Args:
@@ -62,8 +62,8 @@ class StageTrainer(Trainer):
         self.began = time.perf_counter()
         super().__init__(**settings)
         # Whether the reader is told how many tokens the whole batch has, to divide by.
-        self.model_accepts_loss_kwargs = self.by_tokens = by_tokens
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        self.divides_by_tokens = self.by_tokens = by_tokens
+        if self.shards_parameters:
             raise UsageError(
                 "trol train keeps all parameters on each device, and FSDP or ZeRO-3 was asked for, "
                 "which would save a shard as the model; use DDP or ZeRO-2 (docs/processes.md)."
@@ -71,7 +71,8 @@ class StageTrainer(Trainer):
         self.add_callback(_Guard(self))
 
     @property
-    def _reader(self) -> nn.Module:
+    def reader(self) -> nn.Module:
+        """The module that learns, and the loss with it."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -106,40 +107,36 @@ class StageTrainer(Trainer):
 
     # Checkpoints. Trainer writes what belongs into one; here it becomes whole.
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.args.output_dir if self.place is None else self.place / DRAFTS)
+    def checkpoint_folder(self) -> Path:
+        """Where it is drafted."""
+        return Path(self.args.output_dir or "") if self.place is None else self.place / DRAFTS
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def write_checkpoint(self, write: Callable[[], None]) -> None:
+        """Drafts it, and puts it in its place once it is whole."""
         assert self.place is not None
         step = self.state.global_step
         place = self.place / f"checkpoint-{step}"
         try:
             with whole_folder(place) as draft:
-                super()._save_checkpoint(model, trial)
+                write()
                 self._note_between_logs(draft)
         except (OSError, RuntimeError, SafetensorError) as error:
             what = f"the checkpoint at step {step} of stage {self.name}"
             raise not_written(what, self.place, error) from error
         if processes.is_first():
-            rotate_checkpoints(str(self.place), self.keep)
+            keep_newest(self.place, self.keep)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def write_weights(self, folder: Path) -> None:
         """Only what learns: the rest is in the state that the stage began with."""
-        if self.args.should_save:
-            assert output_dir is not None
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(state_of(self._reader, _learns), Path(output_dir) / WEIGHTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state_of(self.reader, _learns), folder / WEIGHTS)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        put_state(self._reader, _learns, Path(resume_from_checkpoint) / WEIGHTS)
+    def read_weights(self, folder: Path) -> None:
+        """Only what learns."""
+        put_state(self.reader, _learns, folder / WEIGHTS)
 
     def _note_between_logs(self, draft: Path) -> None:
-        noted = {
-            "loss": float(self._tr_loss),
-            "total": self._total_loss_scalar,
-            "logged": self._globalstep_last_logged,
-            "seconds": self.seconds,
-        }
+        noted = {**self.since_last_log, "seconds": self.seconds}
         path = draft / BETWEEN_LOGS.format(rank=self.args.process_index)
         path.write_text(json.dumps(noted), encoding="utf-8")
 
@@ -147,10 +144,8 @@ class StageTrainer(Trainer):
         """Puts back what the checkpoint says of the losses since the last log."""
         path = checkpoint / BETWEEN_LOGS.format(rank=self.args.process_index)
         noted = json.loads(path.read_text(encoding="utf-8"))
-        self._tr_loss += noted["loss"]
-        self._total_loss_scalar = noted["total"]
-        self._globalstep_last_logged = noted["logged"]
-        self.seconds_before = noted["seconds"]
+        self.seconds_before = noted.pop("seconds")
+        self.since_last_log = noted
 
 
 class _Guard(TrainerCallback):
@@ -172,7 +167,7 @@ class _Guard(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         if getattr(self.trainer.accelerator, "scaler", None) is not None:
             return  # it leaves such steps out, and looks for a better scale
-        gradients = [p.grad for p in self.trainer._reader.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trainer.reader.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise self.trainer.diverged(f"the gradient's norm is {norm.item()}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils.output_capturing import CompileableContextVar
 
 from trol.depth import attached
-from trol.depth.families import layer_list
-from trol.depth.specialise import Specialised, restore, specialise
 from trol.depth.stack import LayerMixin
+from trol.host.classes import Specialised, restore, second_maps, specialise
+from trol.host.context import CompileableContextVar
+from trol.host.layers import layer_list
 
 AGAIN = "again"
 """What PEFT calls the updates of second and later visits."""
@@ -59,6 +59,5 @@ def only_again(learner: nn.Module) -> None:
     for layer in layers:
         restore(layer)
         specialise(layer, LayerCall, LayerMixin, LayerVisit)
-    for name, module in learner.named_modules():
-        if name.endswith(f".lora_B.{AGAIN}"):
-            specialise(module, UpdateAgain)
+    for update in second_maps(learner, AGAIN):
+        specialise(update, UpdateAgain)

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from trol.errors import TrainingError, UsageError
+from trol.host.trainer import newest_checkpoint_in
 from trol.policies.digests import weights_digest
 from trol.training import processes
 from trol.training.fingerprints import differences
@@ -163,7 +163,7 @@ class WorkingFolder:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, if there is one."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found = newest_checkpoint_in(folder) if folder.is_dir() else None
     return None if found is None else Path(found)
 
 

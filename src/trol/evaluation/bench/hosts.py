@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trol.evaluation.bench.setting import DTYPES, Setting, Size
 from trol.family.memory import check_fits
@@ -27,7 +27,9 @@ def host(setting: Setting, *, layers: int | None = None, training: bool = False)
     check_fits(what, needed_bytes(setting, config, training=training), setting.device, CURE)
     torch.manual_seed(0)
     with torch.device(setting.device):
-        made = LlamaForCausalLM._from_config(config, dtype=DTYPES[setting.dtype])
+        made = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[setting.dtype], attn_implementation="sdpa"
+        )
     if setting.dtype == "nf4":
         made = LlamaForCausalLM.from_pretrained(
             None,
@@ -59,7 +61,7 @@ def twin(model: Any) -> Any:
 
 def _config(size: Size, layers: int) -> LlamaConfig:
     heads = size.heads or size.hidden // 64
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=size.hidden,
         intermediate_size=size.width,
         num_hidden_layers=layers,
@@ -70,5 +72,3 @@ def _config(size: Size, layers: int) -> LlamaConfig:
         bos_token_id=1,
         eos_token_id=2,
     )
-    config._attn_implementation = "sdpa"
-    return config

@@ -20,6 +20,7 @@ from trol.evaluation.bench.row import Row, figure_row, phase_of, row
 from trol.evaluation.bench.setting import DTYPES, Setting, Size
 from trol.evaluation.timing import Timing, generated, interleaved, time_generate
 from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
+from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 
@@ -149,7 +150,7 @@ def _memory(bare: Any, model: Any, setting: Setting) -> Row:
 def _bytes_after_prefill(model: Any, setting: Setting) -> int:
     caches: list[Any] = []
     stack = model.get_decoder()
-    hook = stack.register_forward_hook(lambda _m, _a, out: caches.append(out.past_key_values))
+    hook = stack.register_forward_hook(lambda _m, _a, out: caches.append(out[CACHE]))
     try:
         time_generate(model, {"input_ids": setting.ids(1, 64)}, 2)
     finally:

@@ -23,6 +23,7 @@ from trol.evaluation.bench.hosts import host, twin
 from trol.evaluation.bench.row import Row, figure_row, row
 from trol.evaluation.bench.setting import Setting
 from trol.evaluation.timing import interleaved, now, time_forward, time_generate
+from trol.host.names import CACHE
 from trol.policies.speculation import speculate as drafting
 
 DRAFTED = (2, 4, 6)
@@ -40,7 +41,7 @@ def speculate(setting: Setting, rounds: int) -> list[Row]:
     ids = setting.ids(1, PROMPT)
     said: dict[str, torch.Tensor] = {}
     past = DynamicCache(config=model.config)
-    model(ids, past_key_values=past)
+    model(ids, **{CACHE: past})
     draft = attach(twin(model), early)
 
     def plain() -> float:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attached
-from trol.depth.families import find_decoder, layer_list
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import UsageError, unknown
 from trol.evaluation.chosen_plans import chosen_plan
 from trol.evaluation.tasks import task_of
+from trol.host.layers import find_decoder, layer_list
 from trol.policies import adapter
 from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned

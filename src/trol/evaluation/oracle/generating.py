@@ -8,13 +8,13 @@ from typing import Any
 
 from trol.data.oracle_rows import OracleRow
 from trol.depth import attached, depth, is_attached
-from trol.depth.families import find_decoder, layer_list
 from trol.errors import UsageError
 from trol.evaluation import metrics
 from trol.evaluation.oracle.levels import TEMPERATURE, Batch, Given, Noise, OracleScope
 from trol.evaluation.oracle.menu import Level, Menu
 from trol.evaluation.oracle.store import Store
 from trol.evaluation.tasks import Item
+from trol.host.layers import find_decoder, layer_list
 from trol.policies.digests import text_digest, weights_digest
 from trol.policies.planned import Planned
 

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trol.depth import Plan, depth
 from trol.depth.planes import forked
 from trol.evaluation.tasks import Item, fitted, prompts, tokenizer_of
+from trol.host.cache import is_recurrent
+from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
 OracleScope = Literal["answer", "all"]
@@ -73,7 +74,7 @@ class Batch:
         if noise is not None:
             settings["logits_processor"] = [noise]
         if self._prefix is not None:
-            settings["past_key_values"] = forked(self._prefix, planes=True)
+            settings[CACHE] = forked(self._prefix, planes=True)
         with depth(self.model, Planned(plan, scope=self.scope)), torch.inference_mode():
             tokens = self.model.generate(**self.inputs, **settings, max_new_tokens=self.new_tokens)
         new = tokens[:, self.inputs["input_ids"].shape[1] :]
@@ -94,9 +95,9 @@ class Batch:
             out = self.model.generate(
                 **shorter, **self._settings(), max_new_tokens=1, return_dict_in_generate=True
             )
-        cache = out.past_key_values
+        cache = out[CACHE]
         # A recurrent state that began in one visit of a layer is not that of a second one.
-        recurrent = any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in cache.layers)
+        recurrent = any(is_recurrent(slot) for slot in cache.layers)
         return None if recurrent else cache
 
     def _settings(self) -> dict[str, Any]:

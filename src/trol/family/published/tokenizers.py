@@ -8,7 +8,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
+from transformers.tokenization_utils_base import generate_merges
 
 from trol.errors import DataError, HostError
 from trol.family.processing import IMAGE_TOKEN

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from trol.depth.planes import PlanedCache
+from trol.host.cache import record_past
+from trol.host.generation import decoded, decoding, padding_token, stops_at_tokens
+from trol.host.names import cache_among
 from trol.policies.speculation.passes import Passes, reads_planes, under
 from trol.policies.speculation.refusals import check_cache, check_config
 from trol.policies.speculation.room import Room
@@ -41,11 +44,11 @@ def decode(
         UsageError, HostError: drafts cannot be verified here; before anything has run.
     """
     check_config(generation_config, model_kwargs, logits_processor)
-    check_cache(model_kwargs.get("past_key_values"))
+    check_cache(cache_among(model_kwargs))
     passes = Passes(model, model_kwargs)
     asked = _Asked(logits_processor, stopping_criteria, generation_config, streamer)
     loop = _Loop(passes, stack, spoken, asked)
-    with model._optimize_model_for_decode():
+    with decoding(model):
         loop.run(input_ids)
     if streamer is not None:
         streamer.end()
@@ -55,8 +58,7 @@ def decode(
         "scores": tuple(loop.scores) if generation_config.output_scores else None,
         "logits": tuple(loop.logits) if generation_config.output_logits else None,
     }
-    ids: Any = loop.ids
-    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=loop.passes.cache, **asked_for)
+    return decoded(loop.ids, loop.passes.cache, **asked_for)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class _Loop:
         config, criteria = asked.config, asked.criteria
         self.verdict = sampled if config.do_sample else greedy
         # As transformers' own loop: without an end token, finished rows go on until all are.
-        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.pads = stops_at_tokens(criteria)
         self.records = config.return_dict_in_generate
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -177,7 +179,7 @@ class _Loop:
         certain = torch.arange(columns, device=tokens.device) < lead[:, None]
         if not all(self.active):
             done = ~torch.tensor(self.active, device=tokens.device)[:, None]
-            padding = self.config._pad_token_tensor.to(tokens.device)
+            padding = padding_token(self.config).to(tokens.device)
             tokens, certain = torch.where(done, padding, tokens), certain | done
         return Known(tokens, certain)
 
@@ -241,9 +243,5 @@ def _stacked(chances: list[Tensor | None], before: int) -> Tensor | None:
 
 def _recording(cache: Any, *, on: bool) -> None:
     """Has sliding windows keep what a crop may need again, or no longer."""
-    if on:
-        cache.activate_past_recording()
-        return
-    for slot in (*cache.layers, *getattr(cache, "planes", {}).values()):
-        if hasattr(slot, "record_past"):
-            slot.record_past = False
+    planes = cache.planes.values() if isinstance(cache, PlanedCache) else ()
+    record_past(cache, (*cache.layers, *planes), on=on)

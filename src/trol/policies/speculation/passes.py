@@ -13,6 +13,8 @@ from torch import Tensor
 from trol.depth import AbstractPolicy
 from trol.depth.call import ambience_of, in_force
 from trol.depth.planes import forked
+from trol.host.generation import SLICES_LOGITS, grown, next_pass, prefill, with_cache
+from trol.host.names import CACHE
 
 
 class Passes:
@@ -29,12 +31,11 @@ class Passes:
 
     @property
     def cache(self) -> Any:
-        return self.kwargs.get("past_key_values")
+        return self.kwargs.get(CACHE)
 
     def prompt(self, ids: Tensor, config: Any) -> Tensor:
         """The pass over the prompt. Gives the last token's logits. Shape: [B, 1, V]."""
-        first = not config.is_assistant
-        self.outputs = self.model._prefill(ids, config, self.kwargs, is_first_iteration=first)
+        self.outputs = prefill(self.model, ids, config, self.kwargs)
         return self._logits(1)
 
     def over(self, ids: Tensor, new: int, *, read: int | None = None) -> Tensor:
@@ -43,27 +44,22 @@ class Passes:
         Gives the logits of the last `read` (default: `new`) of them. Shape: [B, read, V].
         """
         read = new if read is None else read
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=new, **self.kwargs
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = read
+        inputs = next_pass(self.model, ids, new, self.kwargs)
+        if SLICES_LOGITS in inputs:
+            inputs[SLICES_LOGITS] = read
         self.outputs = self.model(**inputs, return_dict=True)
         return self._logits(read)
 
     def grow(self, tokens: int) -> None:
         """Tells masks and positions that there are `tokens` more ids."""
         if tokens:
-            self.kwargs = self.model._update_model_kwargs_for_generation(
-                self.outputs, dict(self.kwargs), num_new_tokens=tokens
-            )
+            self.kwargs = grown(self.model, self.outputs, self.kwargs, tokens)
 
     def fork(self, *, planes: bool) -> Passes:
         """The same passes on a cache of their own, which starts from what this one holds."""
         twin = Passes(self.model, dict(self.kwargs))
-        twin.kwargs["past_key_values"] = forked(self.cache, planes=planes)
-        twin.outputs = type(self.outputs)(**self.outputs)
-        twin.outputs.past_key_values = twin.cache
+        twin.kwargs[CACHE] = forked(self.cache, planes=planes)
+        twin.outputs = with_cache(self.outputs, twin.cache)
         return twin
 
     def _logits(self, read: int) -> Tensor:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import BaseQuantizedLayer, StaticLayer
-from transformers.generation.logits_process import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
-
 from trol.depth import AbstractPolicy
 from trol.errors import HostError, UsageError
+from trol.host.cache import can_take_back
+from trol.host.generation import STEPWISE
 
 MODES = ("greedy_search", "sample")
 
 NOT_GIVEN = ("output_attentions", "output_hidden_states")
 """Parts of a returned dictionary that drafting does not keep."""
-
-STEPWISE = (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
-"""Logits processors that keep a state, and must see every token exactly once."""
 
 ELSEWHERE = "call generate outside `with trol.speculate`"
 
@@ -88,10 +78,8 @@ def check_config(config: Any, kwargs: dict[str, Any], processors: Any) -> None:
 
 def check_cache(cache: Any) -> None:
     """Raises `HostError` where tokens cannot be cut off this cache again."""
-    bad = (StaticLayer, BaseQuantizedLayer)
     layers = getattr(cache, "layers", None)
-    cuttable = layers is not None and cache.is_croppable and not cache.offloading
-    if not cuttable or any(isinstance(layer, bad) for layer in layers or ()):
+    if layers is None or cache.offloading or not all(can_take_back(layer) for layer in layers):
         raise HostError(
             f"drafted tokens cannot be cut off this {type(cache).__name__} (static, quantised and "
             "offloaded caches stay as they are); use the dynamic cache, which is the default."

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from trol.depth import AbstractPolicy, PolicyLike
-from trol.depth.families import find_decoder
 from trol.depth.host import decoding
 from trol.depth.policy import check_share
 from trol.depth.registry import resolve
 from trol.errors import UsageError
+from trol.host.layers import find_decoder
 from trol.policies.speculation.loop import decode
 from trol.policies.speculation.refusals import check_arguments, check_draft, check_stack
 

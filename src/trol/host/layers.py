@@ -1,20 +1,52 @@
-"""What trol must know of a family of models: where its layers are, and the few that differ.
+"""Where families keep what trol must find: layers, attention, side inputs; and the few that differ.
 
-A family needs no row here unless it has a quirk.
+A family needs no row here unless it differs: `trol.attach` probes whether it does.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from trol.errors import HostError
+from trol.host.names import KNOWN_CACHE_NAMES, cache_key
 
 LAYER_LISTS = ("layers", "h", "blocks")
-CACHE_NAMES = ("past_key_values", "layer_past", "cache_params", "past_key_value")
+"""What stacks call their list of decoder layers."""
+
+ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
+"""What layers call their attention."""
+
+MADE_BEFORE_KEYS = frozenset(
+    ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
+)
+"""What attentions call the linear maps that run before keys and values are stored."""
+
+LINEAR = (nn.Linear, Conv1D)
+"""Classes of linear maps; `Conv1D` holds its weight transposed."""
+
+GATHERED = ("eager", "sdpa")
+"""Attentions that take a mask with one row for each query."""
+
+PER_TOKEN = {
+    "attention_mask": -2,
+    "image_tokens": -1,
+    "per_layer_input": -2,
+    "position_embeddings": -2,
+    "position_ids": -1,
+}
+"""Side inputs of a layer that go with its tokens, and in which dimension the tokens lie."""
+
+PER_KEY = ("alibi",)
+"""Side inputs that go with rows and keys. Shape: [B * heads, ...]."""
+
+NOT_STATES = {*KNOWN_CACHE_NAMES, *PER_TOKEN, *PER_KEY, "use_cache"}
+"""What the first argument of a layer is never called."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +72,13 @@ QUIRKS: dict[str, Quirk] = {
         dense="its attention builds its own causal mask, from lengths",
     ),
     "llama4_text": Quirk(dense="its layers count positions themselves, from 8,192 on"),
+    "longcat_flash": Quirk(refused="its layers have two attentions, and two places in the cache"),
     "mamba": Quirk(refused=_PURE_RECURRENT),
     "mamba2": Quirk(refused=_PURE_RECURRENT),
     "falcon_mamba": Quirk(refused=_PURE_RECURRENT),
+    "recurrent_gemma": Quirk(
+        refused="its layers keep their recurrent state in themselves, not in the cache"
+    ),
     "minimax": Quirk(refused="its lightning attention keeps a cache of its own kind"),
     "mpt": Quirk(no_holes="its mask marks what is hidden, not what is seen"),
     "bloom": Quirk(no_holes="its alibi slopes are added where the mask would be"),
@@ -58,14 +94,16 @@ class LayerSite:
     cache_position: int
     """Counted after the hidden states."""
     mask_position: int | None
+    """None where the mask can be given by keyword alone."""
     names: tuple[str, ...] = ()
     """The layer's parameters after the hidden states, as far as they have a position."""
-    causal: bool = True
-    """Whether its attention, given no mask, lets a token see earlier ones alone."""
+    causal: bool | None = None
+    """Whether its attention, given no mask, lets a token see earlier ones alone; None: not known.
+    """
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
-        return _taken(args, kwargs, self.cache_name, self.cache_position)
+        return _taken(args, kwargs, cache_key(kwargs) or self.cache_name, self.cache_position)
 
     def mask_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The attention mask among a layer's arguments, or None."""
@@ -75,7 +113,8 @@ class LayerSite:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with another cache."""
-        return _replaced(args, kwargs, self.cache_name, self.cache_position, cache)
+        name = cache_key(kwargs) or self.cache_name
+        return _replaced(args, kwargs, name, self.cache_position, cache)
 
     def with_mask(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any
@@ -102,18 +141,65 @@ def layer_site(layer: nn.Module) -> LayerSite:
     """Reads off the signature of a layer where its cache and mask go.
 
     Raises:
-        HostError: the layer takes no cache under a known name.
+        HostError: the layer takes no hidden states, no cache or no mask under a known name.
     """
-    names = list(inspect.signature(type(layer).forward).parameters)[2:]  # self, hidden states
-    found = [name for name in CACHE_NAMES if name in names]
-    if not found:
+    kind = type(layer).__name__
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[1:]
+    names = [one.name for one in parameters]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if not names or names[0] in NOT_STATES or parameters[0].kind in variadic:
         raise HostError(
-            f"{type(layer).__name__} takes no cache ({', '.join(CACHE_NAMES)}) but {names}; trol "
+            f"{kind} does not take the hidden states first, but {names}; trol attaches to "
+            "transformers decoder layers."
+        )
+    names = names[1:]
+    cache = next((name for name in KNOWN_CACHE_NAMES if name in names), None)
+    if cache is None:
+        raise HostError(
+            f"{kind} takes no cache ({', '.join(KNOWN_CACHE_NAMES)}) but {names}; trol "
             "attaches to transformers decoder layers."
         )
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    if "attention_mask" not in names and not open_ended:
+        raise HostError(
+            f"{kind} takes no attention_mask but {names}, so trol cannot tell what its tokens "
+            "see; it attaches to transformers decoder layers."
+        )
     mask = names.index("attention_mask") if "attention_mask" in names else None
-    causal = next((m.is_causal for m in layer.modules() if hasattr(m, "is_causal")), True)
-    return LayerSite(found[0], names.index(found[0]), mask, tuple(names), bool(causal))
+    known = [module.is_causal for module in layer.modules() if hasattr(module, "is_causal")]
+    causal = bool(known[0]) if known else None
+    return LayerSite(cache, names.index(cache), mask, tuple(names), causal)
+
+
+def argument(
+    forward: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What a call of the method `forward` hands over as `name`, by keyword or place, or None."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = list(inspect.signature(forward).parameters)[1:]
+    where = names.index(name) if name in names else len(args)
+    return args[where] if where < len(args) else None
+
+
+def attention_of(config: Any) -> str | None:
+    """Which attention a model of this configuration runs: eager, sdpa, flash_attention_2, ..."""
+    return config._attn_implementation
+
+
+def with_attention(config: Any, attention: str | None) -> Any:
+    """The configuration, which now runs this attention."""
+    config._attn_implementation = attention
+    return config
+
+
+def query_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of a layer's query projection, where it is a linear map of its own."""
+    named = dict(layer.named_children())
+    attention = next((named[name] for name in ATTENTIONS if name in named), None)
+    projection = getattr(attention, "q_proj", None)
+    weight = getattr(getattr(projection, "base_layer", projection), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

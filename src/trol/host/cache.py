@@ -1,0 +1,252 @@
+"""Layers of a transformers cache: what they hold, what they can do, and a private copy of one.
+
+A cache layer keeps keys and values (`CacheLayerMixin`), a recurrent state
+(`LinearAttentionCacheLayerMixin`), or both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
+
+from trol.errors import HostError
+
+AttentionLayer = CacheLayerMixin
+"""The class of cache layers that keep keys and values."""
+
+
+class CacheLayer(Protocol):
+    """One layer's place in a cache: all that trol calls on it."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stores new keys and values [B, H, T, d]; gives those to attend to [B, H, S, d]."""
+
+    def get_seq_length(self) -> int:
+        """How many tokens it has seen."""
+        ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys so many new tokens will see, and how many before them they will not."""
+        ...
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest -`tokens_to_remove` tokens back."""
+
+    def reset(self) -> None:
+        """Forgets all."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts rows in another order."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+
+
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Classes of cache layers whose keys and values, while they are empty, are the step's own."""
+
+TENSORS = {
+    "keys": "all that keep keys and values, in full",
+    "values": "the same",
+    "conv_states": "recurrent layers: a dictionary",
+    "recurrent_states": "the same",
+    "indexer_keys": "layers whose queries choose their keys",
+    "_quantized_keys": "layers that quantise: a structure of the backend's own",
+    "_quantized_values": "the same",
+}
+"""Attributes that hold what a cache layer keeps of its tokens, and where they are met."""
+
+MOVING_METHODS = (
+    "update",
+    "reorder_cache",
+    "crop",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "activate_past_recording",
+    "reset",
+)
+"""The methods of a `Cache` that change rows or positions; planes above 1 follow each of them."""
+
+PLAIN_METHODS = (
+    "early_initialization",
+    "get_conv_state",
+    "get_mask_sizes",
+    "get_max_cache_shape",
+    "get_max_length",
+    "get_query_offset",
+    "get_recurrent_state",
+    "get_seq_length",
+    "has_previous_state",
+    "is_recording_past",
+    "offload",
+    "prefetch",
+    "update_conv_state",
+    "update_indexer",
+    "update_recurrent_state",
+)
+"""Its other methods, which leave planes above 1 as they are."""
+
+
+def check_cache(cache: Any) -> None:
+    """Raises `HostError` unless this is a transformers cache with one list of layers."""
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise HostError(
+            f"got a {type(cache).__name__} as the cache; pass a transformers Cache "
+            "(DynamicCache, StaticCache, ...)."
+        )
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty cache with the layers that this configuration calls for."""
+    return DynamicCache(config=config)
+
+
+def grow(cache: Any, layer: int) -> None:
+    """Makes sure that a cache has its layer `layer`: some make layers when they are first used."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(cache.layer_class_to_replicate())
+
+
+def has_keys(layer: object) -> bool:
+    """Whether a cache layer keeps keys and values."""
+    return isinstance(layer, CacheLayerMixin)
+
+
+def is_recurrent(layer: object) -> bool:
+    """Whether a cache layer keeps a recurrent state."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def has_recurrent_layers(config: Any) -> bool:
+    """Whether some layer of a model of this configuration keeps a recurrent state."""
+    return any(is_recurrent(layer) for layer in new_cache(config).layers)
+
+
+def is_sliding(layer: object) -> bool:
+    """Whether a cache layer keeps a window of its newest tokens."""
+    return has_keys(layer) and bool(cast(Any, layer).is_sliding)
+
+
+def is_static(layer: object) -> bool:
+    """Whether a cache layer writes into tensors that stay where they are."""
+    return isinstance(layer, StaticLayer) or bool(getattr(layer, "is_static", False))
+
+
+def capacity(layer: object) -> int | None:
+    """How many tokens a cache layer has place for from the start, where it holds all of them."""
+    if not isinstance(layer, StaticLayer) or is_sliding(layer):
+        return None
+    return layer.max_cache_len
+
+
+def is_growing_and_empty(layer: Any) -> bool:
+    """Whether a cache layer holds nothing yet, and will show the step's own keys as they are."""
+    return type(layer) in GROWING and not int(layer.get_seq_length())
+
+
+def can_take_back(layer: object) -> bool:
+    """Whether the newest tokens can be cut off this cache layer again, exactly and at any time."""
+    kept_whole = has_keys(layer) and not is_recurrent(layer)
+    return kept_whole and not is_static(layer) and not is_quantised(layer)
+
+
+def is_quantised(layer: object) -> bool:
+    """Whether a cache layer keeps its older keys and values in few bits."""
+    return any(name.endswith("_quantize") for name in dir(type(layer)))
+
+
+def record_past(cache: Any, layers: Iterable[object], *, on: bool) -> None:
+    """Has sliding windows keep what a crop may need again, or no longer."""
+    if on:
+        cache.activate_past_recording()
+        return
+    for layer in layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.record_past = False
+
+
+def prefetch(cache: Any, layer: Any) -> None:
+    """Gets a cache layer from where an offloading cache keeps it between calls."""
+    if cache.offloading:  # transformers fetches the host's own next layer, and no other
+        layer.prefetch()
+
+
+def offload(cache: Any, layer: Any) -> None:
+    """Puts it back there."""
+    if cache.offloading and has_keys(layer):
+        stays = cache.only_non_sliding and is_sliding(layer)
+        if not stays:
+            layer.offload()
+
+
+def with_layers(cache: Any, layers: list[Any]) -> Any:
+    """The same cache with other layers; what it keeps beside them is shared."""
+    view = copy.copy(cache)
+    view.layers = layers
+    return view
+
+
+def at_rest(tensor: Tensor) -> Tensor:
+    """Tells compilers that this tensor will be written where it is, as transformers does."""
+    if not torch.compiler.is_compiling():  # which can mark nothing
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def copy_on_write(layer: Any) -> Any:
+    """A private copy of a cache layer: what either stores later, the other does not see.
+
+    Static layers write in place, so their tensors are cloned; so are the tensors in dictionaries
+    (recurrent states). All others replace their tensors when they store, and share their past: the
+    assumption "a dynamic cache layer replaces its tensors".
+    """
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, {key: _cloned(one) for key, one in value.items()})
+        elif is_static(layer):
+            setattr(twin, name, _cloned(value))
+    return twin
+
+
+def _cloned(value: Any) -> Any:
+    return at_rest(value.clone()) if isinstance(value, Tensor) else value
+
+
+def held_bytes(layers: Iterable[Any]) -> int:
+    """What cache layers hold of their tokens; what two of them share counts once. Unit: bytes."""
+    values = (vars(layer).get(name) for layer in layers for name in TENSORS)
+    tensors = {id(tensor): tensor for value in values for tensor in _tensors(value)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The plain tensors inside a structure; a quantised tensor is what it is made of."""
+    if is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        for name in names:
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _tensors(inner)

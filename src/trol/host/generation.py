@@ -1,0 +1,104 @@
+"""What trol uses of transformers' `generate`, under names of our own."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.continuous_batching import ContinuousMixin
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils.generic import TransformersKwargs
+
+from trol.host.names import CACHE, cache_among
+
+SHOWN = tuple(name for name in TransformersKwargs.__annotations__ if name.startswith("output_"))
+"""What a caller may ask a forward pass to show of all tokens of each layer."""
+
+CONTINUOUS = tuple(
+    name
+    for name, method in vars(ContinuousMixin).items()
+    if inspect.isroutine(method) and not name.startswith("_")
+)
+"""The methods of continuous batching, which writes keys and values past a model's own cache."""
+
+CLOSING = ("destroy_cached_continuous_batching_manager",)
+"""Those of them that only tidy up."""
+
+STEPWISE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+"""Logits processors that keep a state, and must see every token exactly once."""
+
+SLICES_LOGITS = "logits_to_keep"
+"""The argument K of a host's forward: logits of the last K positions alone; 0 for all."""
+
+
+def shows_all(config: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a forward pass with these arguments shows something of all tokens of a layer."""
+    # A setting that a configuration lacks is one that its family does not know.
+    return any(arguments.get(name, getattr(config, name, False)) for name in SHOWN)
+
+
+def reads_last_only(config: Any, arguments: dict[str, Any]) -> bool:
+    """Whether of a forward pass with these arguments only the last position is read."""
+    if shows_all(config, arguments):
+        return False
+    kept = arguments.get(SLICES_LOGITS, 0)
+    return isinstance(kept, int) and kept == 1
+
+
+def returns_cache(model: Any, config: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the cache of this `generate` call lives on after it: given, or returned."""
+    config = config or arguments.get("generation_config") or model.generation_config
+    returned = arguments.get("return_dict_in_generate", config.return_dict_in_generate)
+    return cache_among(arguments) is not None or bool(returned)
+
+
+def prefill(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Any:
+    """The pass over a prompt [B, T], in chunks where the configuration says so."""
+    return model._prefill(ids, config, kwargs, is_first_iteration=not config.is_assistant)
+
+
+def next_pass(model: Any, ids: Tensor, new: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the forward pass over the last `new` of the ids [B, n]."""
+    return model.prepare_inputs_for_generation(ids, next_sequence_length=new, **kwargs)
+
+
+def grown(model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """`generate`'s keyword arguments, with masks and positions longer by `tokens`."""
+    return model._update_model_kwargs_for_generation(outputs, dict(kwargs), num_new_tokens=tokens)
+
+
+def decoding(model: Any) -> AbstractContextManager[None]:
+    """Inside, a model decodes: what transformers changes in it for that is changed."""
+    return model._optimize_model_for_decode()
+
+
+def padding_token(config: Any) -> Tensor:
+    """The id that fills the rows up that are finished."""
+    return config._pad_token_tensor
+
+
+def prompt_columns(config: Any, default: int) -> int:
+    """Columns of a prompt whose mask of nothing but ones was left out; `default` if not known."""
+    return vars(config).get("_mask_length", default)
+
+
+def stops_at_tokens(criteria: Any) -> bool:
+    """Whether rows end at an end token, and are padded from then on."""
+    return any(isinstance(criterion, EosTokenCriteria) for criterion in criteria)
+
+
+def with_cache(outputs: Any, cache: Any) -> Any:
+    """The same outputs of a forward pass with another cache."""
+    return type(outputs)(**{**outputs, CACHE: cache})
+
+
+def decoded(ids: Tensor, cache: Any, **shown: Any) -> GenerateDecoderOnlyOutput:
+    """What `generate` returns as a dictionary: ids [B, n], the cache, and what was asked for."""
+    return GenerateDecoderOnlyOutput(sequences=ids, **{CACHE: cache}, **shown)  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""bitsandbytes' maps of 4 bits, as far as training on a CPU must know them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from trol.errors import HostError
+
+PACKED_FLAG, PACKS_FLAG = "packing_format_for_cpu", "support_avx512bf16_for_cpu"
+"""Of a map's quantisation state: it is packed for a CPU. Of a map: it will be."""
+
+LOGGER = "bitsandbytes.backends.cpu.ops"
+"""Where bitsandbytes asks for a package that it does not need."""
+
+
+def four_bit_maps(model: nn.Module) -> list[Any]:
+    """The linear maps of a model that bitsandbytes keeps in 4 bits."""
+    library = sys.modules.get("bitsandbytes")  # not imported: then nothing is quantised by it
+    kind: Any = () if library is None else library.nn.Linear4bit
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def keep_differentiable(four_bit: Any) -> None:
+    """Makes a 4-bit map on a CPU differentiable, whatever ran before, and keeps it so.
+
+    bitsandbytes (0.50) repacks a 4-bit weight in the first evaluation on a CPU with AVX512-BF16,
+    and from then on multiplies by a kernel without a gradient: all below it would stop learning,
+    with no more than a warning. Packed weights are unpacked here, and none is packed later.
+
+    Raises:
+        HostError: bitsandbytes says by other names whether a weight is packed.
+    """
+    state = four_bit.weight.quant_state
+    if not hasattr(four_bit, PACKS_FLAG):
+        raise HostError(
+            "this bitsandbytes does not say whether it packs 4-bit weights for a CPU "
+            f"({PACKS_FLAG}), through which no gradient would pass; train with bits=0."
+        )
+    if getattr(state, PACKED_FLAG, False):  # only states that were packed have it
+        from bitsandbytes.functional import (  # noqa: PLC0415 - an optional dependency
+            _convert_weight_packed_for_cpu_inverse as unpacked,
+        )
+
+        four_bit.weight.data, four_bit.weight.quant_state = unpacked(four_bit.weight.data, state)
+        four_bit.quant_state = four_bit.weight.quant_state
+    setattr(four_bit, PACKS_FLAG, False)
