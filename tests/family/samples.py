@@ -34,9 +34,3 @@ def rows() -> list[list[dict]]:
         question("count them"),
         question("is the red digit above the blue digit", picture(1), picture(2)),
     ]
-
-
-def enable_checkpointing(model):
-    """By its name since transformers 5.2x, where the old one warns."""
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)()

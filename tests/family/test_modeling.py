@@ -13,10 +13,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from family.samples import enable_checkpointing, enlarged, picture, question, rows
+from family.samples import enlarged, picture, question, rows
 from trol.depth import attach, detach
 from trol.errors import DataError
 from trol.family import TrolConfig, TrolForConditionalGeneration, TrolModel, tiny
+from trol.host.trainer import checkpoint_activations
 from trol.policies import from_settings
 
 CLOSE = {"atol": 5e-5, "rtol": 0}
@@ -237,7 +238,7 @@ def test_gradient_checkpointing_changes_nothing_and_all_parts_learn(encode, proc
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
-            enable_checkpointing(model)
+            checkpoint_activations(model)
         model.zero_grad()
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

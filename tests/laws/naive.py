@@ -233,7 +233,7 @@ class NaiveLayer:
 def _of_token(name: str, value: Any, token: int, columns: list[int]) -> Any:
     """One token's share of a layer's argument."""
     if name == "position_embeddings":
-        return tuple(part[:, token : token + 1] for part in value)
+        return tuple(part[..., token : token + 1, :] for part in value)
     if name == "position_ids" and value is not None:
         return value[..., token : token + 1]
     if name == "attention_mask" and value is not None:

@@ -132,6 +132,7 @@ def test_accelerate_hooks(host: Host, name: str) -> None:
         assert_same(greedy(model, inputs), bare, 0)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # before 5.23
 @pytest.mark.parametrize("host", some_hosts("llama", "gpt2", "llava"))
 def test_cpu_offload(host: Host) -> None:
     """accelerate's own placement of every module, gates included."""

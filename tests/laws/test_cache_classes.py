@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 from hosts import HOSTS
 from hosts.host import Inputs
+from hosts.releases import FP8
 from trol.depth.call import Executor
 from trol.depth.host import executor
 from trol.depth.planes import PlanedCache
@@ -116,6 +117,7 @@ def test_a_cache_that_quantises_without_loss_is_uncached(who: Executor, name: st
     assert gap(pieces, whole) <= host.default_exact
 
 
+@pytest.mark.skipif(not FP8, reason="this transformers quantises by another library alone")
 @pytest.mark.parametrize("name", ["trol", "trol_all", "skip_answer"])
 def test_a_quantised_cache_errs_as_the_bare_host_does(name: str) -> None:
     """fp8: each visit adds its own error, so two visits of each layer may err twice as much."""

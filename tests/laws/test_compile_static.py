@@ -8,6 +8,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import Inputs
+from hosts.releases import GRAPHS
 from trol.depth import AbstractPolicy, planes, prepare_cache
 from trol.depth.planes import PlanedCache
 from trol.errors import HostError, UsageError
@@ -106,7 +107,7 @@ SLOW = ("plain", "tau", "skip", "exit", "router")
 )
 def test_generate_compiles_its_decoding(name: str) -> None:
     """One graph for all steps."""
-    assert_decodes_compiled(HOSTS["llama"], KINDS[name], layers=2, bare=1)
+    assert_decodes_compiled(HOSTS["llama"], KINDS[name], layers=2, bare=GRAPHS)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from trol.depth import AbstractPolicy, attached, detach, trace
 from trol.depth.host import gates_of
 from trol.errors import HostError
 from trol.host.names import CACHE
+from trol.host.trainer import checkpoint_activations
 from trol.policies.controller import Controller
 from trol.policies.planned import Planned
 from trol.policies.router import Router
@@ -176,9 +177,7 @@ def test_checkpointed_controllers_and_routers(host: Host, name: str) -> None:
 
 
 def _checkpoint(model: PreTrainedModel, *, reentrant: bool) -> None:
-    old = "gradient_checkpointing_enable"  # its name before transformers 5.23
-    new = "activation_checkpointing_enable"
-    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
 
 

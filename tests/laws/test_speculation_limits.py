@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 from hosts import HOSTS, Host
 from hosts.host import PAD
+from hosts.releases import SWITCHES_ROPE
 from trol import depth, speculate
 from trol.depth import Plan, detach, is_attached, trace
 from trol.errors import HostError, UsageError
@@ -42,7 +43,7 @@ def test_the_trol_family() -> None:
         assert spoken.rounds
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("kind", ["longrope"] * SWITCHES_ROPE + ["dynamic"])
 def test_rope_that_changes_with_the_length(kind: str) -> None:
     """Rounds keep clear of the length at which plain steps would rotate otherwise."""
     host = HOSTS["phi3" if kind == "longrope" else "llama"]

@@ -14,6 +14,7 @@ from hosts.host import Inputs
 from trol import depth
 from trol.depth import attach, attached, detach, trace
 from trol.depth.host import gates_of
+from trol.host.trainer import checkpoint_activations
 from trol.policies.adapter import load, save
 from trol.policies.mixer import TrolMixer
 
@@ -98,10 +99,7 @@ def test_gradient_checkpointing_changes_nothing(host: Host, name: str) -> None:
     for reentrant in (None, False, True):
         model = attach_settled(host.build(), policy).train()
         if reentrant is not None:
-            old = "gradient_checkpointing_enable"  # its name before transformers 5.23
-            new = "activation_checkpointing_enable"
-            enable = getattr(model, new if hasattr(model, new) else old)
-            enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
         loss = _loss(model, host.inputs(batch=2))
         loss.backward()

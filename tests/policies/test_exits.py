@@ -10,6 +10,7 @@ from hosts import HOSTS
 from trol.depth import attach, trace
 from trol.depth.registry import from_settings, resolve, to_settings
 from trol.errors import UsageError
+from trol.host.trainer import checkpoint_activations
 from trol.policies.confidence import entropy, margin, patience, saturation
 from trol.policies.exits import EarlyExit
 from trol.policies.layer_dropout import LayerDropout
@@ -122,9 +123,7 @@ def test_a_layer_that_runs_again_draws_the_same(settings: dict) -> None:
     for checkpointing in (None, {"use_reentrant": False} | settings):
         model = attach(host.build(), LayerDropout(0.7)).train()
         if checkpointing is not None:
-            old = "gradient_checkpointing_enable"  # its name before transformers 5.23
-            new = "activation_checkpointing_enable"
-            getattr(model, new if hasattr(model, new) else old)(checkpointing)
+            checkpoint_activations(model, **checkpointing)
             model.enable_input_require_grads()
         torch.manual_seed(5)
         model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()

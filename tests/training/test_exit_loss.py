@@ -16,6 +16,7 @@ from trol.depth import attach, attached, depth
 from trol.depth.host import gates_of
 from trol.depth.readout import Readout
 from trol.errors import UsageError
+from trol.host.trainer import checkpoint_activations
 from trol.policies.exits import EarlyExit
 from trol.policies.layer_dropout import LayerDropout
 from trol.training import resolve, run
@@ -139,9 +140,7 @@ def test_checkpointed_activations_change_nothing() -> None:
     for checkpointed in (False, True):
         model = attach(HOST.build(layers=5), LayerDropout(0.5)).train()
         if checkpointed:
-            old = "gradient_checkpointing_enable"  # its name before transformers 5.23
-            new = "activation_checkpointing_enable"
-            getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+            checkpoint_activations(model)
         torch.manual_seed(3)
         loss = ExitLoss(0.3)(model, **inputs)
         loss.backward()

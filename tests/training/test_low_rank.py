@@ -7,6 +7,7 @@ from torch import nn
 import trol
 from hosts import HOSTS
 from trol.errors import HostError, UsageError
+from trol.host.trainer import checkpoint_activations
 from trol.training.learning import finished, learner_of
 from trol.training.low_rank import low_rank, merged
 from trol.training.parts import part_of
@@ -133,7 +134,7 @@ def test_both_updates_learn_with_and_without_checkpointing(checkpointing: bool) 
     for on in (False, checkpointing):
         learner.zero_grad()
         if on:
-            learner.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(learner.get_base_model())
         loss_of(learner, host.inputs(2)).backward()
         found.append({n: p.grad for n, p in learner.named_parameters() if "lora_" in n})
     assert all(g is not None and g.abs().max() > 0 for g in found[0].values())

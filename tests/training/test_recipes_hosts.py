@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
+from hosts.releases import IMAGES_WITHOUT_TORCHVISION
 from training import standins
 from trol.depth import attached
 from trol.errors import DataError, HostError, UsageError
@@ -68,6 +69,7 @@ def test_the_recipe_trains_both_steps_and_what_is_saved_opens(
     assert processor is not None
 
 
+@pytest.mark.skipif(not IMAGES_WITHOUT_TORCHVISION, reason="its image processor needs torchvision")
 @pytest.mark.parametrize("bits", [0, 4])
 def test_a_host_of_smolvlms_class_is_trained(folder: Path, tmp_path: Path, bits: int) -> None:
     run(recipe(folder, "any-vlm", f"host={folder / 'idefics3'}", f"bits={bits}"), tmp_path / "out")

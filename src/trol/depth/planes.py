@@ -24,6 +24,7 @@ from trol.host.cache import (
     grow,
     has_keys,
     held_bytes,
+    is_growing_and_empty,
     is_recurrent,
     is_sliding,
     is_static,
@@ -73,7 +74,8 @@ class PlanedCache:
         # Not super().crop: an empty sliding layer, one that never ran, cannot crop itself.
         present = [slot for i, slot in enumerate(self.layers) if i not in self.absent]
         for slot in (*present, *self.planes.values()):
-            slot.crop(tokens_to_remove)
+            if not is_growing_and_empty(slot):  # a draft of fewer layers never ran the others
+                slot.crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
@@ -100,8 +102,10 @@ class PlanedCache:
                 del self.planes[key]
 
     def _standing_in_for(self, layer: int) -> int:
-        # Lengths and mask sizes of a layer that never runs come from one of its kind that does.
-        if layer not in self.absent or layer >= len(self.layers):
+        # Lengths and mask sizes of a layer that never runs come from one of its kind that does; so
+        # do those of a layer without keys, for which transformers may take one that never runs.
+        known = layer not in self.absent and layer < len(self.layers)
+        if layer >= len(self.layers) or (known and has_keys(self.layers[layer])):
             return layer
         present = [
             i for i, slot in enumerate(self.layers) if i not in self.absent and has_keys(slot)

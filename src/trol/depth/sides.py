@@ -97,10 +97,10 @@ def _known(value: Any, name: str, rows: int, tokens: int) -> bool:
         return value is None or isinstance(value, bool | int | float | str | Cache)
     if name in PER_KEY:
         return len(value) % rows == 0
-    dim = PER_TOKEN.get(name)
-    if dim is None or value.ndim < 2 or len(value) not in (1, rows):
+    dims = PER_TOKEN.get(name, ())
+    if value.ndim != len(dims) or len(value) not in (1, rows):
         return False
-    return value.ndim > -dim and value.shape[dim] == tokens
+    return value.shape[dims.index("tokens")] == tokens
 
 
 def _taken(value: Any, name: str, group: Group, rows: int) -> Any:
@@ -110,13 +110,14 @@ def _taken(value: Any, name: str, group: Group, rows: int) -> Any:
         return value
     if name in PER_KEY:
         return group.rows_in(value.view(rows, -1, *value.shape[1:])).flatten(0, 1)
-    if name not in PER_TOKEN:
+    dims = PER_TOKEN.get(name, ())
+    if value.ndim != len(dims):
         raise HostError(
-            f"a layer takes {name}, of which trol does not know what belongs to which row, and its "
-            "cache holds some rows alone; start a new one under trol.depth.executor(model, "
-            "'dense')."
+            f"a layer takes {name} of shape {list(value.shape)}, of which trol does not know what "
+            "belongs to which row, and its cache holds some rows alone; start a new one under "
+            "trol.depth.executor(model, 'dense')."
         )
-    return group.take(value, PER_TOKEN[name])
+    return group.take(value, dims.index("tokens") - len(dims))
 
 
 def _causal(tokens: Tensor, slot: Any, step: int) -> Tensor:

@@ -34,13 +34,14 @@ GATHERED = ("eager", "sdpa")
 """Attentions that take a mask with one row for each query."""
 
 PER_TOKEN = {
-    "attention_mask": -2,
-    "image_tokens": -1,
-    "per_layer_input": -2,
-    "position_embeddings": -2,
-    "position_ids": -1,
+    "attention_mask": ("rows", "heads", "tokens", "keys"),
+    "image_tokens": ("rows", "tokens"),
+    "per_layer_input": ("rows", "tokens", "width"),
+    "position_embeddings": ("rows", "tokens", "width"),
+    "position_ids": ("rows", "tokens"),
 }
-"""Side inputs of a layer that go with its tokens, and in which dimension the tokens lie."""
+"""Side inputs of a layer that go with its tokens, and their dimensions. Those of another form are
+not known: some releases have three axes of a picture before the rows."""
 
 PER_KEY = ("alibi",)
 """Side inputs that go with rows and keys. Shape: [B * heads, ...]."""

@@ -99,6 +99,16 @@ class StepwiseTrainer(Trainer):
         self.read_weights(Path(resume_from_checkpoint))
 
 
+def checkpoint_activations(model: Any, **settings: Any) -> None:
+    """Has a model's layers computed again in the backward pass, instead of kept: less memory.
+
+    `settings` go to `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False if not given.
+    """
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False} | settings)
+
+
 def newest_checkpoint_in(folder: Path) -> str | None:
     """The newest checkpoint that lies in a folder."""
     return get_last_checkpoint(str(folder))

@@ -26,6 +26,7 @@ from trol.family import (
 from trol.family.loading import load_model
 from trol.family.published.files import CONFIG, read_json
 from trol.family.text_decoder import byte_level_tokenizer, separate, text_decoder
+from trol.host.trainer import checkpoint_activations
 from trol.policies.adapter import is_trained
 from trol.training.adapters import is_plain_host, open_adapters
 from trol.training.composing import composed
@@ -61,9 +62,7 @@ def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
     if recipe.bits:
         check_quantised(model)
     if recipe.checkpointing:
-        old = "gradient_checkpointing_enable"  # its name before transformers 5.23
-        new = "activation_checkpointing_enable"
-        getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+        checkpoint_activations(model)
     return model, processor
 
 

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trol.depth.planes import PlanedCache
-from trol.host.cache import record_past
 from trol.host.generation import decoded, decoding, padding_token, stops_at_tokens
 from trol.host.names import cache_among
-from trol.policies.speculation.passes import Passes, reads_planes, under
+from trol.policies.speculation.passes import Passes, reads_planes, recording, under
 from trol.policies.speculation.refusals import check_cache, check_config
 from trol.policies.speculation.room import Room
 from trol.policies.speculation.verdict import Drafts, Known, greedy, sampled
@@ -107,14 +105,14 @@ class _Loop:
             while not self.over:
                 self._round()
         finally:
-            _recording(self.passes.cache, on=False)
+            recording(self.passes.cache, on=False)
 
     def _round(self) -> None:
         known, drafts = self._draft()
         columns = drafts.tokens.shape[1] + 1
         ids = torch.cat([self.ids, drafts.tokens], 1)
         cache = self.passes.cache
-        _recording(cache, on=True)
+        recording(cache, on=True)
         verifying = Passes(self.passes.model, self.passes.kwargs)
         verifying.outputs = self.passes.outputs
         verifying.grow(columns - 1)
@@ -239,9 +237,3 @@ def _stacked(chances: list[Tensor | None], before: int) -> Tensor | None:
     if not some:
         return None
     return torch.stack([torch.zeros_like(some[0])] * before + some, 1)
-
-
-def _recording(cache: Any, *, on: bool) -> None:
-    """Has sliding windows keep what a crop may need again, or no longer."""
-    planes = cache.planes.values() if isinstance(cache, PlanedCache) else ()
-    record_past(cache, (*cache.layers, *planes), on=on)

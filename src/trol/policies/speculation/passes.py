@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trol.depth import AbstractPolicy
 from trol.depth.call import ambience_of, in_force
-from trol.depth.planes import forked
+from trol.depth.planes import PlanedCache, forked
+from trol.host.cache import record_past
 from trol.host.generation import SLICES_LOGITS, grown, next_pass, prefill, with_cache
 from trol.host.names import CACHE
 
@@ -58,7 +59,8 @@ class Passes:
     def fork(self, *, planes: bool) -> Passes:
         """The same passes on a cache of their own, which starts from what this one holds."""
         twin = Passes(self.model, dict(self.kwargs))
-        twin.kwargs[CACHE] = forked(self.cache, planes=planes)
+        cache = twin.kwargs[CACHE] = forked(self.cache, planes=planes)
+        recording(cache, on=False)  # nothing is cut off a fork
         twin.outputs = with_cache(self.outputs, twin.cache)
         return twin
 
@@ -66,6 +68,12 @@ class Passes:
         logits = self.outputs.logits[:, -read:].to(torch.float32, copy=True)
         self.outputs.logits = logits  # not all those of a long prompt
         return logits
+
+
+def recording(cache: Any, *, on: bool) -> None:
+    """Has sliding windows keep what a crop may need again, or no longer."""
+    planes = cache.planes.values() if isinstance(cache, PlanedCache) else ()
+    record_past(cache, (*cache.layers, *planes), on=on)
 
 
 @contextmanager
