@@ -13,10 +13,12 @@ from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.generation import HostMixin
 from trol.depth.policy import AbstractPolicy
+from trol.depth.probe import findings
 from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, Trace
 from trol.errors import HostError, UsageError, unknown
+from trol.host.assumptions import check_at_attach
 from trol.host.cache import has_recurrent_layers
 from trol.host.classes import (
     declare_tied,
@@ -28,6 +30,7 @@ from trol.host.classes import (
     undeclare_tied,
 )
 from trol.host.layers import find_decoder, layer_list, layer_site, quirk_of
+from trol.host.releases import check_release
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +38,7 @@ GATE = "depth"
 """What the policy's parameters on a layer are called there."""
 
 
-def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
+def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = True) -> Model:
     """Makes every forward pass of `model` follow `policy`, in place; returns the model.
 
     The module tree, the parameter names and the class names stay; layers whose policy has
@@ -44,11 +47,16 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
     Args:
         model: a transformers causal or vision-language model, or its decoder.
         policy: a policy, a registered name, a plan or plan text.
+        probe: whether a class of models that is new to this process is tried on five random ids
+            first (`trol.depth.probe`); it takes about as long as reading a short prompt.
 
     Raises:
-        HostError: the model's family cannot be treated rightly; the message says why.
+        HostError: the model's family cannot be treated rightly, or this transformers is not as
+            trol assumes; the message says why.
         UsageError: the policy is unknown or does not fit, or one is attached already.
     """
+    check_release()
+    check_at_attach()
     policy = resolve(policy)
     if _find_host(model) is not None:
         raise UsageError(
@@ -74,7 +82,39 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer") -> Model:
     decoder.depth_verdicts = {}
     if policy.tied:
         declare_tied(model, GATE)
+    if probe:
+        try:
+            check_by_probe(model)
+        except BaseException:
+            detach(model)
+            raise
     return model
+
+
+def check_by_probe(model: nn.Module) -> None:
+    """Tries an attached model on a few ids, once for each class of models in a process.
+
+    Raises:
+        HostError: cached and uncached decoding differ; or its logits cannot be read off a state,
+            and the attached policy would.
+    """
+    host, stack = attached(model)
+    seen = findings(host, stack)
+    if seen.wrong:
+        raise HostError(
+            f"trol cannot treat {stack.config.model_type} rightly: {seen.wrong}. No policy was "
+            "attached; attach(..., probe=False) leaves this check out, at your own risk."
+        )
+    stack.depth_unreadable = seen.unreadable
+    _check_readable(stack, stack.depth_policy)
+
+
+def _check_readable(stack: Any, policy: AbstractPolicy) -> None:
+    if policy.reads_predictions and stack.depth_unreadable:
+        raise HostError(
+            f"{policy.name} reads predictions between layers, which {stack.config.model_type} does "
+            f"not allow: {stack.depth_unreadable}."
+        )
 
 
 def detach(model: Model) -> Model:
@@ -91,7 +131,7 @@ def detach(model: Model) -> Model:
         remove_submodule(layer, GATE)
     for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_verdicts"):
         delattr(stack, name)
-    for name in ("depth_ambiences", "depth_costs"):
+    for name in ("depth_ambiences", "depth_costs", "depth_unreadable"):
         stack.__dict__.pop(name, None)
     restore(stack)
     if host is not stack:
@@ -123,6 +163,12 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     """Raises `UsageError` or `HostError` where `policy` does not fit this decoder."""
     layers = _layers(decoder)
     policy.check(len(layers))
+    deepest = max(policy.bounds(layer).most for layer in range(len(layers)))
+    if deepest > 1 and quirk_of(decoder).no_second_visit:
+        raise HostError(
+            f"{decoder.config.model_type} layers cannot be visited twice: "
+            f"{quirk_of(decoder).no_second_visit}; skip layers of it, or exit early."
+        )
     skips = any(policy.bounds(layer).least == 0 for layer in range(len(layers)))
     quirk = quirk_of(decoder)
     no_holes = quirk.no_holes or (
@@ -172,6 +218,7 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
         _, stack = attached(model)
         check(stack, wanted)
         _check_gates(stack, wanted)
+        _check_readable(stack, wanted)
         with _open_on(stack, replace(ambience_of(stack), policy=wanted)):
             yield
 

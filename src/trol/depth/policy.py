@@ -80,6 +80,8 @@ class AbstractPolicy(ABC):
     """Whether `again` reads the note `INPUT`: what entered layer 0."""
     observes: ClassVar[bool] = False
     """Whether `again` is also asked where no token is in scope, to look at them."""
+    reads_predictions: ClassVar[bool] = False
+    """Whether `again` reads the logits of states between layers."""
     translates: bool = False
     """Whether `enter` changes states."""
     decides: ClassVar[bool] = False

@@ -100,6 +100,8 @@ class StackMixin(Specialised):
     """How many `trol.depth` and `trol.trace` blocks are open on this stack, in all threads."""
     depth_costs: StackCost | None = None
     """What visits of the layers cost, once it was asked for."""
+    depth_unreadable: str = ""
+    """Why logits cannot be read off its states, as far as that was probed."""
     depth_verdicts: dict[Kind | type, bool]
     """Of packed visits that were compared with dense ones."""
     training: bool

@@ -58,6 +58,8 @@ class Quirk:
     """Why the family cannot be treated rightly at all."""
     no_holes: str = ""
     """Why `skipped_kv="hole"` is refused."""
+    no_second_visit: str = ""
+    """Why a layer cannot be visited twice."""
     dense: str = ""
     """Why its tokens cannot be packed: every visit computes all of them."""
 
@@ -78,7 +80,7 @@ QUIRKS: dict[str, Quirk] = {
     "mamba2": Quirk(refused=_PURE_RECURRENT),
     "falcon_mamba": Quirk(refused=_PURE_RECURRENT),
     "recurrent_gemma": Quirk(
-        refused="its layers keep their recurrent state in themselves, not in the cache"
+        no_second_visit="its layers keep their recurrent state in themselves, not in the cache"
     ),
     "minimax": Quirk(refused="its lightning attention keeps a cache of its own kind"),
     "mpt": Quirk(no_holes="its mask marks what is hidden, not what is seen"),
@@ -216,7 +218,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
         )
     host: Any = model
     decoder: Any = host.get_decoder() if hasattr(host, "get_decoder") else host
-    decoder = host if decoder is None else decoder
+    if decoder is None or layer_list(decoder) is None:  # Llama 4 says that it is its own decoder
+        own = (child for child in host.children() if layer_list(child) is not None)
+        decoder = host if layer_list(host) is not None else next(own, host)
     if layer_list(decoder) is None:
         raise HostError(
             f"{type(model).__name__} has no list of decoder layers named "

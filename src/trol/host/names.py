@@ -56,7 +56,10 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def cache_key(arguments: Mapping[str, Any]) -> str | None:
     """Under which of the known names a cache is among keyword arguments, or None."""
-    return next((name for name in KNOWN_CACHE_NAMES if arguments.get(name) is not None), None)
+    for name in KNOWN_CACHE_NAMES:
+        if name in arguments.keys() and arguments[name] is not None:  # noqa: SIM118 - outputs warn
+            return name
+    return None
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:

@@ -62,6 +62,7 @@ class EarlyExit(AbstractPolicy):
 
     name = "early_exit"
     decides = True
+    reads_predictions = True
 
     def __init__(
         self,

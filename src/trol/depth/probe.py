@@ -1,0 +1,204 @@
+"""Finding out at attach what no table knows: whether this family can be traversed, and read.
+
+On five random ids, one layer of each kind visited twice and all others skipped:
+
+    cached     four tokens, then one, on a cache        ==  uncached
+    readout    head(norm(state behind the last layer))  ==  the logits
+
+That is three passes over a few layers, once for each class of model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trol.depth.readout import Readout
+from trol.errors import HostError
+from trol.host.cache import new_cache
+from trol.host.classes import original_class
+from trol.host.layers import attention_of, layer_list, quirk_of
+from trol.host.names import CACHE
+from trol.host.placement import is_at_hand
+
+TOKENS = 5
+NOISE = 8
+"""How much more than a bare layer a traversed one may differ: it runs twice, on what differs."""
+VOCABULARY = 64
+"""Ids are drawn below this: low ones are text in every tokenizer, but for those named apart."""
+
+TINY = 100_000_000
+"""Parameters of a model that is so small that time does not count."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the probe saw; empty texts where all is well."""
+
+    wrong: str = ""
+    """Why cached and uncached decoding differ, or cannot be."""
+    unreadable: str = ""
+    """Why its logits cannot be read off a state."""
+
+
+_FINDINGS: dict[tuple[Any, ...], Findings] = {}
+"""Of every class of model that was probed in this process."""
+
+
+def findings(host: Any, stack: Any) -> Findings:
+    """What the probe of this class of model sees, or saw before; nothing where it cannot run.
+
+    Weights that are quantised, sharded or not in memory are left alone. The model's parameters,
+    mode and random state stay as they are.
+    """
+    if not all(is_at_hand(parameter) for parameter in host.parameters()):
+        return Findings()
+    layers = list(layer_list(stack) or ())
+    kinds = _kinds(layers, stack.config)
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    size = sum(parameter.numel() for parameter in host.parameters())
+    which = sorted(first.values())
+    if size > TINY:  # each costs six passes of a layer: a fifth of the stack takes 1.2 passes of it
+        which = which[: max(1, len(layers) // 5)]
+    of = (original_class(host), original_class(stack), attention_of(stack.config), host.dtype)
+    key = (*of, *(kinds[index] for index in which))
+    if key not in _FINDINGS:
+        with _at_rest(host, layers):
+            _FINDINGS[key] = _probed(host, stack, layers, which)
+    return _FINDINGS[key]
+
+
+def _kinds(layers: list[nn.Module], config: Any) -> list[tuple[Any, ...]]:
+    """What tells layers apart: their class, their parts', and their place in a cache."""
+    places = new_cache(config).layers
+    types: Any = getattr(config, "layer_types", None) or [None] * len(layers)
+    return [
+        (
+            original_class(layer),
+            tuple(type(part) for part in layer.children()),
+            type(places[index]) if index < len(places) else None,
+            types[index],
+        )
+        for index, layer in enumerate(layers)
+    ]
+
+
+def _probed(host: Any, stack: Any, layers: list[nn.Module], which: list[int]) -> Findings:
+    ids = _ids(host.config, next(stack.parameters()).device)
+    seen: list[Any] = []
+
+    def keep(_module: Any, _given: Any, out: Any) -> None:
+        seen.append(out[0])
+
+    def keep_layer(_module: Any, _given: Any, out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [layers[-1].register_forward_hook(keep_layer), stack.register_forward_hook(keep)]
+    visits = 1 if quirk_of(stack).no_second_visit else 2
+    plan = " ".join(f"{index}:{visits}" for index in which)
+    try:
+        with torch.no_grad():
+            logits = _run(host, plan, lambda: host(ids, use_cache=False))
+            state, whole = seen[:2]
+            if state.ndim != 3:
+                return Findings(wrong=_SEVERAL.format(list(state.shape)))
+            apart = _apart(_cached(host, stack, ids, plan), whole[:, -1])
+            if apart > _allowed(whole):
+                # Some families cannot be had more exactly: then the bare layers differ as much.
+                bare = " ".join(map(str, which))
+                bare_whole = _run(host, bare, lambda: stack(ids, use_cache=False)[0])
+                if apart > NOISE * _apart(_cached(host, stack, ids, bare), bare_whole[:, -1]):
+                    return Findings(
+                        wrong=f"with plan '{plan}' the last of {TOKENS} tokens leaves the stack "
+                        f"otherwise on a cache than without, by {apart:.2g} of the largest number"
+                    )
+            return Findings(unreadable=_unreadable(host, state, logits))
+    except Exception as error:  # whatever a family raises here is the finding
+        shape = list(seen[0].shape) if seen else ()
+        if len(shape) > 3:
+            return Findings(wrong=_SEVERAL.format(shape))
+        return Findings(wrong=f"plan '{plan}' ends in {type(error).__name__}: {error}")
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_SEVERAL = "its layers hand on several states for each token (shape {})"
+
+
+def _run(host: Any, plan: str, run: Callable[[], Any]) -> Any:
+    from trol.depth.host import depth  # noqa: PLC0415 - which probes when it attaches
+
+    with depth(host, plan):
+        return run()
+
+
+def _cached(host: Any, stack: Any, ids: Tensor, plan: str) -> Tensor:
+    """What leaves the stack for the last id, on a cache of all others. Shape: [1, D]."""
+    cache = {CACHE: new_cache(stack.config), "use_cache": True}
+    _run(host, plan, lambda: stack(ids[:, :-1], **cache))
+    return _run(host, plan, lambda: stack(ids[:, -1:], **cache)[0])[:, -1]
+
+
+def _unreadable(host: Any, state: Tensor, out: Any) -> str:
+    logits = out.get("logits")
+    if logits is None or host.get_output_embeddings() is None:
+        return ""  # a decoder without its head says so itself, when it is read
+    try:
+        read = Readout(host)(state)
+    except HostError as error:
+        return str(error)
+    apart = _apart(read, logits)
+    if apart <= _allowed(logits):
+        return ""
+    return f"its logits differ from head(norm(state)) by {apart:.2g} of the largest"
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest number; 0 where both are nan."""
+    one, other = one.float().nan_to_num(), other.float().nan_to_num()
+    return ((one - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
+
+
+def _allowed(logits: Tensor) -> float:
+    """Above rounding, which is some eps, and below what a wrong mask or state does."""
+    return 4 * torch.finfo(logits.dtype).eps ** (2 / 3)
+
+
+def _ids(config: Any, device: torch.device) -> Tensor:
+    """Random ids that name no picture, sound or end. Shape: [1, TOKENS]."""
+    apart = {
+        value
+        for part in (config, config.get_text_config())
+        for name, value in part.to_dict().items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    size = min(VOCABULARY, config.get_text_config().vocab_size)
+    known = torch.tensor([one for one in range(size) if one not in apart])
+    source = torch.Generator().manual_seed(0)
+    return known[torch.randint(len(known), (1, TOKENS), generator=source)].to(device)
+
+
+@contextmanager
+def _at_rest(host: nn.Module, layers: list[nn.Module]) -> Generator[None]:
+    """Evaluation mode and no draws from the caller's random state, for a while."""
+    training = [module for module in host.modules() if module.training]
+    inside = {part for layer in layers for part in layer.modules()}
+    devices = sorted({p.device.index or 0 for p in layers[0].parameters() if p.is_cuda})
+    # Some models note what they read last on themselves, above the stack.
+    noted = [(module, dict(vars(module))) for module in host.modules() if module not in inside]
+    host.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, values in noted:
+            vars(module).clear()
+            vars(module).update(values)
+        for module in training:
+            module.training = True

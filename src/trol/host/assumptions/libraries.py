@@ -1,0 +1,213 @@
+"""What is assumed of loading and saving, of Trainer, PEFT, accelerate and bitsandbytes."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from trol.host.assumptions.table import Table, differs
+from trol.host.assumptions.tiny import ids, tiny_config, tiny_model
+from trol.host.classes import HOOKED_FORWARD, second_maps, tied_names, trained_copy
+
+LIBRARIES = Table()
+
+
+@LIBRARIES.row("host/classes.py declare_tied: shared gates are saved once", at_attach=True)
+def tied() -> str | None:
+    """Which parameters are one is a dictionary: of the class, and of each model."""
+    if not isinstance(LlamaForCausalLM._tied_weights_keys, dict):
+        return f"_tied_weights_keys is {LlamaForCausalLM._tied_weights_keys!r}"
+    return None
+
+
+@LIBRARIES.row("host/classes.py tied_names; family/loading.py")
+def all_tied() -> str | None:
+    """A model lists under all_tied_weights_keys which of its parameters are another one's."""
+    return differs(
+        "of a tied Llama", tied_names(tiny_model(tie_word_embeddings=True)), {"lm_head.weight"}
+    )
+
+
+class _Drawn(LlamaForCausalLM):
+    """A model with a module of its own, whose first values it draws itself."""
+
+    drawn: tuple[str, ...] = ()
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.own = nn.Linear(8, 1)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is getattr(self, "own", None):
+            type(self).drawn += ("own",)
+        super()._init_weights(module)
+
+
+@LIBRARIES.row("depth/stack.py _init_weights: gates keep what was saved, or have first values")
+def draws_what_is_missing() -> str | None:
+    """_init_weights is asked for modules that a checkpoint lacks, and changes no others."""
+    model = tiny_model(_Drawn)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    _Drawn.drawn = ()
+    whole: Any = _Drawn.from_pretrained(None, config=model.config, state_dict=dict(state))
+    kept = all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
+    asked = bool(_Drawn.drawn) and not kept
+    _Drawn.drawn = ()
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith("own.")}
+    _Drawn.from_pretrained(None, config=model.config, state_dict=rest)
+    if not kept or asked or not _Drawn.drawn:
+        return f"kept what was there: {kept}; asked for what was missing: {bool(_Drawn.drawn)}"
+    return None
+
+
+class _Lazy:
+    """A tensor that is read when `[...]` is asked of it, and knows nothing else."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor[index]
+
+
+@LIBRARIES.row("family/published/weights.py: tensors are read one at a time")
+def asks_for_all() -> str | None:
+    """from_pretrained asks nothing but `[...]` of the values of a state dict."""
+    model = tiny_model(dtype="float32")
+    lazy: Any = {name: _Lazy(tensor) for name, tensor in model.state_dict().items()}
+    opened: Any = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=lazy)
+    return None if torch.equal(opened.lm_head.weight, model.lm_head.weight) else "other weights"
+
+
+class _StandInRotaryEmbedding(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.rope_type = config, "longrope"
+        for name in ("inv_freq", "original_inv_freq"):
+            self.register_buffer(name, torch.zeros(2), persistent=False)
+
+
+@LIBRARIES.row("family/rope.py: rotary tables after loading")
+def fills_rotary() -> str | None:
+    """The buffers of every class named ...RotaryEmbedding are filled by its rope_type."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8}
+    rope |= {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2, "factor": 4.0}
+    config = tiny_config(rope_parameters=rope)
+    short, long = (ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=n)[0] for n in (4, 16))
+    if not torch.allclose(short, 2 * long):
+        return f"longrope gives {short.tolist()} before its switch, {long.tolist()} after"
+    stand_in: Any = _StandInRotaryEmbedding(config)
+    PreTrainedModel._init_weights(tiny_model(), stand_in)
+    return (
+        None
+        if torch.equal(stand_in.inv_freq, short)
+        else f"inv_freq is {stand_in.inv_freq.tolist()}"
+    )
+
+
+@LIBRARIES.row("policies/baking.py, training/opening.py: configurations that cannot be")
+def strict_errors() -> str | None:
+    """A configuration that contradicts itself raises StrictDataclassError or ValueError."""
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
+
+    try:
+        tiny_config(num_attention_heads=3)
+    except (StrictDataclassError, ValueError):
+        return None
+    return "a Llama of width 8 with 3 heads was taken"
+
+
+@LIBRARIES.row("host/classes.py check_hooks, specialise: hooked layers are traversed")
+def hooks() -> str | None:
+    """accelerate's hooks put a forward on the object and keep the former one beside it."""
+    from accelerate.hooks import ModelHook, add_hook_to_module  # noqa: PLC0415
+
+    module = nn.Linear(2, 2)
+    add_hook_to_module(module, ModelHook())
+    missing = [name for name in ("forward", HOOKED_FORWARD) if name not in vars(module)]
+    return f"a hooked module has no {missing} of its own" if missing else None
+
+
+@LIBRARIES.row("host/classes.py trained_copy: gates in training under PEFT")
+def modules_to_save() -> str | None:
+    """PEFT's modules_to_save keeps copies of a module, and the first active one runs."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
+    config = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["o_proj"])
+    learner = get_peft_model(tiny_model(), config)
+    wrapped = next(m for name, m in learner.named_modules() if name.endswith("0.self_attn.o_proj"))
+    copy: Any = trained_copy(wrapped)
+    calls: list[int] = []
+    copy.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        learner(ids())
+    if copy is wrapped or not copy.weight.requires_grad:
+        return f"{type(wrapped).__name__} has no copy that learns"
+    return differs("calls of the copy in one pass", len(calls), 1)
+
+
+@LIBRARIES.row("host/classes.py second_maps; training/visit_updates.py")
+def low_rank_maps() -> str | None:
+    """PEFT calls a module lora_B.NAME for each low-rank update."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
+    learner = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"]))
+    calls: list[int] = []
+    for update in second_maps(learner, "default"):
+        update.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        learner(ids())
+    return differs("calls in one pass of two layers", len(calls), 2)
+
+
+@LIBRARIES.row("host/trainer.py: checkpoints, and resuming them bit for bit")
+def trainer() -> str | None:
+    """Trainer writes checkpoints by these methods, and counts between logs under these names."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments  # noqa: PLC0415
+
+    from trol.host.trainer import COUNTERS, OVERRIDDEN, SWITCHES  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings: Any = {"use_cpu": True, "report_to": [], "max_steps": 1, "logging_steps": 2}
+        arguments = TrainingArguments(folder, **settings, save_strategy="no", disable_tqdm=True)
+        rows: Any = [{"input_ids": ids()[0], "labels": ids()[0]}]
+        made = Trainer(tiny_model(), arguments, train_dataset=rows)
+        made.remove_callback(PrinterCallback)
+        made.train()
+    missing = [
+        name for name in (*COUNTERS.values(), *OVERRIDDEN, *SWITCHES) if not hasattr(made, name)
+    ]
+    return f"Trainer has no {missing}" if missing else None
+
+
+@LIBRARIES.row("host/trainer.py divides_by_tokens: the loss of a whole batch")
+def trainer_divides() -> str | None:
+    """Trainer hands num_items_in_batch to a loss."""
+    from transformers import Trainer  # noqa: PLC0415
+
+    taken = inspect.signature(Trainer.compute_loss).parameters
+    return None if "num_items_in_batch" in taken else f"compute_loss takes {sorted(taken)}"
+
+
+@LIBRARIES.row("host/quantised.py: gradients pass through 4-bit weights on a CPU")
+def packs_for_cpu() -> str | None:
+    """bitsandbytes says on each 4-bit map whether it packs for a CPU, and can unpack."""
+    if find_spec("bitsandbytes") is None:
+        return None
+    from bitsandbytes import functional  # noqa: PLC0415 - an optional dependency
+    from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415
+
+    from trol.host.quantised import PACKS_FLAG  # noqa: PLC0415
+
+    if not hasattr(Linear4bit(64, 64), PACKS_FLAG):
+        return f"Linear4bit has no {PACKS_FLAG}"
+    unpack = "_convert_weight_packed_for_cpu_inverse"
+    return None if hasattr(functional, unpack) else f"bitsandbytes.functional has no {unpack}"
