@@ -8,7 +8,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
+import logging
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -36,6 +38,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, skip in skips.items():
             if name in item.keywords:
                 item.add_marker(skip)
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what transformers logs of its own deprecations: most of them are no warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message or "will be removed" in message:
+            self.messages.append(message)
+
+
+_DEPRECATIONS = _Deprecations()
+logging.getLogger("transformers").addHandler(_DEPRECATIONS)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations() -> Iterator[None]:
+    """What will be gone in a later transformers fails today, as its warnings do."""
+    _DEPRECATIONS.messages.clear()
+    yield
+    assert not _DEPRECATIONS.messages, f"transformers logged: {_DEPRECATIONS.messages}"
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ def check_mix(units: Units, report: Report) -> None:
     )
     stack = LlamaModel(config).eval()
     stack.layers[0] = Recorded(config, [part["pass1"], part["pass2"]])
-    attach(stack, TrolMixer(scope="all"))
+    attach(stack, TrolMixer(scope="all"), probe=False)  # a record plays once
     gate = stack.layers[0].depth
     gate.load_state_dict({name: part[name] for name in ("weight", "bias")})
     report.close("mix.score", gate(part["pass1"]), part["score"])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from trol.errors import TrolError, UsageError
+from trol.host.releases import check_release
 
 if TYPE_CHECKING:
     import typer
@@ -29,6 +30,7 @@ VERBS = {
     "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",
 }
+HELP = {"-h", "--help"}
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 
 
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the verb that `arguments` (default: the command line) names, and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words[:1] != ["info"] and words[0:1] and words[0] in VERBS and not HELP & set(words):
+            check_release()
         application(words)(args=words, prog_name="trol")
         code = 0
     except UsageError as error:

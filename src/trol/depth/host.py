@@ -99,7 +99,7 @@ def check_by_probe(model: nn.Module) -> None:
             and the attached policy would.
     """
     host, stack = attached(model)
-    seen = findings(host, stack)
+    seen = findings(host, stack, lambda plan: depth(host, plan))
     if seen.wrong:
         raise HostError(
             f"trol cannot treat {stack.config.model_type} rightly: {seen.wrong}. No policy was "

@@ -11,7 +11,7 @@ That is three passes over a few layers, once for each class of model.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ TINY = 100_000_000
 """Parameters of a model that is so small that time does not count."""
 
 
+Under = Callable[[str], AbstractContextManager[None]]
+"""Plan text -> a block in which the probed model follows it."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What the probe saw; empty texts where all is well."""
@@ -50,11 +54,16 @@ _FINDINGS: dict[tuple[Any, ...], Findings] = {}
 """Of every class of model that was probed in this process."""
 
 
-def findings(host: Any, stack: Any) -> Findings:
+def findings(host: Any, stack: Any, under: Under) -> Findings:
     """What the probe of this class of model sees, or saw before; nothing where it cannot run.
 
     Weights that are quantised, sharded or not in memory are left alone. The model's parameters,
     mode and random state stay as they are.
+
+    Args:
+        host: the attached model.
+        stack: its stack of layers.
+        under: puts a plan in force on it for a while.
     """
     if not all(is_at_hand(parameter) for parameter in host.parameters()):
         return Findings()
@@ -69,7 +78,7 @@ def findings(host: Any, stack: Any) -> Findings:
     key = (*of, *(kinds[index] for index in which))
     if key not in _FINDINGS:
         with _at_rest(host, layers):
-            _FINDINGS[key] = _probed(host, stack, layers, which)
+            _FINDINGS[key] = _probed(host, stack, layers, which, under)
     return _FINDINGS[key]
 
 
@@ -88,7 +97,9 @@ def _kinds(layers: list[nn.Module], config: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def _probed(host: Any, stack: Any, layers: list[nn.Module], which: list[int]) -> Findings:
+def _probed(
+    host: Any, stack: Any, layers: list[nn.Module], which: list[int], under: Under
+) -> Findings:
     ids = _ids(host.config, next(stack.parameters()).device)
     seen: list[Any] = []
 
@@ -103,16 +114,19 @@ def _probed(host: Any, stack: Any, layers: list[nn.Module], which: list[int]) ->
     plan = " ".join(f"{index}:{visits}" for index in which)
     try:
         with torch.no_grad():
-            logits = _run(host, plan, lambda: host(ids, use_cache=False))
+            with under(plan):
+                logits = host(ids, use_cache=False)
             state, whole = seen[:2]
             if state.ndim != 3:
                 return Findings(wrong=_SEVERAL.format(list(state.shape)))
-            apart = _apart(_cached(host, stack, ids, plan), whole[:, -1])
+            with under(plan):
+                apart = _apart(_cached(stack, ids), whole[:, -1])
             if apart > _allowed(whole):
                 # Some families cannot be had more exactly: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
-                bare_whole = _run(host, bare, lambda: stack(ids, use_cache=False)[0])
-                if apart > NOISE * _apart(_cached(host, stack, ids, bare), bare_whole[:, -1]):
+                with under(bare):
+                    noise = _apart(_cached(stack, ids), stack(ids, use_cache=False)[0][:, -1])
+                if apart > NOISE * noise:
                     return Findings(
                         wrong=f"with plan '{plan}' the last of {TOKENS} tokens leaves the stack "
                         f"otherwise on a cache than without, by {apart:.2g} of the largest number"
@@ -131,18 +145,11 @@ def _probed(host: Any, stack: Any, layers: list[nn.Module], which: list[int]) ->
 _SEVERAL = "its layers hand on several states for each token (shape {})"
 
 
-def _run(host: Any, plan: str, run: Callable[[], Any]) -> Any:
-    from trol.depth.host import depth  # noqa: PLC0415 - which probes when it attaches
-
-    with depth(host, plan):
-        return run()
-
-
-def _cached(host: Any, stack: Any, ids: Tensor, plan: str) -> Tensor:
+def _cached(stack: Any, ids: Tensor) -> Tensor:
     """What leaves the stack for the last id, on a cache of all others. Shape: [1, D]."""
     cache = {CACHE: new_cache(stack.config), "use_cache": True}
-    _run(host, plan, lambda: stack(ids[:, :-1], **cache))
-    return _run(host, plan, lambda: stack(ids[:, -1:], **cache)[0])[:, -1]
+    stack(ids[:, :-1], **cache)
+    return stack(ids[:, -1:], **cache)[0][:, -1]
 
 
 def _unreadable(host: Any, state: Tensor, out: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from trol.host.generation import SLICES_LOGITS
 from trol.host.names import CACHE
 
 Measured = TypeVar("Measured")
@@ -89,7 +90,7 @@ def time_forward(model: Any, ids: torch.Tensor, cache: Any = None, *, head: bool
 
     `head`: of the whole model, which then reads the last logits, and need not make some visits.
     """
-    run, asked = (model, {"logits_to_keep": 1}) if head else (model.get_decoder(), {})
+    run, asked = (model, {SLICES_LOGITS: 1}) if head else (model.get_decoder(), {})
     began = now(ids.device)
     run(ids, **{CACHE: cache}, use_cache=True, **asked)
     return 1000 * (now(ids.device) - began)

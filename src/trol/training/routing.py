@@ -22,6 +22,7 @@ from trol.data.pair import Pair
 from trol.depth import Plan, attach, attached, depth, detach
 from trol.depth.host import gates_of
 from trol.errors import TrainingError, UsageError
+from trol.host.generation import SLICES_LOGITS
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.router import Ballot, Router
 from trol.training.routing_table import DIALS, Table, report, table
@@ -182,7 +183,7 @@ def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> 
         lambda _, given, named: entered.append(given[0] if given else named["hidden_states"]),
         with_kwargs=True,
     )
-    lean = "logits_to_keep" in inspect.signature(host.forward).parameters
+    lean = SLICES_LOGITS in inspect.signature(host.forward).parameters
     states: list[Tensor] = []
     was_training = host.training
     host.eval()
@@ -190,7 +191,7 @@ def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> 
         with depth(host, f"exit@{stack.depth_policy.after}"):
             for start in range(0, len(rows), AT_ONCE):
                 inputs = prompts(rows[start : start + AT_ONCE]).to(host.device)
-                host(**inputs, use_cache=False, **({"logits_to_keep": 1} if lean else {}))
+                host(**inputs, use_cache=False, **({SLICES_LOGITS: 1} if lean else {}))
                 real = inputs["attention_mask"].bool()
                 states += [x[mask].cpu() for x, mask in zip(entered.pop(), real, strict=True)]
     finally:

@@ -1,0 +1,122 @@
+"""What trol assumes of transformers, torch, PEFT and bitsandbytes holds here; run before all else.
+
+A failure names the assumption, who uses it, the version, and what was found instead.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Cache, LlamaForCausalLM, Trainer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+import trol
+from hosts import HOSTS
+from trol.errors import HostError
+from trol.host import assumptions
+from trol.host.assumptions import ASSUMPTIONS, rendered, told
+from trol.host.assumptions.table import Assumption
+
+ROOT = Path(__file__).parents[2]
+BY_LOOK = {one.look.__name__: one for one in ASSUMPTIONS}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
+
+
+@pytest.mark.parametrize("one", ASSUMPTIONS, ids=lambda one: one.look.__name__)
+def test_it_holds(one: Assumption) -> None:
+    found = one.found()
+    assert found is None, told(one, found or "")
+
+
+def test_every_row_says_what_and_who() -> None:
+    assert len({one.name for one in ASSUMPTIONS}) == len(ASSUMPTIONS) > 40
+    for one in ASSUMPTIONS:
+        assert one.name[0].isupper() or one.name.startswith(("crop", "generate", "get_", "from_",
+            "logits", "bitsandbytes", "accelerate", "_init", "_tied"))  # fmt: skip
+        for file in re.findall(r"[a-z_/]+\.py", one.used_by):
+            assert any((ROOT / "src" / "trol").rglob(file)), (one.name, file)
+
+
+def test_the_page_is_the_table() -> None:
+    page = ROOT / "docs" / "host-assumptions.md"
+    assert page.read_text(encoding="utf-8") == rendered()
+
+
+def written_in_place(layer: Any, keys: Any, values: Any, *_: Any, **__: Any) -> Any:
+    """A dynamic layer that has room for more and writes into it: what upstream may do one day."""
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+        layer.room = torch.zeros(*keys.shape[:2], 64, keys.shape[-1])
+        layer.length = 0
+    layer.room[:, :, layer.length : layer.length + keys.shape[-2]] = keys
+    layer.length += keys.shape[-2]
+    layer.keys = layer.values = layer.room[:, :, : layer.length]
+    return layer.keys, layer.values
+
+
+def renamed(name: str) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        raise AssertionError(name)
+
+    return forward
+
+
+def cropped_to(layer: Any, tokens: int) -> None:
+    """What `crop` meant before: keep so many."""
+    layer.keys = layer.keys[..., : abs(tokens), :]
+    layer.values = layer.values[..., : abs(tokens), :]
+
+
+def called_past(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A stack that calls its layers' forward."""
+    for layer in self.layers:
+        layer.forward(args[0] if args else kwargs["inputs_embeds"])
+
+
+CHANGES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
+    "replaces": ((DynamicLayer, "update", written_in_place),),
+    "writes_in_place": ((StaticLayer, "update", DynamicLayer.update),),
+    "crops": ((DynamicLayer, "crop", cropped_to),),
+    "mask_sizes": ((DynamicLayer, "get_mask_sizes", lambda layer, n: (0, n)),),
+    "methods": ((Cache, "trim", lambda cache, n: None),),
+    "kinds": ((CacheLayerMixin, "is_sliding", True), (DynamicLayer, "is_sliding", True)),
+    "layer_takes": ((LlamaDecoderLayer, "forward", renamed("layer")),),
+    "one_name": ((LlamaDecoderLayer, "forward", renamed("layer")),),
+    "enters_by_call": ((LlamaModel, "forward", called_past),),
+    "tied": ((LlamaForCausalLM, "_tied_weights_keys", ["lm_head.weight"]),),
+    "private_steps": ((LlamaForCausalLM, "_prefill", lambda self, ids: None),),
+    "generate_takes": ((LlamaForCausalLM, "generate", lambda self, config, ids: None),),
+    "trainer_divides": ((Trainer, "compute_loss", lambda self, model, inputs: None),),
+}
+"""Look -> what a new release might change, one thing at a time, without an error of its own."""
+
+
+@pytest.mark.parametrize("look", CHANGES)
+def test_a_change_is_found(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name, value in CHANGES[look]:
+        monkeypatch.setattr(owner, name, value, raising=False)
+    assert BY_LOOK[look].found() is not None
+
+
+def test_attach_names_the_first_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line: what is assumed, what was found, by whom it is used, where all are to be seen."""
+    monkeypatch.setattr(Cache, "trim", lambda cache, n: None, raising=False)
+    assumptions.check_at_attach.cache_clear()
+    model = HOSTS["llama"].build()
+    try:
+        with pytest.raises(HostError) as raised:
+            trol.attach(model, "0-3:2")
+    finally:
+        monkeypatch.undo()
+        assumptions.check_at_attach.cache_clear()
+    for part in (BY_LOOK["methods"].name, "trim", "depth/planes.py", "trol info"):
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert type(model).__mro__[0] is type(model)
+    assert not hasattr(model.model, "depth_policy")
+    trol.attach(model, "0-3:2")

@@ -1,0 +1,155 @@
+"""The probe at attach: families that nobody listed are right, or refused with what was seen."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import trol
+from hosts import HOSTS
+from hosts.host import Host
+from trol.depth import attached, is_attached, probe
+from trol.errors import HostError
+from trol.host import layers
+from trol.host.head import FINAL_NORMS, MULTIPLIED_BY_DIVISOR
+from trol.policies.exits import EarlyExit
+from trol.policies.mixer import TrolMixer
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+LONGCAT = {
+    "num_layers": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 24,
+    "moe_topk": 2,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "num_key_value_heads": 4,
+}
+GRIFFIN = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "lru_width": 32,
+    "block_types": ["recurrent", "attention"],
+    "attention_window_size": 16,
+    "logits_soft_cap": 1.0,
+}
+LFM2 = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "layer_types": ["conv", "full_attention"] * 2,
+}
+HYPERCLOVA = {"num_hidden_layers": 2, "num_key_value_heads": 2, "logits_scaling": 0.25}
+
+
+@torch.no_grad()
+def random_model(model_type: str, **settings: Any) -> PreTrainedModel:
+    """A tiny model whose weights are large enough that every layer matters."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.copy_(torch.randn_like(weight) * 1.2 / weight[0].numel() ** 0.5)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No family has a row of its own, and none was probed before."""
+    monkeypatch.setattr(layers, "QUIRKS", {})
+    monkeypatch.setattr(probe, "_FINDINGS", {})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "seen"),
+    [
+        ("longcat_flash", LONGCAT, "on a cache than without"),
+        ("recurrent_gemma", GRIFFIN, "on a cache than without"),
+    ],
+)
+def test_a_family_that_would_be_wrong_is_refused(family: str, settings: Any, seen: str) -> None:
+    model = random_model(family, **settings)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(HostError, match=seen) as raised:
+        trol.attach(model, TrolMixer())
+    assert family in str(raised.value)
+    assert not is_attached(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    trol.attach(model, TrolMixer(), probe=False)
+
+
+@pytest.mark.parametrize("host", [pytest.param(h, id=h.name) for h in HOSTS.values()])
+def test_every_host_of_the_zoo_passes(host: Host) -> None:
+    """And is as it was: mode, random state, and what it notes of its last inputs on itself."""
+    torch.manual_seed(5)
+    trol.attach(host.build(), TrolMixer(), probe=False)
+    expected = torch.rand(3)
+    model = host.build().train()
+    noted = {name: repr(value) for name, value in vars(model).items() if name != "_modules"}
+    torch.manual_seed(5)
+    trol.attach(model, TrolMixer())
+    assert torch.equal(torch.rand(3), expected)
+    assert all(module.training for module in model.modules())
+    assert {n: repr(v) for n, v in vars(model).items() if n in noted} == noted
+    assert probe._FINDINGS
+    assert not attached(model)[1].depth_unreadable
+
+
+def test_a_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, runs = HOSTS["llama"], []
+    real = probe._probed
+    monkeypatch.setattr(probe, "_probed", lambda *given: runs.append(1) or real(*given))
+    for _ in range(2):
+        trol.attach(host.build(), TrolMixer())
+    assert len(runs) == 1
+    trol.attach(host.build(attn="eager"), TrolMixer())
+    assert len(runs) == 2
+
+
+def test_what_cannot_be_read_refuses_who_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exits and nothing else: a plan reads no logits."""
+    monkeypatch.setattr("trol.host.head.MULTIPLIED_BY_DIVISOR", ())
+    model = random_model("hyperclovax", **HYPERCLOVA)
+    with pytest.raises(HostError, match=r"early_exit reads predictions .* differ from head"):
+        trol.attach(model, EarlyExit("margin", 0.5))
+    trol.attach(model, "0-1")
+    with (
+        pytest.raises(HostError, match="early_exit reads predictions"),
+        trol.depth(model, EarlyExit("margin", 0.5)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("hyperclovax", HYPERCLOVA), ("lfm2", LFM2), ("granite", HYPERCLOVA)],
+)
+def test_families_with_a_head_of_their_own_are_read(family: str, settings: Any) -> None:
+    assert "embedding_norm" in FINAL_NORMS
+    assert MULTIPLIED_BY_DIVISOR
+    model = trol.attach(random_model(family, **settings), EarlyExit("margin", 0.5))
+    assert not attached(model)[1].depth_unreadable
+
+
+def test_weights_that_are_not_at_hand_are_left_alone() -> None:
+    """On `meta` nothing can be run, and nothing is found out about the class."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(HOSTS["llama"].config())
+    trol.attach(model, "0-3:2")
+    assert not probe._FINDINGS
