@@ -26,7 +26,7 @@ trap 'rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=1
 
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" --quiet --disable-pip-version-check install torch==2.13.0 bitsandbytes==0.50.2 || exit 2
+"$work/venv/bin/pip" -qq --disable-pip-version-check install torch==2.13.0 bitsandbytes==0.50.2 || exit 2
 
 cat > "$work/check.py" <<'PY'
 import logging

@@ -27,7 +27,7 @@ trap 'rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" --quiet --disable-pip-version-check install torch==2.13.0 transformers==5.24.0 || exit 2
+"$work/venv/bin/pip" -qq --disable-pip-version-check install torch==2.13.0 transformers==5.24.0 || exit 2
 
 cat > "$work/check.py" <<'PY'
 import sys

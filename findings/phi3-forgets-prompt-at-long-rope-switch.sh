@@ -82,7 +82,7 @@ sys.exit(0 if ok else 1)
 PY
 
 python3 -m venv "$work/venv"
-pip="$work/venv/bin/pip --quiet --disable-pip-version-check"
+pip="$work/venv/bin/pip -qq --disable-pip-version-check"
 $pip install torch==2.13.0 transformers==5.16.1 || exit 2
 "$work/venv/bin/python" "$work/check.py" wrong
 $pip install transformers==5.24.0 || exit 2

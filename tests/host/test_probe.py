@@ -96,15 +96,18 @@ def test_a_family_that_would_be_wrong_is_refused(family: str, settings: Any, see
 
 @pytest.mark.parametrize("host", [pytest.param(h, id=h.name) for h in HOSTS.values()])
 def test_every_host_of_the_zoo_passes(host: Host) -> None:
-    """And is as it was: mode, random state, and what it notes of its last inputs on itself."""
+    """And is as it was: mode, random state, hooks, and what it notes of its last inputs."""
     torch.manual_seed(5)
     trol.attach(host.build(), TrolMixer(), probe=False)
     expected = torch.rand(3)
-    model = host.build().train()
+    model, seen = host.build().train(), []
+    model.register_forward_hook(lambda *_: seen.append(1))
     noted = {name: repr(value) for name, value in vars(model).items() if name != "_modules"}
     torch.manual_seed(5)
     trol.attach(model, TrolMixer())
     assert torch.equal(torch.rand(3), expected)
+    assert not seen
+    assert len(model._forward_hooks) == 1
     assert all(module.training for module in model.modules())
     assert {n: repr(v) for n, v in vars(model).items() if n in noted} == noted
     assert probe._FINDINGS

@@ -1,33 +1,50 @@
-"""`trol info`: what is installed here, and what trol can do with it."""
+"""`trol info`: what is installed here, what trol assumes of it, and what it makes of a model."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from trol.cli import terminal
 from trol.cli.provenance import commit, machine, versions
+from trol.errors import HostError
 
 EXAMPLES = (
     "trol info",
-    "trol info --json",
+    "trol info trol-tiny",
     "trol info --json > info.json",
 )
 
 
-def info(as_json: terminal.AsJson = False) -> None:
-    """Show versions, device, default model, policies and hosts."""
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A name, a folder or a hub name.")
+    ] = None,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Show versions, device, policies, hosts and assumptions; or what trol makes of MODEL."""
     with terminal.noise_to_stderr():
-        result = _collect()
-    terminal.report(result, as_json=as_json, text=lambda: _text(result))
+        result = _collect() if model is None else _described(model)
+    told = _text if model is None else _model_text
+    terminal.report(result, as_json=as_json, text=lambda: told(result))
+    failed = [one for one in result.get("assumptions", []) if one["found"] is not None]
+    if failed:
+        raise HostError(
+            f"{len(failed)} of the assumptions above do not hold; this trol is not for "
+            f"transformers {result['versions']['transformers']}."
+        )
 
 
 def _collect() -> dict[str, Any]:
     import torch
 
     from trol.depth.registry import names
+    from trol.host.assumptions import ASSUMPTIONS
     from trol.host.layers import QUIRKS
 
     cuda = torch.cuda.is_available()
+    terminal.no_library_bars()
     return {
         "versions": versions(),
         "commit": commit(),
@@ -37,10 +54,23 @@ def _collect() -> dict[str, Any]:
         "default_model": terminal.DEFAULT_MODEL,
         "policies": list(names()),
         "hosts": {
-            "refused": {name: quirk.refused for name, quirk in QUIRKS.items() if quirk.refused},
-            "no_holes": {name: quirk.no_holes for name, quirk in QUIRKS.items() if quirk.no_holes},
+            kind: {
+                name: getattr(quirk, kind) for name, quirk in QUIRKS.items() if getattr(quirk, kind)
+            }
+            for kind in ("refused", "no_second_visit", "no_holes")
         },
+        "assumptions": [
+            {"name": one.name, "used_by": one.used_by, "found": one.found()} for one in ASSUMPTIONS
+        ],
     }
+
+
+def _described(name: str) -> dict[str, Any]:
+    from trol.cli.models import open_model
+    from trol.depth.describe import describe
+
+    terminal.no_library_bars()
+    return {"model": name, **describe(open_model(name)[0])}
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -48,8 +78,37 @@ def _text(result: dict[str, Any]) -> str:
     lines += [(name, str(result[name])) for name in ("commit", "machine", "device", "threads")]
     lines.append(("model", result["default_model"]))
     lines.append(("policies", ", ".join(result["policies"])))
-    lines.append(("hosts", "any transformers decoder that is not refused below"))
+    lines.append(("hosts", "any transformers decoder that is not refused below, or by its probe"))
     for kind, families in result["hosts"].items():
         lines += [(f"{kind.replace('_', ' ')}: {name}", why) for name, why in families.items()]
+    for one in result["assumptions"]:
+        found = one["found"]
+        lines.append(("assumes" if found is None else "ASSUMES WRONGLY", one["name"]))
+        if found is not None:
+            lines += [("  found", found), ("  used by", one["used_by"])]
+    return _aligned(lines)
+
+
+def _model_text(result: dict[str, Any]) -> str:
+    visit = result.get("visit") or {}
+    lines = [(name, _told(result.get(name))) for name in ("model", "class", "family")]
+    lines += [(name, _told(result.get(name))) for name in ("layers", "hidden_size", "parameters")]
+    lines += [(name, _told(result.get(name))) for name in ("attention", "cache_layers", "policy")]
+    lines += [(f"a visit: {name}", _told(flops or "not known")) for name, flops in visit.items()]
+    lines += [(f"refused: {what}", why) for what, why in result["refused"].items()]
+    return _aligned(lines if result["refused"] else [*lines, ("refused", "nothing")])
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return " to ".join(f"{one:,}" for one in (value[:1] + value[-1:] * (len(value) > 1)))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _aligned(lines: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)

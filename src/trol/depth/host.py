@@ -13,7 +13,7 @@ from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.generation import HostMixin
 from trol.depth.policy import AbstractPolicy
-from trol.depth.probe import findings
+from trol.depth.probe import findings, miscounts
 from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, Trace
@@ -189,9 +189,15 @@ def gates_of(stack: nn.Module) -> list[nn.Module | None]:
 
 
 def cost_of(model: nn.Module) -> StackCost:
-    """The cost coefficients of an attached model's stack."""
-    _, stack = attached(model)
-    return stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
+    """The cost coefficients of an attached model's stack.
+
+    They are read off its modules, and tried on five tokens, once for each class of models; where
+    torch counts others, none are known.
+    """
+    host, stack = attached(model)
+    cost = stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
+    wrong = miscounts(host, stack, cost, lambda plan: depth(host, plan))
+    return replace(cost, layers=(None,) * len(cost.layers)) if wrong else cost
 
 
 @contextmanager

@@ -5,7 +5,8 @@ On five random ids, one layer of each kind visited twice and all others skipped:
     cached     four tokens, then one, on a cache        ==  uncached
     readout    head(norm(state behind the last layer))  ==  the logits
 
-That is three passes over a few layers, once for each class of model.
+That is three passes over a few layers, once for each class of model; and where its cost is asked
+for, one more: FLOPs predicted from shapes == FLOPs counted.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from trol.depth.cost import LayerCost, StackCost
 from trol.depth.readout import Readout
 from trol.errors import HostError
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
-from trol.host.layers import attention_of, layer_list, quirk_of
+from trol.host.dispatch import without_hooks
+from trol.host.layers import GATHERED, attention_of, layer_list, quirk_of
 from trol.host.names import CACHE
 from trol.host.placement import is_at_hand
 
@@ -53,6 +57,9 @@ class Findings:
 _FINDINGS: dict[tuple[Any, ...], Findings] = {}
 """Of every class of model that was probed in this process."""
 
+_MISCOUNTS: dict[tuple[Any, ...], bool] = {}
+"""The same of its FLOPs."""
+
 
 def findings(host: Any, stack: Any, under: Under) -> Findings:
     """What the probe of this class of model sees, or saw before; nothing where it cannot run.
@@ -68,6 +75,61 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     if not all(is_at_hand(parameter) for parameter in host.parameters()):
         return Findings()
     layers = list(layer_list(stack) or ())
+    which, key = _sample(host, stack, layers)
+    if key not in _FINDINGS:
+        with _at_rest(host, layers):
+            _FINDINGS[key] = _probed(host, stack, layers, which, under)
+    return _FINDINGS[key]
+
+
+def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
+    """Whether layers of this class of model take other FLOPs than `cost` predicts from shapes.
+
+    Not known, and so not found, of weights that are not at hand, and under attentions with
+    operators of their own. Arguments as of `findings`.
+    """
+    at_hand = all(is_at_hand(parameter) for parameter in stack.parameters())
+    if not at_hand or attention_of(stack.config) not in GATHERED:
+        return False
+    layers = list(layer_list(stack) or ())
+    which, key = _sample(host, stack, layers)
+    if key not in _MISCOUNTS:
+        counter = FlopCounterMode(display=False)
+        counts = dict.fromkeys(which, 0)
+        ids = _ids(host.config, next(stack.parameters()).device)
+        with _at_rest(host, layers), under(" ".join(map(str, which))), torch.no_grad(), counter:
+            for index in which:
+                _count(layers[index], index, counts, counter)
+            stack(ids, use_cache=False)
+        _MISCOUNTS[key] = any(_differs(layers[i], cost.layers[i], counts[i]) for i in which)
+    return _MISCOUNTS[key]
+
+
+def _count(layer: nn.Module, index: int, counts: dict[int, int], counter: FlopCounterMode) -> None:
+    """Has a layer add to `counts` what it takes while the counter is on."""
+
+    def begin(*_: Any) -> None:
+        counts[index] -= counter.get_total_flops()
+
+    def end(*_: Any) -> None:
+        counts[index] += counter.get_total_flops()
+
+    layer.register_forward_pre_hook(begin)
+    layer.register_forward_hook(end)
+
+
+def _differs(layer: nn.Module, cost: LayerCost | None, counted: int) -> bool:
+    """Whether one visit took other FLOPs than predicted, as far as torch counts them."""
+    if cost is None:
+        return False
+    maps, all_of_it = TOKENS * cost.per_token, cost.flops(TOKENS, step=TOKENS)
+    if any(parameter.ndim == 3 for parameter in layer.parameters()):
+        return counted > all_of_it  # experts run in operators of their own, which nobody counts
+    return counted not in (maps, all_of_it)  # so does attention, on some devices
+
+
+def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], tuple[Any, ...]]:
+    """One layer of each kind, as many as there is time for; and what names this class of model."""
     kinds = _kinds(layers, stack.config)
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     size = sum(parameter.numel() for parameter in host.parameters())
@@ -75,11 +137,7 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     if size > TINY:  # each costs six passes of a layer: a fifth of the stack takes 1.2 passes of it
         which = which[: max(1, len(layers) // 5)]
     of = (original_class(host), original_class(stack), attention_of(stack.config), host.dtype)
-    key = (*of, *(kinds[index] for index in which))
-    if key not in _FINDINGS:
-        with _at_rest(host, layers):
-            _FINDINGS[key] = _probed(host, stack, layers, which, under)
-    return _FINDINGS[key]
+    return which, (*of, *(kinds[index] for index in which))
 
 
 def _kinds(layers: list[nn.Module], config: Any) -> list[tuple[Any, ...]]:
@@ -109,7 +167,8 @@ def _probed(
     def keep_layer(_module: Any, _given: Any, out: Any) -> None:
         seen.append(out[0] if isinstance(out, tuple) else out)
 
-    hooks = [layers[-1].register_forward_hook(keep_layer), stack.register_forward_hook(keep)]
+    layers[-1].register_forward_hook(keep_layer)
+    stack.register_forward_hook(keep)
     visits = 1 if quirk_of(stack).no_second_visit else 2
     plan = " ".join(f"{index}:{visits}" for index in which)
     try:
@@ -137,9 +196,6 @@ def _probed(
         if len(shape) > 3:
             return Findings(wrong=_SEVERAL.format(shape))
         return Findings(wrong=f"plan '{plan}' ends in {type(error).__name__}: {error}")
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 _SEVERAL = "its layers hand on several states for each token (shape {})"
@@ -193,7 +249,7 @@ def _ids(config: Any, device: torch.device) -> Tensor:
 
 @contextmanager
 def _at_rest(host: nn.Module, layers: list[nn.Module]) -> Generator[None]:
-    """Evaluation mode and no draws from the caller's random state, for a while."""
+    """For a while: evaluation mode, no draws from the caller's random state, nobody's hooks."""
     training = [module for module in host.modules() if module.training]
     inside = {part for layer in layers for part in layer.modules()}
     devices = sorted({p.device.index or 0 for p in layers[0].parameters() if p.is_cuda})
@@ -201,7 +257,7 @@ def _at_rest(host: nn.Module, layers: list[nn.Module]) -> Generator[None]:
     noted = [(module, dict(vars(module))) for module in host.modules() if module not in inside]
     host.eval()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), without_hooks(host.modules()):
             yield
     finally:
         for module, values in noted:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.hub import cached_file
 
 from trol.depth import attach
+from trol.depth.host import check_by_probe
 from trol.depth.registry import from_settings
 from trol.depth.saving import marks
 from trol.errors import HostError, TrolError
@@ -121,7 +122,7 @@ def _open_marked(config: dict[str, Any], folder: Path, bits: int | None) -> Any:
     host = dict(config["host"])
     made = AutoConfig.for_model(host.pop("model_type"), **host)
     auto = AutoModelForImageTextToText if type(made) in _SEEING else AutoModelForCausalLM
-    model = attach(auto.from_config(made), from_settings(config["depth"]))
+    model = attach(auto.from_config(made), from_settings(config["depth"]), probe=False)
     weights: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         weights |= load_file(path)
@@ -133,4 +134,5 @@ def _open_marked(config: dict[str, Any], folder: Path, bits: int | None) -> Any:
             f"surplus {list(surplus)}; save the model again."
         )
     model.tie_weights()
+    check_by_probe(model)
     return model

@@ -234,7 +234,7 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
 
         After post_init, which would draw the policy's parameters anew.
         """
-        attach(self, from_settings(self.config.depth))
+        attach(self, from_settings(self.config.depth), probe=False)  # the laws know this family
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the policy that is attached now in `config.depth`."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from trol.depth import attached
 from trol.errors import HostError
-from trol.host.layers import layer_list
+from trol.host.layers import find_decoder, layer_list
 
 MARKS: dict[str, tuple[str, ...]] = {
     "mixers": ("depth",),
@@ -52,9 +52,11 @@ def let_learn(model: nn.Module, parts: tuple[str, ...], *, low_rank: bool = Fals
     With `low_rank`, the decoder learns through its low-rank updates and nothing else of it does.
 
     Raises:
-        HostError: the model has no such part, or the decoder's weights are quantised.
+        HostError: the model has no such part, has one that is not known by its name, or the
+            decoder's weights are quantised.
     """
     _check_parts(model, parts)
+    _check_known(model)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         frozen_base = low_rank and part == "decoder" and "lora_" not in name
@@ -95,6 +97,27 @@ def settle(model: Any, parts: tuple[str, ...]) -> None:
         part = part_of(name)
         if part in parts and part != "mixers" and "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
+
+
+def _check_known(model: Any) -> None:
+    """Raises `HostError` where something beside the decoder would be trained as if it were it."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return  # a text model has no other parts
+    decoder = find_decoder(model)
+    ends = [module for module in (decoder, model.get_output_embeddings()) if module is not None]
+    inside = {id(parameter) for module in ends for parameter in module.parameters()}
+    strange = [
+        name
+        for name, parameter in model.named_parameters()
+        if part_of(name) == "decoder" and id(parameter) not in inside
+    ]
+    if strange:
+        raise HostError(
+            f"{type(model).__name__} has {strange[0]} ({len(strange)} such parameters), which is "
+            "neither in its decoder nor in a projector or vision tower of a known name "
+            f"({', '.join(NOT_DECODER)}), so trol cannot know whether it is to learn; train a "
+            "family whose parts have such names, or add its name to MARKS."
+        )
 
 
 def _check_parts(model: nn.Module, parts: tuple[str, ...]) -> None:
