@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import Cache
 
 from trol import errors
 from trol.cli import VERBS, application, main
@@ -95,7 +96,9 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("info") == 130
 
 
-@pytest.mark.parametrize("words", [["chta"], ["info", "--jsno"], ["map"], ["info", "extra"], []])
+@pytest.mark.parametrize(
+    "words", [["chta"], ["info", "--jsno"], ["map"], ["info", "extra", "more"], []]
+)
 def test_bad_usage_is_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words) == 2
     captured = capsys.readouterr()
@@ -123,3 +126,24 @@ def test_info_names_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["versions"]["torch"]
     assert found["threads"] >= 1
     assert "gemma4_text" in found["hosts"]["refused"]
+
+
+def test_info_of_a_model_says_what_it_is_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "trol-tiny", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["family"], found["layers"], found["refused"]) == ("llama", 2, {})
+    assert found["policy"]["policy"] == "trol_mixer"
+    assert found["visit"]["flops_per_token"][0] > 0
+    assert run("info", "trol-tiny") == 0
+    assert "refused" in capsys.readouterr().out
+
+
+def test_info_fails_where_an_assumption_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Cache, "trim", lambda cache, n: None, raising=False)
+    assert run("info") == 1
+    captured = capsys.readouterr()
+    assert "ASSUMES WRONGLY" in captured.out
+    assert "trim" in captured.out
+    assert captured.err.splitlines()[-1].startswith("trol: 1 of the assumptions")

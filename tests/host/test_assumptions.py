@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Cache, LlamaForCausalLM, Trainer
+from transformers import Cache, LlamaForCausalLM, LogitsProcessor, Trainer
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
@@ -20,6 +20,7 @@ from trol.errors import HostError
 from trol.host import assumptions
 from trol.host.assumptions import ASSUMPTIONS, rendered, told
 from trol.host.assumptions.table import Assumption
+from trol.host.cache import copy_on_write
 
 ROOT = Path(__file__).parents[2]
 BY_LOOK = {one.look.__name__: one for one in ASSUMPTIONS}
@@ -120,3 +121,71 @@ def test_attach_names_the_first_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert type(model).__mro__[0] is type(model)
     assert not hasattr(model.model, "depth_policy")
     trol.attach(model, "0-3:2")
+
+
+class Roomy(DynamicLayer):
+    """A cache layer of somebody else's, which writes into room that it made before."""
+
+    update = written_in_place
+
+
+def test_layers_of_other_makers_share_nothing() -> None:
+    """What a copy stores, the original does not see, whatever its `update` does."""
+    layer = Roomy()
+    layer.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    twin = copy_on_write(layer)
+    twin.update(torch.full((1, 1, 1, 2), 5.0), torch.zeros(1, 1, 1, 2))
+    layer.update(torch.full((1, 1, 1, 2), 7.0), torch.zeros(1, 1, 1, 2))
+    assert (twin.keys[0, 0, :, 0].tolist(), layer.keys[0, 0, :, 0].tolist()) == (
+        [1, 1, 1, 5],
+        [1, 1, 1, 7],
+    )
+
+
+def test_a_forward_that_was_replaced_on_the_object_is_refused() -> None:
+    """It would be called past the class in which trol steps in; accelerate's hooks are known."""
+    model = HOSTS["llama"].build()
+    layer = model.model.layers[1]
+    layer.forward = lambda *args, **kwargs: args[0]
+    with pytest.raises(HostError, match="was replaced on the object itself"):
+        trol.attach(model, "0-3:2")
+
+
+def test_a_pass_inside_generate_that_nobody_told_is_refused() -> None:
+    """A processor that calls the model itself: its tokens must not be question by default."""
+    model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores + 0 * model(input_ids).logits[:, -1]
+
+    settings = {"max_new_tokens": 2, "logits_processor": [Asks()]}
+    trol.attach(model, trol.TrolMixer(scope="all"))
+    model.generate(**inputs, **settings)
+    trol.detach(model)
+    trol.attach(model, trol.TrolMixer())
+    with pytest.raises(HostError, match="called inside generate without"):
+        model.generate(**inputs, **settings)
+
+
+def test_layers_called_past_trol_are_found_out() -> None:
+    """A stack that calls `layer.forward` would run plain, without a word."""
+    model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
+    trol.attach(model, "0-3:2")
+    kind = type(model.model)
+    real = kind.trol_original.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = [type(layer).__call__ for layer in self.layers]
+        for layer in self.layers:
+            type(layer).__call__ = torch.nn.Module.__call__
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            for layer, call in zip(self.layers, calls, strict=True):
+                type(layer).__call__ = call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind.trol_original, "forward", forward)
+        with pytest.raises(HostError, match="calls its layers past trol"):
+            model(**inputs)

@@ -29,7 +29,7 @@ from trol.host.classes import (
     trained_copy,
     undeclare_tied,
 )
-from trol.host.layers import find_decoder, layer_list, layer_site, quirk_of
+from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
 from trol.host.releases import check_release
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,6 +65,7 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
         )
     decoder: Any = find_decoder(model)
     layers = _layers(decoder)
+    check_stack(decoder)
     check(decoder, policy)
     sites = [layer_site(layer) for layer in layers]
     for index, (layer, site) in enumerate(zip(layers, sites, strict=True)):

@@ -213,16 +213,20 @@ def copy_on_write(layer: Any) -> Any:
     """A private copy of a cache layer: what either stores later, the other does not see.
 
     Static layers write in place, so their tensors are cloned; so are the tensors in dictionaries
-    (recurrent states). All others replace their tensors when they store, and share their past: the
-    assumption "a dynamic cache layer replaces its tensors".
+    (recurrent states), and those of layers of anybody else's making. transformers' own dynamic ones
+    replace their tensors when they store, and share their past (an assumption of the table).
     """
-    twin = copy.copy(layer)
+    twin, shares = copy.copy(layer), _is_known(layer) and not is_static(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
             setattr(twin, name, {key: _cloned(one) for key, one in value.items()})
-        elif is_static(layer):
+        elif not shares:
             setattr(twin, name, _cloned(value))
     return twin
+
+
+def _is_known(layer: object) -> bool:
+    return type(layer).__module__.partition(".")[0] in ("transformers", "trol")
 
 
 def _cloned(value: Any) -> Any:

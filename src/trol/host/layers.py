@@ -174,6 +174,17 @@ def layer_site(layer: nn.Module) -> LayerSite:
     return LayerSite(cache, names.index(cache), mask, tuple(names), causal)
 
 
+def check_stack(stack: nn.Module) -> None:
+    """Raises `HostError` unless a stack takes its cache and its mask under known names."""
+    names = list(inspect.signature(type(stack).forward).parameters)
+    if not set(KNOWN_CACHE_NAMES) & set(names) or "attention_mask" not in names:
+        raise HostError(
+            f"{type(stack).__name__} takes {names[1:]}, among them no attention_mask or no cache "
+            f"of a known name ({', '.join(KNOWN_CACHE_NAMES)}), so trol cannot tell what its "
+            "tokens see; it attaches to transformers decoders."
+        )
+
+
 def argument(
     forward: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
