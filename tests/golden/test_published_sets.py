@@ -3,13 +3,21 @@
 import os
 from pathlib import Path
 
+import PIL
 import pytest
 
 from .__main__ import main
 
 BESIDE = Path(__file__).parents[3] / "shared" / "golden"
 FOLDER = Path(os.environ.get("TROL_GOLDEN") or BESIDE)
-SETS = ("units", "internlm2_shared", "internlm2_perlayer", "phi3_shared", "phi3_perlayer")
+OTHER_PIXELS = pytest.mark.skipif(
+    int(PIL.__version__.partition(".")[0]) < 13,
+    reason="Pillow before 13 resizes to other pixels than those that the set holds",
+)
+SETS = (
+    pytest.param("units", marks=OTHER_PIXELS),
+    *("internlm2_shared", "internlm2_perlayer", "phi3_shared", "phi3_perlayer"),
+)
 
 
 @pytest.mark.skipif(

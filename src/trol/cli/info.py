@@ -23,7 +23,7 @@ def info(
     ] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Show versions, policies and assumptions; or what trol makes of MODEL."""
+    """Show versions and assumptions, or what trol makes of MODEL."""
     with terminal.noise_to_stderr():
         result = _collect() if model is None else _described(model)
     told = _text if model is None else _model_text
