@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from hosts import HOSTS
 from training import standins
 from trol import training
 from trol.cli import main
+from trol.depth.describe import describe
+from trol.errors import HostError
+from trol.family.loading import load_host
 
 
 def run(*words: object) -> int:
@@ -71,3 +75,23 @@ def test_rows_that_training_leaves_out_are_told(
     words = ("train", "any-llm", f"host={host}", "precision=fp32", *stages, *files)
     assert run(*words, "--out", tmp_path / "made") == 0
     assert "left out as quarantined: 1 " in capsys.readouterr().err
+
+
+def test_folders_that_are_damaged_are_told_in_one_line(tmp_path: Path) -> None:
+    """A weights file that was cut off, and a configuration that cannot be."""
+    HOSTS["llama"].build().save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    HOSTS["llama"].build().save_pretrained(tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    entries = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(entries | {"num_hidden_layers": 3.5}), encoding="utf-8")
+    for name in ("cut", "odd"):
+        with pytest.raises(HostError, match="no model can be opened from") as raised:
+            load_host(tmp_path / name)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_host_alone_needs_no_tokenizer(tmp_path: Path) -> None:
+    HOSTS["llama"].build().save_pretrained(tmp_path)
+    assert describe(load_host(tmp_path))["layers"] == 4

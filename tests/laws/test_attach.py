@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth
 from trol.depth import attach, attached, cost_of, detach, is_attached, trace
+from trol.errors import UsageError
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
 
@@ -130,6 +132,64 @@ def test_accelerate_hooks(host: Host, name: str) -> None:
         assert_same(greedy(model, inputs), expected, 0)
         detach(model)
         assert_same(greedy(model, inputs), bare, 0)
+
+
+def test_an_attach_that_fails_changes_nothing() -> None:
+    """Whatever raises on the way, the model can be attached to afterwards."""
+
+    class Broken(TrolMixer):
+        def gate(self, layer: int, width: int) -> torch.nn.Module | None:
+            if layer == 2:
+                raise RuntimeError("no gate")
+            return super().gate(layer, width)
+
+    host = HOSTS["llama"]
+    model, inputs = host.build(), host.inputs()
+    bare = greedy(model, inputs)
+    with pytest.raises(RuntimeError, match="no gate"):
+        attach(model, Broken())
+    assert not is_attached(model)
+    assert all(not hasattr(layer, "depth") for layer in layers_of(model))
+    assert_same(greedy(model, inputs), bare, 0)
+    detach(attach(model, TrolMixer()))
+    assert_same(greedy(model, inputs), bare, 0)
+
+
+def test_gates_are_where_the_layer_is_and_can_learn() -> None:
+    """Whatever device and mode the caller makes tensors in."""
+    host = HOSTS["llama"]
+    model = host.build()
+    with torch.device("meta"):
+        attach(model, TrolMixer())
+    detach(model)
+    with torch.inference_mode():
+        attach(model, TrolMixer())
+    with torch.enable_grad():
+        model.train()(**host.inputs(), labels=host.inputs()["input_ids"]).loss.backward()
+    for layer in layers_of(model):
+        assert layer.depth.weight.grad.abs().max() > 0
+
+
+def test_of_two_threads_that_attach_one_does() -> None:
+    host = HOSTS["llama"]
+    for _ in range(4):
+        model, errors, start = host.build(), [], threading.Barrier(2)
+
+        def one(model: Any = model, errors: Any = errors, start: Any = start) -> None:
+            start.wait()
+            try:
+                attach(model, TrolMixer())
+            except UsageError as error:
+                errors.append(str(error))
+
+        both = [threading.Thread(target=one) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+        (said,) = errors
+        assert "attached to this model already" in said
+        detach(model)
 
 
 @pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # before 5.23

@@ -38,6 +38,7 @@ def info(
 
 def _collect() -> dict[str, Any]:
     import torch
+    from transformers import logging
 
     from trol.depth.registry import names
     from trol.host.assumptions import ASSUMPTIONS
@@ -45,6 +46,12 @@ def _collect() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     terminal.no_library_bars()
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is looked up is not meant for anybody's eyes
+    assumptions = [
+        {"name": one.name, "used_by": one.used_by, "found": one.found()} for one in ASSUMPTIONS
+    ]
+    logging.set_verbosity(said)
     return {
         "versions": versions(),
         "commit": commit(),
@@ -59,18 +66,21 @@ def _collect() -> dict[str, Any]:
             }
             for kind in ("refused", "no_second_visit", "no_holes")
         },
-        "assumptions": [
-            {"name": one.name, "used_by": one.used_by, "found": one.found()} for one in ASSUMPTIONS
-        ],
+        "assumptions": assumptions,
     }
 
 
 def _described(name: str) -> dict[str, Any]:
+    from pathlib import Path
+
     from trol.cli.models import open_model
     from trol.depth.describe import describe
+    from trol.family.loading import load_host
+    from trol.policies.adapter import is_trained
 
     terminal.no_library_bars()
-    return {"model": name, **describe(open_model(name)[0])}
+    model = open_model(name)[0] if is_trained(Path(name)) else load_host(name)
+    return {"model": name, **describe(model)}
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from trol.depth.cost import StackCost
 from trol.depth.host import attached, check_by_probe, cost_of, depth, is_attached
 from trol.depth.registry import to_settings
 from trol.errors import HostError
-from trol.host.cache import has_recurrent_layers, new_cache
+from trol.host.cache import new_cache
 from trol.host.layers import Quirk, attention_of, find_decoder, layer_list, quirk_of
 
 PLAIN = "all"
@@ -23,8 +23,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     A model that cannot be attached to is described as well; `refused` then says so. JSON values.
     """
+    config: Any = model.config
     told: dict[str, Any] = {
         "class": type(model).__name__,
+        "family": config.get_text_config(decoder=True).model_type,
+        **dict.fromkeys(("layers", "hidden_size", "attention", "cache_layers", "visit")),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "policy": to_settings(attached(model)[1].depth_policy) if is_attached(model) else None,
     }
@@ -34,7 +37,6 @@ def describe(model: nn.Module) -> dict[str, Any]:
         return told | {"refused": {"any policy": str(error)}}
     layers = list(layer_list(stack) or ())
     told |= {
-        "family": stack.config.model_type,
         "layers": len(layers),
         "hidden_size": stack.config.hidden_size,
         "attention": attention_of(stack.config),
@@ -67,7 +69,7 @@ def _refused(stack: Any, quirk: Quirk) -> dict[str, str]:
     recurrent = "a recurrent state has no positions to leave out, nor to take back"
     reasons = {
         "second visits": quirk.no_second_visit,
-        "skipped_kv='hole'": quirk.no_holes or recurrent * has_recurrent_layers(stack.config),
+        "skipped_kv='hole'": quirk.no_holes or recurrent * stack.depth_recurrent,
         "speculation": recurrent * stack.depth_recurrent,
         "reading predictions (early exit)": stack.depth_unreadable,
         "packing tokens": quirk.dense,

@@ -81,9 +81,9 @@ class HostMixin(Specialised):
         if scope != "all":
             raise HostError(
                 f"{type(self).__name__} was called inside generate without "
-                "prepare_inputs_for_generation (by a logits processor, say), so trol cannot know "
-                f"which of its tokens are question; give the policy scope='all' (it has {scope!r})"
-                ", or pass assistant_masks in that call."
+                "prepare_inputs_for_generation (by a logits processor: guidance_scale has one), so "
+                "trol cannot know which of its tokens are question; give the policy scope='all' "
+                f"(it has {scope!r}), or, where the call is your own, pass assistant_masks in it."
             )
 
     def generate(

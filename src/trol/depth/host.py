@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import RLock
 from typing import Any, TypeVar, cast, get_args
 
+import torch
 from torch import nn
 
 from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
@@ -21,6 +23,7 @@ from trol.errors import HostError, UsageError, unknown
 from trol.host.assumptions import check_at_attach
 from trol.host.cache import has_recurrent_layers
 from trol.host.classes import (
+    check_hooks,
     declare_tied,
     remove_submodule,
     restore,
@@ -57,7 +60,15 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
     """
     check_release()
     check_at_attach()
-    policy = resolve(policy)
+    with _ONE_AT_A_TIME:
+        return _attach(model, resolve(policy), probe=probe)
+
+
+_ONE_AT_A_TIME = RLock()
+"""Held while a model gains or loses its policy."""
+
+
+def _attach(model: Model, policy: AbstractPolicy, *, probe: bool) -> Model:
     if _find_host(model) is not None:
         raise UsageError(
             "a policy is attached to this model already; call trol.detach(model) first, or use "
@@ -67,19 +78,24 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
     layers = _layers(decoder)
     check_stack(decoder)
     check(decoder, policy)
+    # All that can fail comes before anything is changed.
     sites = [layer_site(layer) for layer in layers]
+    gates = _new_gates(layers, policy, decoder.config.hidden_size)
+    for module in (*layers, decoder, model):
+        check_hooks(module)
     for index, (layer, site) in enumerate(zip(layers, sites, strict=True)):
         specialise(layer, LayerMixin)
         traversing = cast(Any, layer)
         traversing.depth_index, traversing.depth_site = index, site
-    _place_gates(layers, policy, decoder.config.hidden_size)
+        if gates[index] is not None:
+            traversing.depth = gates[index]
     if decoder is model:
         specialise(decoder, HostMixin, StackMixin)
     else:
         specialise(decoder, StackMixin)
         specialise(model, HostMixin)
     decoder.depth_policy, decoder.depth_layers = policy, len(layers)
-    decoder.depth_recurrent = has_recurrent_layers(decoder.config)
+    decoder.depth_recurrent = is_recurrent(decoder)
     decoder.depth_verdicts = {}
     if policy.tied:
         declare_tied(model, GATE)
@@ -124,6 +140,11 @@ def detach(model: Model) -> Model:
     Raises:
         UsageError: no policy is attached.
     """
+    with _ONE_AT_A_TIME:
+        return _detach(model)
+
+
+def _detach(model: Model) -> Model:
     host, stack = attached(model)
     for layer in _layers(stack):
         restore(cast(Any, layer))
@@ -173,9 +194,7 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     skips = any(policy.bounds(layer).least == 0 for layer in range(len(layers)))
     quirk = quirk_of(decoder)
     no_holes = quirk.no_holes or (
-        "its recurrent layers have no positions to leave out"
-        if has_recurrent_layers(decoder.config)
-        else ""
+        "its recurrent layers have no positions to leave out" if is_recurrent(decoder) else ""
     )
     if skips and policy.skipped_kv == "hole" and no_holes:
         raise HostError(
@@ -294,19 +313,27 @@ def _open_on(stack: Any, ambience: Ambience) -> Generator[None]:
         stack.depth_ambiences -= 1
 
 
-def _place_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> None:
+def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> list[nn.Module | None]:
+    """The policy's parameters for each layer, where the layer is and in its mode."""
+    gates: list[nn.Module | None] = []
     for index, layer in enumerate(layers):
-        gate = policy.gate(index, width)
-        if gate is None:
-            continue
-        if policy.tied and index > 0:
-            for name, parameter in cast(nn.Module, layers[0].depth).named_parameters():
+        device = next(layer.parameters()).device
+        # On whatever device, and in whatever mode, the caller makes tensors.
+        at = device if device.type == "meta" else torch.device("cpu")
+        with torch.inference_mode(mode=False), at:
+            gate = policy.gate(index, width)
+        if gate is not None and policy.tied and index > 0:
+            for name, parameter in cast(nn.Module, gates[0]).named_parameters():
                 setattr(gate, name, parameter)
-        else:
-            weight = next(layer.parameters())
-            gate.to(weight.device)
-        gate.train(layer.training)
-        layer.depth = gate
+        elif gate is not None:
+            gate.to(device)
+        gates.append(None if gate is None else gate.train(layer.training))
+    return gates
+
+
+def is_recurrent(decoder: Any) -> bool:
+    """Whether some layer keeps a recurrent state, in the cache or in itself."""
+    return has_recurrent_layers(decoder.config) or bool(quirk_of(decoder).no_second_visit)
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

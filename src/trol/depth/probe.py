@@ -64,7 +64,8 @@ _MISCOUNTS: dict[tuple[Any, ...], bool] = {}
 def findings(host: Any, stack: Any, under: Under) -> Findings:
     """What the probe of this class of model sees, or saw before; nothing where it cannot run.
 
-    Weights that are quantised, sharded or not in memory are left alone. The model's parameters,
+    Weights that are quantised, sharded or not in memory, and stacks of fewer positions than the
+    probe has tokens, are left alone. The model's parameters,
     mode and random state stay as they are.
 
     Args:
@@ -72,7 +73,8 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
         stack: its stack of layers.
         under: puts a plan in force on it for a while.
     """
-    if not all(is_at_hand(parameter) for parameter in host.parameters()):
+    positions = getattr(stack.config, "max_position_embeddings", None) or TOKENS
+    if positions < TOKENS or not all(is_at_hand(parameter) for parameter in host.parameters()):
         return Findings()
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -53,20 +57,37 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
             not fit 4 bits, or it does not fit the memory at hand.
         DataError: a published checkpoint is damaged.
     """
-    source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
-    check_source(source, SHIPPED)
     if bits is not None:
         settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
-    try:
-        model, processor = _open(source, bits, settings)
+    with _opening(name) as source:
+        model = _open(source, bits, settings)
         if bits == 4:
             check_blocks(model, str(name))
-        return model.eval(), processor
+        return model.eval(), _reader(source, model, settings)
+
+
+def load_host(name: str | Path) -> Any:
+    """The model of `load_model` alone, for those who put no text in; its folder needs no tokenizer.
+
+    Raises as `load_model`.
+    """
+    with _opening(name) as source:
+        return _open(source, None, {}).eval()
+
+
+@contextmanager
+def _opening(name: str | Path) -> Generator[str]:
+    """Where a model lies; whatever cannot be opened there is a `HostError` of one line."""
+    source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
+    check_source(source, SHIPPED)
+    try:
+        yield source
     except TrolError:  # some of which are ValueErrors
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
         raise HostError(
-            f"no model can be opened from {str(name)!r}: {error} Give a shipped model "
+            f"no model can be opened from {str(name)!r}: {why:.400} Give a shipped model "
             f"({', '.join(SHIPPED)}), the folder of a saved model, or a hub name."
         ) from error
 
@@ -89,11 +110,11 @@ def config_file(source: str) -> Path:
     return Path(found)
 
 
-def _open(source: str, bits: int | None, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """A model and its processor, whatever kind lies there."""
+def _open(source: str, bits: int | None, settings: dict[str, Any]) -> Any:
+    """A model, whatever kind lies there."""
     model = open_published(TrolForConditionalGeneration, source, **settings)
     if model is not None:
-        return model, open_published_processor(source, **settings)
+        return model
     found = config_file(source)
     config = json.loads(found.read_text(encoding="utf-8"))
     check_opening(source, found.parent, settings, mapped=not marks(config))
@@ -101,8 +122,17 @@ def _open(source: str, bits: int | None, settings: dict[str, Any]) -> tuple[Any,
     if model is None:
         auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
         model = auto.from_pretrained(source, **settings)
+    return model
+
+
+def _reader(source: str, model: Any, settings: dict[str, Any]) -> Any:
+    """The processor that lies with a model, or its tokenizer."""
+    if isinstance(model, TrolForConditionalGeneration):
+        published = open_published_processor(source, **settings)
+        if published is not None:
+            return published
     reader = AutoProcessor if type(model.config) in _SEEING else AutoTokenizer
-    return model, reader.from_pretrained(source, config=model.config)
+    return reader.from_pretrained(source, config=model.config)
 
 
 _SEEING = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
