@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from PIL import Image
 from transformers import ProcessorMixin
 
 from trol.data.damage import RowError
 from trol.data.images import open_image
 from trol.errors import DataError
+from trol.host.processors import marks_answers_beside_pictures
 
 ROLES = ("system", "user", "assistant")
 """The roles that a message can have."""
@@ -141,7 +141,7 @@ def _check_length(tokens: int, most_tokens: int | None) -> None:
 def _marks_wrongly(processor: Any, filled: Sequence[Message]) -> bool:
     pictures = any(part["type"] == "image" for m in filled for part in m["content"])
     own = getattr(processor, "marks_answers_itself", False)
-    return pictures and not own and Version(transformers.__version__) < Version("5.18")
+    return pictures and not own and not marks_answers_beside_pictures()
 
 
 def _role(message: Message) -> str:
