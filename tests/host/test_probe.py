@@ -156,3 +156,13 @@ def test_weights_that_are_not_at_hand_are_left_alone() -> None:
         model = AutoModelForCausalLM.from_config(HOSTS["llama"].config())
     trol.attach(model, "0-3:2")
     assert not probe._FINDINGS
+
+
+def test_a_stack_shorter_than_the_probe_is_left_alone() -> None:
+    """Neither attaching nor asking for its cost passes more tokens than it has positions."""
+    settings = {"n_positions": 4, "n_embd": 32, "n_head": 4, "n_layer": 2}
+    model = trol.attach(random_model("gpt2", **settings), "0:2 1")
+    with trol.trace(model) as seen, torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    assert seen.cost.layer_visits == 9
+    assert not probe._FINDINGS

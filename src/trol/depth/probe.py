@@ -65,16 +65,14 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     """What the probe of this class of model sees, or saw before; nothing where it cannot run.
 
     Weights that are quantised, sharded or not in memory, and stacks of fewer positions than the
-    probe has tokens, are left alone. The model's parameters,
-    mode and random state stay as they are.
+    probe has tokens, are left alone. The model's parameters, mode and random state stay as before.
 
     Args:
         host: the attached model.
         stack: its stack of layers.
         under: puts a plan in force on it for a while.
     """
-    positions = getattr(stack.config, "max_position_embeddings", None) or TOKENS
-    if positions < TOKENS or not all(is_at_hand(parameter) for parameter in host.parameters()):
+    if not _can_run(host, stack):
         return Findings()
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
@@ -90,8 +88,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
     Not known, and so not found, of weights that are not at hand, and under attentions with
     operators of their own. Arguments as of `findings`.
     """
-    at_hand = all(is_at_hand(parameter) for parameter in stack.parameters())
-    if not at_hand or attention_of(stack.config) not in GATHERED:
+    if not _can_run(host, stack) or attention_of(stack.config) not in GATHERED:
         return False
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
@@ -105,6 +102,12 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
             stack(ids, use_cache=False)
         _MISCOUNTS[key] = any(_differs(layers[i], cost.layers[i], counts[i]) for i in which)
     return _MISCOUNTS[key]
+
+
+def _can_run(host: Any, stack: Any) -> bool:
+    """Whether the ids of the probe can be passed through this model here and now."""
+    positions = getattr(stack.config, "max_position_embeddings", None) or TOKENS
+    return positions >= TOKENS and all(is_at_hand(one) for one in host.parameters())
 
 
 def _count(layer: nn.Module, index: int, counts: dict[int, int], counter: FlopCounterMode) -> None:

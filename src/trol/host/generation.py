@@ -21,15 +21,15 @@ from trol.host.names import CACHE, cache_among
 SHOWN = tuple(name for name in TransformersKwargs.__annotations__ if name.startswith("output_"))
 """What a caller may ask a forward pass to show of all tokens of each layer."""
 
+CLOSING = ("destroy_cached_continuous_batching_manager",)
+"""Methods of continuous batching that only tidy up."""
+
 CONTINUOUS = tuple(
     name
     for name, method in vars(ContinuousMixin).items()
-    if inspect.isroutine(method) and not name.startswith("_")
+    if inspect.isroutine(method) and not name.startswith("_") and name not in CLOSING
 )
-"""The methods of continuous batching, which writes keys and values past a model's own cache."""
-
-CLOSING = ("destroy_cached_continuous_batching_manager",)
-"""Those of them that only tidy up."""
+"""Its other methods, which write keys and values past a model's own cache."""
 
 STEPWISE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 """Logits processors that keep a state, and must see every token exactly once."""
