@@ -16,15 +16,14 @@ from torch import Tensor
 
 from trol.depth.context import Context
 from trol.depth.cost import StackCost
-from trol.depth.planes import PlanedCache
-from trol.depth.policy import AbstractPolicy, Visit
+from trol.depth.planes import ALONG, HOLES, PlanedCache
+from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.roles import Mask, Prompt, Roles
 from trol.depth.trace import Recorder
 from trol.host.cache import new_cache
 from trol.host.context import CompileableContextVar
 from trol.host.generation import shows_all
-from trol.host.layers import GATHERED, attention_of
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,9 @@ class Step:
     """Where the policy's notes go, for the host to read when the pass is over."""
 
 
-Executor = Literal["auto", "dense", "packed"]
-"""`dense` computes all tokens, `packed` those that go wherever it can, `auto` where it pays."""
-
-Kind = tuple[int, type, type, bool, bool]
-"""Visits that one comparison speaks for: (layer, its class, slot's class, tokens or rows, without a
-mask). Layers of one class may differ: in some families every other one has a window of its own."""
+Executor = Literal["auto", "dense", "token-wise"]
+"""`dense` computes all tokens, `token-wise` has a layer's parts compute those that go, `auto`
+where that saves more than it takes."""
 
 
 def unpriced() -> StackCost:
@@ -77,6 +73,8 @@ class Call:
     """What the layers need to know during one forward pass of their stack."""
 
     policy: AbstractPolicy
+    bounds: StackBounds
+    """What the policy says of the layers beforehand."""
     context: Context
     """What the policy may know of the call."""
     keep: bool
@@ -97,36 +95,29 @@ class Call:
     last_only: bool = False
     """Whether only the last token's output of the last layer is read, and nobody watches."""
     free: bool = False
-    """Whether a tensor may be looked at to decide where the program goes: neither gradients nor a
-    compiler follow it."""
+    """Whether neither gradients nor a compiler follow the program, and no dropout draws."""
     executor: Executor = "dense"
     """Who makes visits that not all tokens make."""
-    gathers: bool = False
-    """Whether no quirk of the family forbids to compute some tokens alone."""
+    parts: bool = False
+    """Whether the layers' token-wise parts can compute some tokens alone."""
     asked: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the stack."""
     costs: Callable[[], StackCost] = unpriced
     """What visits of the layers cost."""
-    _real: tuple[Tensor | None] | None = field(default=None, init=False)
-    verdicts: dict[Kind | type, bool] = field(default_factory=dict)
-    """Whether packed visits of a kind gave what dense ones do, once they were compared; and False
-    for a class of layers of which one did not."""
 
     @property
-    def packs(self) -> bool:
-        """Whether tokens may be left out: not where something of all of them is shown."""
-        return self.free and self._packs  # compiled code, never free, cannot read what is cached
+    def looks(self) -> bool:
+        """Whether who goes may be looked at, to leave the others out.
+
+        Neither where gradients or a compiler follow, nor where something of all tokens is shown.
+        """
+        return self.free and self._looks  # compiled code, never free, cannot read what is cached
 
     @cached_property
-    def _packs(self) -> bool:
+    def _looks(self) -> bool:
         # Hidden states are shown between layers, whole in either way.
         asked = {**self.asked, "output_hidden_states": False}
         return self.executor != "dense" and not shows_all(self.config, asked)
-
-    @cached_property
-    def masks_gather(self) -> bool:
-        """Whether the attention takes masks of which some queries' rows can be had."""
-        return self.gathers and attention_of(self.config) in GATHERED
 
     @property
     def in_scope(self) -> Mask:
@@ -135,22 +126,14 @@ class Call:
 
     def runs_once(self, layer: int, cache: Any) -> bool:
         """Whether this layer does what the plain model's does, and nobody watches."""
-        if self.recorder is not None or not self.policy.is_plain(layer):
+        if self.recorder is not None or self.bounds.layers[layer] != PLAIN:
             return False
-        return not (isinstance(cache, PlanedCache) and any(of == layer for of, _ in cache.planes))
+        planes = cache.planes if isinstance(cache, PlanedCache) else ()
+        return not any((layer, plane) in planes for plane in (2, HOLES, ALONG))
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
-        return self.last_only and layer == len(self.applied) - 1 and self.packs
-
-    def real(self, state: Tensor) -> Tensor | None:
-        """Which tokens are no padding, None where none is. [B, T, D] -> BoolTensor [B, T]."""
-        if self._real is None:
-            padding, (rows, tokens) = self.context.padding, state.shape[:2]
-            told = padding is not None and len(padding) == rows and padding.shape[1] >= tokens
-            real = self.context.real(state) if told else None
-            self._real = (None if real is None or bool(real.all()) else real,)
-        return self._real[0]
+        return self.last_only and self.parts and layer == len(self.applied) - 1 and self.looks
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
         """Which rows make the next visit, where a plan settles it for whole sequences."""
@@ -176,6 +159,9 @@ class Ambience:
     executor: Executor = "auto"
     decoding: Decoding | None = None
 
+
+NOTHING = Ambience()
+"""Where no such block is open."""
 
 # Compileable: a set and its get that lie in one compiled graph see each other, also in dynamo.
 CALL = CompileableContextVar("trol_call")
@@ -209,7 +195,7 @@ def generating(host: object, prompt: Prompt) -> Generator[None]:
 
 def ambience_of(stack: object) -> Ambience:
     """What is in force on `stack` in this thread."""
-    return _AMBIENCES.get({}).get(id(stack), Ambience())
+    return _AMBIENCES.get({}).get(id(stack), NOTHING)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trol.host.layers import LINEAR, MADE_BEFORE_KEYS
+from trol.host.parts import parts_in, token_wise_parts
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,11 @@ class LayerCost:
     keys_per_token: int | None = None
     """FLOPs for one token that leaves its keys and values only; None where that is not known."""
 
-    def flops(
-        self,
-        count: int,
-        *,
-        step: int,
-        past: int = 0,
-        images: bool = False,
-        pairs: int | None = None,
-    ) -> int:
-        """FLOPs of one visit of `count` tokens, each beside `step` of its row, after `past`.
-
-        `pairs`: of queries and keys of this step, where not each of them sees `step`.
-        """
+    def flops(self, count: int, *, step: int, past: int = 0, images: bool = False) -> int:
+        """FLOPs of one visit of `count` tokens, each beside `step` of its row, after `past`."""
         seen = past if self.window is None else min(past, self.window - 1)
-        one = self.per_token + self.per_key * seen + self.per_image_call_token * images
-        return count * one + self.per_key * (count * step if pairs is None else pairs)
+        extra = self.per_image_call_token * images
+        return count * (self.per_token + self.per_key * (seen + step) + extra)
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,10 @@ class StackCost:
     """None for a layer whose FLOPs are not known."""
     gate_per_token: tuple[int, ...]
     """FLOPs of the policy's own parameters on each layer, for one token."""
+    token_wise: tuple[int, ...] = ()
+    """FLOPs of each layer's token-wise parts for one token: what one that stays can be spared."""
+    token_wise_on_images: tuple[int, ...] = ()
+    """The same, more in a call that holds image tokens."""
 
     def flops(
         self,
@@ -101,8 +95,8 @@ class StackCost:
         self,
         computed: Sequence[int],
         *,
+        stayed: Sequence[int] | None = None,
         left: Sequence[int] | None = None,
-        pairs: Sequence[int] | None = None,
         step: int,
         past: int = 0,
         images: bool = False,
@@ -111,23 +105,26 @@ class StackCost:
 
         Args:
             computed: tokens that go through each layer, each visit counted.
+            stayed: of them those that its token-wise parts did not compute.
             left: tokens that leave keys and values there, and no more.
-            pairs: of queries and keys of this call; `computed` * `step` where not given.
             step: tokens of one row in this call.
             past: tokens of one row before it.
             images: as in `flops`.
         """
         total = 0
         none = [None] * len(computed)
-        for layer, count, keys, seen in zip(
-            self.layers, computed, left or none, pairs or none, strict=True
+        for index, (layer, count, out, keys) in enumerate(
+            zip(self.layers, computed, stayed or none, left or none, strict=True)
         ):
             if not (count or keys):
                 continue
             if layer is None or (keys and layer.keys_per_token is None):
                 return None
-            total += layer.flops(count, step=step, past=past, images=images, pairs=seen)
+            total += layer.flops(count, step=step, past=past, images=images)
             total += (keys or 0) * (layer.keys_per_token or 0)
+            if out:
+                own = self.token_wise[index] + self.token_wise_on_images[index] * images
+                total -= out * own
         return total
 
 
@@ -141,9 +138,16 @@ def stack_cost(
 ) -> StackCost:
     """Reads the coefficients off the modules of a stack and its text configuration."""
     types = getattr(config, "layer_types", None) or [None] * len(layers)
+    parts = [list(parts_in(layer, token_wise_parts(layer))) for layer in layers]
+    on_images = tuple(sum(map(_image_flops, own)) for own in parts)
     return StackCost(
         tuple(_layer_cost(layer, config, kind) for layer, kind in zip(layers, types, strict=True)),
         tuple(0 if gate is None else matrix_flops(gate) for gate in gates),
+        tuple(
+            sum(_weights(part, config) for part in own) - extra
+            for own, extra in zip(parts, on_images, strict=True)
+        ),
+        on_images,
     )
 
 
@@ -154,8 +158,7 @@ def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | 
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sliding = kind == "sliding_attention" or (kind is None and _always_slides(config))
     window = getattr(config, "sliding_window", None) if sliding else None
-    beside = _image_maps(layer)
-    extra = 2 * sum(module.weight.numel() for module in beside)
+    extra = _image_flops(layer)
     whole = _weights(layer, config) - extra
     return LayerCost(whole, 4 * heads * size, extra, window, _keys_flops(layer))
 
@@ -170,13 +173,14 @@ def _keys_flops(layer: nn.Module) -> int | None:
     return 2 * sum(found) or None
 
 
-def _image_maps(layer: nn.Module) -> list[nn.Linear]:
-    """The linear maps of a layer that its modules declare, by name, to run on images alone."""
-    return [
+def _image_flops(layer: nn.Module) -> int:
+    """FLOPs for one token of the maps that modules declare, by name, to run on images alone."""
+    maps = (
         getattr(module, name)
         for module in layer.modules()
         for name in getattr(module, "runs_on_images", ())
-    ]
+    )
+    return 2 * sum(one.weight.numel() for one in maps)
 
 
 def _always_slides(config: Any) -> bool:

@@ -72,6 +72,6 @@ def _refused(stack: Any, quirk: Quirk) -> dict[str, str]:
         "skipped_kv='hole'": quirk.no_holes or recurrent * stack.depth_recurrent,
         "speculation": recurrent * stack.depth_recurrent,
         "reading predictions (early exit)": stack.depth_unreadable,
-        "packing tokens": quirk.dense,
+        "some tokens alone": stack.depth_entangled,
     }
     return {what: why for what, why in reasons.items() if why}

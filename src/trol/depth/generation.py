@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trol.depth.call import (
     STEP,
@@ -23,18 +23,18 @@ from trol.depth.planes import prepare
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
-from trol.depth.stack import StackMixin
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised
 from trol.host.generation import CONTINUOUS, reads_last_only, returns_cache
-from trol.host.layers import argument, find_decoder
+from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
 
 
 class HostMixin(Specialised):
     """The model that trol is attached to: knows question from answer."""
 
-    modules: Any
+    depth_stack: tuple[Any]
+    """The decoder that owns the layers; in a tuple, so that it is registered where it is alone."""
     config: Any
     generation_config: Any
 
@@ -63,7 +63,7 @@ class HostMixin(Specialised):
             STEP.reset(token)
         if not notes or labels is None:
             return out
-        stack: Any = find_decoder(cast(nn.Module, self))
+        stack = self.depth_stack[0]
         penalty = stack.depth_policy_in_force().penalty(notes)
         return (
             out
@@ -75,7 +75,7 @@ class HostMixin(Specialised):
         """Raises `HostError` for a pass inside `generate` whose roles nobody has told."""
         if torch.compiler.is_compiling() or prompt_of(self) is None:
             return
-        stack: Any = find_decoder(cast(nn.Module, self))
+        stack = self.depth_stack[0]
         policy = stack.depth_policy_in_force()
         scope = policy.scope_in(training=stack.training)
         if scope != "all":
@@ -98,7 +98,7 @@ class HostMixin(Specialised):
         prompt = Prompt.of(
             length, assistant_masks, columns=columns, ids=ids, cache_is_the_callers=callers
         )
-        decoding = ambience_of(find_decoder(cast(nn.Module, self))).decoding
+        decoding = ambience_of(self.depth_stack[0]).decoding
         if decoding is not None and outer is None:
             kwargs = decoding(self, kwargs)
         with generating(self, prompt):
@@ -122,7 +122,7 @@ class HostMixin(Specialised):
         start = _chunk_start(cache, mask, count) if end is None else end - count
         roles = prompt.roles(start, count, rows, tokens.device)
         keep = prompt.may_ask_again(start, count)
-        stack: Any = find_decoder(cast(nn.Module, self))
+        stack = self.depth_stack[0]
         # Compiled code would be compiled anew for each start: only policies that read it are told.
         reads_start = stack.depth_policy_in_force().reads_start
         step = Step(roles, keep=keep, start=start if reads_start else None, real=mask)
@@ -140,8 +140,7 @@ class HostMixin(Specialised):
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)
         if not in_config and (Path(folder) / "config.json").is_file():
-            stack = next(m for m in self.modules() if isinstance(m, StackMixin))
-            mark(folder, stack.depth_policy)
+            mark(folder, self.depth_stack[0].depth_policy)
         return saved
 
 

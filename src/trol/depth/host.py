@@ -14,8 +14,8 @@ from torch import nn
 from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.generation import HostMixin
-from trol.depth.policy import AbstractPolicy
-from trol.depth.probe import findings, miscounts
+from trol.depth.policy import AbstractPolicy, StackBounds
+from trol.depth.probe import Under, findings, miscounts
 from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, Trace
@@ -94,9 +94,10 @@ def _attach(model: Model, policy: AbstractPolicy, *, probe: bool) -> Model:
     else:
         specialise(decoder, StackMixin)
         specialise(model, HostMixin)
+    cast(Any, model).depth_stack = (decoder,)
     decoder.depth_policy, decoder.depth_layers = policy, len(layers)
     decoder.depth_recurrent = is_recurrent(decoder)
-    decoder.depth_verdicts = {}
+    decoder.depth_bounds = policy, StackBounds.of(policy, len(layers))
     if policy.tied:
         declare_tied(model, GATE)
     if probe:
@@ -116,14 +117,23 @@ def check_by_probe(model: nn.Module) -> None:
             and the attached policy would.
     """
     host, stack = attached(model)
-    seen = findings(host, stack, lambda plan: depth(host, plan))
+    seen = findings(host, stack, _under(host))
     if seen.wrong:
         raise HostError(
             f"trol cannot treat {stack.config.model_type} rightly: {seen.wrong}. No policy was "
             "attached; attach(..., probe=False) leaves this check out, at your own risk."
         )
-    stack.depth_unreadable = seen.unreadable
+    stack.depth_unreadable, stack.depth_entangled = seen.unreadable, seen.entangled
     _check_readable(stack, stack.depth_policy)
+
+
+def _under(host: nn.Module) -> Under:
+    @contextmanager
+    def under(policy: PolicyLike, *, by: Executor = "dense") -> Generator[None]:
+        with depth(host, policy), executor(host, by):
+            yield
+
+    return under
 
 
 def _check_readable(stack: Any, policy: AbstractPolicy) -> None:
@@ -151,10 +161,11 @@ def _detach(model: Model) -> Model:
         for name in ("depth_index", "depth_site"):
             delattr(layer, name)
         remove_submodule(layer, GATE)
-    for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_verdicts"):
+    for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_bounds"):
         delattr(stack, name)
-    for name in ("depth_ambiences", "depth_costs", "depth_unreadable"):
+    for name in ("depth_ambiences", "depth_costs", "depth_unreadable", "depth_entangled"):
         stack.__dict__.pop(name, None)
+    del host.depth_stack
     restore(stack)
     if host is not stack:
         restore(host)
@@ -173,7 +184,7 @@ def attached(model: nn.Module) -> tuple[Any, Any]:
         raise UsageError(
             "no policy is attached to this model; call trol.attach(model, policy) first."
         )
-    return host, next(m for m in host.modules() if isinstance(m, StackMixin))
+    return host, cast(Any, host).depth_stack[0]
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -216,7 +227,7 @@ def cost_of(model: nn.Module) -> StackCost:
     """
     host, stack = attached(model)
     cost = stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
-    wrong = miscounts(host, stack, cost, lambda plan: depth(host, plan))
+    wrong = miscounts(host, stack, cost, _under(host))
     return replace(cost, layers=(None,) * len(cost.layers)) if wrong else cost
 
 
@@ -250,20 +261,32 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
 
 
 @contextmanager
-def executor(model: nn.Module, which: Executor) -> Generator[None]:
+def executor(model: nn.Module, which: str) -> Generator[None]:
     """Has visits made by one executor, in this thread, for a while.
 
-    `dense` computes all tokens of every visit, the reference; `packed` only those that go, wherever
-    it can; `auto`, which is in force otherwise, only where that takes less time on this device.
+    `dense` computes all tokens of every visit, the reference; `token-wise` has a layer's token-wise
+    parts compute those that go (its older name is `packed`); `auto`, which is in force otherwise,
+    takes the latter where it leaves out more than it takes.
 
     Raises:
         UsageError: there is no such executor, or no policy is attached.
+        HostError: the layers of this family cannot compute some tokens alone.
     """
+    which = FORMER.get(which, which)
     if which not in get_args(Executor):
         raise unknown("executor", which, get_args(Executor))
     _, stack = attached(model)
+    if which == "token-wise" and stack.depth_entangled:
+        raise HostError(
+            f"{stack.config.model_type} has no token-wise executor: {stack.depth_entangled}; take "
+            "'auto' or 'dense'."
+        )
     with _open_on(stack, replace(ambience_of(stack), executor=which)):
         yield
+
+
+FORMER: dict[str, Executor] = {"packed": "token-wise"}
+"""What executors were called before -> what they are called."""
 
 
 @contextmanager

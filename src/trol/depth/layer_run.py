@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from trol.depth.holes import Holes
 from trol.depth.planes import LayerPlanes
-from trol.depth.sides import Inputs
+from trol.depth.slots import KeysWritten
+from trol.depth.token_wise import Going
 from trol.host.layers import LayerSite
+from trol.host.parts import with_parts
 
-Forward = Callable[..., Any]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer takes beside the hidden states."""
 
 
 class LayerRun:
@@ -21,15 +24,14 @@ class LayerRun:
     def __init__(
         self,
         layer: nn.Module,
-        forward: Forward,
+        forward: Any,
         site: LayerSite,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        given: Inputs,
+        cache: Any,
     ) -> None:
         self.layer, self.forward, self.site = layer, forward, site
-        self.args, self.kwargs = args, kwargs
-        self.cache = site.cache_in(args, kwargs)
-        self.lasts = self.cache is not None
+        self.given, self.cache = given, cache
+        self.lasts = cache is not None
         """Whether later calls read what this one leaves."""
         self.planes: LayerPlanes | None = None
         self.holes: Holes | None = None
@@ -37,35 +39,58 @@ class LayerRun:
         """Whether tokens that skip leave holes; a cache may hold some of an earlier policy's."""
         self.rest: tuple[Any, ...] | None = None
         self.applied = 0
-        self.spared = 0
-        """FLOPs that packed visits left out of calls of the layer."""
 
-    def apply(self, state: Tensor, plane: int) -> Tensor:
-        """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out."""
-        cache = None if self.planes is None else self.planes.opened(plane)
-        out = self.call(state, self.inputs(state), cache)
+    def apply(
+        self,
+        state: Tensor,
+        plane: int,
+        going: Going | None = None,
+        *,
+        inputs: Inputs | None = None,
+        leaves: bool = False,
+    ) -> Tensor:
+        """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out.
+
+        Args:
+            state: what enters it.
+            plane: which keys and values.
+            going: who goes, if the layer's token-wise parts shall compute no others.
+            inputs: its arguments beside the state, if they are not the call's.
+            leaves: whether it is left once keys and values are stored (`KeysWritten`).
+        """
+        args, kwargs = inputs or (self.given if self.holes is None else self.inputs(state))
+        if self.planes is not None:
+            cache = self.planes.opened(plane, leaves=leaves)
+            if cache is not self.cache or not self.lasts:
+                args, kwargs = self.site.with_cache(args, kwargs, cache)
+        if going is None:
+            out = self.forward(state, *args, **kwargs)
+        else:
+            layer = with_parts(self.layer, self.site.parts, going.computing)
+            out = self.forward.__func__(layer, state, *args, **kwargs)
         self.applied += 1
         if self.planes is not None:
             self.planes.close()
-        return out
-
-    def inputs(self, state: Tensor) -> Inputs:
-        """The layer's arguments beside `state` [B, T, D], with a mask that hides its holes."""
-        if self.holes is None:
-            return self.args, self.kwargs
-        return self.holes.shown_in(self.args, self.kwargs, self.site, state)
-
-    def call(self, state: Tensor, inputs: Inputs, cache: Any) -> Tensor:
-        """The host's layer once, on these side inputs and, if not None, this cache."""
-        args, kwargs = inputs
-        if cache is not None:
-            args, kwargs = self.site.with_cache(args, kwargs, cache)
-        out = self.forward(state, *args, **kwargs)
         if not isinstance(out, tuple):
             return out
         if self.rest is None:  # what comes beside the hidden states is the first visit's
             self.rest = out[1:]
         return out[0]
+
+    def leave(self, state: Tensor, plane: int) -> bool:
+        """Enters the layer for its keys and values alone; says whether it can be left there."""
+        if self.planes is None or not self.planes.stores_keys(plane):
+            return False
+        with suppress(KeysWritten):
+            self.apply(state, plane, leaves=True)
+        self.planes.close()
+        return True
+
+    def inputs(self, state: Tensor) -> Inputs:
+        """The layer's arguments beside `state` [B, T, D], with a mask that hides its holes."""
+        if self.holes is None:
+            return self.given
+        return self.holes.shown_in(*self.given, self.site, state)
 
     def wrap(self, state: Tensor) -> Any:
         """The layer's output in the form that its family returns; the layer has run."""

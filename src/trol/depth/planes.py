@@ -8,7 +8,6 @@ Plane 1 is the host's own cache.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,40 +171,49 @@ class LayerPlanes:
     Args:
         cache: the host's cache for this call.
         layer: which layer.
-        most: the most visits that a token of this call can make.
+        bounds: the least and most visits that a token of this call makes.
         in_scope: which tokens own entries in planes above 1; the others copy theirs downwards.
         keep: whether a later token can still read planes above 1.
     """
 
-    def __init__(self, cache: Any, layer: int, *, most: int, in_scope: Mask, keep: bool) -> None:
+    def __init__(
+        self, cache: Any, layer: int, *, bounds: tuple[int, int], in_scope: Mask, keep: bool
+    ) -> None:
         grow(cache, layer)
         self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
         held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
-        self.held = [plane for owner, plane in held if owner == layer and plane > 1]
+        self.held = 0
+        """How many planes above 1 the cache holds of this layer."""
+        while (layer, self.held + 2) in held:
+            self.held += 1
         self.slots: list[Slot] = [cache.layers[layer]]
         self.recurrent = is_recurrent(self.slots[0])
+        least, most = bounds
         if in_scope is False and not (self.recurrent and keep):
             most = 1
-        for plane in range(2, max(most, *self.held, 1) + 1):
+        for plane in range(2, max(most, self.held + 1) + 1):
             # Taken before plane 1 grows: a plane that starts now copies what came before this call.
             self.slots.append(held.get((layer, plane)) or copy_on_write(self.slots[-1]))
-        self.remembers = (most > 1 and in_scope is not True) or bool(keep and self.held)
+        # Some copy a lower plane, or may leave one to be completed.
+        some = in_scope is not True
+        self.remembers = (most > 1 and some) or (keep and self.held >= (1 if some else least))
         self.fresh: tuple[Tensor, Tensor] | None = None
         self._open: VisitSlot | None = None
         self._slot: Slot = None
 
-    def opened(self, plane: int) -> Any:
-        """The cache to hand to the layer for its visit number `plane`."""
+    def stores_keys(self, plane: int) -> bool:
+        """Whether a visit leaves keys and values in this plane, and nothing else."""
+        slot = self.slots[plane - 1]
+        return has_keys(slot) and not is_recurrent(slot)
+
+    def opened(self, plane: int, *, leaves: bool = False) -> Any:
+        """The cache to hand to the layer for its visit number `plane`, as of `LayerRun.apply`."""
         self._slot = slot = self.slots[plane - 1]
         prefetch(self.cache, slot)
-        if self.remembers and has_keys(slot):
-            self._open = slot = VisitSlot(slot, self.in_scope, self.fresh)
+        if leaves or (self.remembers and has_keys(slot)):
+            self._open = slot = VisitSlot(slot, self.in_scope, self.fresh, leaves=leaves)
         if slot is self.cache.layers[self.layer]:
             return self.cache
-        return self.with_slot(slot)
-
-    def with_slot(self, slot: Slot) -> Any:
-        """The cache with another slot in this layer's place."""
         layers = list(self.cache.layers)
         layers[self.layer] = slot
         return with_layers(self.cache, layers)
@@ -215,36 +223,23 @@ class LayerPlanes:
         if self._open is not None:
             self.fresh = self._open.fresh or self.fresh
             self._open = None
-        offload(
-            self.cache, self._slot
-        )  # a visit that was left at its keys and values has not done so
-
-    def twin(self) -> LayerPlanes:
-        """Planes that start from what these hold and go their own way."""
-        twin = copy.copy(self)
-        twin.slots = [copy_on_write(slot) for slot in self.slots]
-        return twin
-
-    def become(self, twin: LayerPlanes) -> None:
-        """Holds what a twin made of them, in place."""
-        for own, other in zip(self.slots, twin.slots, strict=True):
-            own.__class__, own.__dict__ = other.__class__, other.__dict__
-        self.fresh = twin.fresh
+        offload(self.cache, self._slot)  # which a visit that was left at its keys has not done
 
     def finish(self, visited: int) -> None:
         """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
-        planes = {plane: self.slots[plane - 1] for plane in range(2, visited + 1)}
-        for plane in self.held:
-            if plane > visited:
-                planes[plane] = self.slots[plane - 1]
-                if self.keep and self.fresh is not None:
-                    prefetch(self.cache, planes[plane])
-                    planes[plane].update(*self.fresh)
-                    offload(self.cache, planes[plane])
-        if self.keep and planes:
-            adopt_planes(self.cache, {(self.layer, plane): s for plane, s in planes.items()})
-        elif isinstance(self.cache, PlanedCache):
-            drop_planes(self.cache, self.layer)
+        held = self.held
+        for plane in range(visited + 1, held + 2):
+            if self.keep and plane > 1 and self.fresh is not None:
+                prefetch(self.cache, self.slots[plane - 1])
+                self.slots[plane - 1].update(*self.fresh)
+                offload(self.cache, self.slots[plane - 1])
+        if not self.keep:
+            if isinstance(self.cache, PlanedCache):
+                drop_planes(self.cache, self.layer)
+        elif visited > held + 1:
+            adopt(self.cache, getattr(self.cache, "absent", frozenset()))
+            for plane in range(held + 2, visited + 1):
+                self.cache.planes[self.layer, plane] = self.slots[plane - 1]
 
 
 def forked(cache: Any, *, planes: bool) -> Any:
@@ -257,13 +252,6 @@ def forked(cache: Any, *, planes: bool) -> Any:
         held = cache.planes if planes else {}
         twin.planes = {key: copy_on_write(slot) for key, slot in held.items()}
     return twin
-
-
-def adopt_planes(cache: Any, planes: dict[tuple[int, int], Slot]) -> None:
-    """Stores planes above 1 with a cache."""
-    if not isinstance(cache, PlanedCache):
-        adopt(cache)
-    cache.planes.update(planes)
 
 
 def drop_planes(cache: PlanedCache, layer: int | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from trol.depth.along import remembered
@@ -28,8 +29,11 @@ class Bounds(NamedTuple):
     most: int
 
 
-@dataclass(frozen=True)
-class Visit:
+PLAIN = Bounds(1, 1)
+"""Of a layer that every token visits exactly once."""
+
+
+class Visit(NamedTuple):
     """What a policy may look at when it answers `again`."""
 
     layer: int
@@ -60,6 +64,16 @@ class Visit:
             HostError: the cache holds tokens that this policy never saw.
         """
         return remembered(self.cache, self.layer, values, self.start)
+
+
+def mixture(state: Tensor, further: Tensor, again: Answer) -> Tensor:
+    """(1 - a) x + a y, made in float32 at least. Shape: [B, T, D] each, a [B, T] or one number."""
+    weight = again[..., None] if isinstance(again, Tensor) else again
+    wide = torch.promote_types(state.dtype, torch.float32)
+    if wide is state.dtype is further.dtype is getattr(weight, "dtype", wide):
+        return torch.lerp(state, further, weight)
+    weight = weight.to(wide) if isinstance(weight, Tensor) else weight
+    return torch.lerp(state.to(wide), further.to(wide), weight).to(state.dtype)
 
 
 class AbstractPolicy(ABC):
@@ -116,6 +130,13 @@ class AbstractPolicy(ABC):
     def again(self, visit: Visit) -> Answer:
         """a_r for the tokens of this visit; asked for r = 0 .. bounds.most - 1."""
 
+    def mix(self, visit: Visit, further: Tensor) -> Tensor:
+        """(1 - a_r) x_r + a_r `further`, where all tokens went again whatever a_r is.
+
+        For policies that can do so in fewer steps than by answering first. Shape: [B, T, D].
+        """
+        return mixture(visit.state, further, self.again(visit))
+
     def rows_going(self, layer: int, number: int, rows: int) -> tuple[bool, ...] | None:
         """Which of so many rows make visit `number + 1`, where that is settled beforehand.
 
@@ -161,10 +182,6 @@ class AbstractPolicy(ABC):
         """The scope in force."""
         return self.training_scope if training else self.scope
 
-    def is_plain(self, layer: int) -> bool:
-        """Whether every token visits this layer exactly once."""
-        return self.bounds(layer) == (1, 1)
-
     def skips(self, layer: int) -> bool:
         """Whether no token in scope visits this layer."""
         return self.bounds(layer).most == 0
@@ -183,3 +200,21 @@ def check_share(name: str, value: float, *, below: float = 1.0) -> None:
     """Raises `UsageError` unless 0 <= value < below."""
     if not 0 <= value < below:
         raise UsageError(f"{name} is {value}, but must lie in [0, {below:g}).")
+
+
+@dataclass(frozen=True)
+class StackBounds:
+    """What a policy says of all layers of a stack before any token comes."""
+
+    layers: tuple[Bounds, ...]
+    never: frozenset[int]
+    """Layers that no token in scope visits."""
+    plain: bool
+    """Whether every token visits every layer exactly once."""
+
+    @classmethod
+    def of(cls, policy: AbstractPolicy, layers: int) -> StackBounds:
+        """The bounds of `policy` on a stack of `layers` layers."""
+        bounds = tuple(policy.bounds(layer) for layer in range(layers))
+        never = frozenset(layer for layer, one in enumerate(bounds) if one.most == 0)
+        return cls(bounds, never, all(one == PLAIN for one in bounds))

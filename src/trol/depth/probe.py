@@ -4,24 +4,28 @@ On five random ids, one layer of each kind visited twice and all others skipped:
 
     cached     four tokens, then one, on a cache        ==  uncached
     readout    head(norm(state behind the last layer))  ==  the logits
+    parts      every other token alone                  ==  among all others, in the same visit
 
-That is three passes over a few layers, once for each class of model; and where its cost is asked
+That is some passes over a few layers, once for each class of model; and where its cost is asked
 for, one more: FLOPs predicted from shapes == FLOPs counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trol.depth.call import Executor
 from trol.depth.cost import LayerCost, StackCost
+from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.readout import Readout
+from trol.depth.registry import PolicyLike
 from trol.errors import HostError
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
@@ -40,8 +44,36 @@ TINY = 100_000_000
 """Parameters of a model that is so small that time does not count."""
 
 
-Under = Callable[[str], AbstractContextManager[None]]
-"""Plan text -> a block in which the probed model follows it."""
+class Under(Protocol):
+    """Puts a policy, and an executor, in force on the probed model for a while."""
+
+    def __call__(
+        self, policy: PolicyLike, *, by: Executor = "dense"
+    ) -> AbstractContextManager[None]: ...
+
+
+class EveryOther(AbstractPolicy):
+    """a_r = 1 while r < `visits` - 1, then for every other token; layers not named are skipped."""
+
+    name = "every_other"
+    decides = True
+    reads_start = True
+
+    def __init__(self, layers: Sequence[int], visits: int) -> None:
+        super().__init__()
+        self.layers, self.visits = list(layers), visits
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(self.visits - 1, self.visits) if layer in self.layers else Bounds(0, 0)
+
+    def again(self, visit: Visit) -> Answer:
+        if visit.number < self.visits - 1:
+            return 1.0
+        rows, tokens = visit.state.shape[:2]
+        return (visit.context.positions(visit.state) % 2 == 0).float().expand(rows, tokens)
+
+    def settings(self) -> dict[str, Any]:
+        return {"layers": self.layers, "visits": self.visits}
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,8 @@ class Findings:
     """Why cached and uncached decoding differ, or cannot be."""
     unreadable: str = ""
     """Why its logits cannot be read off a state."""
+    entangled: str = ""
+    """Why its layers' parts cannot compute some tokens alone."""
 
 
 _FINDINGS: dict[tuple[Any, ...], Findings] = {}
@@ -70,7 +104,7 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     Args:
         host: the attached model.
         stack: its stack of layers.
-        under: puts a plan in force on it for a while.
+        under: puts a policy in force on it for a while.
     """
     if not _can_run(host, stack):
         return Findings()
@@ -195,7 +229,8 @@ def _probed(
                         wrong=f"with plan '{plan}' the last of {TOKENS} tokens leaves the stack "
                         f"otherwise on a cache than without, by {apart:.2g} of the largest number"
                     )
-            return Findings(unreadable=_unreadable(host, state, logits))
+            entangled = _entangled(stack, ids, EveryOther(which, visits), under)
+            return Findings(unreadable=_unreadable(host, state, logits), entangled=entangled)
     except Exception as error:  # whatever a family raises here is the finding
         shape = list(seen[0].shape) if seen else ()
         if len(shape) > 3:
@@ -204,6 +239,20 @@ def _probed(
 
 
 _SEVERAL = "its layers hand on several states for each token (shape {})"
+
+
+def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, under: Under) -> str:
+    with under(policy):
+        whole = stack(ids, use_cache=False)[0]
+    try:
+        with under(policy, by="token-wise"):
+            uncached, cached = stack(ids, use_cache=False)[0], _cached(stack, ids)
+    except Exception as error:  # as above
+        return f"some tokens alone end in {type(error).__name__}: {error}"
+    apart = max(_apart(uncached, whole), _apart(cached, whole[:, -1]))
+    if apart <= _allowed(whole):
+        return ""
+    return f"some tokens alone give other states, by {apart:.2g} of the largest number"
 
 
 def _cached(stack: Any, ids: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from trol.depth.call import (
     CALL,
+    NOTHING,
     STEP,
     UNTOLD,
     Ambience,
     Call,
-    Kind,
     Step,
     ambience_of,
 )
@@ -23,12 +23,12 @@ from trol.depth.context import INPUT, Context
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, PlanedCache, adopt, check_cache, drop_planes
-from trol.depth.policy import AbstractPolicy
+from trol.depth.policy import AbstractPolicy, StackBounds
 from trol.depth.roles import Mask
 from trol.depth.visits import traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSite, argument, layer_list, quirk_of
+from trol.host.layers import LayerSite, argument, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
 
 
@@ -44,8 +44,10 @@ class LayerMixin(Specialised):
     tensor; None until a layer of the class ran."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # As an argument, because gradient checkpointing runs forward again when the call is over.
-        kwargs["depth_call"] = CALL.get()
+        call = CALL.get()
+        if call is not None:
+            # An argument, because gradient checkpointing runs forward again when the call is over.
+            kwargs["depth_call"] = call
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
@@ -55,7 +57,8 @@ class LayerMixin(Specialised):
         forward = super().forward  # type: ignore[misc]
         call, layer = depth_call, self.depth_index
         if call is None:
-            return self._shown(forward(state, *args, **kwargs))
+            out = forward(state, *args, **kwargs)
+            return out if self.depth_beside is not None else self._shown(out)
         cache = self.depth_site.cache_in(args, kwargs)
         call.cache, call.entered = cache, True
         if layer == 0 and call.policy.reads_input:
@@ -67,7 +70,7 @@ class LayerMixin(Specialised):
         if call.runs_once(layer, cache):
             call.applied[layer] = 1
             return self._shown(forward(state, *args, **kwargs))
-        run = LayerRun(cast(nn.Module, self), forward, self.depth_site, args, kwargs)
+        run = LayerRun(cast(nn.Module, self), forward, self.depth_site, (args, kwargs), cache)
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
         return self._shown(run.wrap(out)) if run.applied else self._passed_by(out, args, kwargs)
@@ -102,16 +105,20 @@ class StackMixin(Specialised):
     """What visits of the layers cost, once it was asked for."""
     depth_unreadable: str = ""
     """Why logits cannot be read off its states, as far as that was probed."""
-    depth_verdicts: dict[Kind | type, bool]
-    """Of packed visits that were compared with dense ones."""
+    depth_entangled: str = ""
+    """Why its layers' parts cannot compute some tokens alone, as far as that was probed."""
+    depth_bounds: tuple[AbstractPolicy, StackBounds]
+    """A policy and what it says of the layers: that of the last one asked."""
     training: bool
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward pass, with a `Call` for its layers to read."""
-        ambience = self._ambience()
+        ambience = self._ambience() if self.depth_ambiences else NOTHING
         step = STEP.get() or UNTOLD
         call = self._open(step, ambience, args, kwargs)
+        if call is None and CALL.get() is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         token = CALL.set(call)
         try:
             with self._recorded(ambience, step, args, kwargs):
@@ -132,15 +139,23 @@ class StackMixin(Specialised):
         """The attached policy, or the one that `trol.depth` put in its place for a while."""
         return self._ambience().policy or self.depth_policy
 
+    def depth_bounds_of(self, policy: AbstractPolicy) -> StackBounds:
+        """What a policy says of the layers beforehand."""
+        asked, bounds = self.depth_bounds
+        if asked is not policy:
+            bounds = StackBounds.of(policy, self.depth_layers)
+            if not torch.compiler.is_compiling():
+                self.depth_bounds = policy, bounds
+        return bounds
+
     def depth_absent(self, policy: AbstractPolicy) -> frozenset[int]:
         """The layers that the whole batch always skips."""
-        if policy.scope_in(training=self.training) != "all":
-            return frozenset()
-        return frozenset(i for i in range(self.depth_layers) if policy.skips(i))
+        everywhere = policy.scope_in(training=self.training) == "all"
+        return self.depth_bounds_of(policy).never if everywhere else frozenset()
 
     def _ambience(self) -> Ambience:
         if not self.depth_ambiences:
-            return Ambience()
+            return NOTHING
         if torch.compiler.is_compiling():
             raise HostError(
                 "trol.depth and trol.trace cannot reach into a compiled model; attach the policy "
@@ -153,18 +168,22 @@ class StackMixin(Specialised):
         policy = ambience.policy or self.depth_policy
         scope = policy.scope_in(training=self.training)
         cache = self._cache(args, kwargs)
-        absent = self.depth_absent(policy)
+        bounds = self.depth_bounds_of(policy)
+        absent = bounds.never if scope == "all" else frozenset()
+        planed = isinstance(cache, PlanedCache)
         if cache is not None and not torch.compiler.is_compiling():
             check_cache(cache)
-            check_rows(cache, policy, everywhere=scope == "all")
-        if cache is not None and (absent or (isinstance(cache, PlanedCache) and cache.absent)):
+            if planed:
+                check_rows(cache, policy, bounds, everywhere=scope == "all")
+        if cache is not None and (absent or (planed and cache.absent)):
             adopt(cache, absent)
         in_scope = step.roles.in_scope(scope)
         keep = scope != "question" or step.keep
-        if ambience.recorder is None and self._all_plain(policy, in_scope, keep, cache):
+        if ambience.recorder is None and self._all_plain(policy, bounds, in_scope, keep, cache):
             return None
         return Call(
             policy,
+            bounds,
             self._context(policy, step, in_scope, cache, self._padding(step, args, kwargs)),
             keep,
             everywhere=scope == "all",
@@ -176,10 +195,9 @@ class StackMixin(Specialised):
             # Where dropout draws, some tokens alone are not what they are among all others.
             free=not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()),
             executor=ambience.executor,
-            gathers=not quirk_of(cast(nn.Module, self)).dense,
+            parts=not self.depth_entangled,
             asked=kwargs,
             costs=self._costs,
-            verdicts=self.depth_verdicts,
         )
 
     def _costs(self) -> StackCost:
@@ -214,7 +232,9 @@ class StackMixin(Specialised):
         mask = own if step.real is None else step.real
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def _all_plain(self, policy: AbstractPolicy, in_scope: Any, keep: bool, cache: Any) -> bool:
+    def _all_plain(
+        self, policy: AbstractPolicy, bounds: StackBounds, in_scope: Any, keep: bool, cache: Any
+    ) -> bool:
         planed = isinstance(cache, PlanedCache) and bool(cache.planes)
         if planed and not keep and in_scope is False:
             drop_planes(cache)
@@ -223,7 +243,7 @@ class StackMixin(Specialised):
             return False
         if in_scope is False and not (self.depth_recurrent and keep and cache is not None):
             return policy.skipped_kv != "hole"
-        return all(policy.is_plain(layer) for layer in range(self.depth_layers))
+        return bounds.plain
 
     def _recorded(self, ambience: Ambience, step: Step, args: Any, kwargs: Any) -> Any:
         if ambience.recorder is None:

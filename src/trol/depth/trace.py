@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from trol.depth.planes import cache_bytes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
 from trol.errors import UsageError
-
-if TYPE_CHECKING:  # which reads traces' costs
-    from trol.depth.packed import Packing
 
 
 class Trace:
@@ -119,7 +116,7 @@ class Recorder:
         self._shares: list[list[Answer]] = [[] for _ in range(self.layers)]
         self._shape: tuple[int, int] | None = None
         self._computed = [0] * self.layers
-        self._pairs = [0] * self.layers
+        self._stayed = [0] * self.layers
         self._left = [0] * self.layers
         self._beside = 0
 
@@ -134,16 +131,21 @@ class Recorder:
             torch.cuda.synchronize()
         self._end(start, mask, images, 1000 * (time.perf_counter() - began))
 
-    def visit(self, layer: int, need: Mask, state: Tensor, packing: Packing) -> None:
-        """One visit was made by the tokens in `need`, as packed. Shape of state: [B, T, D]."""
+    def visit(
+        self, layer: int, need: Mask, state: Tensor, computed: int, *, stayed: int, left: int
+    ) -> None:
+        """One visit was made by the tokens in `need`. Shape of state: [B, T, D].
+
+        `computed`, `stayed` and `left` are numbers of tokens as in `StackCost.layer_flops`.
+        """
         rows, tokens = state.shape[:2]
         self._shape = rows, tokens
         if isinstance(need, bool):
             need = torch.full((rows, tokens), need)
         self._needs[layer].append(need.detach().long().cpu())
-        self._computed[layer] += packing.computed
-        self._pairs[layer] += packing.pairs(tokens)
-        self._left[layer] += packing.left
+        self._computed[layer] += computed
+        self._stayed[layer] += stayed
+        self._left[layer] += left
 
     def translated(self) -> None:
         """The policy may have changed states at a layer's entrance."""
@@ -154,15 +156,15 @@ class Recorder:
         rows, tokens = visit.state.shape[:2]
         self._beside += flops * rows * tokens
 
-    def spared(self, flops: int) -> None:
-        """So many FLOPs of what was told of a layer were not made."""
-        self._beside -= flops
-
-    def weights(self, layer: int, made: list[Answer]) -> None:
-        """w_0, w_1, ... of one layer."""
-        self._shares[layer] = [
-            w if isinstance(w, (int, float)) else w.detach().float().cpu() for w in made
-        ]
+    def answers(self, layer: int, answers: list[Any], *, ended: bool) -> None:
+        """a_0, a_1, ... of one layer; `ended`: one more visit came behind the last of them."""
+        shares: list[Answer] = []
+        alive: Answer = 1.0
+        for again in answers:
+            known = again if isinstance(again, (int, float)) else again.detach().float().cpu()
+            shares.append(alive * (1 - known))
+            alive = alive * known
+        self._shares[layer] = [*shares, alive] if ended else shares
 
     def skipped(self, layer: int, state: Tensor) -> None:
         """The whole batch skipped a layer."""
@@ -188,7 +190,7 @@ class Recorder:
             real = mask[:, -tokens:].bool().cpu()
         layers = self.trace.stack_cost.layer_flops(
             self._computed,
-            pairs=self._pairs,
+            stayed=self._stayed,
             left=self._left,
             step=tokens,
             past=start,

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
+from trol.depth.token_wise import of_computed_tokens
 from trol.host.context import CompileableContextVar
 
 _IMAGE_TOKENS = CompileableContextVar("trol_image_tokens")
@@ -68,7 +69,8 @@ class PartialLora(nn.Module):
         if image_tokens is None:
             return out
         update = self.scale * self.image_up(self.image_down(self.dropout(state)))
-        return torch.where(image_tokens[..., None], out + update, out)
+        mine = of_computed_tokens(image_tokens)
+        return torch.where(mine[..., None], out + update, out)
 
 
 class InternLM2DecoderLayer(LlamaDecoderLayer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any, cast
 
 from torch import nn
@@ -88,11 +89,11 @@ def check_hooks(target: object) -> None:
 
 
 def _signed_as(original: Class, mixin: Class, name: str) -> Any:
-    @functools.wraps(getattr(original, name))
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(mixin, name)(self, *args, **kwargs)
-
-    return method
+    """The mixin's method under the original's signature, and no frame more than it has."""
+    own = getattr(mixin, name)
+    method = FunctionType(own.__code__, own.__globals__, name, own.__defaults__, own.__closure__)
+    method.__kwdefaults__ = own.__kwdefaults__
+    return functools.update_wrapper(method, getattr(original, name))
 
 
 def _rebind(target: Any) -> None:

@@ -46,10 +46,8 @@ def shows_all(config: Any, arguments: dict[str, Any]) -> bool:
 
 def reads_last_only(config: Any, arguments: dict[str, Any]) -> bool:
     """Whether of a forward pass with these arguments only the last position is read."""
-    if shows_all(config, arguments):
-        return False
     kept = arguments.get(SLICES_LOGITS, 0)
-    return isinstance(kept, int) and kept == 1
+    return isinstance(kept, int) and kept == 1 and not shows_all(config, arguments)
 
 
 def returns_cache(model: Any, config: Any, arguments: dict[str, Any]) -> bool:

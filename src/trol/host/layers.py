@@ -5,22 +5,22 @@ A family needs no row here unless it differs: `trol.attach` probes whether it do
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trol.errors import HostError
 from trol.host.names import KNOWN_CACHE_NAMES, cache_key
+from trol.host.parts import Tree, token_wise_parts
 
 LAYER_LISTS = ("layers", "h", "blocks")
 """What stacks call their list of decoder layers."""
-
-ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
-"""What layers call their attention."""
 
 MADE_BEFORE_KEYS = frozenset(
     ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
@@ -60,8 +60,6 @@ class Quirk:
     """Why `skipped_kv="hole"` is refused."""
     no_second_visit: str = ""
     """Why a layer cannot be visited twice."""
-    dense: str = ""
-    """Why its tokens cannot be packed: every visit computes all of them."""
 
 
 _SHARES_KV = "its layers share keys and values with each other, so a second visit overwrites them"
@@ -70,11 +68,7 @@ _PURE_RECURRENT = "it has no attention layer, so its cache does not know how lon
 QUIRKS: dict[str, Quirk] = {
     "gemma3n_text": Quirk(refused=_SHARES_KV),
     "gemma4_text": Quirk(refused=_SHARES_KV),
-    "gpt_neo": Quirk(
-        no_holes="its attention builds its own causal mask",
-        dense="its attention builds its own causal mask, from lengths",
-    ),
-    "llama4_text": Quirk(dense="its layers count positions themselves, from 8,192 on"),
+    "gpt_neo": Quirk(no_holes="its attention builds its own causal mask"),
     "longcat_flash": Quirk(refused="its layers have two attentions, and two places in the cache"),
     "mamba": Quirk(refused=_PURE_RECURRENT),
     "mamba2": Quirk(refused=_PURE_RECURRENT),
@@ -98,11 +92,10 @@ class LayerSite:
     """Counted after the hidden states."""
     mask_position: int | None
     """None where the mask can be given by keyword alone."""
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
     """The layer's parameters after the hidden states, as far as they have a position."""
-    causal: bool | None = None
-    """Whether its attention, given no mask, lets a token see earlier ones alone; None: not known.
-    """
+    parts: Tree
+    """Its token-wise parts."""
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
@@ -169,9 +162,7 @@ def layer_site(layer: nn.Module) -> LayerSite:
             "see; it attaches to transformers decoder layers."
         )
     mask = names.index("attention_mask") if "attention_mask" in names else None
-    known = [module.is_causal for module in layer.modules() if hasattr(module, "is_causal")]
-    causal = bool(known[0]) if known else None
-    return LayerSite(cache, names.index(cache), mask, tuple(names), causal)
+    return LayerSite(cache, names.index(cache), mask, tuple(names), token_wise_parts(layer))
 
 
 def check_stack(stack: nn.Module) -> None:
@@ -191,9 +182,16 @@ def argument(
     """What a call of the method `forward` hands over as `name`, by keyword or place, or None."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    names = list(inspect.signature(forward).parameters)[1:]
-    where = names.index(name) if name in names else len(args)
+    places = _places.__wrapped__ if torch.compiler.is_compiling() else _places
+    where = places(forward).get(name, len(args))
     return args[where] if where < len(args) else None
+
+
+@functools.cache
+def _places(method: Callable[..., Any]) -> dict[str, int]:
+    """Where a method takes each of its parameters, counted after the object."""
+    names = list(inspect.signature(method).parameters)[1:]
+    return {name: place for place, name in enumerate(names)}
 
 
 def attention_of(config: Any) -> str | None:
@@ -205,15 +203,6 @@ def with_attention(config: Any, attention: str | None) -> Any:
     """The configuration, which now runs this attention."""
     config._attn_implementation = attention
     return config
-
-
-def query_weight(layer: nn.Module) -> Tensor | None:
-    """The weight of a layer's query projection, where it is a linear map of its own."""
-    named = dict(layer.named_children())
-    attention = next((named[name] for name in ATTENTIONS if name in named), None)
-    projection = getattr(attention, "q_proj", None)
-    weight = getattr(getattr(projection, "base_layer", projection), "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

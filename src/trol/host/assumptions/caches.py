@@ -99,7 +99,7 @@ def crops() -> str | None:
     return differs("the length after crop(-2) of 3 tokens", layer.get_seq_length(), 1)
 
 
-@CACHES.row("depth/holes.py, sides.py: masks of a layer", at_attach=True)
+@CACHES.row("depth/holes.py: masks of a layer", at_attach=True)
 def mask_sizes() -> str | None:
     """get_mask_sizes(n) tells how many keys n new tokens will see, and the first one's column."""
     layer, window = DynamicLayer(), DynamicSlidingWindowLayer(4)
@@ -111,7 +111,7 @@ def mask_sizes() -> str | None:
     )
 
 
-@CACHES.row("depth/packed.py: which keys a step sees", at_attach=True)
+@CACHES.row("depth/compact.py: layers that hold some rows alone", at_attach=True)
 def empty_shows_its_own() -> str | None:
     """A cache layer that grows, while it is empty, shows the keys that a step brings."""
     for kind in GROWING:
@@ -190,7 +190,7 @@ class _StandIn:
         return self.layer.update(*args, **kwargs)
 
 
-@CACHES.row("depth/slots.py, packed.py: slots that merge what a visit stores", at_attach=True)
+@CACHES.row("depth/slots.py: slots that merge what a visit stores", at_attach=True)
 def stands_in() -> str | None:
     """A cache calls `update` of a layer and reads its attributes; an object may stand in for it."""
     cache: Any = DynamicCache(config=tiny_config())
@@ -217,7 +217,7 @@ def records() -> str | None:
     return differs("keys while recording, length and keys after", found, (4, 5, 2))
 
 
-@CACHES.row("depth/packed.py KeysWritten: a layer that is left at its cache", at_attach=True)
+@CACHES.row("depth/slots.py KeysWritten: a layer that is left at its cache", at_attach=True)
 def survives_an_error() -> str | None:
     """An error out of `update` leaves the cache as it was."""
     cache: Any = DynamicCache(config=tiny_config())

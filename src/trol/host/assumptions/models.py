@@ -6,8 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -15,8 +13,8 @@ from trol.host.assumptions.table import Table, differs
 from trol.host.assumptions.tiny import ids, tiny_model
 from trol.host.generation import CONTINUOUS, SHOWN, SLICES_LOGITS
 from trol.host.head import behind_the_stack, finished, head_of
-from trol.host.layers import layer_site, query_weight
 from trol.host.names import CACHE, KNOWN_CACHE_NAMES, cache_among, cache_key
+from trol.host.parts import token_wise_parts, with_parts
 
 MODELS = Table()
 
@@ -52,13 +50,6 @@ def layer_takes() -> str | None:
     if taken[0] != "hidden_states" or not wanted <= set(taken):
         return f"LlamaDecoderLayer.forward takes {taken}"
     return None
-
-
-@MODELS.row("host/layers.py LayerSite.causal: what a token sees where there is no mask")
-def says_causal() -> str | None:
-    """Some module of a layer says by `is_causal` whether its tokens see earlier ones alone."""
-    site = layer_site(tiny_model().model.layers[0])
-    return differs("is_causal of Llama's attention", site.causal, True)
 
 
 class _Asked(LlamaDecoderLayer):
@@ -203,24 +194,20 @@ def continuous() -> str | None:
     return None if wanted <= set(CONTINUOUS) else f"ContinuousMixin has {CONTINUOUS}"
 
 
-@MODELS.row("depth/spared.py: queries and keys that are left out")
-def torch_functions() -> str | None:
-    """Queries are made by F.linear with the weight of q_proj, and sdpa is called with attn_mask."""
-    model = tiny_model(attn_implementation="sdpa")
-    weight = query_weight(model.model.layers[0])
-    seen: list[str] = []
+@MODELS.row("host/parts.py: tokens that stay are not computed")
+def parts() -> str | None:
+    """A layer's token-wise parts are called by their names, so something may stand in for them."""
+    model = tiny_model()
+    layer, entered = model.model.layers[0], []
 
-    class _Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is functional.linear and args[1] is weight:
-                seen.append("query")
-            elif func is functional.scaled_dot_product_attention:
-                seen.append("attn_mask" if "attn_mask" in (kwargs or {}) else "no attn_mask")
-            return func(*args, **(kwargs or {}))
+    def noting(part: torch.nn.Module) -> Any:
+        return lambda *given, **named: (entered.append(part), part(*given, **named))[1]
 
-    with torch.no_grad(), _Watch():
+    model.model.layers[0] = with_parts(layer, token_wise_parts(layer), noting)
+    with torch.no_grad():
         model(ids(), use_cache=False)
-    return differs("what one pass of two layers calls", seen, ["query", "attn_mask", "attn_mask"])
+    wanted = [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp]
+    return differs("the parts entered", entered, wanted)
 
 
 @MODELS.row("host/head.py: exits, calibration and the exit loss read logits")

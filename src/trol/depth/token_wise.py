@@ -1,0 +1,110 @@
+"""Token-wise execution: a layer is entered with all tokens, and parts of it compute those that go.
+
+What a layer's token-wise parts (`trol.host.parts`) make of a token is read by that token alone. So
+norms, keys, values, attention and cache stay as the host wrote them, for all tokens; the parts take
+the tokens that go and put theirs in place. What the others get there is never read: their state is
+put back behind the layer, and their keys and values were made before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trol.host.context import CompileableContextVar
+
+_COMPUTED = CompileableContextVar("trol_computed_tokens")
+
+
+def of_computed_tokens(values: Tensor) -> Tensor:
+    """What of `values` [B, T, ...] belongs to the tokens that the running part computes.
+
+    For parts that read something of each token past their arguments. Shape: [1, n, ...].
+    """
+    going: Going | None = _COMPUTED.get()
+    return values if going is None else going.taken(values)
+
+
+class Going:
+    """The tokens of a call that make one visit, where not all of them do."""
+
+    def __init__(self, rows: int, tokens: int, places: Tensor) -> None:
+        self.shape = rows, tokens
+        self.count = len(places)
+        self.places = places if self.count else places.new_zeros(1)
+        """Where they lie among the B * T tokens; the first, where nobody goes. Shape: [n]."""
+
+    @classmethod
+    def of(cls, need: Tensor) -> Going:
+        """Those of a BoolTensor [B, T]: the one look at a device's values that a visit takes."""
+        rows, tokens = need.shape
+        return cls(rows, tokens, need.flatten().nonzero()[:, 0])
+
+    @classmethod
+    def last(cls, state: Tensor) -> Going:
+        """The last token of each row. Shape of state: [B, T, D]."""
+        rows, tokens = state.shape[:2]
+        return cls(rows, tokens, torch.arange(tokens - 1, rows * tokens, tokens).to(state.device))
+
+    @property
+    def staying(self) -> int:
+        """How many tokens do not go."""
+        return self.shape[0] * self.shape[1] - self.count
+
+    def taken(self, value: Any) -> Any:
+        """Their part of [B, T, ...] or [B * T, ...]; anything else as it is.
+
+        Shape: [1, n, ...] or [n, ...].
+        """
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape[:2] == self.shape:
+            return value.flatten(0, 1).index_select(0, self.places)[None]
+        if value.ndim and len(value) == self.shape[0] * self.shape[1]:
+            return value.index_select(0, self.places)
+        return value
+
+    def put(self, value: Tensor, given: Tensor) -> Tensor:
+        """`value` in their places, something finite in all others; shaped like `given`."""
+        size = self.shape[0] * self.shape[1]
+        flat, width = value.flatten(0, -2), value.shape[-1]
+        if given.shape[-1] == width and given.dtype == value.dtype:
+            whole = given.reshape(size, width).index_copy(0, self.places, flat)
+        else:
+            whole = flat.new_zeros(size, width).index_copy_(0, self.places, flat)
+        return whole.view(*given.shape[:-1], width)
+
+    def computing(self, part: nn.Module) -> ComputedPart:
+        """What stands in the place of a token-wise part during the visit."""
+        return ComputedPart(part, self)
+
+
+class ComputedPart:
+    """A token-wise part of a layer that computes the tokens that go."""
+
+    def __init__(self, part: nn.Module, going: Going) -> None:
+        self.part, self.going = part, going
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def __call__(self, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The part's output, of tokens that stay something finite. Shape: [B, T, ...]."""
+        going = self.going
+        taken = going.taken(given)
+        if taken is given:
+            return self.part(given, *args, **kwargs)
+        token = _COMPUTED.set(going)
+        try:
+            out = self.part(
+                taken,
+                *(going.taken(value) for value in args),
+                **{name: going.taken(value) for name, value in kwargs.items()},
+            )
+        finally:
+            _COMPUTED.reset(token)
+        if isinstance(out, tuple):  # what comes beside it is shown to nobody, or all are computed
+            return going.put(out[0], given), *out[1:]
+        return going.put(out, given)
