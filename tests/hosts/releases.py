@@ -53,10 +53,10 @@ BARE_ONLY: dict[str, tuple[str, ...]] = {"gpt_oss": ("early_exit_assistant",)} i
 EVERY_ATTENTION: tuple[str, ...] = ("gemma2",) if OLDEST else ()
 """Hosts that do not refuse the attention that they cannot run."""
 
-NEVER_PACKED = {"falcon_h1": "each of its layers has a recurrent state"}
+ROWS_TOGETHER = {"falcon_h1": "each of its layers has a recurrent state"}
 if OLDEST:
-    NEVER_PACKED["qwen2_5_vl"] = "its rotary tables have three axes before the rows"
-"""Hosts whose tokens are never gathered."""
+    ROWS_TOGETHER["qwen2_5_vl"] = "its rotary tables have three axes before the rows"
+"""Hosts whose rows make every visit together."""
 
 
 def here(host: Host) -> Host:

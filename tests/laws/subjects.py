@@ -1,6 +1,7 @@
 """What the laws are tried on: policies with settled random gates, attached to hosts of the zoo."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -155,6 +156,29 @@ def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     layers = layer_list(model.get_decoder())
     assert layers is not None
     return layers
+
+
+PARTS = ("mlp", "fc1", "feed_forward")
+"""What the zoo's layers call their MLP or experts, or the first map of it."""
+
+
+@contextmanager
+def entered(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Counts the tokens that enter the MLP, or the experts, of each layer."""
+    layers = layers_of(model)
+    counts, hooks = [0] * len(layers), []
+    for index, layer in enumerate(layers):
+
+        def count(_module: object, args: tuple[Tensor, ...], index: int = index) -> None:
+            counts[index] += args[0].numel() // args[0].shape[-1]
+
+        mlp = next(part for name in PARTS if (part := getattr(layer, name, None)) is not None)
+        hooks.append(mlp.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def gates_as_tensors(model: PreTrainedModel) -> list[tuple[Tensor, ...] | None]:

@@ -31,7 +31,7 @@ from trol.host.cache import (
     prefetch,
     with_layers,
 )
-from trol.host.classes import specialised
+from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
 
 HOLES, ALONG = 0, -1
@@ -39,7 +39,7 @@ HOLES, ALONG = 0, -1
 lie beside its planes."""
 
 
-class PlanedCache:
+class PlanedCache(Specialised):
     """Mixin for a live cache that also holds planes above 1, or has layers that never run."""
 
     layers: list[Slot]

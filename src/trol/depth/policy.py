@@ -66,10 +66,14 @@ class Visit(NamedTuple):
         return remembered(self.cache, self.layer, values, self.start)
 
 
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""What states of few bits are mixed in."""
+
+
 def mixture(state: Tensor, further: Tensor, again: Answer) -> Tensor:
     """(1 - a) x + a y, made in float32 at least. Shape: [B, T, D] each, a [B, T] or one number."""
     weight = again[..., None] if isinstance(again, Tensor) else again
-    wide = torch.promote_types(state.dtype, torch.float32)
+    wide = WIDE.get(state.dtype, state.dtype)
     if wide is state.dtype is further.dtype is getattr(weight, "dtype", wide):
         return torch.lerp(state, further, weight)
     weight = weight.to(wide) if isinstance(weight, Tensor) else weight

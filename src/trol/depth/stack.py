@@ -117,7 +117,7 @@ class StackMixin(Specialised):
         ambience = self._ambience() if self.depth_ambiences else NOTHING
         step = STEP.get() or UNTOLD
         call = self._open(step, ambience, args, kwargs)
-        if call is None and CALL.get() is None:
+        if call is None and not torch.compiler.is_compiling() and CALL.get() is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         token = CALL.set(call)
         try:

@@ -197,11 +197,8 @@ def offload(cache: Any, layer: Any) -> None:
 
 def with_layers(cache: Any, layers: list[Any]) -> Any:
     """The same cache with other layers; what it keeps beside them is shared."""
-    if torch.compiler.is_compiling():
-        view = copy.copy(cache)
-    else:
-        view = object.__new__(type(cache))  # what copy does by way of a pickle
-        vars(view).update(vars(cache))
+    view = object.__new__(type(cache))  # what copy does by way of a pickle
+    vars(view).update(vars(cache))
     view.layers = layers
     return view
 
