@@ -9,12 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import Inputs
-from trol.depth import AbstractPolicy, attach, attached, detach, executor
+from trol.depth import AbstractPolicy, attach, attached, detach, executor, executors, trace
+from trol.depth import attending as attending_
 from trol.errors import UsageError
 from trol.host.names import CACHE
 from trol.policies.planned import Planned
@@ -144,21 +147,72 @@ def test_a_conversation_on_one_cache(host: Host, name: str) -> None:
     assert gap(mixed, dense[:, :4]) <= host.default_exact
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-@pytest.mark.parametrize("attn", ["flex_attention", "sdpa", "eager"])
+def own_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: object
+) -> tuple[Tensor, None]:
+    """An attention that takes a mask of two dimensions, as flash attention does."""
+    places = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2]
+    seen = torch.arange(key.shape[2]) <= places
+    if mask is not None:
+        seen = seen & mask.bool()[:, None, None, :]
+        seen = seen | (torch.arange(key.shape[2]) == places)  # padding sees itself
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    score = (query @ key.transpose(2, 3) * module.scaling).masked_fill(~seen, -1e9)
+    return (score.softmax(-1) @ value).transpose(1, 2), None
+
+
 @pytest.mark.parametrize("name", ["some_twice", "some_skip", "trol_tau"])
-def test_no_attention_need_be_understood(attn: str, name: str) -> None:
+def test_no_attention_need_be_understood(name: str) -> None:
     """Masks of any form go to the layer as they are."""
     host = HOSTS["llama"]
-    model = attach_settled(host.build(attn), ALL[name]())
+    AttentionInterface.register("of_a_test", own_attention)
+    AttentionMaskInterface.register("of_a_test", lambda attention_mask=None, **_: attention_mask)
+    model = attach_settled(host.build("of_a_test"), ALL[name]())
     said = []
     for who in ("dense", "token-wise"):
         with executor(model, who), entered(model) as counts:
             said.append(forward(model, host.left_padded().batch))
     assert gap(*said) <= host.default_exact
-    assert counts[0] < 2 * host.left_padded().batch["input_ids"].numel()
+    assert 0 < counts[0] < 2 * host.left_padded().batch["input_ids"].numel()
+
+
+class Products(TorchFunctionMode):
+    """Counts the FLOPs of sdpa, which torch does not count on a CPU."""
+
+    flops = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.flops += 4 * args[0].numel() * args[1].shape[-2]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("host", some_hosts("llama", "phi3", "qwen3_moe", "gemma3", "opt", "gpt2"))
+@pytest.mark.parametrize("name", ["some_twice", "some_skip", "trol_tau"])
+def test_queries_that_attend_alone(host: Host, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In stretches, of which none sees keys behind its last; in chunks, and padded, too."""
+    monkeypatch.setattr(executors, "WORTH", 0)
+    monkeypatch.setattr(attending_, "STRETCH", 4)
+    model = attach_settled(host.build("sdpa"), ALL[name]())
+    ids, more = (host.inputs(length=n, seed=n)["input_ids"] for n in (5, 40))
+    said = []
+    for which in ("dense", "token-wise"):
+        with executor(model, which):
+            out = model(input_ids=more)
+            late = model(input_ids=ids, **{CACHE: out[CACHE]})
+            padded = forward(model, host.left_padded().batch)
+            said.append(torch.cat([out.logits.flatten(0, 1), late.logits.flatten(0, 1), padded]))
+    assert gap(*said) <= host.default_exact
+    with executor(model, "token-wise"):
+        with Products() as attended, FlopCounterMode(display=False) as counter:
+            model(input_ids=more)
+        with trace(model) as seen:
+            model(input_ids=more)
+    totals = {k: sum(v.values()) for k, v in counter.get_flop_counts().items()}
+    inside = {n for n, m in model.named_modules() if any(m is one for one in layers_of(model))}
+    if host.name != "qwen3_moe":  # experts run in operators of their own, which nobody counts
+        counted = sum(v for k, v in totals.items() if k.partition(".")[2] in inside)
+        assert seen.cost.flops == counted + attended.flops
 
 
 @pytest.mark.parametrize("name", ["trol", "trol_all", "trol_three", "repeat"])

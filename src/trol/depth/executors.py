@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trol.depth.attending import Attending
 from trol.depth.call import Call
 from trol.depth.compact import rows_alone, visit_alone
 from trol.depth.layer_run import LayerRun
@@ -58,8 +59,11 @@ def make_visit(
     elif going is not None and not going.count and run.leave(state, plane):
         computed, left, out = 0, computed, state
     elif going is not None and _pays(going, visit, call):
-        stayed = going.staying
-        out = _selected(run.apply(state, plane, going), state, need if going.count else False)
+        stayed, attending = going.staying, _attending(going, visit, call)
+        visited = run.apply(state, plane, going, attending=attending)
+        out = _selected(visited, state, need if going.count else False)
+        if call.recorder is not None and attending is not None:
+            call.recorder.spared_pairs(visit.layer, attending.spared)
     else:
         # What a token does not take weighs 0, but the gradient of that choice is made of it.
         shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
@@ -82,3 +86,12 @@ def _pays(going: Going, visit: Visit, call: Call) -> bool:
     device, total = visit.state.device, going.staying + going.count
     saved = going.staying * call.costs().token_wise[visit.layer]
     return saved >= WORTH and total >= FEW.get(device.type, MANY)
+
+
+def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
+    """Attention of those that go alone, where that pays: not on a device that launches kernels."""
+    cost = call.costs().layers[visit.layer]
+    if visit.state.device.type != "cpu" or cost is None:
+        return None
+    saved = going.staying * going.shape[1] * cost.per_key // 2
+    return Attending(going) if saved >= WORTH else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
+from trol.depth.attending import Attending
 from trol.depth.holes import Holes
 from trol.depth.planes import LayerPlanes
 from trol.depth.slots import KeysWritten
@@ -46,6 +47,7 @@ class LayerRun:
         plane: int,
         going: Going | None = None,
         *,
+        attending: Attending | None = None,
         inputs: Inputs | None = None,
         leaves: bool = False,
     ) -> Tensor:
@@ -55,6 +57,7 @@ class LayerRun:
             state: what enters it.
             plane: which keys and values.
             going: who goes, if the layer's token-wise parts shall compute no others.
+            attending: the same for its attention.
             inputs: its arguments beside the state, if they are not the call's.
             leaves: whether it is left once keys and values are stored (`KeysWritten`).
         """
@@ -67,7 +70,8 @@ class LayerRun:
             out = self.forward(state, *args, **kwargs)
         else:
             layer = with_parts(self.layer, self.site.parts, going.computing)
-            out = self.forward.__func__(layer, state, *args, **kwargs)
+            with attending or nullcontext():
+                out = self.forward.__func__(layer, state, *args, **kwargs)
         self.applied += 1
         if self.planes is not None:
             self.planes.close()

@@ -67,13 +67,10 @@ class Going:
         return value
 
     def put(self, value: Tensor, given: Tensor) -> Tensor:
-        """`value` in their places, something finite in all others; shaped like `given`."""
-        size = self.shape[0] * self.shape[1]
-        flat, width = value.flatten(0, -2), value.shape[-1]
-        if given.shape[-1] == width and given.dtype == value.dtype:
-            whole = given.reshape(size, width).index_copy(0, self.places, flat)
-        else:
-            whole = flat.new_zeros(size, width).index_copy_(0, self.places, flat)
+        """`value` in their places, 0 in all others; in front shaped like `given`."""
+        size, width = self.shape[0] * self.shape[1], value.shape[-1]
+        whole = value.new_zeros(size, width)
+        whole.index_copy_(0, self.places, value.flatten(0, -2))
         return whole.view(*given.shape[:-1], width)
 
     def computing(self, part: nn.Module) -> ComputedPart:

@@ -156,6 +156,11 @@ class Recorder:
         rows, tokens = visit.state.shape[:2]
         self._beside += flops * rows * tokens
 
+    def spared_pairs(self, layer: int, pairs: int) -> None:
+        """So many pairs of a query and a key did not attend in one visit."""
+        cost = self.trace.stack_cost.layers[layer]
+        self._beside -= 0 if cost is None else cost.per_key * pairs
+
     def answers(self, layer: int, answers: list[Any], *, ended: bool) -> None:
         """a_0, a_1, ... of one layer; `ended`: one more visit came behind the last of them."""
         shares: list[Answer] = []
