@@ -67,8 +67,8 @@ def recording(model: nn.Module) -> Iterator[Record]:
         handles += _hooks(record, running, number, layer)
     original = LayerRun.apply
 
-    def apply(run: LayerRun, state: Tensor, plane: int) -> Tensor:
-        out = original(run, state, plane)
+    def apply(run: LayerRun, state: Tensor, plane: int, *given: Any, **named: Any) -> Tensor:
+        out = original(run, state, plane, *given, **named)
         record.visits[running[0]][plane] = out
         return out
 

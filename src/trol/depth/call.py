@@ -19,7 +19,7 @@ from trol.depth.cost import StackCost
 from trol.depth.planes import ALONG, HOLES, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
 from trol.depth.readout import Readout
-from trol.depth.roles import Mask, Prompt, Roles
+from trol.depth.roles import Prompt, Roles
 from trol.depth.trace import Recorder
 from trol.host.cache import new_cache
 from trol.host.context import CompileableContextVar
@@ -48,6 +48,10 @@ class Step:
 Executor = Literal["auto", "dense", "token-wise"]
 """`dense` computes all tokens, `token-wise` has a layer's parts compute those that go, `auto`
 where that saves more than it takes."""
+
+
+Kernel = Literal["auto", "operators", "triton"]
+"""`triton` makes gate and mixture in one launch, where there is one; `auto` on CUDA devices."""
 
 
 def unpriced() -> StackCost:
@@ -119,11 +123,6 @@ class Call:
         asked = {**self.asked, "output_hidden_states": False}
         return self.executor != "dense" and not shows_all(self.config, asked)
 
-    @property
-    def in_scope(self) -> Mask:
-        """Where the policy applies. Shape: [B, T]."""
-        return self.context.in_scope
-
     def runs_once(self, layer: int, cache: Any) -> bool:
         """Whether this layer does what the plain model's does, and nobody watches."""
         if self.recorder is not None or self.bounds.layers[layer] != PLAIN:
@@ -157,7 +156,13 @@ class Ambience:
     policy: AbstractPolicy | None = None
     recorder: Recorder | None = None
     executor: Executor = "auto"
+    kernel: Kernel = "auto"
     decoding: Decoding | None = None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether kernels may run in the place of operators; the reference is made of operators."""
+        return self.kernel == "triton" or (self.kernel == "auto" and self.executor != "dense")
 
 
 NOTHING = Ambience()

@@ -32,6 +32,8 @@ class Context:
     """Whether the stack is in training mode."""
     layers: int = 0
     """How many layers the stack has."""
+    fuses: bool = False
+    """Whether kernels of ours may run in the place of operators."""
     notes: dict[Any, Any] = field(default_factory=dict)
     """What the policy itself writes down for its later layers. Key a note by its layer: a layer
     runs again in the backward pass of gradient checkpointing, and must find what it found."""

@@ -39,6 +39,11 @@ def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | Non
     return Going.of(need) if isinstance(need, Tensor) and call.looks else None
 
 
+def nobody_goes(need: Mask, going: Going | None) -> bool:
+    """Whether it is known that nobody makes the visit."""
+    return need is False or (going is not None and not going.count)
+
+
 def dense_visit(run: LayerRun, state: Tensor, need: Mask, plane: int) -> Tensor:
     """One visit by computing all tokens; those not in `need` keep their state."""
     return _selected(run.apply(state, plane), state, need)
@@ -47,16 +52,17 @@ def dense_visit(run: LayerRun, state: Tensor, need: Mask, plane: int) -> Tensor:
 def make_visit(
     run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
 ) -> Tensor:
-    """One more visit; `going` and `last` as in `going_of`. Shape: [B, T, D]."""
+    """One more visit; `going` and `last` as in `going_of`. Shape: [B, T, D].
+
+    Where nobody goes, the layer is entered for its keys and values alone.
+    """
     state, plane = visit.state, visit.number + 1
-    if need is True and going is None and call.recorder is None:
-        return run.apply(state, plane)
     computed, stayed, left = state.shape[0] * state.shape[1], 0, 0
     rows = rows_alone(run, visit, call) if isinstance(need, Tensor) else None
     if rows is not None:
         computed = len(rows) * state.shape[1]
         out = visit_alone(run, state, plane, rows)
-    elif going is not None and not going.count and run.leave(state, plane):
+    elif nobody_goes(need, going) and call.looks and run.leave(state, plane):
         computed, left, out = 0, computed, state
     elif going is not None and _pays(going, visit, call):
         stayed, attending = going.staying, _attending(going, visit, call)

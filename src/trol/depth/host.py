@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args
 import torch
 from torch import nn
 
-from trol.depth.call import Ambience, Decoding, Executor, ambience_of, in_force
+from trol.depth.call import Ambience, Decoding, Executor, Kernel, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.generation import HostMixin
 from trol.depth.policy import AbstractPolicy, StackBounds
@@ -34,6 +34,7 @@ from trol.host.classes import (
 )
 from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
 from trol.host.releases import check_release
+from trol.host.triton import missing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -261,27 +262,34 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
 
 
 @contextmanager
-def executor(model: nn.Module, which: str) -> Generator[None]:
+def executor(model: nn.Module, which: str = "auto", *, kernel: str = "auto") -> Generator[None]:
     """Has visits made by one executor, in this thread, for a while.
 
     `dense` computes all tokens of every visit, the reference; `token-wise` has a layer's token-wise
     parts compute those that go (its older name is `packed`); `auto`, which is in force otherwise,
-    takes the latter where it leaves out more than it takes.
+    takes the latter where it leaves out more than it takes. `kernel`: what makes gate and mixture:
+    `operators`; `triton`, in one launch; or `auto`, the latter on CUDA devices where it is there.
 
     Raises:
-        UsageError: there is no such executor, or no policy is attached.
-        HostError: the layers of this family cannot compute some tokens alone.
+        UsageError: there is no such executor or kernel, or no policy is attached.
+        HostError: the layers of this family cannot compute some tokens alone; or no Triton kernel
+            can run here.
     """
     which = FORMER.get(which, which)
     if which not in get_args(Executor):
         raise unknown("executor", which, get_args(Executor))
+    if kernel not in get_args(Kernel):
+        raise unknown("kernel", kernel, get_args(Kernel))
     _, stack = attached(model)
+    if kernel == "triton" and (why := missing(next(stack.parameters()).device)):
+        raise HostError(f"no Triton kernel can run: {why}; take 'auto' or 'operators'.")
     if which == "token-wise" and stack.depth_entangled:
         raise HostError(
             f"{stack.config.model_type} has no token-wise executor: {stack.depth_entangled}; take "
             "'auto' or 'dense'."
         )
-    with _open_on(stack, replace(ambience_of(stack), executor=which)):
+    own = replace(ambience_of(stack), executor=cast(Executor, which), kernel=cast(Kernel, kernel))
+    with _open_on(stack, own):
         yield
 
 

@@ -52,9 +52,8 @@ class PlanedCache(Specialised):
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        prefetch(
-            self, self.layers[layer_idx]
-        )  # transformers fetched the next one, which may never run
+        if self.offloading:  # transformers fetched the next one, which may never run
+            prefetch(self, self.layers[layer_idx])
         return super().update(keys, values, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -179,7 +178,8 @@ class LayerPlanes:
     def __init__(
         self, cache: Any, layer: int, *, bounds: tuple[int, int], in_scope: Mask, keep: bool
     ) -> None:
-        grow(cache, layer)
+        if layer >= len(cache.layers):
+            grow(cache, layer)
         self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
         held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
         self.held = 0
@@ -187,9 +187,8 @@ class LayerPlanes:
         while (layer, self.held + 2) in held:
             self.held += 1
         self.slots: list[Slot] = [cache.layers[layer]]
-        self.recurrent = is_recurrent(self.slots[0])
         least, most = bounds
-        if in_scope is False and not (self.recurrent and keep):
+        if in_scope is False and not (keep and self.recurrent):
             most = 1
         for plane in range(2, max(most, self.held + 1) + 1):
             # Taken before plane 1 grows: a plane that starts now copies what came before this call.
@@ -201,6 +200,11 @@ class LayerPlanes:
         self._open: VisitSlot | None = None
         self._slot: Slot = None
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether the layer keeps a recurrent state, which every token advances."""
+        return is_recurrent(self.slots[0])
+
     def stores_keys(self, plane: int) -> bool:
         """Whether a visit leaves keys and values in this plane, and nothing else."""
         slot = self.slots[plane - 1]
@@ -209,7 +213,8 @@ class LayerPlanes:
     def opened(self, plane: int, *, leaves: bool = False) -> Any:
         """The cache to hand to the layer for its visit number `plane`, as of `LayerRun.apply`."""
         self._slot = slot = self.slots[plane - 1]
-        prefetch(self.cache, slot)
+        if self.cache.offloading:
+            prefetch(self.cache, slot)
         if leaves or (self.remembers and has_keys(slot)):
             self._open = slot = VisitSlot(slot, self.in_scope, self.fresh, leaves=leaves)
         if slot is self.cache.layers[self.layer]:
@@ -223,7 +228,8 @@ class LayerPlanes:
         if self._open is not None:
             self.fresh = self._open.fresh or self.fresh
             self._open = None
-        offload(self.cache, self._slot)  # which a visit that was left at its keys has not done
+        if self.cache.offloading:  # a visit that was left at its keys has not done so
+            offload(self.cache, self._slot)
 
     def finish(self, visited: int) -> None:
         """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""

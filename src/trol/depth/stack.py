@@ -24,7 +24,6 @@ from trol.depth.cost import StackCost, stack_cost
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, PlanedCache, adopt, check_cache, drop_planes
 from trol.depth.policy import AbstractPolicy, StackBounds
-from trol.depth.roles import Mask
 from trol.depth.visits import traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
@@ -73,7 +72,10 @@ class LayerMixin(Specialised):
         run = LayerRun(cast(nn.Module, self), forward, self.depth_site, (args, kwargs), cache)
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
-        return self._shown(run.wrap(out)) if run.applied else self._passed_by(out, args, kwargs)
+        if not run.applied:
+            return self._passed_by(out, args, kwargs)
+        out = run.wrap(out)
+        return out if self.depth_beside is not None else self._shown(out)
 
     def _shown(self, out: Any) -> Any:
         """Remembers, for layers that will be skipped, the form of a real output."""
@@ -181,10 +183,26 @@ class StackMixin(Specialised):
         keep = scope != "question" or step.keep
         if ambience.recorder is None and self._all_plain(policy, bounds, in_scope, keep, cache):
             return None
+        # Kernels have no gradients, and compilers make their own.
+        alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        start = step.start
+        if start is None:
+            # Without a cache, nothing comes before these tokens.
+            start = 0 if cache is None or not policy.reads_start else int(cache.get_seq_length())
+        context = Context(
+            in_scope,
+            start,
+            self._padding(step, args, kwargs),
+            step.readout,
+            training=self.training,
+            layers=self.depth_layers,
+            fuses=alone and ambience.fuses,
+            notes={} if step.notes is None else step.notes,
+        )
         return Call(
             policy,
             bounds,
-            self._context(policy, step, in_scope, cache, self._padding(step, args, kwargs)),
+            context,
             keep,
             everywhere=scope == "all",
             recorder=ambience.recorder,
@@ -193,7 +211,7 @@ class StackMixin(Specialised):
             absent=absent,
             last_only=step.last_only and ambience.recorder is None,  # a trace wants to see all
             # Where dropout draws, some tokens alone are not what they are among all others.
-            free=not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()),
+            free=alone and not self.training,
             executor=ambience.executor,
             parts=not self.depth_entangled,
             asked=kwargs,
@@ -206,24 +224,6 @@ class StackMixin(Specialised):
             layers = list(layer_list(cast(nn.Module, self)) or ())
             self.depth_costs = stack_cost(layers, [None] * len(layers), self.config)
         return self.depth_costs
-
-    def _context(
-        self, policy: AbstractPolicy, step: Step, in_scope: Mask, cache: Any, padding: Any
-    ) -> Context:
-        start = step.start
-        if start is None:
-            # Without a cache, nothing comes before these tokens.
-            start = 0 if cache is None or not policy.reads_start else int(cache.get_seq_length())
-        notes = {} if step.notes is None else step.notes
-        return Context(
-            in_scope,
-            start,
-            padding,
-            step.readout,
-            training=self.training,
-            layers=self.depth_layers,
-            notes=notes,
-        )
 
     def _padding(self, step: Step, args: Any, kwargs: Any) -> Tensor | None:
         """The padding mask [B, S], as far as one is to be had."""

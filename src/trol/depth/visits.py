@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth.call import Call
-from trol.depth.executors import going_of, make_visit
+from trol.depth.executors import going_of, make_visit, nobody_goes
 from trol.depth.holes import Holes
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, LayerPlanes
@@ -42,14 +42,17 @@ def traverse(
             again = None
         else:
             again = _again(visit, most, call)
-            need = in_scope if 0 < number < least else _and(need, again > 0)
+            goes = again > 0
+            need = in_scope if 0 < number < least else goes if need is True else _and(need, goes)
         left.append((visit, again))
         if number == 0 and run.holes is not None:
             run.holes.dig(need if run.digs else True, state)
         last = number + 1 == limit
-        going = None if need is True and not last else going_of(visit, need, call, last=last)
-        nobody = need is False or (going is not None and not going.count)
-        if nobody and not _must_run(run, number, need):
+        if need is True and call.recorder is None and not (last and call.last_only):
+            state = run.apply(state, number + 1)
+            continue
+        going = going_of(visit, need, call, last=last)
+        if nobody_goes(need, going) and not _must_run(run, number, need):
             break
         state = make_visit(run, visit, need, going, call, last=last)
     else:
@@ -72,28 +75,27 @@ def _mixed(left: list[tuple[Visit, Answer | None]], state: Tensor, call: Call) -
 
 
 def _and(need: Mask, more: Mask) -> Mask:
-    if need is True or more is False:
-        return more
-    return need if need is False or more is True else need & more
+    if need is False or more is True:
+        return need
+    return more if need is True or more is False else need & more
 
 
 def _entering(visit: Visit, call: Call) -> Tensor:
     """x_0 as the policy translates it in its scope. Shape: [B, T, D]."""
+    in_scope = call.context.in_scope
     if call.recorder is not None:
         call.recorder.translated()
     own = call.policy.enter(visit)
-    if isinstance(call.in_scope, bool):
-        return own
-    return torch.where(call.in_scope[..., None], own, visit.state)
+    return own if isinstance(in_scope, bool) else torch.where(in_scope[..., None], own, visit.state)
 
 
 def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, call: Call) -> None:
-    least, most = bounds
-    if run.cache is None and most > 1 and isinstance(call.in_scope, Tensor):
+    (least, most), in_scope = bounds, call.context.in_scope
+    if run.cache is None and most > 1 and isinstance(in_scope, Tensor):
         run.cache = call.scratch()
     if run.cache is not None:
         keep = call.keep and run.lasts
-        run.planes = LayerPlanes(run.cache, layer, bounds=bounds, in_scope=call.in_scope, keep=keep)
+        run.planes = LayerPlanes(run.cache, layer, bounds=bounds, in_scope=in_scope, keep=keep)
     run.digs = least == 0 and call.policy.skipped_kv == "hole"
     if run.digs or (layer, HOLES) in getattr(run.cache, "planes", ()):
         run.holes = Holes(run.cache, layer, tokens)
@@ -102,18 +104,19 @@ def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, ca
 def _again(visit: Visit, most: int, call: Call) -> Answer:
     """a_r of the policy in scope, a_r of the plain model outside it. Shape: [B, T]."""
     plain = 1.0 if visit.number == 0 else 0.0
-    if call.in_scope is False and not call.policy.observes:
+    policy, in_scope = call.policy, call.context.in_scope
+    if in_scope is False and not policy.observes:
         return plain
     own: Answer = 0.0
     if visit.number < most:
-        own = call.policy.again(visit)
+        own = policy.again(visit)
         if call.recorder is not None:
-            call.recorder.looked(visit, call.policy.look_flops(visit))
-    if call.in_scope is False:
+            call.recorder.looked(visit, policy.look_flops(visit))
+    if in_scope is False:
         return plain
-    if isinstance(call.in_scope, bool) or (isinstance(own, float) and own == plain):
+    if in_scope is True or (isinstance(own, float) and own == plain):
         return own
-    return torch.where(call.in_scope, own, plain)
+    return torch.where(in_scope, own, plain)
 
 
 def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
@@ -122,4 +125,4 @@ def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
         return False
     # Somebody could have gone: whether others do in this chunk must not change what is left.
     possible = isinstance(need, Tensor)
-    return number == 0 or possible or (run.planes.recurrent and run.planes.keep)
+    return number == 0 or possible or (run.planes.keep and run.planes.recurrent)

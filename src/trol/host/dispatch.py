@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
-import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 """Where modules keep what is called before and behind their forward."""
@@ -27,11 +24,6 @@ def without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
             vars(module).update(hooks)
 
 
-def without_modes() -> AbstractContextManager[Any]:
-    """Inside, nobody who counts or records operations sees them."""
-    return _disable_current_modes()
-
-
-def without_subclasses() -> AbstractContextManager[Any]:
-    """Inside, functions take subclasses of tensors for plain ones."""
-    return torch._C.DisableTorchFunctionSubclass()
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches this module."""
+    return any(vars(module)[name] for name in HOOKS)

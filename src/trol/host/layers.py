@@ -99,6 +99,8 @@ class LayerSite:
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
+        if self.cache_name in kwargs:
+            return kwargs[self.cache_name]
         return _taken(args, kwargs, cache_key(kwargs) or self.cache_name, self.cache_position)
 
     def mask_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,6 +111,8 @@ class LayerSite:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with another cache."""
+        if self.cache_name in kwargs:
+            return args, {**kwargs, self.cache_name: cache}
         name = cache_key(kwargs) or self.cache_name
         return _replaced(args, kwargs, name, self.cache_position, cache)
 
