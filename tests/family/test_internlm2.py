@@ -153,7 +153,8 @@ def test_saved_is_loaded(model, tmp_path):
     assert loaded.get_input_embeddings().num_embeddings == TEXT["vocab_size"] + 1
     assert loaded.lm_head.out_features == TEXT["vocab_size"]
     inputs = batch(model, IMAGES, WORDS)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    # Weights that are mapped from a file lie where they lie, and products round by that.
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
 def test_a_new_update_is_nothing():

@@ -191,7 +191,7 @@ class Products(TorchFunctionMode):
 @pytest.mark.parametrize("name", ["some_twice", "some_skip", "trol_tau"])
 def test_queries_that_attend_alone(host: Host, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In stretches, of which none sees keys behind its last; in chunks, and padded, too."""
-    monkeypatch.setattr(executors, "WORTH", 0)
+    monkeypatch.setattr(executors, "STRETCHES", 0)
     monkeypatch.setattr(attending_, "STRETCH", 4)
     model = attach_settled(host.build("sdpa"), ALL[name]())
     ids, more = (host.inputs(length=n, seed=n)["input_ids"] for n in (5, 40))
@@ -330,7 +330,7 @@ def test_executors_nest_end_and_have_names() -> None:
         model(**inputs, use_cache=False)
     assert counts == [9, 18, 9]
     with (
-        pytest.raises(UsageError, match="unknown executor 'pack'.*auto, dense, token-wise"),
+        pytest.raises(UsageError, match=r"unknown executor 'pack'.*auto, dense, token-wise"),
         executor(model, "pack"),
     ):
         pass

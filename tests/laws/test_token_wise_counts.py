@@ -91,19 +91,24 @@ NO_LOOKS = ("trol", "trol_all", "trol_three", "skip", "exit", "repeat", "skip_qu
 """Policies without a threshold."""
 
 
-@pytest.mark.parametrize("name", ["plain", *NO_LOOKS, "trol_tau", "some_twice", "some_skip"])
+@pytest.mark.parametrize(
+    "name", ["plain", *NO_LOOKS, "rows", "rows_hole", "trol_tau", "some_twice", "some_skip"]
+)
 @pytest.mark.parametrize("which", ["auto", "token-wise"])
 def test_no_value_is_looked_at_without_a_threshold(name: str, which: str) -> None:
     """Each look waits for the device; with a threshold there is one in each layer."""
     host = HOSTS["llama"]
-    model = attach_settled(host.build("sdpa"), made(name))
-    ids = host.inputs(length=12)["input_ids"]
+    policy = made(name) if name in POLICIES else SHARES[name]
+    model = attach_settled(host.build("sdpa"), policy)
+    ids = host.inputs(batch=3, length=12)["input_ids"]
     model.model(ids)  # layers are asked once what they return
+    cache = DynamicCache(config=model.config)
     with executor(model, which):
         for given in (ids, ids[:, :1]):
             with Looks() as seen:
-                model.model(given, **{CACHE: DynamicCache(config=model.config)})
-            assert seen.count == (0 if name in ("plain", *NO_LOOKS) else 4)
+                model.model(given, **{CACHE: cache})
+            looks = name in ("trol_tau", "some_twice", "some_skip")
+            assert seen.count == 4 * looks
 
 
 def test_auto_takes_it_where_more_is_left_out_than_it_takes(
@@ -211,7 +216,7 @@ def forward_all(model: PreTrainedModel, host: Host) -> torch.Tensor:
 
 @pytest.mark.parametrize("host", some_hosts("llama", "bloom", "opt", "falcon_h1", "qwen3_next"))
 def test_the_parts_that_names_propose(host: Host) -> None:
-    """The tree names modules with matrices; none lies inside another, and no key map is among them."""
+    """They are modules with matrices; none lies inside another, and no key map is among them."""
     for layer in layers_of(host.build()):
         found = list(parts.parts_in(layer, parts.token_wise_parts(layer)))
         names = {name for name, part in layer.named_modules() if any(part is one for one in found)}

@@ -26,6 +26,8 @@ class RowsKept(AttentionLayer, Specialised):  # only in this order can a slot be
     """Which rows. Shape: [b]."""
     batch: int
     """B: how many rows there are."""
+    looked_at: tuple[Tensor | None, list[int]] = (None, [])
+    """The rows when they were last asked for, and what they are."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stores those rows' keys and values. Shape: [b, H, T, d] each, in; [b, H, S, d], out.
@@ -39,7 +41,9 @@ class RowsKept(AttentionLayer, Specialised):  # only in this order can a slot be
 
     def check(self, rows: Sequence[int]) -> None:
         """Raises `HostError` unless these are the rows that it holds."""
-        if self.kept.tolist() != list(rows):
+        if self.looked_at[0] is not self.kept:  # which a look at the device takes
+            self.looked_at = self.kept, self.kept.tolist()
+        if self.looked_at[1] != list(rows):
             raise self._refusal()
 
     def _refusal(self) -> HostError:
@@ -112,11 +116,11 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
     fresh = slot is None or is_growing_and_empty(slot)
     if not (call.looks and fresh and _understood(run, len(fixed))):
         return None
-    rows = torch.tensor(going, device=visit.state.device)
+    rows, device = torch.tensor(going), visit.state.device
     if slot is not None:
         adopt(run.cache, getattr(run.cache, "absent", frozenset()))  # whoever comes next is asked
-        _keep_rows(slot, rows, len(fixed))
-    return rows
+        _keep_rows(slot, rows, len(fixed), device)
+    return rows.to(device)
 
 
 def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tensor:
@@ -130,11 +134,12 @@ def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tenso
     return state.index_copy(0, rows, visited)
 
 
-def _keep_rows(slot: object, rows: Tensor, batch: int) -> None:
+def _keep_rows(slot: object, rows: Tensor, batch: int, device: torch.device) -> None:
     """Makes an empty slot one that holds these rows alone, in place."""
     slot.__class__ = specialised(type(slot), RowsKept)
     kept = cast(RowsKept, slot)
-    kept.kept, kept.batch = rows, batch
+    kept.kept, kept.batch = rows.to(device), batch
+    kept.looked_at = kept.kept, rows.tolist()
 
 
 def _understood(run: LayerRun, batch: int) -> bool:

@@ -23,6 +23,9 @@ from trol.depth.token_wise import Going
 WORTH = 10_000_000
 """FLOPs that gathering must leave out of a visit: as long as the operators that it takes."""
 
+STRETCHES = 100_000_000
+"""The same for attention in stretches, each of which is some operators."""
+
 FEW = {"cpu": 8}
 MANY = 128
 """Tokens of a call, by the kind of device, from which on fewer take less time: the products of
@@ -34,6 +37,9 @@ def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | Non
 
     `last`: nobody goes again after this visit.
     """
+    fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
+    if fixed is not None:
+        return Going.of_rows(fixed, visit.state)
     if last and call.last_only and visit.number and call.only_last_of(visit.layer):
         return Going.last(visit.state)
     return Going.of(need) if isinstance(need, Tensor) and call.looks else None
@@ -100,4 +106,4 @@ def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
     if visit.state.device.type != "cpu" or cost is None:
         return None
     saved = going.staying * going.shape[1] * cost.per_key // 2
-    return Attending(going) if saved >= WORTH else None
+    return Attending(going) if saved >= STRETCHES else None

@@ -8,6 +8,7 @@ put back behind the layer, and their keys and values were made before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ class Going:
         """Those of a BoolTensor [B, T]: the one look at a device's values that a visit takes."""
         rows, tokens = need.shape
         return cls(rows, tokens, need.flatten().nonzero()[:, 0])
+
+    @classmethod
+    def of_rows(cls, going: Sequence[bool], state: Tensor) -> Going:
+        """All tokens of the rows that go. Shape of state: [B, T, D]."""
+        tokens = state.shape[1]
+        rows = torch.tensor([row for row, goes in enumerate(going) if goes])
+        places = (rows[:, None] * tokens + torch.arange(tokens)).flatten()
+        return cls(len(going), tokens, places.to(state.device))
 
     @classmethod
     def last(cls, state: Tensor) -> Going:
