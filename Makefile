@@ -80,8 +80,11 @@ endef
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(LOCK)
 	$(call install,$(VENV),requirements/constraints.txt $(LOCK),)
 
+# Not locked: builds of torch for CUDA bring the Triton that they need; its interpreter runs the
+# kernel's law on a CPU. Where there is no Triton for a platform, that law is skipped.
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,$(VENV),requirements/constraints.txt $(LOCK),[dev])
+	$(BIN)/python -m pip install --progress-bar off 'triton>=3.6' || true
 
 .venv-oldest/.ready-dev: .venv-oldest/.torch pyproject.toml requirements/oldest.txt
 	$(call install,.venv-oldest,requirements/constraints.txt requirements/oldest.txt,[dev])

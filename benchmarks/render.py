@@ -31,6 +31,9 @@ which leave their keys and values.""",
     "sparse": """A random share of the tokens makes a second visit, or any at all, another share in
 each layer; one pass over a prompt. `extra time` is that beyond the bare host's. `as dense`: where
 packing would lose, the executor taken by itself against the dense one.""",
+    "launch": """A Llama of hidden size 64 and 24 layers, 48 tokens: a pass is all launches and
+Python, as one prompt is on a GPU. Operators that a device would have to launch, and times, to the
+bare host's, whatever visits are made; looks at a tensor's values in each layer.""",
     "speculate": """Drafts that are always right, because the upper three quarters of the layers do
 next to nothing: milliseconds of each of 64 tokens, against plain decoding and against the passes
 that a round makes.""",
@@ -56,7 +59,8 @@ def main() -> None:
 
 def _files(title: str) -> list[Path]:
     """The results of one section: of a suite also those at other settings, as `skip-1.8b-bf16`."""
-    others = (HERE / "results").glob(f"{title}-*.json") if title in SUITES else []
+    several = title in SUITES or title == "gpu"
+    others = (HERE / "results").glob(f"{title}-*.json") if several else []
     return [
         file for file in (HERE / "results" / f"{title}.json", *sorted(others)) if file.is_file()
     ]
@@ -105,6 +109,40 @@ def _amount(row: dict[str, Any], key: str) -> str:
 def _mark(row: dict[str, Any]) -> str:
     above = row["must"] is not None and row["ratio"] > row["must"]
     return (" !" if above else "") + (" ?" if row.get("noisy") else "")
+
+
+def _gpu(_: str, found: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(n for row in found["rows"] for n in row.get("ratio", ())))
+    rows = [
+        [
+            f"{row['what']} {row['rows']} x {row['tokens']}",
+            _number(row["bare_ms"]),
+            *(f"{row['ratio'][n]:.2f}" if n in row["ratio"] else "" for n in names),
+        ]
+        for row in found["rows"]
+        if "ratio" in row
+    ]
+    told = [
+        f"{found.get('gpu', found['device'])}, size {found['size']}, {found['dtype']}. "
+        "Ratios to the bare host in the same rounds; `again`: that share of the tokens makes a "
+        "second visit."
+    ]
+    families = [row for row in found["rows"] if row.get("what") == "family"]
+    if families:
+        same = sum(row["same"] for row in families)
+        apart = max(row["apart"] for row in families)
+        told.append(
+            f"{same} of {len(families)} cases (families x policies) give the CPU's tokens, by "
+            f"either executor; the largest difference of a logit is {apart:.1g}."
+        )
+    peaks = [row for row in found["rows"] if row.get("what") == "peak_bytes"]
+    for row in peaks:
+        held = ", ".join(f"{name} {held / 2**20:,.0f}" for name, held in row["bytes"].items())
+        beside = " beside the weights" if row.get("beside_the_weights") else ""
+        told.append(f"Peak MiB{beside}, {row['rows']} x {row['tokens']}: {held}.")
+    if found["left_out"]:
+        told.append(f"Left out for want of time: {', '.join(found['left_out'])}.")
+    return f"{chr(10).join(told)}\n\n{_table(['work', 'bare ms', *names], rows)}"
 
 
 def _published(_: str, found: dict[str, Any]) -> str:
@@ -244,6 +282,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "gpu": _gpu,
     **dict.fromkeys(SUITES, _suite),
     "published": _published,
     "quantised_training": _quantised,

@@ -9,6 +9,7 @@ import torch
 from trol.errors import HostError, UsageError
 from trol.evaluation.bench import SUITES, Setting, run
 from trol.evaluation.bench import hosts as built
+from trol.evaluation.bench.launch import counted
 from trol.evaluation.bench.limits import HostTimes, limit_of
 from trol.evaluation.bench.row import figure_row, row
 from trol.evaluation.bench.setting import SIZES, TINY
@@ -121,3 +122,11 @@ def test_what_a_host_needs_is_what_its_weights_take() -> None:
     taken = sum(parameter.nbytes for parameter in model.parameters())
     assert built.needed_bytes(SETTING, model.config) == taken
     assert built.needed_bytes(SETTING, model.config, training=True) == 2 * taken
+
+
+def test_a_visit_launches_no_operator_too_many():
+    """Operator counts are exact, so the bounds of the suite hold on any machine."""
+    found = {row["case"]: row for row in counted(Setting())}
+    assert all(row["ratio"] <= row["must"] for row in found.values()), found
+    assert found["question, operators"]["ratio"] > 2
+    assert found["half of the tokens again, looks"]["ratio"] == 1

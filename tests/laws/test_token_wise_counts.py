@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
@@ -14,6 +13,7 @@ from hosts.releases import ROWS_TOGETHER
 from trol.depth import Trace, attach, attached, executor, executors, trace
 from trol.errors import HostError
 from trol.host import parts
+from trol.host.dispatch import Launches
 from trol.host.names import CACHE
 from trol.policies.planned import Planned
 from trol.policies.random_tokens import RandomTokens
@@ -74,19 +74,6 @@ def test_flops_predicted_are_flops_counted(host: Host, name: str, masked: bool) 
     assert seen.cost.flops == sum(v for k, v in totals.items() if k.partition(".")[2] in inside)
 
 
-class Looks(TorchDispatchMode):
-    """Counts the operators that bring a value of a tensor to the program."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.count += name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
-        return func(*args, **(kwargs or {}))
-
-
 NO_LOOKS = ("trol", "trol_all", "trol_three", "skip", "exit", "repeat", "skip_question")
 """Policies without a threshold."""
 
@@ -105,10 +92,10 @@ def test_no_value_is_looked_at_without_a_threshold(name: str, which: str) -> Non
     cache = DynamicCache(config=model.config)
     with executor(model, which):
         for given in (ids, ids[:, :1]):
-            with Looks() as seen:
+            with Launches() as seen:
                 model.model(given, **{CACHE: cache})
             looks = name in ("trol_tau", "some_twice", "some_skip")
-            assert seen.count == 4 * looks
+            assert seen.looks == 4 * looks
 
 
 def test_auto_takes_it_where_more_is_left_out_than_it_takes(

@@ -23,14 +23,14 @@ EXAMPLES = (
 TOP = 20
 """Operators that a profile shows."""
 
-SUITES = "overhead, traverse, skip, rows, sparse, speculate, train, load"
+SUITES = "overhead, traverse, skip, rows, sparse, launch, speculate, train, load"
 
 
 def bench(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help=f"One of {SUITES}; or all.")],
     *,
     size: Annotated[
-        str, typer.Option("--size", metavar="NAME", help="Of the host: tiny, small, 1.8b.")
+        str, typer.Option("--size", metavar="NAME", help="Of the host: tiny, small, 1.8b, 7b.")
     ] = "small",
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="NAME", help="Of the weights: float32, bf16, nf4.")

@@ -22,6 +22,11 @@ KERNEL = ("trol.policies.gate_kernel", "gated_mixture")
 SHARING = ("per_layer", "shared")
 
 
+def fits(state: Tensor) -> bool:
+    """Whether the kernel is for such states."""
+    return state.is_cuda
+
+
 class Gate(nn.Linear):
     """g(x) = 0.5 * tanh(w . x + b) + 0.5, one number per token; computed in float32."""
 
@@ -123,7 +128,7 @@ class TrolMixer(AbstractPolicy):
     def mix(self, visit: Visit, further: Tensor) -> Tensor:
         gate, state = visit.gate, visit.state
         assert gate is not None
-        if state.is_cuda and visit.context.fuses and type(gate) is Gate and not has_hooks(gate):
+        if fits(state) and visit.context.fuses and type(gate) is Gate and not has_hooks(gate):
             out = launched(*KERNEL, state, further, gate.weight, gate.bias)
             if out is not None:
                 return out

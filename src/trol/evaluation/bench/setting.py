@@ -39,10 +39,10 @@ class Size:
         return self.intermediate or -(-self.hidden * 8 // (3 * BLOCK)) * BLOCK
 
 
-def _published() -> Size:
-    text = PUBLISHED["trol-1.8b"]().text_config
+def _published(name: str) -> Size:
+    text = PUBLISHED[f"trol-{name}"]().text_config
     return Size(
-        "1.8b",
+        name,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         deep=text.num_hidden_layers,
@@ -57,7 +57,7 @@ def _published() -> Size:
 
 TINY = Size("tiny", hidden=64, layers=4, deep=4, prompt=64, short=8, new_tokens=8)
 SMALL = Size("small", hidden=512, layers=8, deep=12, prompt=512, short=32)
-SIZES = {size.name: size for size in (TINY, SMALL, _published())}
+SIZES = {size.name: size for size in (TINY, SMALL, _published("1.8b"), _published("7b"))}
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
 """Name -> the type of the activations; nf4 has weights of 4 bits."""
