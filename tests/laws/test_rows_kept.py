@@ -12,10 +12,10 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth
 from trol.depth import attach, detach, executor
-from trol.depth.compact import RowsKept
 from trol.depth.planes import cache_bytes
 from trol.errors import HostError, TrolError
 from trol.host.names import CACHE
+from trol.host.rows_kept import RowsKept
 from trol.policies.planned import Planned
 
 from .subjects import assert_same, cuts, gap, recomputed, some_hosts, spoken

@@ -17,8 +17,8 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, attach, attached, detach, executor, executors, trace
-from trol.depth import attending as attending_
 from trol.errors import UsageError
+from trol.host import attending as attending_
 from trol.host.names import CACHE
 from trol.policies.planned import Planned
 from trol.policies.random_tokens import RandomTokens

@@ -73,8 +73,8 @@ def _collect() -> dict[str, Any]:
 def _described(name: str) -> dict[str, Any]:
     from pathlib import Path
 
+    from trol.cli.describing import describe
     from trol.cli.models import open_model
-    from trol.depth.describe import describe
     from trol.family.loading import load_host
     from trol.policies.adapter import is_trained
 

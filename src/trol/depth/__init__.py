@@ -12,9 +12,18 @@ from types import ModuleType
 
 from torch import nn
 
-from trol.depth.compiled import prepare_cache
 from trol.depth.cost import Cost, StackCost
-from trol.depth.host import attach, attached, cost_of, depth, detach, executor, is_attached, trace
+from trol.depth.host import (
+    attach,
+    attached,
+    cost_of,
+    depth,
+    detach,
+    executor,
+    is_attached,
+    prepare_cache,
+    trace,
+)
 from trol.depth.plan import Plan
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.registry import PolicyLike

@@ -53,6 +53,6 @@ def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
                 f"this cache holds {start} tokens that the policy in force never looked at; start "
                 "a new cache with it."
             )
-        adopt(cache, getattr(cache, "absent", frozenset()))
+        adopt(cache)
         cache.planes[layer, ALONG] = PositionSlot(values)
     return values

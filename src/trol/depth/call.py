@@ -18,12 +18,12 @@ from trol.depth.context import Context
 from trol.depth.cost import StackCost
 from trol.depth.planes import ALONG, HOLES, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
-from trol.depth.readout import Readout
 from trol.depth.roles import Prompt, Roles
 from trol.depth.trace import Recorder
 from trol.host.cache import new_cache
 from trol.host.context import CompileableContextVar
 from trol.host.generation import shows_all
+from trol.host.readout import Readout
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ where that saves more than it takes."""
 
 Kernel = Literal["auto", "operators", "triton"]
 """`triton` makes gate and mixture in one launch, where there is one; `auto` on CUDA devices."""
-
-
-def unpriced() -> StackCost:
-    """Of no layers."""
-    return StackCost((), ())
 
 
 UNTOLD = Step(Roles())
@@ -88,6 +83,8 @@ class Call:
     recorder: Recorder | None
     config: Any
     """The stack's configuration."""
+    costs: Callable[[], StackCost]
+    """What visits of the layers cost."""
     applied: list[int]
     """How often each layer was applied; written by the layers."""
     cache: Any = None
@@ -106,8 +103,6 @@ class Call:
     """Whether the layers' token-wise parts can compute some tokens alone."""
     asked: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the stack."""
-    costs: Callable[[], StackCost] = unpriced
-    """What visits of the layers cost."""
 
     @property
     def looks(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trol.host.layers import LINEAR, MADE_BEFORE_KEYS
+from trol.host.flops import LayerCost, image_flops, layer_cost, matrix_flops, part_flops
 from trol.host.parts import parts_in, token_wise_parts
 
 
@@ -29,28 +29,6 @@ class Cost:
     def json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """Coefficients of one visit of one layer."""
-
-    per_token: int
-    """FLOPs of the linear maps for one token: 2 * number of weights (experts: those chosen)."""
-    per_key: int
-    """FLOPs of the attention for one token and one key: 4 * heads * head size."""
-    per_image_call_token: int
-    """FLOPs more for one token of a call that holds image tokens: maps that run only then."""
-    window: int | None
-    """How many positions a sliding attention sees, or None."""
-    keys_per_token: int | None = None
-    """FLOPs for one token that leaves its keys and values only; None where that is not known."""
-
-    def flops(self, count: int, *, step: int, past: int = 0, images: bool = False) -> int:
-        """FLOPs of one visit of `count` tokens, each beside `step` of its row, after `past`."""
-        seen = past if self.window is None else min(past, self.window - 1)
-        extra = self.per_image_call_token * images
-        return count * (self.per_token + self.per_key * (seen + step) + extra)
 
 
 @dataclass(frozen=True)
@@ -128,78 +106,19 @@ class StackCost:
         return total
 
 
-def matrix_flops(module: nn.Module) -> int:
-    """FLOPs of a module's matrices on one token: 2 * number of weights."""
-    return 2 * sum(p.numel() for p in module.parameters() if p.ndim == 2)
-
-
 def stack_cost(
     layers: Sequence[nn.Module], gates: Sequence[nn.Module | None], config: Any
 ) -> StackCost:
     """Reads the coefficients off the modules of a stack and its text configuration."""
     types = getattr(config, "layer_types", None) or [None] * len(layers)
     parts = [list(parts_in(layer, token_wise_parts(layer))) for layer in layers]
-    on_images = tuple(sum(map(_image_flops, own)) for own in parts)
+    on_images = tuple(sum(map(image_flops, own)) for own in parts)
     return StackCost(
-        tuple(_layer_cost(layer, config, kind) for layer, kind in zip(layers, types, strict=True)),
+        tuple(layer_cost(layer, config, kind) for layer, kind in zip(layers, types, strict=True)),
         tuple(0 if gate is None else matrix_flops(gate) for gate in gates),
         tuple(
-            sum(_weights(part, config) for part in own) - extra
+            sum(part_flops(part, config) for part in own) - extra
             for own, extra in zip(parts, on_images, strict=True)
         ),
         on_images,
     )
-
-
-def _layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | None:
-    if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
-        return None
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    sliding = kind == "sliding_attention" or (kind is None and _always_slides(config))
-    window = getattr(config, "sliding_window", None) if sliding else None
-    extra = _image_flops(layer)
-    whole = _weights(layer, config) - extra
-    return LayerCost(whole, 4 * heads * size, extra, window, _keys_flops(layer))
-
-
-def _keys_flops(layer: nn.Module) -> int | None:
-    """FLOPs of the maps that run before keys and values are stored: those of queries as well."""
-    found = [
-        module.weight.numel()
-        for name, module in layer.named_modules()
-        if isinstance(module, LINEAR) and MADE_BEFORE_KEYS & set(name.split("."))
-    ]
-    return 2 * sum(found) or None
-
-
-def _image_flops(layer: nn.Module) -> int:
-    """FLOPs for one token of the maps that modules declare, by name, to run on images alone."""
-    maps = (
-        getattr(module, name)
-        for module in layer.modules()
-        for name in getattr(module, "runs_on_images", ())
-    )
-    return 2 * sum(one.weight.numel() for one in maps)
-
-
-def _always_slides(config: Any) -> bool:
-    return getattr(config, "sliding_window", None) is not None
-
-
-def _weights(layer: nn.Module, config: Any) -> int:
-    linear = sum(
-        module.weight.numel()
-        for name, module in layer.named_modules()
-        if isinstance(module, LINEAR) and name != "depth"
-    )
-    experts = [p for p in layer.parameters() if p.ndim == 3]
-    routers = [
-        p
-        for name, p in layer.named_parameters()
-        if p.ndim == 2 and experts and name.endswith(("gate.weight", "router.weight"))
-    ]
-    owned = {id(m.weight) for m in layer.modules() if isinstance(m, LINEAR)}
-    linear += sum(p.numel() for p in routers if id(p) not in owned)
-    chosen = getattr(config, "num_experts_per_tok", 1)
-    return 2 * (linear + sum(p.numel() * chosen // p.shape[0] for p in experts))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trol.depth.attending import Attending
 from trol.depth.call import Call
 from trol.depth.compact import rows_alone, visit_alone
 from trol.depth.layer_run import LayerRun
 from trol.depth.policy import Visit
 from trol.depth.roles import Mask
-from trol.depth.token_wise import Going
+from trol.host.attending import Attending
+from trol.host.token_wise import Going
 
 WORTH = 10_000_000
 """FLOPs that gathering must leave out of a visit: as long as the operators that it takes."""
@@ -26,10 +26,8 @@ WORTH = 10_000_000
 STRETCHES = 100_000_000
 """The same for attention in stretches, each of which is some operators."""
 
-FEW = {"cpu": 8}
-MANY = 128
-"""Tokens of a call, by the kind of device, from which on fewer take less time: the products of
-less take what reading the weights takes."""
+FEW = {"cpu": 8, "cuda": 128}
+"""Tokens of a call from which on fewer take less time: products of less wait for the weights."""
 
 
 def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | None:
@@ -48,11 +46,6 @@ def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | Non
 def nobody_goes(need: Mask, going: Going | None) -> bool:
     """Whether it is known that nobody makes the visit."""
     return need is False or (going is not None and not going.count)
-
-
-def dense_visit(run: LayerRun, state: Tensor, need: Mask, plane: int) -> Tensor:
-    """One visit by computing all tokens; those not in `need` keep their state."""
-    return _selected(run.apply(state, plane), state, need)
 
 
 def make_visit(
@@ -79,13 +72,14 @@ def make_visit(
     else:
         # What a token does not take weighs 0, but the gradient of that choice is made of it.
         shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
-        out = dense_visit(run, state, shown, plane)
+        out = _selected(run.apply(state, plane), state, shown)
     if call.recorder is not None:
         call.recorder.visit(visit.layer, need, state, computed, stayed=stayed, left=left)
     return out
 
 
 def _selected(visited: Tensor, state: Tensor, need: Mask) -> Tensor:
+    """What was visited where it is in `need`, and the state elsewhere. Shape: [B, T, D]."""
     if isinstance(need, bool):
         return visited if need else state
     return torch.where(need[..., None], visited, state)
@@ -97,7 +91,7 @@ def _pays(going: Going, visit: Visit, call: Call) -> bool:
         return call.parts
     device, total = visit.state.device, going.staying + going.count
     saved = going.staying * call.costs().token_wise[visit.layer]
-    return saved >= WORTH and total >= FEW.get(device.type, MANY)
+    return saved >= WORTH and total >= FEW.get(device.type, FEW["cuda"])
 
 
 def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:

@@ -47,7 +47,7 @@ class Holes:
             kept.values.index_copy_(1, here, ~need)
         self.holes = kept.values
         if self.cache is not None:
-            adopt(self.cache, getattr(self.cache, "absent", frozenset()))
+            adopt(self.cache)
             self.cache.planes[self.layer, HOLES] = kept
 
     def shown_in(

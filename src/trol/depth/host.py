@@ -13,7 +13,7 @@ from torch import nn
 
 from trol.depth.call import Ambience, Decoding, Executor, Kernel, ambience_of, in_force
 from trol.depth.cost import StackCost, stack_cost
-from trol.depth.generation import HostMixin
+from trol.depth.generation import HostMixin, make_ready
 from trol.depth.policy import AbstractPolicy, StackBounds
 from trol.depth.probe import Under, findings, miscounts
 from trol.depth.registry import PolicyLike, from_settings, resolve
@@ -21,7 +21,7 @@ from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, Trace
 from trol.errors import HostError, UsageError, unknown
 from trol.host.assumptions import check_at_attach
-from trol.host.cache import has_recurrent_layers
+from trol.host.cache import check_cache, has_recurrent_layers
 from trol.host.classes import (
     check_hooks,
     declare_tied,
@@ -230,6 +230,23 @@ def cost_of(model: nn.Module) -> StackCost:
     cost = stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
     wrong = miscounts(host, stack, cost, _under(host))
     return replace(cost, layers=(None,) * len(cost.layers)) if wrong else cost
+
+
+def prepare_cache(model: nn.Module, cache: Any) -> Any:
+    """Gives a cache, in place, all that the attached policy will keep in it; returns it.
+
+    Code under `torch.compile` can change neither a cache's class nor what it is made of. Call this
+    before the compiled model sees the cache; `generate` does it by itself. After
+    `cache.early_initialization(...)`, planes above 1 are initialised like plane 1.
+
+    Raises:
+        UsageError: no policy is attached.
+        HostError: this is no transformers cache, or its layers hold rows of different lengths.
+    """
+    _, stack = attached(model)
+    check_cache(cache)
+    make_ready(stack, cache, planes=True)
+    return cache
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trol.depth.attending import Attending
 from trol.depth.holes import Holes
 from trol.depth.planes import LayerPlanes
-from trol.depth.slots import KeysWritten
-from trol.depth.token_wise import Going
+from trol.host.attending import Attending
 from trol.host.layers import LayerSite
 from trol.host.parts import with_parts
+from trol.host.token_wise import Going
+from trol.host.visit_slot import KeysWritten
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer takes beside the hidden states."""

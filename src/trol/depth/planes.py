@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from trol.depth.roles import Mask
-from trol.depth.slots import Slot, VisitSlot
 from trol.errors import HostError
 from trol.host.cache import (
     check_cache,
@@ -33,6 +32,7 @@ from trol.host.cache import (
 )
 from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
+from trol.host.visit_slot import Slot, VisitSlot
 
 HOLES, ALONG = 0, -1
 """The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
@@ -113,8 +113,8 @@ class PlanedCache(Specialised):
         return next(iter(same or present), layer)
 
 
-def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
-    """Makes a live cache a `PlanedCache`, in place, and tells it which layers never run.
+def adopt(cache: Any, absent: frozenset[int] | None = None) -> Any:
+    """Makes a live cache a `PlanedCache`, in place, and tells it, if asked, which layers never run.
 
     Raises:
         HostError: it is no transformers cache, or layers that will run missed tokens before.
@@ -131,7 +131,7 @@ def adopt(cache: Any, absent: frozenset[int] = frozenset()) -> Any:
         planed.__class__ = specialised(type(cache), PlanedCache)
         planed.planes = {}
         planed.absent = frozenset()
-    if absent != planed.absent:
+    if absent is not None and absent != planed.absent:
         _check_lengths(planed, absent)
         planed.absent = absent
     return planed
@@ -243,7 +243,7 @@ class LayerPlanes:
             if isinstance(self.cache, PlanedCache):
                 drop_planes(self.cache, self.layer)
         elif visited > held + 1:
-            adopt(self.cache, getattr(self.cache, "absent", frozenset()))
+            adopt(self.cache)
             for plane in range(held + 2, visited + 1):
                 self.cache.planes[self.layer, plane] = self.slots[plane - 1]
 

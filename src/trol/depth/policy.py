@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from trol.depth.along import remembered
 from trol.depth.context import Context
-from trol.depth.cost import matrix_flops
 from trol.depth.roles import Scope, check_scope
 from trol.errors import UsageError, unknown
+from trol.host.flops import matrix_flops
 
 Answer = float | Tensor
 """a_r: one number for all tokens, known without looking at the device, or FloatTensor [B, T]."""

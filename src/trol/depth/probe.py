@@ -12,8 +12,8 @@ for, one more: FLOPs predicted from shapes == FLOPs counted.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,24 +22,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trol.depth.call import Executor
-from trol.depth.cost import LayerCost, StackCost
+from trol.depth.cost import StackCost
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
-from trol.depth.readout import Readout
 from trol.depth.registry import PolicyLike
 from trol.errors import HostError
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
-from trol.host.dispatch import without_hooks
+from trol.host.flops import LayerCost
 from trol.host.layers import GATHERED, attention_of, layer_list, quirk_of
 from trol.host.names import CACHE
 from trol.host.placement import is_at_hand
+from trol.host.readout import Readout
+from trol.host.trial import allowed, at_rest, difference, harmless_ids, kinds_of
 
 TOKENS = 5
 NOISE = 8
 """How much more than a bare layer a traversed one may differ: it runs twice, on what differs."""
-VOCABULARY = 64
-"""Ids are drawn below this: low ones are text in every tokenizer, but for those named apart."""
-
 TINY = 100_000_000
 """Parameters of a model that is so small that time does not count."""
 
@@ -111,7 +109,7 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
     if key not in _FINDINGS:
-        with _at_rest(host, layers):
+        with at_rest(host, layers):
             _FINDINGS[key] = _probed(host, stack, layers, which, under)
     return _FINDINGS[key]
 
@@ -129,8 +127,8 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
     if key not in _MISCOUNTS:
         counter = FlopCounterMode(display=False)
         counts = dict.fromkeys(which, 0)
-        ids = _ids(host.config, next(stack.parameters()).device)
-        with _at_rest(host, layers), under(" ".join(map(str, which))), torch.no_grad(), counter:
+        ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
+        with at_rest(host, layers), under(" ".join(map(str, which))), torch.no_grad(), counter:
             for index in which:
                 _count(layers[index], index, counts, counter)
             stack(ids, use_cache=False)
@@ -169,7 +167,7 @@ def _differs(layer: nn.Module, cost: LayerCost | None, counted: int) -> bool:
 
 def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], tuple[Any, ...]]:
     """One layer of each kind, as many as there is time for; and what names this class of model."""
-    kinds = _kinds(layers, stack.config)
+    kinds = kinds_of(layers, stack.config)
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     size = sum(parameter.numel() for parameter in host.parameters())
     which = sorted(first.values())
@@ -179,25 +177,10 @@ def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], 
     return which, (*of, *(kinds[index] for index in which))
 
 
-def _kinds(layers: list[nn.Module], config: Any) -> list[tuple[Any, ...]]:
-    """What tells layers apart: their class, their parts', and their place in a cache."""
-    places = new_cache(config).layers
-    types: Any = getattr(config, "layer_types", None) or [None] * len(layers)
-    return [
-        (
-            original_class(layer),
-            tuple(type(part) for part in layer.children()),
-            type(places[index]) if index < len(places) else None,
-            types[index],
-        )
-        for index, layer in enumerate(layers)
-    ]
-
-
 def _probed(
     host: Any, stack: Any, layers: list[nn.Module], which: list[int], under: Under
 ) -> Findings:
-    ids = _ids(host.config, next(stack.parameters()).device)
+    ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
     seen: list[Any] = []
 
     def keep(_module: Any, _given: Any, out: Any) -> None:
@@ -218,12 +201,12 @@ def _probed(
             if state.ndim != 3:
                 return Findings(wrong=_SEVERAL.format(list(state.shape)))
             with under(plan):
-                apart = _apart(_cached(stack, ids), whole[:, -1])
-            if apart > _allowed(whole):
+                apart = difference(_cached(stack, ids), whole[:, -1])
+            if apart > allowed(whole):
                 # Some families cannot be had more exactly: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
                 with under(bare):
-                    noise = _apart(_cached(stack, ids), stack(ids, use_cache=False)[0][:, -1])
+                    noise = difference(_cached(stack, ids), stack(ids, use_cache=False)[0][:, -1])
                 if apart > NOISE * noise:
                     return Findings(
                         wrong=f"with plan '{plan}' the last of {TOKENS} tokens leaves the stack "
@@ -249,8 +232,8 @@ def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, under: Under) ->
             uncached, cached = stack(ids, use_cache=False)[0], _cached(stack, ids)
     except Exception as error:  # as above
         return f"some tokens alone end in {type(error).__name__}: {error}"
-    apart = max(_apart(uncached, whole), _apart(cached, whole[:, -1]))
-    if apart <= _allowed(whole):
+    apart = max(difference(uncached, whole), difference(cached, whole[:, -1]))
+    if apart <= allowed(whole):
         return ""
     return f"some tokens alone give other states, by {apart:.2g} of the largest number"
 
@@ -270,52 +253,7 @@ def _unreadable(host: Any, state: Tensor, out: Any) -> str:
         read = Readout(host)(state)
     except HostError as error:
         return str(error)
-    apart = _apart(read, logits)
-    if apart <= _allowed(logits):
+    apart = difference(read, logits)
+    if apart <= allowed(logits):
         return ""
     return f"its logits differ from head(norm(state)) by {apart:.2g} of the largest"
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest number; 0 where both are nan."""
-    one, other = one.float().nan_to_num(), other.float().nan_to_num()
-    return ((one - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
-
-
-def _allowed(logits: Tensor) -> float:
-    """Above rounding, which is some eps, and below what a wrong mask or state does."""
-    return 4 * torch.finfo(logits.dtype).eps ** (2 / 3)
-
-
-def _ids(config: Any, device: torch.device) -> Tensor:
-    """Random ids that name no picture, sound or end. Shape: [1, TOKENS]."""
-    apart = {
-        value
-        for part in (config, config.get_text_config())
-        for name, value in part.to_dict().items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
-    size = min(VOCABULARY, config.get_text_config().vocab_size)
-    known = torch.tensor([one for one in range(size) if one not in apart])
-    source = torch.Generator().manual_seed(0)
-    return known[torch.randint(len(known), (1, TOKENS), generator=source)].to(device)
-
-
-@contextmanager
-def _at_rest(host: nn.Module, layers: list[nn.Module]) -> Generator[None]:
-    """For a while: evaluation mode, no draws from the caller's random state, nobody's hooks."""
-    training = [module for module in host.modules() if module.training]
-    inside = {part for layer in layers for part in layer.modules()}
-    devices = sorted({p.device.index or 0 for p in layers[0].parameters() if p.is_cuda})
-    # Some models note what they read last on themselves, above the stack.
-    noted = [(module, dict(vars(module))) for module in host.modules() if module not in inside]
-    host.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), without_hooks(host.modules()):
-            yield
-    finally:
-        for module, values in noted:
-            vars(module).clear()
-            vars(module).update(values)
-        for module in training:
-            module.training = True

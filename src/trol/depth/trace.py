@@ -124,7 +124,7 @@ class Recorder:
     def one_pass(self, cache: Any, mask: Any, *, images: bool = False) -> Generator[None]:
         """Spans one forward pass of the stack; `mask` is the padding mask [B, S] or None."""
         self._begin()
-        start = _length(cache)
+        start = 0 if cache is None else int(cache.get_seq_length())
         began = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -205,7 +205,3 @@ class Recorder:
         self.trace.add(
             visits=visits, weights=full, real=real, flops=flops, milliseconds=milliseconds
         )
-
-
-def _length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())

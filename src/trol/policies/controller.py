@@ -13,8 +13,8 @@ from transformers import initialization as init
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.depth.context import INPUT
-from trol.depth.cost import matrix_flops
 from trol.errors import HostError, UsageError, unknown
+from trol.host.flops import matrix_flops
 
 INPUTS = ("hidden", "position", "embedding", "sum", "ones")
 """What a controller can look at."""

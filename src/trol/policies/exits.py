@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
-from trol.depth.cost import matrix_flops
 from trol.depth.roles import Mask
 from trol.errors import UsageError, unknown
+from trol.host.flops import matrix_flops
 from trol.policies.confidence import COMPARING, MEASURES, check_threshold
 
 

@@ -43,7 +43,7 @@ SUITES = {
     "skip": Suite(skip, 9),
     "rows": Suite(rows, 7),
     "sparse": Suite(sparse, 15),
-    "launch": Suite(launch, 9, {"nf4": "it counts operators of float weights; give float32"}),
+    "launch": Suite(launch, 9, {"nf4": "its host is too narrow for four bits; give float32"}),
     "speculate": Suite(speculate, 7),
     "train": Suite(train, 7, {"nf4": "nf4 weights have no gradients; give float32 or bf16"}),
     "load": Suite(load, 5, {"cuda": "it measures this machine's own memory; give cpu"}),

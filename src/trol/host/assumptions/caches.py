@@ -190,7 +190,7 @@ class _StandIn:
         return self.layer.update(*args, **kwargs)
 
 
-@CACHES.row("depth/slots.py: slots that merge what a visit stores", at_attach=True)
+@CACHES.row("host/visit_slot.py: slots that merge what a visit stores", at_attach=True)
 def stands_in() -> str | None:
     """A cache calls `update` of a layer and reads its attributes; an object may stand in for it."""
     cache: Any = DynamicCache(config=tiny_config())
@@ -217,7 +217,7 @@ def records() -> str | None:
     return differs("keys while recording, length and keys after", found, (4, 5, 2))
 
 
-@CACHES.row("depth/slots.py KeysWritten: a layer that is left at its cache", at_attach=True)
+@CACHES.row("host/visit_slot.py KeysWritten: a layer that is left at its cache", at_attach=True)
 def survives_an_error() -> str | None:
     """An error out of `update` leaves the cache as it was."""
     cache: Any = DynamicCache(config=tiny_config())

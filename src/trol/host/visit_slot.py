@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trol.depth.roles import Mask
-
 Slot = Any
 """One layer's place in a cache: a `trol.host.cache.CacheLayer`."""
 
@@ -25,7 +23,7 @@ class VisitSlot:
     def __init__(
         self,
         slot: Slot,
-        in_scope: Mask,
+        in_scope: bool | Tensor,
         fallback: tuple[Tensor, Tensor] | None,
         *,
         leaves: bool = False,

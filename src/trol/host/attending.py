@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from trol.depth.token_wise import Going
+from trol.host.token_wise import Going
 
 STRETCH = 64
 """Queries that attend together: under a causal mask, later ones see more keys than earlier ones."""
