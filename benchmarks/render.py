@@ -30,7 +30,7 @@ which leave their keys and values.""",
     "rows": """Eight rows of a batch, each with a plan of its own that keeps half of the layers.""",
     "sparse": """A random share of the tokens makes a second visit, or any at all, another share in
 each layer; one pass over a prompt. `extra time` is that beyond the bare host's. `as dense`: where
-packing would lose, the executor taken by itself against the dense one.""",
+leaving tokens out would lose, the executor taken by itself against the dense one.""",
     "launch": """A Llama of hidden size 64 and 24 layers, 48 tokens: a pass is all launches and
 Python, as one prompt is on a GPU. Operators that a device would have to launch, and times, to the
 bare host's, whatever visits are made; looks at a tensor's values in each layer.""",
