@@ -157,6 +157,24 @@ def test_saved_is_loaded(model, tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("visit", [1, 2])
+def test_image_tokens_are_updated_where_some_tokens_are_computed_alone(model, visit):
+    inputs = batch(model, IMAGES, WORDS)
+    said = {}
+    with trol.depth(model, trol.RandomTokens(0.5, visit=visit, scope="all")):
+        for who in ("dense", "token-wise"):
+            runs, hooks = counted(model)
+            with trol.depth.executor(model, who), trol.trace(model) as seen:
+                said[who] = model(**inputs, use_cache=False).logits
+            for hook in hooks:
+                hook.remove()
+            assert runs
+            said[f"{who} flops"] = seen.cost.flops
+    torch.testing.assert_close(said["token-wise"], said["dense"], **CLOSE)
+    assert said["token-wise flops"] < 0.9 * said["dense flops"]
+
+
 def test_a_new_update_is_nothing():
     fresh = PartialLora(torch.nn.Linear(4, 4), 2, 2, 0.0)
     assert fresh.scale == 1

@@ -140,3 +140,25 @@ def test_the_shipped_model_takes_thresholds() -> None:
     model, _ = load_model("trol-tiny", depth=sparse)
     assert attached(model)[1].depth_policy.threshold(1) is None
     assert model.config.depth == sparse
+
+
+@torch.no_grad()
+def test_a_mixer_that_answers_otherwise_is_asked() -> None:
+    """Gate and mixture in one step are those of the mixer itself, and of no subclass."""
+
+    class Half(TrolMixer):
+        name = "half_of_it"
+
+        def again(self, visit):
+            answer = super().again(visit)
+            return answer if visit.number == 0 else 0.5 * answer
+
+    host = HOSTS["llama"]
+    model, inputs = attach_settled(host.build(), TrolMixer(scope="all")), host.inputs()
+    with depth(model, Half(scope="all")):
+        told = model(**inputs).logits
+        with trace(model) as seen:
+            watched = model(**inputs).logits
+    assert gap(told, watched) <= host.default_exact
+    assert gap(told, model(**inputs).logits) > 1e-3
+    assert seen.weights[:, 2].max() <= 0.5

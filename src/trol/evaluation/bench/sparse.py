@@ -127,7 +127,7 @@ def _skip_row(
 
 
 def _dense_rows(bare: Any, setting: Setting, rounds: int) -> list[Row]:
-    """What the model takes by itself, to the dense executor, where leaving tokens out would lose."""
+    """What the model takes by itself, to the dense executor, where choosing would lose."""
     own, small = replace(setting, rounds=None), replace(setting, size=TINY)
     cases = [(bare, own, share, rounds) for share in CROWDED]
     if setting.size.short is not None:
