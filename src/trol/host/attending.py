@@ -40,7 +40,7 @@ class Attending(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is scaled_dot_product_attention and args[0].shape[::2][:2] == self.shape:
+        if func is scaled_dot_product_attention and args and args[0].shape[::2][:2] == self.shape:
             return self._attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -55,22 +55,32 @@ class Attending(TorchFunctionMode):
         **named: Any,
     ) -> Tensor:
         out = value.new_zeros(*query.shape[:-1], value.shape[-1])
-        seen = torch.arange(key.shape[-2], device=key.device)
-        self.spared += query.shape[0] * query.shape[2] * len(seen)
+        self.spared += query.shape[0] * query.shape[2] * key.shape[-2]
         for row, places in enumerate(self.places):
             one, mine = slice(row, row + 1), []
             for part in places.split(STRETCH) if len(places) else ():
-                end = int(part[-1]) + 1 if is_causal else len(seen)
-                mask = seen[:end] <= part[:, None] if is_causal else None
-                if attn_mask is not None:
+                if is_causal:
+                    mask = torch.arange(int(part[-1]) + 1) <= part[:, None]
+                    seen: Tensor | slice = slice(mask.shape[-1])
+                elif attn_mask is not None:
                     mask = attn_mask[one if len(attn_mask) > 1 else slice(1)].index_select(-2, part)
+                    seen = _seen(mask)
+                    mask = mask[..., seen]
+                else:
+                    mask, seen = None, slice(None)
                 asked, keys, values = query[one].index_select(2, part), key[one], value[one]
+                keys, values = keys[:, :, seen], values[:, :, seen]
                 mine.append(
-                    scaled_dot_product_attention(
-                        asked, keys[:, :, :end], values[:, :, :end], attn_mask=mask, **named
-                    )
+                    scaled_dot_product_attention(asked, keys, values, attn_mask=mask, **named)
                 )
-                self.spared -= len(part) * end
+                self.spared -= len(part) * keys.shape[-2]
             if mine:
                 out[row].index_copy_(1, places, torch.cat(mine, dim=2)[0])
         return out
+
+
+def _seen(mask: Tensor) -> Tensor | slice:
+    """Keys that some query sees; all where there is none, so that what comes of it is as before."""
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    columns = shown.flatten(0, -2).any(0).nonzero()[:, 0]
+    return columns if 0 < len(columns) < mask.shape[-1] else slice(None)
