@@ -87,8 +87,8 @@ def launch(setting: Setting, rounds: int) -> list[Row]:
     runs = {name: _pass(model, ids, name) for name, model in {"bare": bare, **models}.items()}
     times = {"prefill": interleaved(runs, rounds=2 * rounds, warmups=3)}
     several = {"bare": bare, **{n: m for n, m in models.items() if "decode" in CASES[n][1]}}
-    made = generated(several, {"input_ids": ids}, NARROW.new_tokens, rounds=rounds)
-    times["decode"] = {name: phase_of(one, "mean_decode") for name, one in made.items()}
+    made = generated(several, {"input_ids": ids}, NARROW.new_tokens, rounds=2 * rounds)
+    times["decode"] = {name: phase_of(one, "decode") for name, one in made.items()}
     for name, (_, bounds) in CASES.items():
         for phase, bound in bounds.items():
             base, measured = times[phase]["bare"], times[phase][name]
