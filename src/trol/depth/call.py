@@ -35,8 +35,8 @@ class Step:
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
     start: int | None = None
     """Columns before these tokens, where the caller knows and the policy reads it."""
-    last_only: bool = False
-    """Whether nobody reads what comes out above any token but the last of each row."""
+    last_only: Callable[[], bool] | None = None
+    """Whether nobody reads what comes out above any token but the last of each row; None: no."""
     real: Tensor | None = None
     """1 at tokens that are no padding, as the caller says. Shape: [B, S]."""
     readout: Readout | None = None
@@ -93,8 +93,8 @@ class Call:
     """Whether some layer has seen this call; written by the layers."""
     absent: frozenset[int] = frozenset()
     """Layers that the whole batch, always, skips: they have no keys and values."""
-    last_only: bool = False
-    """Whether only the last token's output of the last layer is read, and nobody watches."""
+    last_only: Callable[[], bool] | None = None
+    """Whether only the last token's output of the last layer is read; None where it is watched."""
     free: bool = False
     """Whether neither gradients nor a compiler follow the program, and no dropout draws."""
     executor: Executor = "dense"
@@ -127,7 +127,8 @@ class Call:
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
-        return self.last_only and self.parts and layer == len(self.applied) - 1 and self.looks
+        asked = self.last_only if layer == len(self.applied) - 1 else None
+        return asked is not None and self.parts and self.looks and asked()
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
         """Which rows make the next visit, where a plan settles it for whole sequences."""

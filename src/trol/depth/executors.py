@@ -38,7 +38,7 @@ def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | Non
     fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
     if fixed is not None:
         return Going.of_rows(fixed, visit.state)
-    if last and call.last_only and visit.number and call.only_last_of(visit.layer):
+    if last and visit.number and call.only_last_of(visit.layer):
         return Going.last(visit.state)
     return Going.of(need) if isinstance(need, Tensor) and call.looks else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class HostMixin(Specialised):
             if labels is None and assistant_masks is None:
                 self._check_untold()
         notes: dict[Any, Any] = {}
-        last_only = reads_last_only(self.config, kwargs)
+        last_only = partial(reads_last_only, self.config, kwargs)
         token = STEP.set(
             replace(depth_step, last_only=last_only, readout=Readout(self), notes=notes)
         )

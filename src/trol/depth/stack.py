@@ -209,7 +209,7 @@ class StackMixin(Specialised):
             config=self.config,
             applied=[0] * self.depth_layers,
             absent=absent,
-            last_only=step.last_only and ambience.recorder is None,  # a trace wants to see all
+            last_only=step.last_only if ambience.recorder is None else None,
             # Where dropout draws, some tokens alone are not what they are among all others.
             free=alone and not self.training,
             executor=ambience.executor,

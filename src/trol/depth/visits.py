@@ -48,7 +48,7 @@ def traverse(
         if number == 0 and run.holes is not None:
             run.holes.dig(need if run.digs else True, state)
         last = number + 1 == limit
-        if need is True and call.recorder is None and not (last and call.last_only):
+        if need is True and call.recorder is None and not (last and number and call.last_only):
             state = run.apply(state, number + 1)
             continue
         going = going_of(visit, need, call, last=last)
