@@ -233,8 +233,7 @@ class LayerPlanes:
 
     def finish(self, visited: int) -> None:
         """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
-        held = self.held
-        for plane in range(visited + 1, held + 2):
+        for plane in range(visited + 1, self.held + 2):
             if self.keep and plane > 1 and self.fresh is not None:
                 prefetch(self.cache, self.slots[plane - 1])
                 self.slots[plane - 1].update(*self.fresh)
@@ -242,9 +241,9 @@ class LayerPlanes:
         if not self.keep:
             if isinstance(self.cache, PlanedCache):
                 drop_planes(self.cache, self.layer)
-        elif visited > held + 1:
+        elif visited > self.held + 1:
             adopt(self.cache)
-            for plane in range(held + 2, visited + 1):
+            for plane in range(self.held + 2, visited + 1):
                 self.cache.planes[self.layer, plane] = self.slots[plane - 1]
 
 

@@ -36,6 +36,7 @@ def traverse(
     later = mixes and in_scope is True and call.recorder is None and not policy.observes
     need: Mask = True
     left: list[tuple[Visit, Answer | None]] = []
+    answers: list[Answer | None] = []
     for number in range(limit):
         visit = Visit(layer, number, state, gate, context, run.cache)
         if later and 0 < number < least:
@@ -44,7 +45,9 @@ def traverse(
             again = _again(visit, most, call)
             goes = again > 0
             need = in_scope if 0 < number < least else goes if need is True else _and(need, goes)
-        left.append((visit, again))
+        answers.append(again)
+        if mixes and (again is None or isinstance(again, Tensor) or again != 1):
+            left.append((visit, again))
         if number == 0 and run.holes is not None:
             run.holes.dig(need if run.digs else True, state)
         last = number + 1 == limit
@@ -60,17 +63,15 @@ def traverse(
     if run.planes is not None:
         run.planes.finish(number)
     if call.recorder is not None:
-        call.recorder.answers(layer, [again for _, again in left], ended=number == limit)
-    return _mixed(left, state, call) if mixes else state
+        call.recorder.answers(layer, answers, ended=number == limit)
+    return _mixed(left, state, call)
 
 
 def _mixed(left: list[tuple[Visit, Answer | None]], state: Tensor, call: Call) -> Tensor:
     """sum_r w_r x_r from behind: out_r = (1 - a_r) x_r + a_r out_{r+1}. Shape: [B, T, D]."""
+    mix = call.policy.mix
     for visit, again in reversed(left):
-        if again is None:
-            state = call.policy.mix(visit, state)
-        elif isinstance(again, Tensor) or again != 1:
-            state = mixture(visit.state, state, again)
+        state = mix(visit, state) if again is None else mixture(visit.state, state, again)
     return state
 
 
