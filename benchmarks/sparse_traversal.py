@@ -157,7 +157,7 @@ def timed(model: Any, processor: Any, settings: dict[str, Any]) -> dict[str, Any
     policies = {"plain": "plain", "full": at(mixer, (0.0,)), "sparse": sparse}
     items = task_of(TASK).items(64, 0)
     found = {}
-    for name in ("auto", "packed", "dense"):
+    for name in ("auto", "token-wise", "dense"):
         with executor(model, name):
             read = prefills(model, processor, items, policies, rounds=ROUNDS)
         found[name] = [one.json() for one in read]

@@ -227,7 +227,7 @@ def conversation(
     return logits[:, -new.shape[1] - 1 : -1]
 
 
-@pytest.mark.parametrize("which", ["dense", "packed"])
+@pytest.mark.parametrize("which", ["dense", "token-wise"])
 @pytest.mark.parametrize("host", some_hosts("llama", "gemma3", "qwen3_vl"))
 def test_holes_stay_hidden_from_another_policy(host: Host, which: Executor) -> None:
     """Whatever lies in the cache where a token left nothing: nobody reads it."""

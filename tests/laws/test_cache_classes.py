@@ -101,7 +101,7 @@ def _fp8(model: PreTrainedModel) -> Cache:
 
 
 @pytest.mark.parametrize("name", DEEP)
-@pytest.mark.parametrize("who", ["dense", "packed"])
+@pytest.mark.parametrize("who", ["dense", "token-wise"])
 def test_a_cache_that_quantises_without_loss_is_uncached(who: Executor, name: str) -> None:
     """Planes fork, flush and merge with what lies quantised below them."""
     host = HOSTS["llama"]
@@ -134,7 +134,7 @@ def test_a_quantised_cache_errs_as_the_bare_host_does(name: str) -> None:
 
 @pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("name", DEEP)
-@pytest.mark.parametrize("who", ["dense", "packed"])
+@pytest.mark.parametrize("who", ["dense", "token-wise"])
 def test_an_offloaded_cache_is_uncached(who: Executor, name: str) -> None:
     """Planes are fetched before they are written, and put away after it."""
     host = HOSTS["llama"]

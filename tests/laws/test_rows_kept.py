@@ -29,12 +29,8 @@ HOLDERS = some_hosts("llama", "mistral", "gemma3", "gpt2")
 
 
 def opened(host: Host, *plans: str, **settings) -> PreTrainedModel:
-    """A host on which packed visits of its plans have been compared with dense ones."""
-    model = attach(host.build(), Planned(plans or PLANS, **settings))
-    with executor(model, "packed"):
-        for length in (2, 12):  # some attentions take a mask from a window's length on
-            model(**host.inputs(batch=len(plans or PLANS), length=length))
-    return model
+    """A host whose rows have plans of their own."""
+    return attach(host.build(), Planned(plans or PLANS, **settings))
 
 
 def held(cache: Cache) -> dict[int, list[int] | None]:
@@ -48,9 +44,9 @@ def held(cache: Cache) -> dict[int, list[int] | None]:
 def read(
     model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, size: int | None = None
 ) -> tuple[Tensor, Cache]:
-    """Packed logits of `size` columns at a time, and the cache."""
+    """Logits of `size` columns at a time, and the cache."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    with executor(model, "packed"):
+    with executor(model, "token-wise"):
         parts = [
             model(ids[:, cut], **{CACHE: cache}).logits
             for cut in cuts(ids.shape[1], size or ids.shape[1])
@@ -70,7 +66,7 @@ def test_each_row_is_that_row_alone(host: Host, kv: str) -> None:
     """Prompt and steps on a kept cache == uncached == each row alone."""
     model, rows = opened(host, skipped_kv=kv), host.left_padded()
     expected = recomputed(host, model, rows.batch, new=4)
-    with executor(model, "packed"):
+    with executor(model, "token-wise"):
         assert_same(spoken(model, rows.batch, max_new_tokens=4), expected, host.default_exact)
         pieces = spoken(model, rows.batch, max_new_tokens=4, prefill_chunk_size=3)
         assert_same(pieces, expected, host.default_exact)
@@ -111,7 +107,7 @@ def test_beams_follow_their_row(host: Host, beams: int) -> None:
     search = {"num_beams": beams, "max_new_tokens": 4, "do_sample": False}
     with executor(model, "dense"):
         expected = model.generate(**rows.batch, **search, use_cache=False)
-    with executor(model, "packed"):
+    with executor(model, "token-wise"):
         assert model.generate(**rows.batch, **search).tolist() == expected.tolist()
         sampled = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 4}
         torch.manual_seed(0)
@@ -182,7 +178,7 @@ def test_a_second_turn(host: Host) -> None:
     """`generate` again with the same plans: as if all had been said in one row."""
     model, inputs = opened(host), host.inputs(batch=3)
     kept = {"do_sample": False, "max_new_tokens": 2, "return_dict_in_generate": True}
-    with executor(model, "packed"):
+    with executor(model, "token-wise"):
         first = model.generate(**inputs, **kept)
         more = torch.cat([first.sequences[:, -2:], inputs["input_ids"][:, :3]], 1)
         talk = host.extend(inputs, more)
@@ -201,7 +197,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("who", ["dense", "packed", "auto"])
+@pytest.mark.parametrize("who", ["dense", "token-wise", "auto"])
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_plans_are_refused(other: str, who: str) -> None:
     """By name, and before anything is written."""
@@ -240,7 +236,7 @@ def test_a_static_cache_holds_every_row(attn: str, kv: str) -> None:
     model = attach(host.build(attn), Planned(PLANS, skipped_kv=kv))
     ids = host.inputs(batch=3, length=8)["input_ids"]
     whole, after = dense(model, ids), []
-    for who in ("dense", "packed"):
+    for who in ("dense", "token-wise"):
         with executor(model, who):
             model(ids[:, :2], **{CACHE: StaticCache(model.config, max_cache_len=12)})
             cache = StaticCache(model.config, max_cache_len=12)

@@ -55,7 +55,9 @@ def with_parts(module: nn.Module, tree: Tree, instead: Callable[[nn.Module], Any
     twin: Any = object.__new__(type(module))
     children: dict[str, Any] = dict(module._modules)
     for name, below in tree.items():
-        child = children[name]
+        child = children.get(name)
+        if child is None:  # whoever took it out since has put something else there
+            continue
         children[name] = instead(child) if below is None else with_parts(child, below, instead)
     vars(twin).update(vars(module), _modules=children)
     return twin
