@@ -27,7 +27,7 @@ import torch
 import trol
 from trol.cli.provenance import run_record
 from trol.depth import AbstractPolicy, attach, detach, executor
-from trol.errors import TrolError
+from trol.errors import TrolError, UsageError
 from trol.evaluation.bench.hosts import host, twin
 from trol.evaluation.bench.launch import Drawn
 from trol.evaluation.bench.setting import Setting, size_of
@@ -213,6 +213,10 @@ def main() -> int:
     try:
         setting = Setting(size_of(given.size), "bf16", given.device)
         setting.check()
+        if given.out.is_dir() or not given.out.absolute().parent.is_dir():
+            raise UsageError(f"--out is '{given.out}'; give a file in a folder that is there.")
+        if given.seconds <= 0:
+            raise UsageError(f"--seconds is {given.seconds:g}; give more than 0.")
     except TrolError as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2

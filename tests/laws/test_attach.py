@@ -3,7 +3,9 @@
 import copy
 import inspect
 import pickle
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth
-from trol.depth import attach, attached, cost_of, detach, is_attached, trace
+from trol.depth import attach, attached, cost_of, detach, executor, is_attached, probe, trace
 from trol.errors import UsageError
 from trol.policies.mixer import TrolMixer
 from trol.policies.plain import Plain
@@ -291,3 +293,60 @@ def _all_equal(a: Any, b: Any) -> bool:
         return a is b
     pairs = [(a[k], b[k]) for k in {**a, **b}] if isinstance(a, dict) else zip(a, b, strict=True)
     return all(x is y or torch.equal(x, y) for x, y in pairs)
+
+
+def test_blocks_that_threads_open_and_leave_are_counted_rightly() -> None:
+    """However threads take turns: afterwards a block is in force, and none is left open."""
+    host = HOSTS["llama"]
+    model, inputs = attach(host.build(layers=2), "all"), host.inputs()
+    stack, before = attached(model)[1], sys.getswitchinterval()
+
+    def work() -> None:
+        for _ in range(500):
+            with executor(model, "dense"):
+                pass
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert stack.depth_ambiences == 0
+    plain = model(**inputs).logits
+    with depth(model, "0"):
+        assert gap(model(**inputs).logits, plain) > 1e-3
+
+
+@pytest.mark.parametrize("block", [lambda m: executor(m, "dense"), trace, lambda m: depth(m, "0")])
+def test_a_model_is_not_detached_inside_a_block(block: Callable[[PreTrainedModel], Any]) -> None:
+    host = HOSTS["llama"]
+    model = attach(host.build(layers=2), "all")
+    with pytest.raises(UsageError, match="block is open on this model"), block(model):
+        detach(model)
+    assert is_attached(model)
+    detach(model)
+
+
+def test_first_traces_of_several_threads_count_alike() -> None:
+    """What a class of models takes is found out by one of them, whoever else runs meanwhile."""
+    host = HOSTS["llama"]
+    model, inputs = attach(host.build(layers=2), "all"), host.inputs()
+    found: list[int | None] = []
+
+    def work() -> None:
+        with torch.no_grad(), trace(model) as seen:
+            model(**inputs)
+        found.append(seen.cost.flops)
+
+    probe._MISCOUNTS.clear()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert found[0]

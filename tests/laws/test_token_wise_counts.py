@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.releases import ROWS_TOGETHER
-from trol.depth import Trace, attach, attached, executor, executors, trace
-from trol.errors import HostError
+from hosts.text import GATED
+from trol.depth import Trace, attach, attached, depth, executor, executors, trace
+from trol.errors import HostError, UsageError
 from trol.host import parts
 from trol.host.dispatch import Launches
 from trol.host.names import CACHE
@@ -210,3 +211,45 @@ def test_the_parts_that_names_propose(host: Host) -> None:
         assert names
         assert not any(n.endswith(("k_proj", "v_proj", "query_key_value", "c_attn")) for n in names)
         assert not any(n != m and n.startswith(f"{m}.") for n in names for m in names)
+
+
+def test_a_family_that_cannot_be_had_more_exactly_is_not_blamed() -> None:
+    """Alone and among all are compared on a cache each, and without each: like with like."""
+    own = {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 8}
+    own |= {"mamba_n_groups": 1, "mamba_d_state": 8, "num_hidden_layers": 4}
+    config = AutoConfig.for_model("bamba", **{**GATED, **own})
+    torch.manual_seed(0)
+    model = attach(AutoModelForCausalLM.from_config(config).eval(), RandomTokens(0.5))
+    assert not attached(model)[1].depth_entangled
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (torch.ones(2, 1), r"Tensor of shape \[2, 1\] at layer 0"),
+        (torch.tensor(1.0), r"Tensor of shape \[\] at layer 0"),
+        (torch.ones(2, 9, 1), r"Tensor of shape \[2, 9, 1\]"),
+        (None, "NoneType of shape None"),
+        ([1.0], "list of shape None"),
+    ],
+)
+@pytest.mark.parametrize("which", ["dense", "token-wise", "auto"])
+def test_an_answer_of_another_form_is_refused(answer: object, told: str, which: str) -> None:
+    """By name, at the layer, and alike whoever executes."""
+
+    class Odd(RandomTokens):
+        name = "odd"
+
+        def again(self, visit):
+            return 1.0 if visit.number == 0 else answer
+
+    model, inputs = (
+        attach(HOSTS["llama"].build(), RandomTokens(0.5)),
+        HOSTS["llama"].inputs(batch=2),
+    )
+    with (
+        depth(model, Odd()),
+        executor(model, which),
+        pytest.raises(UsageError, match=f"odd answered {told}"),
+    ):
+        model(**inputs)

@@ -177,11 +177,8 @@ def test_one_step_of_the_trainer(tmp_path: Path) -> None:
 
 
 def _lora(model: PreTrainedModel) -> PeftModel:
-    has_gates = any(gate is not None for gate in gates_of(attached(model)[1]))
     settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
     settings["fan_in_fan_out"] = model.config.model_type == "gpt2"
-    if has_gates:
-        settings["exclude_modules"] = ["depth"]
     return get_peft_model(model, LoraConfig(**settings))
 
 

@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from trol.depth.along import PositionSlot
 from trol.depth.planes import HOLES, adopt
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import capacity
 from trol.host.layers import LayerSite
+from trol.host.position_slot import PositionSlot
 
 
 class Holes:

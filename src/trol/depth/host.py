@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, TypeVar, cast, get_args
 
 import torch
@@ -66,7 +66,9 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
 
 
 _ONE_AT_A_TIME = RLock()
-"""Held while a model gains or loses its policy."""
+"""Held while a model gains or loses its policy, or is tried."""
+_COUNTING = Lock()
+"""Held while open blocks are counted, which threads do together."""
 
 
 def _attach(model: Model, policy: AbstractPolicy, *, probe: bool) -> Model:
@@ -149,7 +151,7 @@ def detach(model: Model) -> Model:
     """Takes the policy and its parameters off `model`, in place; returns the plain model.
 
     Raises:
-        UsageError: no policy is attached.
+        UsageError: no policy is attached, or a block is open that puts another in force.
     """
     with _ONE_AT_A_TIME:
         return _detach(model)
@@ -157,6 +159,11 @@ def detach(model: Model) -> Model:
 
 def _detach(model: Model) -> Model:
     host, stack = attached(model)
+    if stack.depth_ambiences:
+        raise UsageError(
+            "a trol.depth, trol.trace or trol.depth.executor block is open on this model, in some "
+            "thread; leave it before trol.detach(model)."
+        )
     for layer in _layers(stack):
         restore(cast(Any, layer))
         for name in ("depth_index", "depth_site"):
@@ -228,7 +235,8 @@ def cost_of(model: nn.Module) -> StackCost:
     """
     host, stack = attached(model)
     cost = stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
-    wrong = miscounts(host, stack, cost, _under(host))
+    with _ONE_AT_A_TIME:
+        wrong = miscounts(host, stack, cost, _under(host))
     return replace(cost, layers=(None,) * len(cost.layers)) if wrong else cost
 
 
@@ -286,13 +294,14 @@ def executor(model: nn.Module, which: str = "auto", *, kernel: str = "auto") -> 
     parts compute those that go (its older name is `packed`); `auto`, which is in force otherwise,
     takes the latter where it leaves out more than it takes. `kernel`: what makes gate and mixture:
     `operators`; `triton`, in one launch; or `auto`, the latter on CUDA devices where it is there.
+    In training and with gradients all tokens are computed; hooks on parts see those computed.
 
     Raises:
         UsageError: there is no such executor or kernel, or no policy is attached.
         HostError: the layers of this family cannot compute some tokens alone; or no Triton kernel
             can run here.
     """
-    which = FORMER.get(which, which)
+    which = FORMER.get(str(which), which)
     if which not in get_args(Executor):
         raise unknown("executor", which, get_args(Executor))
     if kernel not in get_args(Kernel):
@@ -353,12 +362,14 @@ def _check_gates(stack: Any, policy: AbstractPolicy) -> None:
 
 @contextmanager
 def _open_on(stack: Any, ambience: Ambience) -> Generator[None]:
-    stack.depth_ambiences += 1
+    with _COUNTING:
+        stack.depth_ambiences += 1
     try:
         with in_force(stack, ambience):
             yield
     finally:
-        stack.depth_ambiences -= 1
+        with _COUNTING:
+            stack.depth_ambiences -= 1
 
 
 def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> list[nn.Module | None]:

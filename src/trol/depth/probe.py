@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -143,13 +144,14 @@ def _can_run(host: Any, stack: Any) -> bool:
 
 
 def _count(layer: nn.Module, index: int, counts: dict[int, int], counter: FlopCounterMode) -> None:
-    """Has a layer add to `counts` what it takes while the counter is on."""
+    """Has a layer add to `counts` what it takes in this thread while the counter is on."""
+    mine = get_ident()
 
     def begin(*_: Any) -> None:
-        counts[index] -= counter.get_total_flops()
+        counts[index] -= counter.get_total_flops() if get_ident() == mine else 0
 
     def end(*_: Any) -> None:
-        counts[index] += counter.get_total_flops()
+        counts[index] += counter.get_total_flops() if get_ident() == mine else 0
 
     layer.register_forward_pre_hook(begin)
     layer.register_forward_hook(end)
@@ -226,14 +228,14 @@ _SEVERAL = "its layers hand on several states for each token (shape {})"
 
 def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, under: Under) -> str:
     with under(policy):
-        whole = stack(ids, use_cache=False)[0]
+        among_all = stack(ids, use_cache=False)[0], _cached(stack, ids)
     try:
         with under(policy, by="token-wise"):
-            uncached, cached = stack(ids, use_cache=False)[0], _cached(stack, ids)
+            alone = stack(ids, use_cache=False)[0], _cached(stack, ids)
     except Exception as error:  # as above
         return f"some tokens alone end in {type(error).__name__}: {error}"
-    apart = max(difference(uncached, whole), difference(cached, whole[:, -1]))
-    if apart <= allowed(whole):
+    apart = max(difference(*pair) for pair in zip(alone, among_all, strict=True))
+    if apart <= allowed(alone[0]):
         return ""
     return f"some tokens alone give other states, by {apart:.2g} of the largest number"
 

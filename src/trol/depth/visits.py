@@ -18,6 +18,7 @@ from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, LayerPlanes
 from trol.depth.policy import Answer, Visit, mixture
 from trol.depth.roles import Mask
+from trol.errors import UsageError
 
 
 def traverse(
@@ -111,6 +112,13 @@ def _again(visit: Visit, most: int, call: Call) -> Answer:
     own: Answer = 0.0
     if visit.number < most:
         own = policy.again(visit)
+        shape = own.shape if isinstance(own, Tensor) else None
+        if shape != visit.state.shape[:2] and not isinstance(own, int | float):
+            raise UsageError(
+                f"{policy.name} answered {type(own).__name__} of shape "
+                f"{None if shape is None else list(shape)} at layer {visit.layer}; give one "
+                f"number, or one for each token: a tensor of shape {list(visit.state.shape[:2])}."
+            )
         if call.recorder is not None:
             call.recorder.looked(visit, policy.look_flops(visit))
     if in_scope is False:

@@ -13,9 +13,10 @@ from trol.depth.roles import Mask
 from trol.errors import UsageError, unknown
 from trol.host.flops import matrix_flops
 from trol.policies.confidence import COMPARING, MEASURES, check_threshold
+from trol.policies.own_linear import OwnLinear
 
 
-class ExitHead(nn.Linear):
+class ExitHead(OwnLinear):
     """x + W x + b: what a state would be, were the layers behind it run; the identity at first.
 
     The tuned lens (https://arxiv.org/abs/2303.08112, section 3); computed in float32.

@@ -15,6 +15,7 @@ from trol.depth.policy import check_share, mixture
 from trol.errors import UsageError, unknown
 from trol.host.dispatch import has_hooks
 from trol.host.triton import launched
+from trol.policies.own_linear import OwnLinear
 
 KERNEL = ("trol.policies.gate_kernel", "gated_mixture")
 """What does on CUDA devices in one launch what `Gate` and `mixture` do."""
@@ -27,7 +28,7 @@ def fits(state: Tensor) -> bool:
     return state.is_cuda
 
 
-class Gate(nn.Linear):
+class Gate(OwnLinear):
     """g(x) = 0.5 * tanh(w . x + b) + 0.5, one number per token; computed in float32."""
 
     def __init__(self, width: int, initial: float | None) -> None:
@@ -85,8 +86,11 @@ class TrolMixer(AbstractPolicy):
         initial_gate: float | None = None,
     ) -> None:
         super().__init__(scope=scope, training_scope=training_scope)
-        if passes < 1:
-            raise UsageError(f"passes is {passes}, but a layer must be visited at least once.")
+        if not isinstance(passes, int) or passes < 1:
+            raise UsageError(
+                f"passes is {passes!r}, but a layer must be visited at least once; give a whole "
+                "number from 1 on."
+            )
         if sharing not in SHARING:
             raise unknown("sharing", sharing, SHARING)
         if initial_gate is not None and not 0 < initial_gate < 1:

@@ -47,7 +47,9 @@ class RandomTokens(AbstractPolicy):
         if not (isinstance(share, int | float) and 0 <= share <= 1):
             raise UsageError(f"share is {share!r}, but must be a number in [0, 1].")
         if visit not in (1, 2):
-            raise UsageError(f"visit is {visit}; give 1 to skip layers, or 2 to repeat them.")
+            raise UsageError(f"visit is {visit!r}; give 1 to skip layers, or 2 to repeat them.")
+        if not isinstance(seed, int):
+            raise UsageError(f"seed is {seed!r}, but must be a whole number.")
         self.share, self.visit, self.seed = share, visit, seed
 
     def bounds(self, layer: int) -> Bounds:
