@@ -222,6 +222,7 @@ def main() -> int:
         return 2
     began, failed = time.monotonic(), []
     found: dict[str, Any] = {**setting.record(), "rows": [], "left_out": [], "run": run_record()}
+    found["run"]["command"] = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
     if setting.device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     for name, part in parts(setting).items():
