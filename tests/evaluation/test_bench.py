@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from trol.depth import Visit
+from trol.depth.context import Context
 from trol.errors import HostError, UsageError
 from trol.evaluation.bench import SUITES, Setting, run
 from trol.evaluation.bench import hosts as built
-from trol.evaluation.bench.launch import counted
+from trol.evaluation.bench.launch import Drawn, counted
 from trol.evaluation.bench.limits import HostTimes, limit_of
 from trol.evaluation.bench.row import figure_row, row
 from trol.evaluation.bench.setting import SIZES, TINY
@@ -122,6 +124,13 @@ def test_what_a_host_needs_is_what_its_weights_take() -> None:
     taken = sum(parameter.nbytes for parameter in model.parameters())
     assert built.needed_bytes(SETTING, model.config) == taken
     assert built.needed_bytes(SETTING, model.config, training=True) == 2 * taken
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_as_many_tokens_are_drawn_as_are_asked_for(share):
+    state = torch.zeros(2, 500, 1)
+    drawn = Drawn(share).again(Visit(0, 1, state, None, Context()))
+    assert drawn.mean().item() == pytest.approx(share, abs=0.05)
 
 
 def test_a_visit_launches_no_operator_too_many():

@@ -30,7 +30,7 @@ from trol.errors import HostError
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
 from trol.host.flops import LayerCost
-from trol.host.layers import GATHERED, attention_of, layer_list, quirk_of
+from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
 from trol.host.names import CACHE
 from trol.host.placement import is_at_hand
 from trol.host.readout import Readout
@@ -121,7 +121,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
     Not known, and so not found, of weights that are not at hand, and under attentions with
     operators of their own. Arguments as of `findings`.
     """
-    if not _can_run(host, stack) or attention_of(stack.config) not in GATHERED:
+    if not _can_run(host, stack) or attention_of(stack.config) not in COUNTED:
         return False
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)

@@ -30,8 +30,8 @@ MADE_BEFORE_KEYS = frozenset(
 LINEAR = (nn.Linear, Conv1D)
 """Classes of linear maps; `Conv1D` holds its weight transposed."""
 
-GATHERED = ("eager", "sdpa")
-"""Attentions that take a mask with one row for each query."""
+COUNTED = ("eager", "sdpa")
+"""Attentions made of operators whose FLOPs torch counts, as far as it counts any."""
 
 PER_TOKEN = {
     "attention_mask": ("rows", "heads", "tokens", "keys"),

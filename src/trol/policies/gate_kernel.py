@@ -44,5 +44,6 @@ def gated_mixture(state: Tensor, further: Tensor, weight: Tensor, bias: Tensor) 
     block = min(WIDEST, triton.next_power_of_2(width))
     grid = (state.numel() // width,)
     launch: Any = _gated[grid]  # whose block is a number here, and a constant in the kernel
-    launch(state, further, weight.contiguous(), bias, out, width, BLOCK=block)
+    with torch.cuda.device_of(state):  # Triton launches on the current device
+        launch(state, further, weight.contiguous(), bias, out, width, BLOCK=block)
     return out

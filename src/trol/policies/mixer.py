@@ -24,8 +24,8 @@ SHARING = ("per_layer", "shared")
 
 
 def fits(state: Tensor) -> bool:
-    """Whether the kernel is for such states."""
-    return state.is_cuda
+    """Whether the kernel is for such states: it computes in float32."""
+    return state.is_cuda and state.dtype != torch.float64
 
 
 class Gate(OwnLinear):

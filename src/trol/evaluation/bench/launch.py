@@ -50,7 +50,7 @@ class Drawn(AbstractPolicy):
         shape = visit.state.shape[:2]
         if (visit.layer, shape) not in self.chosen:
             source = torch.Generator().manual_seed(visit.layer)
-            drawn = (torch.rand(shape, generator=source) < 0.5).float()
+            drawn = (torch.rand(shape, generator=source) < self.share).float()
             self.chosen[visit.layer, shape] = drawn.to(visit.state.device)
         return self.chosen[visit.layer, shape]
 
