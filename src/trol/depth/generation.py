@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from trol.depth.planes import prepare
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
 from trol.errors import HostError, UsageError
-from trol.host.classes import Specialised
+from trol.host.classes import Specialised, saves_adapters_alone
 from trol.host.generation import CONTINUOUS, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
@@ -133,15 +133,27 @@ class HostMixin(Specialised):
         return inputs
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """The host's own saving; the configuration then says that the model needs trol."""
-        parameters = inspect.signature(self.trol_original.save_pretrained).parameters
-        if "save_original_format" in parameters:  # names as they are, for trol.load_model to find
-            kwargs.setdefault("save_original_format", False)
+        """The host's own saving; the configuration then says that the model needs trol.
+
+        Raises:
+            UsageError: `push_to_hub`, which would push before the configuration says so.
+        """
+        if kwargs.get("push_to_hub"):
+            raise UsageError(
+                "save_pretrained(push_to_hub=True) would push a configuration that hides the "
+                "policy; call model.push_to_hub(name)."
+            )
         saved = super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)
         if not in_config and (Path(folder) / "config.json").is_file():
             mark(folder, self.depth_stack[0].depth_policy)
+        elif saves_adapters_alone(self):
+            warnings.warn(
+                f"{folder} holds PEFT's adapters alone, as save_pretrained writes them beside a "
+                "policy's own parameters; trol.save(model, folder) keeps those too.",
+                stacklevel=2,
+            )
         return saved
 
 

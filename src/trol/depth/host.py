@@ -33,6 +33,7 @@ from trol.host.classes import (
     undeclare_tied,
 )
 from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
+from trol.host.placement import running_device
 from trol.host.releases import check_release
 from trol.host.triton import missing
 
@@ -376,7 +377,7 @@ def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> lis
     """The policy's parameters for each layer, where the layer is and in its mode."""
     gates: list[nn.Module | None] = []
     for index, layer in enumerate(layers):
-        device = next(layer.parameters()).device
+        device = running_device(layer)
         # On whatever device, and in whatever mode, the caller makes tensors.
         at = device if device.type == "meta" else torch.device("cpu")
         with torch.inference_mode(mode=False), at:

@@ -2,14 +2,14 @@
 
 The folder is the host's own, parameters of the policy among its weights; but `config.json` names
 the model type `trol_host`, which transformers does not know, and holds the host's configuration
-and the policy's settings. `trol.load_model(folder)` opens it.
+and the policy's settings. `trol.load_model(folder)` opens it, and once trol is imported,
+`AutoModelForCausalLM.from_pretrained(folder)`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from trol.depth.policy import AbstractPolicy
 from trol.depth.registry import to_settings
@@ -26,8 +26,3 @@ def mark(folder: str | Path, policy: AbstractPolicy) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def marks(config: dict[str, Any]) -> bool:
-    """Whether a configuration, read from `config.json`, is a marked one."""
-    return config.get("model_type") == MODEL_TYPE

@@ -21,6 +21,7 @@ from trol.family.internlm2 import InternLM2Config, InternLM2Model
 from trol.family.modeling import TrolForConditionalGeneration, TrolModel
 from trol.family.presets import tiny, tiny_processor
 from trol.family.processing import TrolProcessor
+from trol.family.saved_host import register as register_saved_hosts
 from trol.family.square import SquareImageProcessor
 from trol.family.tiled import TiledImageProcessor
 from trol.family.word_level import word_tokenizer
@@ -31,6 +32,7 @@ AutoConfig.register(TrolConfig.model_type, TrolConfig)
 AutoModel.register(TrolConfig, TrolModel)
 AutoModelForImageTextToText.register(TrolConfig, TrolForConditionalGeneration)
 AutoProcessor.register(TrolConfig, TrolProcessor)
+register_saved_hosts()
 # One entry for each: of several classes in one entry, transformers opens the first by any name.
 AutoImageProcessor.register(InternLM2Config, image_processor_classes={"pil": SquareImageProcessor})
 AutoImageProcessor.register(TrolConfig, image_processor_classes={"pil": TiledImageProcessor})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,68 +21,93 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.hub import cached_file
 
-from trol.depth import attach
-from trol.depth.host import check_by_probe
-from trol.depth.registry import from_settings
-from trol.depth.saving import marks
-from trol.errors import HostError, TrolError
+from trol.errors import HostError, TrolError, UsageError
 from trol.family import TrolForConditionalGeneration  # registers the family's classes as well
 from trol.family.memory import check_opening
 from trol.family.published.files import CONFIG
 from trol.family.published.naming import check_source
-from trol.family.published.opening import open_published
+from trol.family.published.opening import HUB_SETTINGS, open_published
 from trol.family.published.quantisation import check_blocks, quantised
 from trol.family.published.reading import open_published_processor
-from trol.host.classes import tied_names
+from trol.family.saved_host import SavedHostConfig
+from trol.host.classes import unknown_setting
+from trol.host.quantised import forget_quantisation, is_quantised
 
 SHIPPED = ("trol-tiny",)
 """Models that lie inside the package."""
 
 
+SHARED = (*HUB_SETTINGS, "subfolder", "trust_remote_code", "gguf_file")
+"""Settings of `from_pretrained` that say where a model lies: for its files as for its weights."""
+
+NOT_TAKEN = ("config", "state_dict", "output_loading_info")
+"""Settings of `from_pretrained` by which it would open, or give, something else than the model."""
+
+
 def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) -> tuple[Any, Any]:
     """A model, in evaluation mode, and its processor (of a text model: its tokenizer).
 
+    A host that was saved with its policy is opened as a plain one, by `from_pretrained`.
+
     Args:
         name: a shipped model's name, a folder (of a saved model, or of a published TroL
-            checkpoint), or a hub name.
+            checkpoint), a GGUF file, or a hub name.
         bits: 4 or 8 for quantised weights (then float16 is the type of the others, unless
             `dtype` says otherwise); None for the weights as they are.
-        settings: passed on to `from_pretrained`, such as `dtype` or `device_map`.
+        settings: passed on to `from_pretrained`, such as `dtype`, `device_map`, `revision`,
+            `attn_implementation` or `gguf_file`.
 
     Raises:
-        UsageError: the name is neither a folder's nor can it be a hub name; or other bits.
-        HostError: nothing of that name can be opened, what lies there is no model, its widths do
-            not fit 4 bits, or it does not fit the memory at hand.
+        UsageError: the name is neither a folder's nor can it be a hub name; other bits; or a
+            setting that `from_pretrained` does not know.
+        HostError: nothing of that name can be opened, what lies there is no model, it has no
+            tokenizer, its widths do not fit 4 bits, or it does not fit the memory at hand.
         DataError: a published checkpoint is damaged.
     """
     if bits is not None:
         settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
-    with _opening(name) as source:
-        model = _open(source, bits, settings)
+    with _opening(name, settings) as source:
+        model = _open(source, settings)
         if bits == 4:
             check_blocks(model, str(name))
         return model.eval(), _reader(source, model, settings)
 
 
-def load_host(name: str | Path) -> Any:
+def load_host(name: str | Path, **settings: Any) -> Any:
     """The model of `load_model` alone, for those who put no text in; its folder needs no tokenizer.
 
     Raises as `load_model`.
     """
-    with _opening(name) as source:
-        return _open(source, None, {}).eval()
+    with _opening(name, settings) as source:
+        return _open(source, settings).eval()
 
 
 @contextmanager
-def _opening(name: str | Path) -> Generator[str]:
-    """Where a model lies; whatever cannot be opened there is a `HostError` of one line."""
+def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
+    """Where a model lies; whatever cannot be opened there is an error of one line."""
+    for setting in NOT_TAKEN:
+        if setting in settings:
+            raise UsageError(
+                f"{setting} is no setting for opening a model with its processor; leave it out, or "
+                "call from_pretrained of the model's own class."
+            )
     source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
+    if Path(source).suffix == ".gguf" and Path(source).is_file():
+        settings.setdefault("gguf_file", Path(source).name)
+        source = str(Path(source).parent)
     check_source(source, SHIPPED)
     try:
         yield source
     except TrolError:  # some of which are ValueErrors
         raise
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except TypeError as error:
+        if (unknown := unknown_setting(error)) not in settings:
+            raise
+        raise UsageError(
+            f"from_pretrained of {str(name)!r} knows no setting {unknown!r}; check its spelling, "
+            "or leave it out."
+        ) from error
+    except (OSError, ValueError, SafetensorError, StrictDataclassError, ImportError) as error:
         why = " ".join(str(error).split())
         raise HostError(
             f"no model can be opened from {str(name)!r}: {why:.400} Give a shipped model "
@@ -97,72 +120,70 @@ def shipped_folder(name: str) -> str:
     return str(files("trol") / "models" / name)
 
 
-def config_file(source: str) -> Path:
+def config_file(source: str, **where: Any) -> Path:
     """Where the configuration of a folder or hub name lies here; fetched if it must be.
+
+    `where`: settings of `from_pretrained` that only fetching reads, and `subfolder`.
 
     Raises:
         HostError: the folder has none.
         OSError: it cannot be fetched.
     """
-    found = cached_file(source, CONFIG)
+    found = cached_file(source, CONFIG, **where)
     if found is None:
         raise HostError(f"{Path(source) / CONFIG} is missing; give the folder that a model is in.")
     return Path(found)
 
 
-def _open(source: str, bits: int | None, settings: dict[str, Any]) -> Any:
+def _open(source: str, settings: dict[str, Any]) -> Any:
     """A model, whatever kind lies there."""
     model = open_published(TrolForConditionalGeneration, source, **settings)
     if model is not None:
         return model
-    found = config_file(source)
-    config = json.loads(found.read_text(encoding="utf-8"))
-    check_opening(source, found.parent, settings, mapped=not marks(config))
-    model = _open_marked(config, found.parent, bits) if marks(config) else None
-    if model is None:
-        auto = AutoModelForImageTextToText if _sees(source) else AutoModelForCausalLM
-        model = auto.from_pretrained(source, **settings)
+    shared = _shared(settings)
+    if not settings.get("gguf_file"):
+        where = {name: value for name, value in shared.items() if name != "trust_remote_code"}
+        check_opening(source, config_file(source, **where).parent, settings)
+    config = AutoConfig.from_pretrained(source, **shared)
+    host = config.host if isinstance(config, SavedHostConfig) else config
+    auto = AutoModelForImageTextToText if type(host) in _SEEING else AutoModelForCausalLM
+    model = auto.from_pretrained(source, **settings)
+    if not is_quantised(model):
+        forget_quantisation(model)  # a GGUF file's, whose weights are full
     return model
 
 
 def _reader(source: str, model: Any, settings: dict[str, Any]) -> Any:
     """The processor that lies with a model, or its tokenizer."""
+    shared = _shared(settings)
     if isinstance(model, TrolForConditionalGeneration):
-        published = open_published_processor(source, **settings)
+        published = open_published_processor(source, **shared)
         if published is not None:
             return published
     reader = AutoProcessor if type(model.config) in _SEEING else AutoTokenizer
-    return reader.from_pretrained(source, config=model.config)
+    folder = Path(source) / shared.get("subfolder", "")
+    there = any(file for names in READER_FILES for file in folder.glob(names))
+    if folder.is_dir() and "gguf_file" not in shared and not there:
+        raise HostError(
+            f"{folder} holds a model, but no tokenizer or processor; save it beside the model "
+            f"(tokenizer.save_pretrained({str(source)!r})), or open the model alone: import trol, "
+            "then AutoModelForCausalLM.from_pretrained."
+        )
+    return reader.from_pretrained(source, config=model.config, **shared)
 
+
+READER_FILES = (
+    "token*",
+    "*token*.json",
+    "vocab*",
+    "*.model",
+    "*processor_config.json",
+    "*.tiktoken",
+)
+"""What a folder with a tokenizer or a processor holds at least one of."""
 
 _SEEING = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def _sees(source: str) -> bool:
-    return type(AutoConfig.from_pretrained(source)) in _SEEING
-
-
-def _open_marked(config: dict[str, Any], folder: Path, bits: int | None) -> Any:
-    """A host that was saved with its policy attached."""
-    if bits is not None:
-        raise HostError(
-            f"{folder} is a host saved with its policy, which opens with its full weights only; "
-            "leave the bits out, or quantise the host and attach the policy's adapter."
-        )
-    host = dict(config["host"])
-    made = AutoConfig.for_model(host.pop("model_type"), **host)
-    auto = AutoModelForImageTextToText if type(made) in _SEEING else AutoModelForCausalLM
-    model = attach(auto.from_config(made), from_settings(config["depth"]), probe=False)
-    weights: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)
-    missing, surplus = model.load_state_dict(weights, strict=False)
-    tied = tied_names(model)
-    if surplus or set(missing) - tied:
-        raise HostError(
-            f"the weights in {folder} do not fit: missing {sorted(set(missing) - tied)}, "
-            f"surplus {list(surplus)}; save the model again."
-        )
-    model.tie_weights()
-    check_by_probe(model)
-    return model
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in SHARED if name in settings}

@@ -40,26 +40,23 @@ def check_fits(what: str, needed: int, device: torch.device | str, cure: str) ->
         )
 
 
-def check_opening(
-    name: str, folder: Path, settings: Mapping[str, Any], *, mapped: bool = True
-) -> None:
+def check_opening(name: str, folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises `HostError` where the weights in `folder` must be held in memory, and cannot be.
 
     Never refuses what would work: weights that keep their type are mapped from their file on a
-    CPU, and need none (`mapped`). Counted are the weights alone, at the fewest bytes they take.
+    CPU, and need none. Counted are the weights alone, at the fewest bytes they take.
 
     Args:
         name: what was asked for.
         folder: where its `model*.safetensors` lie; other kinds of files are not looked at.
         settings: those of `from_pretrained`.
-        mapped: whether the loader maps weights that it need not change.
     """
     device = _one_device(settings.get("device_map"))
     if device is None:
         return
     bits, dtype = _bits(settings.get("quantization_config")), settings.get("dtype")
     width = dtype.itemsize if isinstance(dtype, torch.dtype) else None
-    mapped = mapped and device.type == "cpu"
+    mapped = device.type == "cpu"
     needed = 0
     for stored, count in _stored_values(folder).items():
         if bits is not None:

@@ -6,6 +6,7 @@ Also what accelerate's hooks and PEFT keep of them, and which of their parameter
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, cast
@@ -88,6 +89,12 @@ def check_hooks(target: object) -> None:
         )
 
 
+def unknown_setting(error: TypeError) -> str | None:
+    """The keyword argument that a call did not know, if that is what the error says."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return found.group(1) if found else None
+
+
 def _signed_as(original: Class, mixin: Class, name: str) -> Any:
     """The mixin's method under the original's signature, and no frame more than it has."""
     own = getattr(mixin, name)
@@ -122,6 +129,11 @@ def trained_copy(module: nn.Module | None) -> nn.Module | None:
     if copies is None:
         return module
     return cast(Any, copies)[cast(Any, module).active_adapters[0]]
+
+
+def saves_adapters_alone(model: Any) -> bool:
+    """Whether a model carries adapters (`add_adapter`), of which `save_pretrained` writes no more."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def second_maps(learner: nn.Module, adapter: str) -> Iterator[nn.Module]:

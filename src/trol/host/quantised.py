@@ -1,10 +1,11 @@
-"""bitsandbytes' maps of 4 bits, as far as training on a CPU must know them."""
+"""Quantised weights: whether a model has any, and bitsandbytes' maps of 4 bits on a CPU."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from trol.errors import HostError
@@ -14,6 +15,29 @@ PACKED_FLAG, PACKS_FLAG = "packing_format_for_cpu", "support_avx512bf16_for_cpu"
 
 LOGGER = "bitsandbytes.backends.cpu.ops"
 """Where bitsandbytes asks for a package that it does not need."""
+
+
+PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)
+"""Types in which buffers of two and more dimensions are packed weights (GPTQ's, AWQ's)."""
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some weight is kept in whole numbers, or in fewer than 16 bits.
+
+    The weights say so, not the configuration: one that came from a GGUF file, or was dequantised,
+    may have full weights beside a configuration that says quantised.
+    """
+    weights = any(not p.is_floating_point() or p.itemsize < 2 for p in model.parameters())
+    return weights or any(b.dtype in PACKED and b.ndim > 1 for b in model.buffers())
+
+
+def forget_quantisation(model: Any) -> None:
+    """Takes off a model with full weights, in place, what says that they are quantised."""
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None:
+        quantiser.remove_quantization_config(model)
+    elif getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
 
 
 def four_bit_maps(model: nn.Module) -> list[Any]:

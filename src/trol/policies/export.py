@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from trol.depth import Plan, attached, detach, is_attached
 from trol.errors import HostError, UsageError, unwritable
+from trol.host.quantised import forget_quantisation, is_quantised
 from trol.policies.adapter import check_writable
 from trol.policies.baking import bake, layers_of, visited
 
@@ -94,8 +95,9 @@ def plain_host(model: Any) -> PreTrainedModel:
             f"{type(model).__name__} is no plain transformers model; merge its adapters into it "
             "first (merge_and_unload)."
         )
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantised(model):
         raise HostError("the weights are quantised; open the model with its full weights.")
+    forget_quantisation(model)
     return model
 
 

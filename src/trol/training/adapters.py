@@ -19,11 +19,12 @@ from torch import Tensor
 
 from trol.depth import attach, attached, detach, is_attached
 from trol.errors import AdapterError
+from trol.host.quantised import is_quantised
 from trol.policies import adapter
 from trol.policies.plain import Plain
 from trol.training.low_rank import ADAPTER, merged
 from trol.training.parts import part_of
-from trol.training.quantised import is_quantised, let_gradients_through
+from trol.training.quantised import let_gradients_through
 from trol.training.recipe import Recipe
 from trol.training.visit_updates import AGAIN, only_again
 

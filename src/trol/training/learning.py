@@ -22,10 +22,11 @@ from trol.data.pools import BoardPool, board_pool
 from trol.data.rows import MixtureRows, PairMessages, PairRows
 from trol.errors import UsageError
 from trol.family import TrolProcessor
+from trol.host.quantised import is_quantised
 from trol.training.checking import DATA
 from trol.training.low_rank import has_visit_updates, low_rank, merged
 from trol.training.parts import freeze_unvisited, let_learn, settle
-from trol.training.quantised import is_quantised, let_gradients_through
+from trol.training.quantised import let_gradients_through
 from trol.training.recipe import Recipe, Stage
 from trol.training.stages import LESSONS, ConversationReader, Lesson
 

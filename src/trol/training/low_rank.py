@@ -10,7 +10,7 @@ from torch import nn
 
 from trol.errors import HostError, UsageError
 from trol.host.layers import LINEAR, find_decoder, layer_list
-from trol.training.quantised import is_quantised
+from trol.host.quantised import is_quantised
 from trol.training.visit_updates import AGAIN, only_again
 
 ADAPTER = "default"

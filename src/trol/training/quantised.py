@@ -24,11 +24,6 @@ def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     return made
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether some weight is kept in whole numbers."""
-    return any(not parameter.is_floating_point() for parameter in model.parameters())
-
-
 def check_quantised(model: nn.Module) -> None:
     """Raises `HostError` unless exactly the decoder has quantised weights."""
     parts = {part_of(n) for n, p in model.named_parameters() if not p.is_floating_point()}
