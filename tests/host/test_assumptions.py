@@ -157,14 +157,14 @@ def test_a_pass_inside_generate_that_nobody_told_is_refused() -> None:
 
     class Asks(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return scores + 0 * model(input_ids).logits[:, -1]
+            return scores + 0 * model(input_ids.flip(1)).logits[:, -1]
 
     settings = {"max_new_tokens": 2, "logits_processor": [Asks()]}
     trol.attach(model, trol.TrolMixer(scope="all"))
     model.generate(**inputs, **settings)
     trol.detach(model)
     trol.attach(model, trol.TrolMixer())
-    with pytest.raises(HostError, match="called inside generate without"):
+    with pytest.raises(HostError, match="called inside generate"):
         model.generate(**inputs, **settings)
 
 

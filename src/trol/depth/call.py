@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock, Thread, current_thread
+from threading import enumerate as enumerate_threads
 from typing import Any, Literal
 
 from torch import Tensor
@@ -37,6 +39,8 @@ class Step:
     """Columns before these tokens, where the caller knows and the policy reads it."""
     last_only: Callable[[], bool] | None = None
     """Whether nobody reads what comes out above any token but the last of each row; None: no."""
+    tokens: int | None = None
+    """How many tokens of each row the caller knew of; a wrapper may put its own before them."""
     real: Tensor | None = None
     """1 at tokens that are no padding, as the caller says. Shape: [B, S]."""
     readout: Readout | None = None
@@ -178,10 +182,9 @@ def prompt_of(host: object) -> Prompt | None:
     return innermost[0][1] if innermost and innermost[0][0] == id(host) else None
 
 
-def outermost_prompt() -> Prompt | None:
-    """The prompt of the outermost `generate` in this thread: assistants are called inside it."""
-    prompts = _PROMPTS.get()
-    return prompts[0][1] if prompts else None
+def prompts() -> list[Prompt]:
+    """The prompts of all `generate` calls open in this thread: assistants are called inside."""
+    return [prompt for _, prompt in _PROMPTS.get()]
 
 
 @contextmanager
@@ -197,6 +200,34 @@ def generating(host: object, prompt: Prompt) -> Generator[None]:
 def ambience_of(stack: object) -> Ambience:
     """What is in force on `stack` in this thread."""
     return _AMBIENCES.get({}).get(id(stack), NOTHING)
+
+
+_THREADS: dict[int, list[set[Thread]]] = {}
+"""Stack -> the threads that there were when each of the blocks open on it was opened."""
+_COUNTING = Lock()
+"""Held while open blocks are counted, which threads do together."""
+
+
+def started_inside(stack: object) -> bool:
+    """Whether this thread was started while a block was open on `stack`."""
+    return any(current_thread() not in threads for threads in _THREADS.get(id(stack), ()))
+
+
+@contextmanager
+def open_on(stack: Any, ambience: Ambience) -> Generator[None]:
+    """A block on `stack`: counted there, and in force in this thread."""
+    threads = set(enumerate_threads())
+    with _COUNTING:
+        stack.depth_ambiences += 1
+        _THREADS.setdefault(id(stack), []).append(threads)
+    try:
+        with in_force(stack, ambience):
+            yield
+    finally:
+        with _COUNTING:
+            stack.depth_ambiences -= 1
+            there = _THREADS[id(stack)]
+            del there[next(i for i, one in enumerate(there) if one is threads)]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from trol.depth.call import (
     Step,
     ambience_of,
     generating,
-    outermost_prompt,
     prompt_of,
+    prompts,
     told,
 )
 from trol.depth.planes import prepare
@@ -25,7 +25,7 @@ from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised, saves_adapters_alone
-from trol.host.generation import CONTINUOUS, reads_last_only, returns_cache
+from trol.host.generation import CONTINUOUS, predicts_tokens, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
 from trol.host.readout import Readout
@@ -47,12 +47,17 @@ class HostMixin(Specialised):
         **kwargs: Any,
     ) -> Any:
         """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
-        labels = argument(self.trol_original.forward, "labels", args, kwargs)
-        if depth_step is None:
-            mask = argument(self.trol_original.forward, "attention_mask", args, kwargs)
+        given = partial(argument, self.trol_original.forward, args=args, kwargs=kwargs)
+        labels, mask = given("labels"), given("attention_mask")
+        tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
+        if labels is not None and not (predicts_tokens(self) and labels.ndim == 2):
+            labels = None  # a classifier's, which tell nothing of who speaks
+        if depth_step is not None:
+            depth_step = self._behind_virtual(depth_step, tokens, mask, cache_among(kwargs))
+        elif labels is None and assistant_masks is None and not torch.compiler.is_compiling():
+            depth_step = self._step_beside(tokens, mask)
+        else:
             depth_step = told(assistant_masks, labels, mask)
-            if labels is None and assistant_masks is None:
-                self._check_untold()
         notes: dict[Any, Any] = {}
         last_only = partial(reads_last_only, self.config, kwargs)
         token = STEP.set(
@@ -72,27 +77,53 @@ class HostMixin(Specialised):
             else _penalised(out, penalty, labels, kwargs.get("num_items_in_batch"))
         )
 
-    def _check_untold(self) -> None:
-        """Raises `HostError` for a pass inside `generate` whose roles nobody has told."""
-        if torch.compiler.is_compiling() or prompt_of(self) is None:
-            return
-        stack = self.depth_stack[0]
-        policy = stack.depth_policy_in_force()
-        scope = policy.scope_in(training=stack.training)
-        if scope != "all":
+    def _behind_virtual(self, step: Step, tokens: Any, mask: Any, cache: Any) -> Step:
+        """The step of tokens [B, T, ...], before which PEFT may have put virtual ones: question.
+
+        Raises:
+            HostError: they are put before tokens that follow others in the cache.
+        """
+        more = 0 if step.tokens is None or tokens is None else tokens.shape[1] - step.tokens
+        if more <= 0:
+            return step
+        if not torch.compiler.is_compiling() and cache is not None and cache.get_seq_length():
             raise HostError(
-                f"{type(self).__name__} was called inside generate without "
-                "prepare_inputs_for_generation (by a logits processor: guidance_scale has one), so "
-                "trol cannot know which of its tokens are question; give the policy scope='all' "
-                f"(it has {scope!r}), or, where the call is your own, pass assistant_masks in it."
+                f"{more} virtual tokens were put before a token in the middle of a text: this PEFT "
+                "does not see the cache of this transformers, and answers wrongly without trol as "
+                "well; pass use_cache=False to generate, or install releases that go together."
             )
+        real = step.real if step.real is None else mask
+        return replace(step, roles=step.roles.behind(more), real=real)
+
+    def _step_beside(self, tokens: Tensor | None, mask: Tensor | None) -> Step:
+        """What is known of a pass that nobody told its roles: a question, outside `generate`.
+
+        Raises:
+            HostError: it is made inside `generate`, and cannot be told from what it holds.
+        """
+        step = told(None, None, mask)
+        open_prompts = prompts()
+        stack = self.depth_stack[0]
+        scope = stack.depth_policy_in_force().scope_in(training=stack.training)
+        if not open_prompts or scope == "all":
+            return step
+        ids = tokens is not None and not tokens.is_floating_point()
+        roles = open_prompts[-1].roles_beside(cast(Tensor, tokens)) if ids else None
+        if roles is None:
+            raise HostError(
+                f"{type(self).__name__} was called inside generate (by a logits processor, say) on "
+                "tokens that do not go on as the answer does, so trol cannot know which of them "
+                "are question; pass assistant_masks in that call, or give the policy scope='all' "
+                f"(it has {scope!r})."
+            )
+        return replace(step, roles=roles)
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, assistant_masks: Any = None, **kwargs: Any
     ) -> Any:
         """The host's own `generate`: the prompt is question, what is new is answer."""
         columns, ids = _prompt_columns(inputs, kwargs)
-        outer = outermost_prompt()
+        outer = next(iter(prompts()), None)
         # As the assistant of another generate, the prompt of that one is the question.
         length = columns if outer is None else min(columns, outer.length)
         callers = returns_cache(self, args[0] if args else None, kwargs)
@@ -112,7 +143,7 @@ class HostMixin(Specialised):
         if prompt is None:
             return inputs
         prepare = self.trol_original.prepare_inputs_for_generation
-        all_ids = argument(prepare, "input_ids", args, kwargs)
+        all_ids = prompt.said = argument(prepare, "input_ids", args, kwargs)
         mask = argument(prepare, "attention_mask", args, kwargs)
         ids = inputs.get("input_ids")
         tokens = inputs["inputs_embeds"] if ids is None else ids
@@ -126,7 +157,7 @@ class HostMixin(Specialised):
         stack = self.depth_stack[0]
         # Compiled code would be compiled anew for each start: only policies that read it are told.
         reads_start = stack.depth_policy_in_force().reads_start
-        step = Step(roles, keep=keep, start=start if reads_start else None, real=mask)
+        step = Step(roles, keep=keep, start=start if reads_start else None, tokens=count, real=mask)
         if cache is not None and cache.is_compileable:
             _ready_for_compiled(stack, cache, step)
         inputs["depth_step"] = step

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
-from trol.depth.call import Ambience, Decoding, Executor, Kernel, ambience_of, in_force
+from trol.depth.call import Decoding, Executor, Kernel, ambience_of, open_on
 from trol.depth.cost import StackCost, stack_cost
 from trol.depth.generation import HostMixin, make_ready
 from trol.depth.policy import AbstractPolicy, StackBounds
@@ -36,6 +36,7 @@ from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, 
 from trol.host.placement import running_device
 from trol.host.releases import check_release
 from trol.host.triton import missing
+from trol.host.wrappers import model_inside
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +51,8 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
     parameters gain a submodule `depth`.
 
     Args:
-        model: a transformers causal or vision-language model, or its decoder.
+        model: a transformers causal or vision-language model, or its decoder; or what PEFT or
+            torch.compile made of one, in which the policy is attached to the model inside.
         policy: a policy, a registered name, a plan or plan text.
         probe: whether a class of models that is new to this process is tried on five random ids
             first (`trol.depth.probe`); it takes about as long as reading a short prompt.
@@ -63,21 +65,20 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
     check_release()
     check_at_attach()
     with _ONE_AT_A_TIME:
-        return _attach(model, resolve(policy), probe=probe)
+        if _find_host(model) is not None:
+            raise UsageError(
+                "a policy is attached to this model already; call trol.detach(model) first, or use "
+                "`with trol.depth(model, policy):` for a while."
+            )
+        _attach(model_inside(model), resolve(policy), probe=probe)
+        return model
 
 
 _ONE_AT_A_TIME = RLock()
 """Held while a model gains or loses its policy, or is tried."""
-_COUNTING = Lock()
-"""Held while open blocks are counted, which threads do together."""
 
 
-def _attach(model: Model, policy: AbstractPolicy, *, probe: bool) -> Model:
-    if _find_host(model) is not None:
-        raise UsageError(
-            "a policy is attached to this model already; call trol.detach(model) first, or use "
-            "`with trol.depth(model, policy):` for a while."
-        )
+def _attach(model: nn.Module, policy: AbstractPolicy, *, probe: bool) -> None:
     decoder: Any = find_decoder(model)
     layers = _layers(decoder)
     check_stack(decoder)
@@ -110,7 +111,6 @@ def _attach(model: Model, policy: AbstractPolicy, *, probe: bool) -> Model:
         except BaseException:
             detach(model)
             raise
-    return model
 
 
 def check_by_probe(model: nn.Module) -> None:
@@ -264,7 +264,7 @@ def trace(model: nn.Module) -> Generator[Trace]:
     with _attached_for_a_while(model, from_settings({"policy": "plain"})):
         _, stack = attached(model)
         made = Trace(cost_of(model))
-        with _open_on(
+        with open_on(
             stack, replace(ambience_of(stack), recorder=Recorder(made, stack.depth_layers))
         ):
             yield made
@@ -273,6 +273,10 @@ def trace(model: nn.Module) -> Generator[Trace]:
 @contextmanager
 def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
     """Puts another policy in force, in this thread, for a while; a plain model is attached for it.
+
+    A thread started inside the block, as for a streamer, has it only if it is given this one's
+    context: `Thread(target=contextvars.copy_context().run, args=(work,))`. One that runs without
+    is warned.
 
     Raises:
         UsageError: the policy is unknown, does not fit, or needs parameters that are not there.
@@ -283,7 +287,7 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
         check(stack, wanted)
         _check_gates(stack, wanted)
         _check_readable(stack, wanted)
-        with _open_on(stack, replace(ambience_of(stack), policy=wanted)):
+        with open_on(stack, replace(ambience_of(stack), policy=wanted)):
             yield
 
 
@@ -316,7 +320,7 @@ def executor(model: nn.Module, which: str = "auto", *, kernel: str = "auto") -> 
             "'auto' or 'dense'."
         )
     own = replace(ambience_of(stack), executor=cast(Executor, which), kernel=cast(Kernel, kernel))
-    with _open_on(stack, own):
+    with open_on(stack, own):
         yield
 
 
@@ -335,7 +339,7 @@ def decoding(model: nn.Module, loop: Decoding, policy: AbstractPolicy) -> Genera
         _, stack = attached(model)
         check(stack, policy)
         _check_gates(stack, policy)
-        with _open_on(stack, replace(ambience_of(stack), decoding=loop)):
+        with open_on(stack, replace(ambience_of(stack), decoding=loop)):
             yield
 
 
@@ -345,6 +349,8 @@ def _attached_for_a_while(model: nn.Module, policy: AbstractPolicy) -> Generator
         yield
         return
     attach(model, policy)
+    # Other threads go on with the plain model: a block is in force in its own alone.
+    attached(model)[1].depth_policy = from_settings({"policy": "plain"})
     try:
         yield
     finally:
@@ -361,18 +367,6 @@ def _check_gates(stack: Any, policy: AbstractPolicy) -> None:
             )
 
 
-@contextmanager
-def _open_on(stack: Any, ambience: Ambience) -> Generator[None]:
-    with _COUNTING:
-        stack.depth_ambiences += 1
-    try:
-        with in_force(stack, ambience):
-            yield
-    finally:
-        with _COUNTING:
-            stack.depth_ambiences -= 1
-
-
 def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> list[nn.Module | None]:
     """The policy's parameters for each layer, where the layer is and in its mode."""
     gates: list[nn.Module | None] = []
@@ -387,6 +381,8 @@ def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> lis
                 setattr(gate, name, parameter)
         elif gate is not None:
             gate.to(device)
+            shares = range(len(layers)) if policy.tied else (index,)
+            gate.requires_grad_(any(map(policy.learns, shares)))
         gates.append(None if gate is None else gate.train(layer.training))
     return gates
 

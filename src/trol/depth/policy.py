@@ -173,6 +173,14 @@ class AbstractPolicy(ABC):
         del layer, width
         return None
 
+    def learns(self, layer: int) -> bool:
+        """Whether the model's own loss reaches the parameters of this layer's gate.
+
+        Others are attached frozen: whoever has a loss for them lets them learn.
+        """
+        del layer
+        return True
+
     @property
     def tied(self) -> bool:
         """Whether all layers share the parameters of layer 0."""

@@ -30,7 +30,7 @@ class Roles:
     """The roles of the B x T tokens of one call.
 
     What the user, the system and the template say is *question*; what the assistant says is
-    *answer*. A forward pass that is told nothing holds questions only.
+    *answer*. A forward pass that is told nothing holds questions only, outside `generate`.
     """
 
     answer: Mask = False
@@ -44,6 +44,12 @@ class Roles:
             return self.answer == (scope == "answer")
         return self.answer if scope == "answer" else ~self.answer
 
+    def behind(self, more: int) -> Roles:
+        """The same roles behind `more` tokens of question, such as PEFT's virtual ones."""
+        if more <= 0 or not isinstance(self.answer, Tensor):
+            return self
+        return Roles(torch.nn.functional.pad(self.answer, (more, 0)))
+
     @classmethod
     def of_labels(cls, labels: Tensor) -> Roles:
         """Training labels [B, T]: what the loss looks at is answer."""
@@ -55,7 +61,7 @@ class Roles:
         return cls(masks.bool())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompt:
     """What `generate` was given: columns before `length` are the prompt, all later ones answer."""
 
@@ -69,6 +75,8 @@ class Prompt:
     """Assistant turns inside the prompt, where there are any. Shape: [B, length]."""
     cache_is_the_callers: bool = False
     """Whether the cache lives on after `generate`, so that later questions may read it."""
+    said: Tensor | None = None
+    """All ids so far, as `generate` prepared its last pass from them. Shape: [R, n]."""
 
     @classmethod
     def of(
@@ -117,6 +125,24 @@ class Prompt:
             here = self.answers[:, start : start + known].to(device)
             answer[:, :known] = expand_rows(here, rows)
         return Roles(answer)
+
+    def roles_beside(self, ids: Tensor) -> Roles | None:
+        """Roles of a pass over `ids` [R, T] that `generate` did not prepare: a processor's own.
+
+        It holds all ids so far, and candidates behind them; or it ends with as many of the new
+        ones as it has room for, behind a prompt of its own. None where it holds something else.
+        """
+        said, tokens = self.said, ids.shape[1]
+        if said is None or said.shape[0] != ids.shape[0]:
+            return None
+        end = self.columns + said.shape[1] - self.ids
+        if tokens >= said.shape[1] > 0 and torch.equal(ids[:, : said.shape[1]], said):
+            return self.roles(end - said.shape[1], tokens, len(ids), ids.device)
+        new = min(max(end - self.length, 0), tokens)
+        if not torch.equal(ids[:, tokens - new :], said[:, said.shape[1] - new :]):
+            return None
+        answer = torch.arange(tokens, device=ids.device) >= tokens - new
+        return Roles(answer.expand(ids.shape) if 0 < new < tokens else new > 0)
 
     def may_ask_again(self, start: int, tokens: int) -> bool:
         """Whether a token after these can still be question."""

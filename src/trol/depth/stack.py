@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from trol.depth.call import (
     Call,
     Step,
     ambience_of,
+    started_inside,
 )
 from trol.depth.compact import check_rows
 from trol.depth.context import INPUT, Context
@@ -163,7 +165,15 @@ class StackMixin(Specialised):
                 "trol.depth and trol.trace cannot reach into a compiled model; attach the policy "
                 "before torch.compile, or run the model uncompiled."
             )
-        return ambience_of(self)
+        found = ambience_of(self)
+        if found is NOTHING and started_inside(self):
+            warnings.warn(
+                "a trol.depth, trol.trace or trol.speculate block is open on this model, but not "
+                "in this thread, which was started inside it; if it should be, start the thread by "
+                "Thread(target=contextvars.copy_context().run, args=(function, ...)).",
+                stacklevel=2,
+            )
+        return found
 
     def _open(self, step: Step, ambience: Ambience, args: Any, kwargs: Any) -> Call | None:
         """The call for this pass, or None where every token visits every layer once."""

@@ -132,7 +132,7 @@ def trained_copy(module: nn.Module | None) -> nn.Module | None:
 
 
 def saves_adapters_alone(model: Any) -> bool:
-    """Whether a model carries adapters (`add_adapter`), of which `save_pretrained` writes no more."""
+    """Whether `save_pretrained` writes PEFT's adapters and nothing else of this model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 

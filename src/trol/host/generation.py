@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -32,10 +34,29 @@ CONTINUOUS = tuple(
 """Its other methods, which write keys and values past a model's own cache."""
 
 STEPWISE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-"""Logits processors that keep a state, and must see every token exactly once."""
+"""Logits processors that call the model or draw by what they saw, which drafts would mislead."""
+
+
+def is_stateless(processor: Any) -> bool:
+    """Whether what a logits processor says hangs on the ids alone that it is given.
+
+    Known of transformers' own; one of somebody else (a grammar's), or one that asks a function of
+    the caller's, may keep a state, and must see every token exactly once, in order.
+    """
+    own = type(processor).__module__.partition(".")[0] == "transformers"
+    return own and not isinstance(processor, PrefixConstrainedLogitsProcessor)
+
 
 SLICES_LOGITS = "logits_to_keep"
 """The argument K of a host's forward: logits of the last K positions alone; 0 for all."""
+
+
+def predicts_tokens(model: Any) -> bool:
+    """Whether the labels of a model, where it takes any, are the tokens that it should say.
+
+    Those of a classifier or a reward model are not.
+    """
+    return not isinstance(model, PreTrainedModel) or model.can_generate()
 
 
 def shows_all(config: Any, arguments: dict[str, Any]) -> bool:

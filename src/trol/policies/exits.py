@@ -116,6 +116,9 @@ class EarlyExit(AbstractPolicy):
     def gate(self, layer: int, width: int) -> nn.Module | None:
         return ExitHead(width) if self.heads and self.looks(layer) else None
 
+    def learns(self, layer: int) -> bool:
+        return False  # its heads learn from the exit loss
+
     def bounds(self, layer: int) -> Bounds:
         return Bounds(1 if layer < self.first else 0, 1)
 

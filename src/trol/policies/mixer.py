@@ -105,6 +105,9 @@ class TrolMixer(AbstractPolicy):
     def gate(self, layer: int, width: int) -> nn.Module:
         return Gate(width, self.initial_gate)
 
+    def learns(self, layer: int) -> bool:
+        return self.bounds(layer).most > 1
+
     def check(self, layers: int) -> None:
         if isinstance(self.tau, tuple) and len(self.tau) != layers:
             raise UsageError(

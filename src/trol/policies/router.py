@@ -138,6 +138,9 @@ class Router(AbstractPolicy):
     def gate(self, layer: int, width: int) -> nn.Module | None:
         return Ballot(width, self.hidden, len(self.menu) - 1) if layer == self.after else None
 
+    def learns(self, layer: int) -> bool:
+        return False  # it learns from an oracle's plans
+
     def bounds(self, layer: int) -> Bounds:
         counts = [visits_of(plan, layer) for plan in self.menu]
         # Layer `after` must be asked about, even where all plans visit it once.

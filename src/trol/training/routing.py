@@ -203,7 +203,7 @@ def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> 
 def _ballot(model: Any) -> Ballot:
     _, stack = attached(model)
     found: Any = gates_of(stack)[stack.depth_policy.after]
-    return found
+    return found.requires_grad_(True)
 
 
 def _split(count: int, lessons: Lessons) -> tuple[list[int], list[int]]:

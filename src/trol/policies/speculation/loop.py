@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trol.host.generation import decoded, decoding, padding_token, stops_at_tokens
+from trol.host.generation import (
+    decoded,
+    decoding,
+    is_stateless,
+    padding_token,
+    stops_at_tokens,
+)
 from trol.host.names import cache_among
 from trol.policies.speculation.passes import Passes, reads_planes, recording, under
 from trol.policies.speculation.refusals import check_cache, check_config
@@ -80,6 +86,8 @@ class _Loop:
     def __init__(self, passes: Passes, stack: Any, spoken: Speculation, asked: _Asked) -> None:
         self.passes, self.stack, self.spoken = passes, stack, spoken
         self.processor, self.criteria = asked.processor, asked.criteria
+        self.drafter = type(asked.processor)(filter(is_stateless, asked.processor))
+        self.in_order = len(self.drafter) < len(asked.processor)
         self.config, self.streamer = asked.config, asked.streamer
         config, criteria = asked.config, asked.criteria
         self.verdict = sampled if config.do_sample else greedy
@@ -153,7 +161,7 @@ class _Loop:
 
     def _guess(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The draft's next tokens [B, 1], and their distribution [B, V] in sampling."""
-        scores = self.processor(ids, logits)
+        scores = self.drafter(ids, logits)
         if not self.config.do_sample:
             return scores.argmax(-1, keepdim=True), None
         chances = scores.softmax(-1)
@@ -183,6 +191,8 @@ class _Loop:
 
     def _keep(self, logits: Tensor, drafts: Drafts, known: Known) -> int:
         """Adds the tokens that all rows have now to the ids; gives how many."""
+        if self.in_order:
+            return self._keep_in_order(logits, drafts, known)
         columns = logits.shape[1]
         ids = torch.cat([self.ids, drafts.tokens], 1)
         length = self.ids.shape[1]
@@ -203,6 +213,28 @@ class _Loop:
                 break
         self.ahead = tokens[:, kept:]
         self.lead = [n - kept for n in gained]
+        self.passes.grow(kept)
+        return kept
+
+    def _keep_in_order(self, logits: Tensor, drafts: Drafts, known: Known) -> int:
+        """As `_keep`; but processors see no token that does not stand, and none twice."""
+        raw = logits.clone() if self.records else logits
+        kept, wrong = 0, False
+        while kept < logits.shape[1] and not wrong:
+            scores = self.processor(self.ids, logits[:, kept])
+            if self.records:
+                self.scores.append(scores)
+                self.logits.append(raw[:, kept])
+            draft = drafts.column(kept)
+            both = scores[:, None].repeat(1, 1 + draft.tokens.shape[1], 1)
+            tokens, right = self.verdict(both, draft, known.columns(kept, both.shape[1]))
+            rights = right.tolist()
+            stood = sum(on and bool(n) for n, on in zip(rights, self.active, strict=True))
+            wrong = not all(n for n, on in zip(rights, self.active, strict=True) if on)
+            self.spoken.accepted += stood
+            kept += 1
+            if self._give(tokens[:, 0]):
+                break
         self.passes.grow(kept)
         return kept
 

@@ -17,6 +17,11 @@ class Drafts:
     chances: Tensor | None = None
     """The draft's distribution at each of them, in sampling. Shape: [B, k, V]."""
 
+    def column(self, number: int) -> Drafts:
+        """Draft `number` alone, or none behind the last."""
+        here = slice(number, number + 1)
+        return Drafts(self.tokens[:, here], None if self.chances is None else self.chances[:, here])
+
 
 @dataclass(frozen=True)
 class Known:
@@ -34,7 +39,16 @@ class Known:
 
     def first(self, columns: int) -> Known:
         """Of the first columns only."""
-        return Known(self.tokens[:, :columns], self.certain[:, :columns])
+        return self.columns(0, columns)
+
+    def columns(self, start: int, count: int) -> Known:
+        """Of `count` columns from `start` on; behind the last one nothing is known."""
+        more = max(start + count - self.tokens.shape[1], 0)
+        tokens, certain = (
+            torch.nn.functional.pad(all_of, (0, more))[:, start : start + count]
+            for all_of in (self.tokens, self.certain)
+        )
+        return Known(tokens, certain)
 
 
 def greedy(scores: Tensor, drafts: Drafts, known: Known) -> tuple[Tensor, Tensor]:
