@@ -4,9 +4,9 @@
     trol.attach(model, "trol_mixer")    # or trol.TrolMixer(passes=2), or a plan: "0-7:2 8-23"
     model.generate(**inputs)
 
-Importing trol is cheap; torch and transformers are imported when a name is first used. The TroL
-model family is registered with transformers' Auto classes when transformers is next imported
-through any of these names, or by `import trol.family`.
+Importing trol is cheap; torch and transformers are imported when a name is first used.
+`trol.load_model` opens all that trol saves; `import trol.family` lets transformers' own Auto
+classes open it as well.
 """
 
 from __future__ import annotations

@@ -277,3 +277,52 @@ def test_samples_repeat_with_a_seed() -> None:
         drawn.append(out.tolist())
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(drawn[0]) == 6
+
+
+class Grammar(LogitsProcessor):
+    """Which fifth of the words may follow hangs on all tokens that it was shown so far."""
+
+    def __init__(self) -> None:
+        self.seen, self.state = None, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen = input_ids.shape[1] if self.seen is None else self.seen
+        for column in range(self.seen, input_ids.shape[1]):
+            self.state = (3 * self.state + 1 + int(input_ids[:, column].sum())) % 5
+        self.seen = max(self.seen, input_ids.shape[1])
+        barred = torch.arange(scores.shape[-1]) % 5 == self.state
+        return scores.masked_fill(barred, float("-inf"))
+
+
+def asks_grammar() -> dict[str, Any]:
+    return {"logits_processor": [Grammar()]}
+
+
+def asks_function() -> dict[str, Any]:
+    calls: list[int] = []
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        calls.append(row)
+        return [t for t in range(3, 60) if t % 4 != len(calls) % 4]
+
+    return {"prefix_allowed_tokens_fn": allowed}
+
+
+@pytest.mark.parametrize("asks", [asks_grammar, asks_function])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", [None, "trol", "skip"])
+def test_processors_with_a_state_see_every_token_once(
+    name: str | None, rows: int, asks: Callable[[], dict[str, Any]]
+) -> None:
+    """In order, and none that does not stand: in greedy decoding, where rows end apart as well."""
+    host = HOSTS["llama"]
+    model, ids = settled(host, name), host.inputs(batch=rows, length=9)["input_ids"]
+    free = greedily(model, {"input_ids": ids}, **asks())
+    ends = [int(row[-NEW + 2 + 2 * i]) for i, row in enumerate(free.sequences)]
+    for end in (None, ends):
+        wanted = greedily(model, {"input_ids": ids}, eos_token_id=end, **asks())
+        for draft in ("exit@3", "0 2-3"):
+            with speculate(model, draft, tokens=3) as spoken:
+                got = greedily(model, {"input_ids": ids}, eos_token_id=end, **asks())
+            assert got.sequences.tolist() == wanted.sequences.tolist()
+            assert 0 <= spoken.accepted <= spoken.drafted

@@ -36,7 +36,7 @@ from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, 
 from trol.host.placement import running_device
 from trol.host.releases import check_release
 from trol.host.triton import missing
-from trol.host.wrappers import model_inside
+from trol.host.wrappers import model_inside, rebind
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +70,9 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
                 "a policy is attached to this model already; call trol.detach(model) first, or use "
                 "`with trol.depth(model, policy):` for a while."
             )
-        _attach(model_inside(model), resolve(policy), probe=probe)
+        inside = model_inside(model)
+        _attach(inside, resolve(policy), probe=probe)
+        rebind(model, inside)
         return model
 
 
@@ -178,6 +180,7 @@ def _detach(model: Model) -> Model:
     restore(stack)
     if host is not stack:
         restore(host)
+    rebind(model, host)
     undeclare_tied(host, GATE)
     return model
 

@@ -36,6 +36,10 @@ class Specialised:
     trol_mixins: tuple[Class, ...] = ()
     trol_original: Class = object
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Blank for copies and pickles; who makes another of such a class means the original."""
+        return cls.trol_original(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         return (_blank, (self.trol_original, *self.trol_mixins), *reduced[2:])

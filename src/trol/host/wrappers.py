@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -14,6 +16,11 @@ SPREADING = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FS
 
 ENGINES = ("deepspeed",)
 """Packages whose wrappers do so as well."""
+
+
+PREPARES = "prepare_inputs_for_generation"
+KEPT = f"base_model_{PREPARES}"
+"""Where PEFT's prompt learning keeps the model's own method, while it puts one in its place."""
 
 
 def model_inside(model: nn.Module) -> nn.Module:
@@ -31,3 +38,13 @@ def model_inside(model: nn.Module) -> nn.Module:
             "a policy out; attach the policy first, then wrap the model."
         )
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def rebind(wrapper: nn.Module, model: nn.Module) -> None:
+    """Gives a wrapper that kept a method of the model inside the one that its class has now."""
+    left = vars(model).get(PREPARES)  # PEFT leaves it on the model after its first generate
+    if getattr(left, "__self__", None) is model:
+        delattr(model, PREPARES)
+    for around in wrapper.modules():
+        if getattr(vars(around).get(KEPT), "__self__", None) is model:
+            setattr(around, KEPT, MethodType(getattr(type(model), PREPARES), model))
