@@ -21,6 +21,7 @@ from trol.depth.call import (
     told,
 )
 from trol.depth.planes import prepare
+from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.depth.saving import mark
 from trol.errors import HostError, UsageError
@@ -28,7 +29,6 @@ from trol.host.classes import Specialised
 from trol.host.generation import CONTINUOUS, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
-from trol.host.readout import Readout
 
 
 class HostMixin(Specialised):

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trol.depth.call import Executor
 from trol.depth.cost import StackCost
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
+from trol.depth.readout import Readout
 from trol.depth.registry import PolicyLike
 from trol.errors import HostError
 from trol.host.cache import new_cache
@@ -33,7 +34,6 @@ from trol.host.flops import LayerCost
 from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
 from trol.host.names import CACHE
 from trol.host.placement import is_at_hand
-from trol.host.readout import Readout
 from trol.host.trial import allowed, at_rest, difference, harmless_ids, kinds_of
 
 TOKENS = 5
