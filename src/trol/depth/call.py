@@ -85,8 +85,8 @@ class Call:
     """The stack's configuration."""
     costs: Callable[[], StackCost]
     """What visits of the layers cost."""
-    applied: list[int]
-    """How often each layer was applied; written by the layers."""
+    applied: list[int | None]
+    """How often each layer was applied; written by the layers, None where none was called."""
     cache: Any = None
     """The cache that the layers were handed; written by them."""
     entered: bool = False

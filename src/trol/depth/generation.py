@@ -54,7 +54,7 @@ class HostMixin(Specialised):
             if labels is None and assistant_masks is None:
                 self._check_untold()
         notes: dict[Any, Any] = {}
-        last_only = partial(reads_last_only, self.config, kwargs)
+        last_only = partial(reads_last_only, self.config, kwargs, self.depth_stack[0].depth_readers)
         token = STEP.set(
             replace(depth_step, last_only=last_only, readout=Readout(self), notes=notes)
         )

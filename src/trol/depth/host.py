@@ -32,6 +32,7 @@ from trol.host.classes import (
     trained_copy,
     undeclare_tied,
 )
+from trol.host.head import readers
 from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
 from trol.host.releases import check_release
 from trol.host.triton import missing
@@ -100,6 +101,7 @@ def _attach(model: Model, policy: AbstractPolicy, *, probe: bool) -> Model:
     cast(Any, model).depth_stack = (decoder,)
     decoder.depth_policy, decoder.depth_layers = policy, len(layers)
     decoder.depth_recurrent = is_recurrent(decoder)
+    decoder.depth_readers = readers(model, decoder, layers[-1])
     decoder.depth_bounds = policy, StackBounds.of(policy, len(layers))
     if policy.tied:
         declare_tied(model, GATE)
@@ -169,7 +171,13 @@ def _detach(model: Model) -> Model:
         for name in ("depth_index", "depth_site"):
             delattr(layer, name)
         remove_submodule(layer, GATE)
-    for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_bounds"):
+    for name in (
+        "depth_policy",
+        "depth_layers",
+        "depth_recurrent",
+        "depth_readers",
+        "depth_bounds",
+    ):
         delattr(stack, name)
     for name in ("depth_ambiences", "depth_costs", "depth_unreadable", "depth_entangled"):
         stack.__dict__.pop(name, None)
