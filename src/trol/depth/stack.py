@@ -27,7 +27,7 @@ from trol.depth.policy import AbstractPolicy, StackBounds
 from trol.depth.visits import traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSite, argument, layer_list
+from trol.host.layers import LayerSite, argument, attention_of, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
 from trol.host.shown import by_layer
 
@@ -71,7 +71,10 @@ class LayerMixin(Specialised):
         if call.runs_once(layer, cache):
             call.applied[layer] = 1
             return self._shown(forward(state, *args, **kwargs))
-        run = LayerRun(cast(nn.Module, self), forward, self.depth_site, (args, kwargs), cache)
+        given, attention = (args, kwargs), attention_of(call.config)
+        run = LayerRun(
+            cast(nn.Module, self), forward, self.depth_site, given, cache, attention=attention
+        )
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
         if not run.applied:
