@@ -18,6 +18,7 @@ FINAL_NORMS = (
     "final_norm",
     "embedding_norm",  # LFM2
     "layer_norm",  # XGLM, BioGPT
+    "layernorm",  # CTRL
 )
 """What families call the norm behind their last layer."""
 

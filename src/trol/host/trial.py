@@ -24,7 +24,7 @@ def kinds_of(layers: list[nn.Module], config: Any) -> list[tuple[Any, ...]]:
     return [
         (
             original_class(layer),
-            tuple(type(part) for part in layer.children()),
+            tuple(type(part) for part in layer.modules() if part is not layer),
             type(places[index]) if index < len(places) else None,
             types[index],
         )
