@@ -118,7 +118,7 @@ def test_other_bad_plans() -> None:
         UsageError, match=r"layer 40 of plan '0-40': this stack has 32 layers \(0-31\)"
     ):
         Plan("0-40").for_layers(32)
-    with pytest.raises(UsageError, match=r"name no layer above 11, or exit@12 for exit@20\.$"):
+    with pytest.raises(UsageError, match=r"name no layer above 11 \(exit@12 at most\)\.$"):
         Plan("exit@20").for_layers(12)
     with pytest.raises(UsageError, match=r"name no layer above 11\.$"):
         Plan("0-3 20").for_layers(12)

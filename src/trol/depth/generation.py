@@ -22,13 +22,14 @@ from trol.depth.call import (
 )
 from trol.depth.planes import prepare
 from trol.depth.readout import Readout
+from trol.depth.registry import to_settings
 from trol.depth.roles import IGNORED_LABEL, Prompt
-from trol.depth.saving import mark
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised
 from trol.host.generation import CONTINUOUS, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
+from trol.host.saving import mark
 
 
 class HostMixin(Specialised):
@@ -141,7 +142,7 @@ class HostMixin(Specialised):
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)
         if not in_config and (Path(folder) / "config.json").is_file():
-            mark(folder, self.depth_stack[0].depth_policy)
+            mark(folder, to_settings(self.depth_stack[0].depth_policy))
         return saved
 
 

@@ -123,10 +123,14 @@ def check_by_probe(model: nn.Module) -> None:
     """
     host, stack = attached(model)
     seen = findings(host, stack, _under(host))
-    if seen.wrong:
+    if seen.wrong or seen.broken:
+        kind = stack.config.model_type
+        what = f"trol cannot treat {kind} rightly: {seen.wrong}"
+        if seen.broken:
+            what = f"{kind} cannot be tried: without trol too it ends in {seen.broken.rstrip('.')}"
         raise HostError(
-            f"trol cannot treat {stack.config.model_type} rightly: {seen.wrong}. No policy was "
-            "attached; attach(..., probe=False) leaves this check out, at your own risk."
+            f"{what}. No policy was attached; attach(..., probe=False) leaves this check out, at "
+            "your own risk."
         )
     stack.depth_unreadable, stack.depth_entangled = seen.unreadable, seen.entangled
     _check_readable(stack, stack.depth_policy)

@@ -26,7 +26,6 @@ from transformers.utils.hub import cached_file
 from trol.depth import attach
 from trol.depth.host import check_by_probe
 from trol.depth.registry import from_settings
-from trol.depth.saving import marks
 from trol.errors import HostError, TrolError
 from trol.family import TrolForConditionalGeneration  # registers the family's classes as well
 from trol.family.memory import check_opening
@@ -36,6 +35,7 @@ from trol.family.published.opening import open_published
 from trol.family.published.quantisation import check_blocks, quantised
 from trol.family.published.reading import open_published_processor
 from trol.host.classes import tied_names
+from trol.host.saving import marks
 
 SHIPPED = ("trol-tiny",)
 """Models that lie inside the package."""

@@ -11,18 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trol.depth.policy import AbstractPolicy
-from trol.depth.registry import to_settings
-
 MODEL_TYPE = "trol_host"
 """The model type of a saved host that carries a policy."""
 
 
-def mark(folder: str | Path, policy: AbstractPolicy) -> None:
-    """Makes the saved configuration in `folder` say that this model needs trol and this policy."""
+def mark(folder: str | Path, policy: dict[str, Any]) -> None:
+    """Makes a saved configuration say that its model needs trol, and a policy of these settings."""
     path = Path(folder) / "config.json"
     host = json.loads(path.read_text(encoding="utf-8"))
-    marked = {"model_type": MODEL_TYPE, "depth": to_settings(policy), "host": host}
+    marked = {"model_type": MODEL_TYPE, "depth": policy, "host": host}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
