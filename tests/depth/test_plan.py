@@ -140,5 +140,9 @@ def test_plans_as_policies_come_back_from_their_settings(rows: list[list[int]]) 
 def test_plans_of_no_rows_and_of_numbers() -> None:
     with pytest.raises(UsageError, match="no plan given"):
         Planned([])
-    with pytest.raises(UsageError, match=r"1 is no plan; write Plan\(\[2, 1, 0\]\)"):
-        Planned([1, 0])
+    for wrong in (None, 42, [1, 0], [["0"]], 1.5):
+        with pytest.raises(UsageError, match=r"is no plan; write plan text .*Plan\(\[2, 1, 0\]\)"):
+            Planned(wrong)
+    for wrong in (None, 42, [["0"]], [1.5], {"0": 1}):
+        with pytest.raises(UsageError, match="is no plan; write plan text"):
+            Plan(wrong)

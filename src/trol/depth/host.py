@@ -216,13 +216,13 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     """Raises `UsageError` or `HostError` where `policy` does not fit this decoder."""
     layers = _layers(decoder)
     policy.check(len(layers))
-    deepest = max(policy.bounds(layer).most for layer in range(len(layers)))
-    if deepest > 1 and quirk_of(decoder).no_second_visit:
+    bounds = StackBounds.of(policy, len(layers)).layers
+    if max(one.most for one in bounds) > 1 and quirk_of(decoder).no_second_visit:
         raise HostError(
             f"{decoder.config.model_type} layers cannot be visited twice: "
             f"{quirk_of(decoder).no_second_visit}; skip layers of it, or exit early."
         )
-    skips = any(policy.bounds(layer).least == 0 for layer in range(len(layers)))
+    skips = any(one.least == 0 for one in bounds)
     quirk = quirk_of(decoder)
     no_holes = quirk.no_holes or (
         "its recurrent layers have no positions to leave out" if is_recurrent(decoder) else ""
