@@ -39,12 +39,13 @@ class Plan:
     """Visits of every layer that `visits` does not reach: 0, unless the plan says `all`."""
 
     def __init__(self, spec: str | Iterable[int] = "all", *, beyond: int = 0) -> None:
+        counts: list[Any]
         if isinstance(spec, str):
             counts, beyond = _parse(spec)
         else:
-            counts = list(spec) if isinstance(spec, Iterable) else [spec]
-        ints = all(isinstance(count, int) for count in (*counts, beyond))
-        if not isinstance(spec, Iterable) or isinstance(spec, dict) or not ints:
+            given: Any = spec
+            counts = list(given) if isinstance(given, Iterable) else [None]
+        if not all(isinstance(count, int) for count in [*counts, beyond]):
             raise UsageError(
                 f"{spec!r:.80} is no plan; write plan text, such as '0-7:2 8-23', or how often "
                 "each layer is visited, such as Plan([2, 1, 0])."

@@ -157,7 +157,7 @@ def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], 
     if size > TINY:  # each costs six passes of a layer: a fifth of the stack takes 1.2 passes of it
         which = which[: max(1, len(layers) // 5)]
     of = (original_class(host), original_class(stack), attention_of(stack.config), host.dtype)
-    return which, (*of, *(kinds[index] for index in which))
+    return which, (*of, *(kinds[index] for index in (*which, -1)))
 
 
 def _probed(
@@ -180,9 +180,10 @@ def _probed(
         with torch.no_grad():
             with under(plan):
                 logits = host(ids, use_cache=False)
-            state, whole = seen[:2]
-            if state.ndim != 3 or state.shape[:2] != ids.shape:
-                return Findings(wrong=_SEVERAL.format(list(state.shape)))
+            state, whole = seen[0], seen[-1]
+            if len(seen) < 2 or state.ndim != 3 or state.shape[:2] != ids.shape:
+                shape = _SEVERAL.format(list(state.shape))
+                return Findings(wrong=shape if len(seen) > 1 else _NOT_CALLED)
             with under(plan):
                 apart = difference(last_on_cache(stack, ids), whole[:, -1])
             if apart > allowed(whole):
@@ -219,6 +220,7 @@ def _fails_bare(host: Any, stack: Any, ids: Tensor, under: Under) -> str:
     return ""
 
 
+_NOT_CALLED = "its last layer is not called where there are ids alone"
 _SEVERAL = "its layers hand on several states for each token (shape {})"
 
 

@@ -69,6 +69,8 @@ class VisitSlot:
             return new
         if self.in_scope is False:
             return self.fallback[which]
+        if new.shape[axis] != self.in_scope.shape[1]:  # of a picture, and so alike in all visits
+            return new
         mine = self.in_scope[..., None] if axis == 1 else self.in_scope[:, None, :, None]
         return torch.where(mine, new, self.fallback[which])
 
