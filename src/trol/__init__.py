@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trol import depth
-    from trol.depth import AbstractPolicy, Plan, Trace, attach, detach, prepare_cache, trace
+    from trol.depth import (
+        AbstractPolicy,
+        Plan,
+        Trace,
+        attach,
+        detach,
+        prepare_cache,
+        register,
+        trace,
+    )
     from trol.family.loading import load_model
     from trol.policies.adapter import load, save
     from trol.policies.controller import Controller
@@ -35,6 +44,7 @@ _HOMES = {
     "detach": "depth",
     "trace": "depth",
     "prepare_cache": "depth",
+    "register": "depth",
     "save": "policies.adapter",
     "load": "policies.adapter",
     "AbstractPolicy": "depth",

@@ -118,7 +118,7 @@ def test_other_bad_plans() -> None:
         UsageError, match=r"layer 40 of plan '0-40': this stack has 32 layers \(0-31\)"
     ):
         Plan("0-40").for_layers(32)
-    with pytest.raises(UsageError, match=r"name no layer above 11, or exit@12 for exit@20\.$"):
+    with pytest.raises(UsageError, match=r"name no layer above 11 \(exit@12 at most\)\.$"):
         Plan("exit@20").for_layers(12)
     with pytest.raises(UsageError, match=r"name no layer above 11\.$"):
         Plan("0-3 20").for_layers(12)
@@ -140,5 +140,9 @@ def test_plans_as_policies_come_back_from_their_settings(rows: list[list[int]]) 
 def test_plans_of_no_rows_and_of_numbers() -> None:
     with pytest.raises(UsageError, match="no plan given"):
         Planned([])
-    with pytest.raises(UsageError, match=r"1 is no plan; write Plan\(\[2, 1, 0\]\)"):
-        Planned([1, 0])
+    for wrong in (None, 42, [1, 0], [["0"]], 1.5):
+        with pytest.raises(UsageError, match=r"is no plan; write plan text .*Plan\(\[2, 1, 0\]\)"):
+            Planned(wrong)
+    for wrong in (None, 42, [["0"]], [1.5], {"0": 1}):
+        with pytest.raises(UsageError, match="is no plan; write plan text"):
+            Plan(wrong)

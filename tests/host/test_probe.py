@@ -1,10 +1,13 @@
 """The probe at attach: families that nobody listed are right, or refused with what was seen."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+)
 
 import trol
 from hosts import HOSTS
@@ -16,15 +19,8 @@ from trol.host.head import FINAL_NORMS, MULTIPLIED_BY_DIVISOR
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+from .tiny_families import HYPERCLOVA, LFM2, random_model
+
 LONGCAT = {
     "num_layers": 2,
     "q_lora_rank": 16,
@@ -49,24 +45,7 @@ GRIFFIN = {
     "attention_window_size": 16,
     "logits_soft_cap": 1.0,
 }
-LFM2 = {
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "layer_types": ["conv", "full_attention"] * 2,
-}
-HYPERCLOVA = {"num_hidden_layers": 2, "num_key_value_heads": 2, "logits_scaling": 0.25}
-
-
-@torch.no_grad()
-def random_model(model_type: str, **settings: Any) -> PreTrainedModel:
-    """A tiny model whose weights are large enough that every layer matters."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            weight.copy_(torch.randn_like(weight) * 1.2 / weight[0].numel() ** 0.5)
-    return model
+NGRAMS = {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +60,7 @@ def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("longcat_flash", LONGCAT, "on a cache than without"),
         ("recurrent_gemma", GRIFFIN, "on a cache than without"),
+        ("prophetnet", NGRAMS, "several states for each token"),
     ],
 )
 def test_a_family_that_would_be_wrong_is_refused(family: str, settings: Any, seen: str) -> None:
@@ -112,6 +92,27 @@ def test_every_host_of_the_zoo_passes(host: Host) -> None:
     assert {n: repr(v) for n, v in vars(model).items() if n in noted} == noted
     assert probe._FINDINGS
     assert not attached(model)[1].depth_unreadable
+
+
+@pytest.mark.parametrize("what", ["error", "warning"])
+def test_a_model_that_fails_by_itself_is_not_trols_fault(what: str) -> None:
+    """And is tried again once it was mended."""
+    model = HOSTS["llama"].build()
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+
+    def failing(state: torch.Tensor) -> torch.Tensor:
+        if what == "error":
+            raise RuntimeError("no such kernel")
+        warnings.warn("no such kernel", stacklevel=1)
+        return forward(state)
+
+    layer.forward = failing
+    with pytest.raises(HostError, match=r"llama cannot be tried: without trol too .*no such ker"):
+        trol.attach(model, TrolMixer())
+    assert not is_attached(model)
+    layer.forward = forward
+    trol.attach(model, TrolMixer())
 
 
 def test_a_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, Plan
+from trol.depth.readout import Readout
 from trol.host.names import CACHE
-from trol.host.readout import Readout
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer

@@ -1,5 +1,7 @@
 """What trol cannot do rightly it refuses by name, with the reason and the cure."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 
 import trol
 from hosts import HOSTS
-from trol.depth import attach, detach
+from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attach, detach, is_attached, trace
 from trol.depth.planes import adopt
 from trol.depth.registry import from_settings, names, to_settings
 from trol.errors import HostError, UsageError
@@ -186,3 +188,37 @@ def test_every_registered_policy_has_laws() -> None:
     """A policy that is added to the registry must be added to the subjects of the laws."""
     elsewhere = {"replay", "layer_dropout"}  # the second is the plain model where nothing learns
     assert {made(name).name for name in (*POLICIES, *HOLED)} | elsewhere == set(names())
+
+
+class Answering(AbstractPolicy):
+    """Answers and bounds as it is told."""
+
+    name = "answering"
+
+    def __init__(self, answer: float = 0.5, least: int = 1, most: int = 2) -> None:
+        super().__init__()
+        self.answer, self.own = answer, Bounds(least, most)
+
+    def bounds(self, layer: int) -> Bounds:
+        return self.own
+
+    def again(self, visit: Visit) -> Answer:
+        return 1.0 if visit.number == 0 else torch.full(visit.state.shape[:2], self.answer)
+
+    def settings(self) -> dict[str, Any]:
+        return {"answer": self.answer}
+
+
+@pytest.mark.parametrize("bounds", [(2, 1), (-1, 1)])
+def test_bounds_that_are_none_are_refused(bounds: tuple[int, int]) -> None:
+    model = HOSTS["llama"].build(layers=2)
+    with pytest.raises(UsageError, match=r"answering gives Bounds.*0 <= least <= most"):
+        attach(model, Answering(0.5, *bounds))
+    assert not is_attached(model)
+
+
+@pytest.mark.parametrize("answer", [float("nan"), 1.5, -0.1])
+def test_a_trace_refuses_answers_that_are_no_shares(answer: float) -> None:
+    model = attach(HOSTS["llama"].build(layers=2), Answering(answer))
+    with pytest.raises(UsageError, match=r"answered \[.* at layer 0; a_r lies in"), trace(model):
+        model(**HOSTS["llama"].inputs())

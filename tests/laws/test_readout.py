@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hosts import HOSTS, Host
+from trol.depth.readout import Readout
 from trol.errors import HostError
-from trol.host.readout import Readout
 
 from .subjects import gap, layers_of, some_hosts
 

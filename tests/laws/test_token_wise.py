@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -232,6 +234,41 @@ def test_the_last_visit_of_the_last_layer_needs_only_the_last_token(name: str) -
             widths.clear()
             greedy(model, inputs, max_new_tokens=1, **settings)
             assert widths[-1] == last, (who, settings, widths)
+
+
+WATCHED = {
+    "layer": lambda model: layers_of(model)[-1].register_forward_hook,
+    "norm": lambda model: model.get_decoder().norm.register_forward_pre_hook,
+    "stack": lambda model: model.get_decoder().register_forward_hook,
+    "whole": lambda model: model.model.register_forward_hook,
+    "anything": lambda _model: register_module_forward_hook,
+}
+"""Who registers a hook that sees what leaves the last layer."""
+
+
+@pytest.mark.parametrize("host", some_hosts("llama", "qwen2_5_vl"))
+@pytest.mark.parametrize("where", WATCHED)
+def test_who_watches_the_last_layer_sees_all_tokens(host: Host, where: str) -> None:
+    """While `generate` reads a prompt too; hooks that are no forward hooks change nothing."""
+    model, inputs = attach_settled(host.build(), ALL["trol"]()), host.inputs(batch=2)
+    model(**inputs, output_hidden_states=True)  # transformers' own hooks stay on the layers
+    for layer in layers_of(model):
+        add_hook_to_module(layer, ModelHook())
+    norm, states = model.get_decoder().norm, []
+    with executor(model, "token-wise"):
+        with entered(model) as cheap:
+            greedy(model, inputs, max_new_tokens=1)
+        assert cheap[-1] < cheap[0]
+        hook = WATCHED[where](model)(lambda *_: None)
+        note = norm.register_forward_pre_hook(lambda _m, args: states.append(args[0].clone()))
+        greedy(model, inputs, max_new_tokens=1)
+        model(**inputs)
+        note.remove()
+        with entered(model) as counts:
+            greedy(model, inputs, max_new_tokens=1)
+        hook.remove()
+    assert gap(*states) <= host.default_exact
+    assert counts[-1] == counts[0]
 
 
 @pytest.mark.parametrize("asked", ["output_attentions", "output_router_logits"])

@@ -14,8 +14,8 @@ from training.standins import chats, llm
 from trol import load_model
 from trol.depth import attach, attached, depth
 from trol.depth.host import gates_of
+from trol.depth.readout import Readout
 from trol.errors import UsageError
-from trol.host.readout import Readout
 from trol.host.trainer import checkpoint_activations
 from trol.policies.exits import EarlyExit
 from trol.policies.layer_dropout import LayerDropout

@@ -26,7 +26,7 @@ from trol.depth.host import (
 )
 from trol.depth.plan import Plan
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
-from trol.depth.registry import PolicyLike
+from trol.depth.registry import PolicyLike, register
 from trol.depth.roles import Roles, Scope
 from trol.depth.trace import Trace
 
@@ -50,6 +50,7 @@ __all__ = [
     "executor",
     "is_attached",
     "prepare_cache",
+    "register",
     "trace",
 ]
 

@@ -20,12 +20,12 @@ from trol.depth.context import Context
 from trol.depth.cost import StackCost
 from trol.depth.planes import ALONG, HOLES, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
+from trol.depth.readout import Readout
 from trol.depth.roles import Prompt, Roles
 from trol.depth.trace import Recorder
 from trol.host.cache import new_cache
 from trol.host.context import CompileableContextVar
 from trol.host.generation import shows_all
-from trol.host.readout import Readout
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Call:
     """The stack's configuration."""
     costs: Callable[[], StackCost]
     """What visits of the layers cost."""
-    applied: list[int]
-    """How often each layer was applied; written by the layers."""
+    applied: list[int | None]
+    """How often each layer was applied; written by the layers, None where none was called."""
     cache: Any = None
     """The cache that the layers were handed; written by them."""
     entered: bool = False

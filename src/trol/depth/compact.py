@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from trol.depth.call import Call
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import PlanedCache, adopt
 from trol.depth.policy import AbstractPolicy, StackBounds, Visit
-from trol.errors import HostError
 from trol.host.cache import is_growing_and_empty
-from trol.host.layers import PER_KEY, PER_TOKEN
 from trol.host.rows_kept import RowsKept, keep_rows
+from trol.host.side_inputs import rows_known, rows_taken
 
 
 def check_rows(
@@ -64,9 +60,9 @@ def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tenso
     """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
     args, kwargs = run.inputs(state)
     batch = len(state)
-    given = {name: _taken(one, name, rows, batch) for name, one in kwargs.items()}
+    given = {name: rows_taken(one, name, rows, batch) for name, one in kwargs.items()}
     names = run.site.names[: len(args)]
-    placed = [_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
+    placed = [rows_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
     visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
     return state.index_copy(0, rows, visited)
 
@@ -75,30 +71,4 @@ def _understood(run: LayerRun, batch: int) -> bool:
     """Whether it is known of every side input of a layer what belongs to which row."""
     args, kwargs = run.given
     placed = zip(run.site.names[: len(args)], args, strict=True)
-    return all(_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
-
-
-def _known(value: Any, name: str, batch: int) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_known(part, name, batch) for part in value)
-    if not isinstance(value, Tensor):
-        return value is None or isinstance(value, bool | int | float | str | Cache)
-    if name in PER_KEY:
-        return len(value) % batch == 0
-    return value.ndim == len(PER_TOKEN.get(name, ())) and len(value) in (1, batch)
-
-
-def _taken(value: Any, name: str, rows: Tensor, batch: int) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(_taken(part, name, rows, batch) for part in value)
-    if not isinstance(value, Tensor) or len(value) == 1:
-        return value
-    if not _known(value, name, batch):
-        raise HostError(
-            f"a layer takes {name} of shape {list(value.shape)}, of which trol does not know what "
-            "belongs to which row, and its cache holds some rows alone; start a new one under "
-            "trol.depth.executor(model, 'dense')."
-        )
-    if name in PER_KEY:
-        return value.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
-    return value.index_select(0, rows)
+    return all(rows_known(value, name, batch) for name, value in [*placed, *kwargs.items()])

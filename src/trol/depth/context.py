@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trol.depth.readout import Readout
 from trol.depth.roles import Mask
 from trol.errors import HostError
-from trol.host.readout import Readout
 
 INPUT = "input"
 """Under this note, for policies that read it, lies what entered layer 0. Shape: [B, T, D]."""

@@ -21,14 +21,15 @@ from trol.depth.call import (
     told,
 )
 from trol.depth.planes import prepare
+from trol.depth.readout import Readout
+from trol.depth.registry import to_settings
 from trol.depth.roles import IGNORED_LABEL, Prompt
-from trol.depth.saving import mark
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised, saves_adapters_alone
 from trol.host.generation import CONTINUOUS, predicts_tokens, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
-from trol.host.readout import Readout
+from trol.host.saving import mark
 
 
 class HostMixin(Specialised):
@@ -59,7 +60,7 @@ class HostMixin(Specialised):
         else:
             depth_step = told(assistant_masks, labels, mask)
         notes: dict[Any, Any] = {}
-        last_only = partial(reads_last_only, self.config, kwargs)
+        last_only = partial(reads_last_only, self.config, kwargs, self.depth_stack[0].depth_readers)
         token = STEP.set(
             replace(depth_step, last_only=last_only, readout=Readout(self), notes=notes)
         )
@@ -178,7 +179,7 @@ class HostMixin(Specialised):
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)
         if not in_config and (Path(folder) / "config.json").is_file():
-            mark(folder, self.depth_stack[0].depth_policy)
+            mark(folder, to_settings(self.depth_stack[0].depth_policy))
         elif saves_adapters_alone(self):
             warnings.warn(
                 f"{folder} holds PEFT's adapters alone, as save_pretrained writes them beside a "

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from trol.depth.planes import HOLES, adopt
 from trol.depth.roles import Mask
-from trol.errors import HostError
 from trol.host.cache import capacity
-from trol.host.layers import LayerSite
 from trol.host.position_slot import PositionSlot
 
 
@@ -50,30 +48,12 @@ class Holes:
             adopt(self.cache)
             self.cache.planes[self.layer, HOLES] = kept
 
-    def shown_in(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], site: LayerSite, state: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layer's arguments with a mask that hides the holes.
-
-        Raises:
-            HostError: the mask is not of the four-dimensional kind that sdpa and eager take.
-        """
+    def hidden_from(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Which keys are holes to each query, and which come no later: [B, 1, T, S], [T, S]."""
         assert self.holes is not None
-        mask = site.mask_in(args, kwargs)
-        tokens = state.shape[1]
         keys = torch.arange(self.offset, self.offset + self.keys, device=state.device)
-        queries = (torch.arange(tokens, device=state.device) + self.start)[:, None]
+        queries = (torch.arange(state.shape[1], device=state.device) + self.start)[:, None]
         hidden = torch.nn.functional.pad(
             self.holes, (0, max(0, self.offset + self.keys - self.holes.shape[1]))
         )[:, keys]
-        hidden = hidden[:, None, None, :] & (keys != queries)  # Shape: [B, 1, T, S]
-        if mask is None:
-            mask = (keys <= queries)[None, None]
-        if mask.ndim != 4:
-            raise HostError(
-                f"holes need a mask of 4 dimensions, this attention takes {mask.ndim}; load the "
-                'model with attn_implementation="sdpa" or "eager", or set skipped_kv="project".'
-            )
-        if mask.dtype == torch.bool:
-            return site.with_mask(args, kwargs, mask & ~hidden)
-        return site.with_mask(args, kwargs, mask.masked_fill(hidden, torch.finfo(mask.dtype).min))
+        return hidden[:, None, None, :] & (keys != queries), keys <= queries

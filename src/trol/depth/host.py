@@ -32,6 +32,7 @@ from trol.host.classes import (
     trained_copy,
     undeclare_tied,
 )
+from trol.host.head import readers
 from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
 from trol.host.placement import running_device
 from trol.host.releases import check_release
@@ -104,6 +105,7 @@ def _attach(model: nn.Module, policy: AbstractPolicy, *, probe: bool) -> None:
     cast(Any, model).depth_stack = (decoder,)
     decoder.depth_policy, decoder.depth_layers = policy, len(layers)
     decoder.depth_recurrent = is_recurrent(decoder)
+    decoder.depth_readers = readers(model, decoder, layers[-1])
     decoder.depth_bounds = policy, StackBounds.of(policy, len(layers))
     if policy.tied:
         declare_tied(model, GATE)
@@ -124,10 +126,14 @@ def check_by_probe(model: nn.Module) -> None:
     """
     host, stack = attached(model)
     seen = findings(host, stack, _under(host))
-    if seen.wrong:
+    if seen.wrong or seen.broken:
+        kind = stack.config.model_type
+        what = f"trol cannot treat {kind} rightly: {seen.wrong}"
+        if seen.broken:
+            what = f"{kind} cannot be tried: without trol too it ends in {seen.broken.rstrip('.')}"
         raise HostError(
-            f"trol cannot treat {stack.config.model_type} rightly: {seen.wrong}. No policy was "
-            "attached; attach(..., probe=False) leaves this check out, at your own risk."
+            f"{what}. No policy was attached; attach(..., probe=False) leaves this check out, at "
+            "your own risk."
         )
     stack.depth_unreadable, stack.depth_entangled = seen.unreadable, seen.entangled
     _check_readable(stack, stack.depth_policy)
@@ -172,7 +178,13 @@ def _detach(model: Model) -> Model:
         for name in ("depth_index", "depth_site"):
             delattr(layer, name)
         remove_submodule(layer, GATE)
-    for name in ("depth_policy", "depth_layers", "depth_recurrent", "depth_bounds"):
+    for name in (
+        "depth_policy",
+        "depth_layers",
+        "depth_recurrent",
+        "depth_readers",
+        "depth_bounds",
+    ):
         delattr(stack, name)
     for name in ("depth_ambiences", "depth_costs", "depth_unreadable", "depth_entangled"):
         stack.__dict__.pop(name, None)
@@ -208,13 +220,13 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     """Raises `UsageError` or `HostError` where `policy` does not fit this decoder."""
     layers = _layers(decoder)
     policy.check(len(layers))
-    deepest = max(policy.bounds(layer).most for layer in range(len(layers)))
-    if deepest > 1 and quirk_of(decoder).no_second_visit:
+    bounds = StackBounds.of(policy, len(layers)).layers
+    if max(one.most for one in bounds) > 1 and quirk_of(decoder).no_second_visit:
         raise HostError(
             f"{decoder.config.model_type} layers cannot be visited twice: "
             f"{quirk_of(decoder).no_second_visit}; skip layers of it, or exit early."
         )
-    skips = any(policy.bounds(layer).least == 0 for layer in range(len(layers)))
+    skips = any(one.least == 0 for one in bounds)
     quirk = quirk_of(decoder)
     no_holes = quirk.no_holes or (
         "its recurrent layers have no positions to leave out" if is_recurrent(decoder) else ""

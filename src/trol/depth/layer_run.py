@@ -11,6 +11,7 @@ from trol.depth.holes import Holes
 from trol.depth.planes import LayerPlanes
 from trol.host.attending import Attending
 from trol.host.layers import LayerSite
+from trol.host.masks import hiding, is_causal
 from trol.host.parts import with_parts
 from trol.host.token_wise import Going
 from trol.host.visit_slot import KeysWritten
@@ -29,7 +30,10 @@ class LayerRun:
         site: LayerSite,
         given: Inputs,
         cache: Any,
+        *,
+        attention: str | None,
     ) -> None:
+        self.attention = attention
         self.layer, self.forward, self.site = layer, forward, site
         self.given, self.cache = given, cache
         self.lasts = cache is not None
@@ -94,7 +98,15 @@ class LayerRun:
         """The layer's arguments beside `state` [B, T, D], with a mask that hides its holes."""
         if self.holes is None:
             return self.given
-        return self.holes.shown_in(*self.given, self.site, state)
+        args, kwargs = self.given
+        mask = hiding(
+            self.site.mask_in(args, kwargs),
+            *self.holes.hidden_from(state),
+            attention=self.attention,
+            causal=is_causal(self.layer, kwargs),
+            dtype=state.dtype,
+        )
+        return self.site.with_mask(args, kwargs, mask)
 
     def wrap(self, state: Tensor) -> Any:
         """The layer's output in the form that its family returns; the layer has run."""

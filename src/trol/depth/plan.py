@@ -39,10 +39,17 @@ class Plan:
     """Visits of every layer that `visits` does not reach: 0, unless the plan says `all`."""
 
     def __init__(self, spec: str | Iterable[int] = "all", *, beyond: int = 0) -> None:
+        counts: list[Any]
         if isinstance(spec, str):
             counts, beyond = _parse(spec)
         else:
-            counts = list(spec)
+            given: Any = spec
+            counts = list(given) if isinstance(given, Iterable) else [None]
+        if not all(isinstance(count, int) for count in [*counts, beyond]):
+            raise UsageError(
+                f"{spec!r:.80} is no plan; write plan text, such as '0-7:2 8-23', or how often "
+                "each layer is visited, such as Plan([2, 1, 0])."
+            )
         if any(not 0 <= count <= MOST_VISITS for count in (*counts, beyond)):
             raise UsageError(
                 f"a plan got visits {[*counts, beyond]}; give each layer 0 (skipped) to "
@@ -71,8 +78,8 @@ class Plan:
         """
         named = len(self.visits)
         if named > layers:
-            # Plan text `exit@20` is kept as '0-19': both are named, whichever was written.
-            exits = f", or exit@{layers} for exit@{named}" if set(self.visits) == {1} else ""
+            # Plan text `exit@20` is kept as '0-19': its form is named, whichever was written.
+            exits = f" (exit@{layers} at most)" if set(self.visits) == {1} else ""
             raise UsageError(
                 f"layer {named - 1} of plan '{self}': this stack has {layers} layers "
                 f"(0-{layers - 1}); name no layer above {layers - 1}{exits}."

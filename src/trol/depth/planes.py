@@ -23,6 +23,7 @@ from trol.host.cache import (
     has_keys,
     held_bytes,
     is_growing_and_empty,
+    is_indexed,
     is_recurrent,
     is_sliding,
     is_static,
@@ -32,7 +33,7 @@ from trol.host.cache import (
 )
 from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
-from trol.host.visit_slot import Slot, VisitSlot
+from trol.host.visit_slot import Slot, VisitSlot, Written, store
 
 HOLES, ALONG = 0, -1
 """The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
@@ -196,7 +197,7 @@ class LayerPlanes:
         # Some copy a lower plane, or may leave one to be completed.
         some = in_scope is not True
         self.remembers = (most > 1 and some) or (keep and self.held >= (1 if some else least))
-        self.fresh: tuple[Tensor, Tensor] | None = None
+        self.fresh: Written | None = None
         self._open: VisitSlot | None = None
         self._slot: Slot = None
 
@@ -208,7 +209,7 @@ class LayerPlanes:
     def stores_keys(self, plane: int) -> bool:
         """Whether a visit leaves keys and values in this plane, and nothing else."""
         slot = self.slots[plane - 1]
-        return has_keys(slot) and not is_recurrent(slot)
+        return has_keys(slot) and not is_recurrent(slot) and not is_indexed(slot)
 
     def opened(self, plane: int, *, leaves: bool = False) -> Any:
         """The cache to hand to the layer for its visit number `plane`, as of `LayerRun.apply`."""
@@ -226,7 +227,7 @@ class LayerPlanes:
     def close(self) -> None:
         """Ends a visit: its keys and values become the fallback of the next."""
         if self._open is not None:
-            self.fresh = self._open.fresh or self.fresh
+            self.fresh = self._open.written or self.fresh
             self._open = None
         if self.cache.offloading:  # a visit that was left at its keys has not done so
             offload(self.cache, self._slot)
@@ -236,7 +237,7 @@ class LayerPlanes:
         for plane in range(visited + 1, self.held + 2):
             if self.keep and plane > 1 and self.fresh is not None:
                 prefetch(self.cache, self.slots[plane - 1])
-                self.slots[plane - 1].update(*self.fresh)
+                store(self.slots[plane - 1], self.fresh)
                 offload(self.cache, self.slots[plane - 1])
         if not self.keep:
             if isinstance(self.cache, PlanedCache):

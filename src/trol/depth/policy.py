@@ -228,5 +228,11 @@ class StackBounds:
     def of(cls, policy: AbstractPolicy, layers: int) -> StackBounds:
         """The bounds of `policy` on a stack of `layers` layers."""
         bounds = tuple(policy.bounds(layer) for layer in range(layers))
+        for layer, one in enumerate(bounds):
+            if not 0 <= one.least <= one.most:
+                raise UsageError(
+                    f"{policy.name} gives {one} for layer {layer}; bounds are the least and the "
+                    "most visits, such as Bounds(1, 2): 0 <= least <= most."
+                )
         never = frozenset(layer for layer, one in enumerate(bounds) if one.most == 0)
         return cls(bounds, never, all(one == PLAIN for one in bounds))

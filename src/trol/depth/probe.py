@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -25,16 +24,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from trol.depth.call import Executor
 from trol.depth.cost import StackCost
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
+from trol.depth.readout import Readout
 from trol.depth.registry import PolicyLike
 from trol.errors import HostError
-from trol.host.cache import new_cache
 from trol.host.classes import original_class
-from trol.host.flops import LayerCost
+from trol.host.flops import count_flops, miscounted
 from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
-from trol.host.names import CACHE
-from trol.host.placement import is_at_hand
-from trol.host.readout import Readout
-from trol.host.trial import allowed, at_rest, difference, harmless_ids, kinds_of
+from trol.host.trial import (
+    allowed,
+    at_rest,
+    can_run,
+    difference,
+    harmless_ids,
+    kinds_of,
+    last_on_cache,
+)
 
 TOKENS = 5
 NOISE = 8
@@ -81,6 +85,8 @@ class Findings:
 
     wrong: str = ""
     """Why cached and uncached decoding differ, or cannot be."""
+    broken: str = ""
+    """In what the model itself ends, with no policy in force."""
     unreadable: str = ""
     """Why its logits cannot be read off a state."""
     entangled: str = ""
@@ -105,14 +111,17 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
         stack: its stack of layers.
         under: puts a policy in force on it for a while.
     """
-    if not _can_run(host, stack):
+    if not can_run(host, stack.config, TOKENS):
         return Findings()
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
-    if key not in _FINDINGS:
-        with at_rest(host, layers):
-            _FINDINGS[key] = _probed(host, stack, layers, which, under)
-    return _FINDINGS[key]
+    if key in _FINDINGS:
+        return _FINDINGS[key]
+    with at_rest(host, layers):
+        found = _probed(host, stack, layers, which, under)
+    if not found.broken:  # what breaks a model may be mended
+        _FINDINGS[key] = found
+    return found
 
 
 def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
@@ -121,7 +130,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
     Not known, and so not found, of weights that are not at hand, and under attentions with
     operators of their own. Arguments as of `findings`.
     """
-    if not _can_run(host, stack) or attention_of(stack.config) not in COUNTED:
+    if not can_run(host, stack.config, TOKENS) or attention_of(stack.config) not in COUNTED:
         return False
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
@@ -131,40 +140,12 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
         ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
         with at_rest(host, layers), under(" ".join(map(str, which))), torch.no_grad(), counter:
             for index in which:
-                _count(layers[index], index, counts, counter)
+                count_flops(layers[index], index, counts, counter)
             stack(ids, use_cache=False)
-        _MISCOUNTS[key] = any(_differs(layers[i], cost.layers[i], counts[i]) for i in which)
+        _MISCOUNTS[key] = any(
+            miscounted(layers[i], cost.layers[i], counts[i], TOKENS) for i in which
+        )
     return _MISCOUNTS[key]
-
-
-def _can_run(host: Any, stack: Any) -> bool:
-    """Whether the ids of the probe can be passed through this model here and now."""
-    positions = getattr(stack.config, "max_position_embeddings", None) or TOKENS
-    return positions >= TOKENS and all(is_at_hand(one) for one in host.parameters())
-
-
-def _count(layer: nn.Module, index: int, counts: dict[int, int], counter: FlopCounterMode) -> None:
-    """Has a layer add to `counts` what it takes in this thread while the counter is on."""
-    mine = get_ident()
-
-    def begin(*_: Any) -> None:
-        counts[index] -= counter.get_total_flops() if get_ident() == mine else 0
-
-    def end(*_: Any) -> None:
-        counts[index] += counter.get_total_flops() if get_ident() == mine else 0
-
-    layer.register_forward_pre_hook(begin)
-    layer.register_forward_hook(end)
-
-
-def _differs(layer: nn.Module, cost: LayerCost | None, counted: int) -> bool:
-    """Whether one visit took other FLOPs than predicted, as far as torch counts them."""
-    if cost is None:
-        return False
-    maps, all_of_it = TOKENS * cost.per_token, cost.flops(TOKENS, step=TOKENS)
-    if any(parameter.ndim == 3 for parameter in layer.parameters()):
-        return counted > all_of_it  # experts run in operators of their own, which nobody counts
-    return counted not in (maps, all_of_it)  # so does attention, on some devices
 
 
 def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], tuple[Any, ...]]:
@@ -176,7 +157,7 @@ def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], 
     if size > TINY:  # each costs six passes of a layer: a fifth of the stack takes 1.2 passes of it
         which = which[: max(1, len(layers) // 5)]
     of = (original_class(host), original_class(stack), attention_of(stack.config), host.dtype)
-    return which, (*of, *(kinds[index] for index in which))
+    return which, (*of, *(kinds[index] for index in (*which, -1)))
 
 
 def _probed(
@@ -199,16 +180,19 @@ def _probed(
         with torch.no_grad():
             with under(plan):
                 logits = host(ids, use_cache=False)
-            state, whole = seen[:2]
-            if state.ndim != 3:
-                return Findings(wrong=_SEVERAL.format(list(state.shape)))
+            state, whole = seen[0], seen[-1]
+            if len(seen) < 2 or state.ndim != 3 or state.shape[:2] != ids.shape:
+                shape = _SEVERAL.format(list(state.shape))
+                return Findings(wrong=shape if len(seen) > 1 else _NOT_CALLED)
             with under(plan):
-                apart = difference(_cached(stack, ids), whole[:, -1])
+                apart = difference(last_on_cache(stack, ids), whole[:, -1])
             if apart > allowed(whole):
                 # Some families cannot be had more exactly: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
                 with under(bare):
-                    noise = difference(_cached(stack, ids), stack(ids, use_cache=False)[0][:, -1])
+                    noise = difference(
+                        last_on_cache(stack, ids), stack(ids, use_cache=False)[0][:, -1]
+                    )
                 if apart > NOISE * noise:
                     return Findings(
                         wrong=f"with plan '{plan}' the last of {TOKENS} tokens leaves the stack "
@@ -217,34 +201,41 @@ def _probed(
             entangled = _entangled(stack, ids, EveryOther(which, visits), under)
             return Findings(unreadable=_unreadable(host, state, logits), entangled=entangled)
     except Exception as error:  # whatever a family raises here is the finding
-        shape = list(seen[0].shape) if seen else ()
+        shape = seen[0].shape if seen else ()
         if len(shape) > 3:
-            return Findings(wrong=_SEVERAL.format(shape))
+            return Findings(wrong=_SEVERAL.format(list(shape)))
+        if bare := _fails_bare(host, stack, ids, under):
+            return Findings(broken=bare)
         return Findings(wrong=f"plan '{plan}' ends in {type(error).__name__}: {error}")
 
 
+def _fails_bare(host: Any, stack: Any, ids: Tensor, under: Under) -> str:
+    """In what the same passes end where every token visits every layer once."""
+    try:
+        with torch.no_grad(), under("all"):
+            host(ids, use_cache=False)
+            last_on_cache(stack, ids)
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+_NOT_CALLED = "its last layer is not called where there are ids alone"
 _SEVERAL = "its layers hand on several states for each token (shape {})"
 
 
 def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, under: Under) -> str:
     with under(policy):
-        among_all = stack(ids, use_cache=False)[0], _cached(stack, ids)
+        among_all = stack(ids, use_cache=False)[0], last_on_cache(stack, ids)
     try:
         with under(policy, by="token-wise"):
-            alone = stack(ids, use_cache=False)[0], _cached(stack, ids)
+            alone = stack(ids, use_cache=False)[0], last_on_cache(stack, ids)
     except Exception as error:  # as above
         return f"some tokens alone end in {type(error).__name__}: {error}"
     apart = max(difference(*pair) for pair in zip(alone, among_all, strict=True))
     if apart <= allowed(alone[0]):
         return ""
     return f"some tokens alone give other states, by {apart:.2g} of the largest number"
-
-
-def _cached(stack: Any, ids: Tensor) -> Tensor:
-    """What leaves the stack for the last id, on a cache of all others. Shape: [1, D]."""
-    cache = {CACHE: new_cache(stack.config), "use_cache": True}
-    stack(ids[:, :-1], **cache)
-    return stack(ids[:, -1:], **cache)[0][:, -1]
 
 
 def _unreadable(host: Any, state: Tensor, out: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from trol.depth.plan import Plan
 from trol.depth.policy import AbstractPolicy
@@ -27,19 +27,51 @@ POLICIES = {
 }
 """Registered name -> module:class."""
 
+_REGISTERED: dict[str, type[AbstractPolicy]] = {}
+"""Policies of other packages and scripts, which registered them."""
+
+Policy = TypeVar("Policy", bound=type[AbstractPolicy])
+
 PolicyLike = AbstractPolicy | Plan | str
 """A policy, a registered name, a plan or plan text."""
 
 
 def names() -> list[str]:
     """All registered names."""
-    return sorted(POLICIES)
+    return sorted({*POLICIES, *_REGISTERED})
+
+
+def register(policy: Policy) -> Policy:
+    """Makes a policy of your own known by its `name`, so that what is saved with it can be loaded.
+
+    A class decorator; whoever loads imports the module that has the class first.
+
+    Raises:
+        UsageError: it is no policy, has no name, or another policy has that name.
+    """
+    made: Any = policy
+    if not (isinstance(made, type) and issubclass(made, AbstractPolicy)):
+        raise UsageError(f"got {made!r:.60}; register a subclass of trol.AbstractPolicy.")
+    name: Any = getattr(made, "name", None)
+    if not isinstance(name, str):
+        raise UsageError(f"{made.__name__} has no name; write name = 'my_policy' in the class.")
+    before: Any = _REGISTERED.get(name, made)
+    same = (before.__module__, before.__qualname__) == (made.__module__, made.__qualname__)
+    if name in POLICIES or not same:
+        raise UsageError(f"another policy is called {name!r}; give {made.__name__} another name.")
+    _REGISTERED[name] = policy
+    return policy
 
 
 def policy_class(name: str) -> type[AbstractPolicy]:
     """The class registered under `name`; raises `UsageError` with "did you mean"."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name not in POLICIES:
-        raise unknown("policy", name, POLICIES)
+        raise UsageError(
+            f"{unknown('policy', name, names())} One of your own is known once its class was given "
+            "to trol.register: import the module that does so first."
+        )
     module, _, attribute = POLICIES[name].partition(":")
     return getattr(import_module(module), attribute)
 
@@ -79,10 +111,10 @@ def resolve(spec: PolicyLike | object) -> AbstractPolicy:
             f"got {type(spec).__name__} {spec!r:.60}; give a policy, the name of one, a plan or "
             "plan text."
         )
-    if spec in POLICIES:
+    if spec in names():
         return from_settings({"policy": spec})
     if not spec.strip() or spec.lstrip()[:1].isdigit() or spec.startswith(("all", "exit@")):
         return from_settings({"policy": "plan", "plan": spec})
     raise UsageError(
-        f"{unknown('policy', spec, POLICIES)} A plan starts with a layer number, 'all' or 'exit@'."
+        f"{unknown('policy', spec, names())} A plan starts with a layer number, 'all' or 'exit@'."
     )

@@ -159,7 +159,7 @@ def expand_rows(values: Tensor, rows: int) -> Tensor:
         return values
     if rows % values.shape[0]:
         raise UsageError(
-            f"something was given for {values.shape[0]} rows, but this batch has {rows}; give one "
-            "for each row."
+            f"plans, masks or visits to follow are given for {values.shape[0]} rows, but this "
+            f"batch has {rows}; give one for each row, or one for all."
         )
     return values.repeat_interleave(rows // values.shape[0], dim=0)

@@ -29,8 +29,9 @@ from trol.depth.policy import AbstractPolicy, StackBounds
 from trol.depth.visits import traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSite, argument, layer_list
+from trol.host.layers import LayerSite, argument, attention_of, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
+from trol.host.shown import by_layer
 
 
 class LayerMixin(Specialised):
@@ -65,13 +66,17 @@ class LayerMixin(Specialised):
         if layer == 0 and call.policy.reads_input:
             call.context.notes[INPUT] = state
         if layer in call.absent:
+            call.applied[layer] = 0
             if call.recorder is not None:
                 call.recorder.skipped(layer, state)
             return self._passed_by(state, args, kwargs)
         if call.runs_once(layer, cache):
             call.applied[layer] = 1
             return self._shown(forward(state, *args, **kwargs))
-        run = LayerRun(cast(nn.Module, self), forward, self.depth_site, (args, kwargs), cache)
+        given, attention = (args, kwargs), attention_of(call.config)
+        run = LayerRun(
+            cast(nn.Module, self), forward, self.depth_site, given, cache, attention=attention
+        )
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.applied[layer] = run.applied
         if not run.applied:
@@ -103,6 +108,8 @@ class StackMixin(Specialised):
     depth_layers: int
     depth_recurrent: bool
     """Whether some layer keeps a recurrent state, which every token must advance."""
+    depth_readers: tuple[nn.Module, ...]
+    """Its last layer, and what is handed the output of that."""
     depth_ambiences: int = 0
     """How many `trol.depth` and `trol.trace` blocks are open on this stack, in all threads."""
     depth_costs: StackCost | None = None
@@ -217,7 +224,7 @@ class StackMixin(Specialised):
             everywhere=scope == "all",
             recorder=ambience.recorder,
             config=self.config,
-            applied=[0] * self.depth_layers,
+            applied=[None] * self.depth_layers,
             absent=absent,
             last_only=step.last_only if ambience.recorder is None else None,
             # Where dropout draws, some tokens alone are not what they are among all others.
@@ -276,9 +283,9 @@ class StackMixin(Specialised):
         if call.recorder is not None:
             call.recorder.holding(cache)
         attentions = getattr(out, "attentions", None)
-        if attentions is not None and len(attentions) == sum(call.applied):
-            firsts = [sum(call.applied[:i]) for i in range(self.depth_layers) if call.applied[i]]
-            out.attentions = tuple(attentions[i] for i in firsts)  # those of the first visits
+        if attentions and not torch.compiler.is_compiling():
+            layers = list(layer_list(cast(nn.Module, self)) or ())
+            out.attentions = by_layer(attentions, layers, call.applied, "attentions")
         return out
 
     def _cache(self, args: Any, kwargs: Any) -> Any:

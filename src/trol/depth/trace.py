@@ -166,7 +166,12 @@ class Recorder:
         shares: list[Answer] = []
         alive: Answer = 1.0
         for again in answers:
-            known = again if isinstance(again, (int, float)) else again.detach().float().cpu()
+            known = torch.as_tensor(again).detach().float().cpu()
+            if not ((known >= 0) & (known <= 1)).all():
+                raise UsageError(
+                    f"the policy answered {known.flatten()[:4].tolist()} ... at layer {layer}; a_r "
+                    "lies in [0, 1]: 0 for a token that leaves, 1 for one that goes again."
+                )
             shares.append(alive * (1 - known))
             alive = alive * known
         self._shares[layer] = [*shares, alive] if ended else shares

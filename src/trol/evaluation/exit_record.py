@@ -16,13 +16,13 @@ from torch import Tensor
 from trol.data.chat import IGNORED
 from trol.depth import attached, depth, trace
 from trol.depth.host import gates_of
+from trol.depth.readout import Readout
 from trol.errors import DataError
 from trol.evaluation.hidden_states import Batch, states
 from trol.evaluation.metrics import labelled
 from trol.evaluation.tasks import Item, batches, fitted, prompts, tokenizer_of
 from trol.evaluation.timing import time_generate
 from trol.host.layers import find_decoder, layer_list
-from trol.host.readout import Readout
 from trol.policies.confidence import MEASURES
 from trol.policies.exits import EarlyExit
 

@@ -31,9 +31,9 @@ from trol.depth import attach
 from trol.depth import host as depth_host
 from trol.depth.host import check_by_probe
 from trol.depth.registry import from_settings
-from trol.depth.saving import MODEL_TYPE
 from trol.errors import HostError
 from trol.host.classes import tied_names
+from trol.host.saving import MODEL_TYPE
 
 GATE = f".{depth_host.GATE}."
 """What the name of a policy's parameter holds."""

@@ -138,6 +138,11 @@ def has_recurrent_layers(config: Any) -> bool:
     return any(is_recurrent(layer) for layer in new_cache(config).layers)
 
 
+def is_indexed(layer: object) -> bool:
+    """Whether a cache layer also keeps what queries choose their keys by."""
+    return hasattr(layer, "update_indexer")
+
+
 def is_sliding(layer: object) -> bool:
     """Whether a cache layer keeps a window of its newest tokens."""
     return has_keys(layer) and bool(cast(Any, layer).is_sliding)

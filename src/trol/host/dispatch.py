@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import output_capturing
 
 LOOKS = frozenset(("_local_scalar_dense", "nonzero", "is_nonzero", "equal"))
 """Operators that bring a value of a tensor to the program, and wait for the device."""
@@ -17,6 +19,9 @@ FREE = frozenset(("_unsafe_view",))
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 """Where modules keep what is called before and behind their forward."""
+
+CAPTURING = output_capturing.__name__
+"""Where transformers' own hooks are made, which stay on modules once something was shown."""
 
 
 @contextmanager
@@ -35,6 +40,18 @@ def without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches this module."""
     return any(vars(module)[name] for name in HOOKS)
+
+
+def watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether some hook sees what enters or leaves one of these modules, or any module.
+
+    Those by which transformers collects what a caller asks to be shown are not counted: they stay
+    on a module, and whether they do anything is said by what is asked.
+    """
+    if any(vars(torch_module)[f"_global{name}"] for name in HOOKS):
+        return True
+    hooks = (hook for one in modules for name in HOOKS for hook in vars(one)[name].values())
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
 
 
 class Launches(TorchDispatchMode):

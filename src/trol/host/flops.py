@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trol.host.layers import LINEAR, MADE_BEFORE_KEYS
 
@@ -42,7 +44,9 @@ def layer_cost(layer: nn.Module, config: Any, kind: str | None) -> LayerCost | N
     if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
         return None
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = next((one for one in layer.modules() if hasattr(one, "is_causal")), layer)
+    size = getattr(attention, "head_dim", None)  # of some families it differs from layer to layer
+    size = size or getattr(config, "head_dim", None) or config.hidden_size // heads
     sliding = kind == "sliding_attention" or (kind is None and _always_slides(config))
     window = getattr(config, "sliding_window", None) if sliding else None
     extra = image_flops(layer)
@@ -91,3 +95,27 @@ def part_flops(layer: nn.Module, config: Any) -> int:
     linear += sum(p.numel() for p in routers if id(p) not in owned)
     chosen = getattr(config, "num_experts_per_tok", 1)
     return 2 * (linear + sum(p.numel() * chosen // p.shape[0] for p in experts))
+
+
+def count_flops(layer: nn.Module, index: int, counts: dict[int, int], by: FlopCounterMode) -> None:
+    """Has a layer add to `counts` what it takes in this thread while the counter is on."""
+    mine = get_ident()
+
+    def begin(*_: Any) -> None:
+        counts[index] -= by.get_total_flops() if get_ident() == mine else 0
+
+    def end(*_: Any) -> None:
+        counts[index] += by.get_total_flops() if get_ident() == mine else 0
+
+    layer.register_forward_pre_hook(begin)
+    layer.register_forward_hook(end)
+
+
+def miscounted(layer: nn.Module, cost: LayerCost | None, counted: int, tokens: int) -> bool:
+    """Whether one visit took other FLOPs than predicted, as far as torch counts them."""
+    if cost is None:
+        return False
+    maps, all_of_it = tokens * cost.per_token, cost.flops(tokens, step=tokens)
+    if any(parameter.ndim == 3 for parameter in layer.parameters()):
+        return counted > all_of_it  # experts run in operators of their own, which nobody counts
+    return counted not in (maps, all_of_it)  # so does attention, on some devices

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.logits_process import (
@@ -18,6 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import TransformersKwargs
 
+from trol.host.dispatch import watched
 from trol.host.names import CACHE, cache_among
 
 SHOWN = tuple(name for name in TransformersKwargs.__annotations__ if name.startswith("output_"))
@@ -65,10 +67,14 @@ def shows_all(config: Any, arguments: dict[str, Any]) -> bool:
     return any(arguments.get(name, getattr(config, name, False)) for name in SHOWN)
 
 
-def reads_last_only(config: Any, arguments: dict[str, Any]) -> bool:
-    """Whether of a forward pass with these arguments only the last position is read."""
+def reads_last_only(config: Any, arguments: dict[str, Any], readers: Sequence[nn.Module]) -> bool:
+    """Whether of a forward pass with these arguments only the last position is read.
+
+    `readers`: the modules that are handed what leaves the last layer, whose hooks see all of it.
+    """
     kept = arguments.get(SLICES_LOGITS, 0)
-    return isinstance(kept, int) and kept == 1 and not shows_all(config, arguments)
+    last = isinstance(kept, int) and kept == 1 and not shows_all(config, arguments)
+    return last and not watched(readers)
 
 
 def returns_cache(model: Any, config: Any, arguments: dict[str, Any]) -> bool:

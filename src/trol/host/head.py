@@ -18,6 +18,7 @@ FINAL_NORMS = (
     "final_norm",
     "embedding_norm",  # LFM2
     "layer_norm",  # XGLM, BioGPT
+    "layernorm",  # CTRL
 )
 """What families call the norm behind their last layer."""
 
@@ -50,6 +51,15 @@ def head_of(host: Any) -> nn.Module:
             "layer; attach to the model with its language modelling head."
         )
     return head
+
+
+def readers(host: nn.Module, stack: nn.Module, last: nn.Module) -> tuple[nn.Module, ...]:
+    """The last layer, and the modules that are handed its output for all tokens, host left out."""
+    name = next(name for name, module in host.named_modules() if module is stack)
+    parts = name.split(".") if name else []
+    holders = [host.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts))]
+    steps = [getattr(stack, one, None) for one in (*FINAL_NORMS, *AFTER_NORM)]
+    return (last, *(one for one in (stack, *holders, *steps) if isinstance(one, nn.Module)))
 
 
 def behind_the_stack(stack: nn.Module, state: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
 from trol.host.dispatch import without_hooks
+from trol.host.names import CACHE
+from trol.host.placement import is_at_hand
 
 VOCABULARY = 64
 """Ids are drawn below this: low ones are text in every tokenizer, but for those named apart."""
@@ -24,12 +26,25 @@ def kinds_of(layers: list[nn.Module], config: Any) -> list[tuple[Any, ...]]:
     return [
         (
             original_class(layer),
-            tuple(type(part) for part in layer.children()),
+            tuple(type(part) for part in layer.modules() if part is not layer),
             type(places[index]) if index < len(places) else None,
             types[index],
         )
         for index, layer in enumerate(layers)
     ]
+
+
+def can_run(host: nn.Module, config: Any, tokens: int) -> bool:
+    """Whether so many ids can be passed through a model of this stack here and now."""
+    positions = getattr(config, "max_position_embeddings", None) or tokens
+    return positions >= tokens and all(is_at_hand(one) for one in host.parameters())
+
+
+def last_on_cache(stack: Any, ids: Tensor) -> Tensor:
+    """What leaves a stack for the last id, on a cache of all others. Shape: [1, D]."""
+    cache = {CACHE: new_cache(stack.config), "use_cache": True}
+    stack(ids[:, :-1], **cache)
+    return stack(ids[:, -1:], **cache)[0][:, -1]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -10,6 +10,9 @@ from torch import Tensor
 Slot = Any
 """One layer's place in a cache: a `trol.host.cache.CacheLayer`."""
 
+Written = tuple[Tensor, ...]
+"""Keys and values of a step [B, H, T, d], and where queries choose keys, by what: [B, T, d]."""
+
 
 class KeysWritten(Exception):
     """Leaves a layer once its keys and values are stored."""
@@ -24,7 +27,7 @@ class VisitSlot:
         self,
         slot: Slot,
         in_scope: bool | Tensor,
-        fallback: tuple[Tensor, Tensor] | None,
+        fallback: Written | None,
         *,
         leaves: bool = False,
     ) -> None:
@@ -32,7 +35,7 @@ class VisitSlot:
         self.in_scope = in_scope
         self.fallback = fallback
         self.leaves = leaves
-        self.fresh: tuple[Tensor, Tensor] | None = None
+        self.written: Written = ()
 
     @property
     def __class__(self) -> Any:  # whether the slot is recurrent must still be seen
@@ -47,14 +50,33 @@ class VisitSlot:
         Raises:
             KeysWritten: nobody reads what the layer makes of them.
         """
-        if self.fallback is not None and self.in_scope is False:
-            keys, values = self.fallback
-        elif self.fallback is not None and isinstance(self.in_scope, Tensor):
-            mine = self.in_scope[:, None, :, None]  # Shape: [B, 1, T, 1]
-            keys = torch.where(mine, keys, self.fallback[0])
-            values = torch.where(mine, values, self.fallback[1])
-        self.fresh = keys, values
+        keys, values = self._merged(0, keys, axis=2), self._merged(1, values, axis=2)
+        self.written = keys, values, *self.written[2:]
         shown = self.slot.update(keys, values, *args, **kwargs)
         if self.leaves:
             raise KeysWritten
         return shown
+
+    def update_indexer(self, keys: Tensor) -> Tensor:
+        """Stores what queries choose their keys by. Shape: [B, T, d], in; [B, S, d], out."""
+        keys = self._merged(2, keys, axis=1)
+        self.written = *self.written[:2], keys
+        return self.slot.update_indexer(keys)
+
+    def _merged(self, which: int, new: Tensor, *, axis: int) -> Tensor:
+        """What is new of tokens in scope, what is one plane below of others, tokens on `axis`."""
+        if self.fallback is None or self.in_scope is True:
+            return new
+        if self.in_scope is False:
+            return self.fallback[which]
+        if new.shape[axis] != self.in_scope.shape[1]:  # of a picture, and so alike in all visits
+            return new
+        mine = self.in_scope[..., None] if axis == 1 else self.in_scope[:, None, :, None]
+        return torch.where(mine, new, self.fallback[which])
+
+
+def store(slot: Slot, written: Written) -> None:
+    """Stores in a slot what a visit wrote into another."""
+    slot.update(*written[:2])
+    if len(written) > 2:
+        slot.update_indexer(written[2])

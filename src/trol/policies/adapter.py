@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trol.depth import attach, attached, detach
 from trol.depth.host import gates_of
 from trol.depth.policy import AbstractPolicy
-from trol.depth.registry import from_settings, to_settings
+from trol.depth.registry import from_settings, names, to_settings
 from trol.errors import AdapterError, UsageError, unwritable
 from trol.host.layers import find_decoder
 from trol.policies.digests import host_digest
@@ -132,8 +132,10 @@ def _policy(settings: dict[str, Any], folder: str | Path) -> AbstractPolicy:
         wrong = [
             f"setting {key} is {settings[key]!r}: " for key in settings if _alone(settings, key)
         ]
+        whole = isinstance(settings.get("policy"), str) and settings["policy"] not in names()
+        what = "cannot be loaded" if whole else "is damaged, save it again"
         raise AdapterError(
-            f"the adapter in {folder} is damaged, save it again: {''.join(wrong[:1])}{error}"
+            f"the adapter in {folder} {what}: {''.join(wrong[:1])}{error}"
         ) from error
 
 

@@ -35,8 +35,8 @@ class Planned(AbstractPolicy):
         skipped_kv: Literal["project", "hole"] = "project",
     ) -> None:
         super().__init__(scope=scope, skipped_kv=skipped_kv)
-        one = isinstance(plan, (Plan, str, dict))
-        self.plans = tuple(plan_of(p) for p in ([plan] if one else plan))  # type: ignore[arg-type,list-item]
+        each: Any = plan if isinstance(plan, list | tuple) else [plan]
+        self.plans = tuple(plan_of(one) for one in each)
         if not self.plans:
             raise UsageError("no plan given; give one, or one for each row.")
 
@@ -75,9 +75,14 @@ def plan_of(plan: Plan | str | dict[str, Any]) -> Plan:
     """A plan from itself, its text or its JSON form; raises `UsageError` when it is none."""
     if isinstance(plan, Plan):
         return plan
-    if isinstance(plan, int):
-        raise UsageError(f"{plan} is no plan; write Plan([2, 1, 0]) for the visits of each layer.")
-    return Plan.from_json(plan) if isinstance(plan, dict) else Plan(plan)
+    if isinstance(plan, dict):
+        return Plan.from_json(plan)
+    if isinstance(plan, str):
+        return Plan(plan)
+    raise UsageError(
+        f"{plan!r:.60} is no plan; write plan text such as '0-7:2 8-23', Plan([2, 1, 0]) for the "
+        "visits of each layer, or a list of these, one for each row."
+    )
 
 
 def visits_of(plan: Plan, layer: int) -> int:

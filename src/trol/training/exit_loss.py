@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from trol.depth import attached
 from trol.depth.host import gates_of
+from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import HostError, UsageError
-from trol.host.readout import Readout
 
 if TYPE_CHECKING:
     from trol.training.recipe import Stage
