@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import ProcessorMixin
 
-from trol.data.damage import RowError
+from trol.data.damage import RowError, row_errors
 from trol.data.frames import (
     STEM,
     Form,
     Frame,
     Messages,
     between,
+    common,
     lost,
     mark,
     placed,
@@ -98,15 +99,22 @@ class Answers:
                 "it has a picture, but the host reads text alone: a tokenizer reads no pictures; "
                 "take such rows out, or name a host that sees.",
             )
-        try:
+        self._check_words(bare)
+        with row_errors():
             form, text, spans = self._found(bare, prompt)
-        except RowError:
-            raise
-        except DataError as error:
-            raise RowError("wrong_format", str(error)) from error
         places = [0, *(place for span in spans for place in span), len(text)]
-        pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+        pieces = [text[a:b] for a, b in pairwise(places)]
         return form.told(messages), pieces
+
+    def _check_words(self, messages: Messages) -> None:
+        """Refuses words that would be taken for a picture."""
+        mark = getattr(self.processor, "image_token", None) if self.sees else None
+        if mark and any(mark in said(message) for message in messages):
+            raise RowError(
+                "wrong_format",
+                f"{mark!r} stands in its words, which is where the processor puts a picture; take "
+                "it out, or name it as the `placeholder` of the source.",
+            )
 
     def _found(self, messages: Messages, prompt: bool) -> tuple[Form, str, list[Span]]:
         """How the conversation is told, its text, and where the answers lie in it."""
@@ -165,11 +173,11 @@ class Answers:
             before, after = part[: answers[0].start()], part[answers[-1].end() :]
             first, last = (_place(told, answers[end].group()) for end in (0, -1))
             asked = self._tail(told[:first], stem, prompt=True)
-            opening = len(before) if asked is None else len(commonprefix([before, asked]))
+            opening = len(before) if asked is None else common(before, asked)
             closing = len(after)
             if last + 1 < len(told) or prompt:
                 ended = self._tail(told[: last + 1], stem) or ""
-                closing = self._whole_tokens(after, len(commonprefix([after, ended])))
+                closing = self._whole_tokens(after, common(after, ended))
             frames.append(Frame(place, before, after, opening, closing))
         return frames
 
@@ -220,25 +228,19 @@ class Answers:
 
     def _length(self, row: Sequence[int], pieces: Sequence[str], told: Messages) -> int:
         ids = self._tokens([["".join(pieces)]], [told], padding=False)["input_ids"][0]
-        return len(commonprefix([list(row), [int(token) for token in ids]]))
+        return common(list(row), [int(token) for token in ids])
 
     def _tokens(self, texts: Sequence[Sequence[str]], told: Sequence[Messages], **form: Any) -> Any:
-        try:
+        with row_errors(f"{type(self.processor).__name__} refuses it"):
             return chat_templates.encode_text(self.processor, texts, told, **form)
-        except (DataError, MemoryError):
-            raise
-        except Exception as error:  # another family's processor raises what it likes
-            words = " ".join(str(error).split())
-            raise RowError(
-                "wrong_format", f"{type(self.processor).__name__} refuses it: {words}"
-            ) from error
 
 
 def check_learnt(tokens: int, answered: bool, most_tokens: int | None) -> None:
     """Raises `RowError` for a row in which nothing is learnt, or that is too long."""
     if not answered:
         raise RowError(
-            "empty_answer", "the chat template makes no token of an answer; give the assistant words."
+            "empty_answer",
+            "the chat template makes no token of an answer; give a turn of the assistant's.",
         )
     if most_tokens is not None and tokens > most_tokens:
         raise RowError(

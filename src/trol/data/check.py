@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-from trol.data.damage import KINDS, as_row_error
+from trol.data.damage import KINDS, RowError, row_errors
 from trol.data.mixture import Mixture, Part
 from trol.data.quarantine import Damaged
 from trol.errors import DataError, UsageError
@@ -144,11 +144,11 @@ class _Reader:
         part, found = self.mixture.parts[number], []
         for place in range(first, behind):
             try:
-                messages = part.messages(place)
-                if self.processor is not None:
-                    self._encode(messages)
-            except DataError as error:
-                damage = as_row_error(error)
+                with row_errors():
+                    messages = part.messages(place)
+                    if self.processor is not None:
+                        self._encode(messages)
+            except RowError as damage:
                 row = part.row_number(place)
                 found.append(Damaged(part.source.name, row, damage.kind, str(damage)))
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from trol.host.chat_templates import Span
@@ -31,8 +30,8 @@ class Frame:
 
     def span(self, text: str) -> Span:
         """Where the answer lies in the text between these two questions."""
-        first = len(commonprefix([text, self.before]))
-        last = len(text) - _common_end(text[first:], self.after)
+        first = common(text, self.before)
+        last = len(text) - common(text[first:][::-1], self.after[::-1])
         return min(first, self.opening), max(last, len(text) - len(self.after) + self.closing)
 
 
@@ -117,5 +116,7 @@ def placed(
     return spans if built + asked[-1].removeprefix(behind) == text else None
 
 
-def _common_end(text: str, end: str) -> int:
-    return len(commonprefix([text[::-1], end[::-1]]))
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many of their first characters or tokens are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

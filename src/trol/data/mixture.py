@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trol.data.damage import RowError, as_row_error
+from trol.data.damage import RowError, row_errors
 from trol.data.indexing import Container, Index, indexed
 from trol.data.mixture_file import MixtureFile, Source, read_mixture
 from trol.data.quarantine import quarantine_path, read_quarantine
@@ -48,14 +48,15 @@ class Part:
 
     def messages(self, place: int) -> Messages:
         """The row's messages with opened RGB pictures; `RowError` where it is damaged."""
-        row = self.container.read(int(self.index.starts[place]), int(self.index.ends[place]))
-        messages = _read(self.source, row)
-        for message in messages:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = open_picture(
-                        part["image"], self.images, allow_urls=self.source.allow_urls
-                    )
+        with row_errors():
+            row = self.container.read(int(self.index.starts[place]), int(self.index.ends[place]))
+            messages = _read(self.source, row)
+            for message in messages:
+                for part in message["content"]:
+                    if part["type"] == "image":
+                        part["image"] = open_picture(
+                            part["image"], self.images, allow_urls=self.source.allow_urls
+                        )
         return messages
 
 
@@ -108,12 +109,15 @@ class Mixture:
     def naming(self, number: int) -> Generator[None]:
         """While open, errors of conversation `number` are `RowError`s that name source and row."""
         try:
-            yield
-        except DataError as error:
-            part, place = self.place(number)
-            where = f"{part.source.name}, row {part.row_number(place)}"
-            damaged = as_row_error(error)
-            raise RowError(damaged.kind, f"{where}: {damaged}") from error
+            with row_errors():
+                yield
+        except RowError as error:
+            raise RowError(error.kind, f"{self.where(number)}: {error}") from error
+
+    def where(self, number: int) -> str:
+        """The file, or the name on the hub, and the row in it that conversation `number` is."""
+        part, place = self.place(number)
+        return f"{part.source.path}, row {part.row_number(place)}"
 
     def lengths(self, *, tokens_per_image: int) -> np.ndarray:
         """Estimated tokens of each conversation, pictures included. Shape: [N], int64."""

@@ -1,4 +1,4 @@
-"""Chat templates: the text that one makes of a conversation, what it marks, and that text as ids."""
+"""Chat templates: what one makes of a conversation, what it marks in it, and that text as ids."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def encode_text(processor: Any, texts: Sequence[Sequence[str]], told: Any, **set
     """
     if not isinstance(processor, ProcessorMixin):
         return _tokens(processor, texts, settings)
-    padding = settings.pop("padding")
+    kind = settings.get("return_tensors")
     told = [[{**one[0], PIECES: list(cut)}, *one[1:]] for one, cut in zip(told, texts, strict=True)]
     masks = all(marks_by_offsets(processor, one) for one in told)
     encoded: Any = processor.apply_chat_template(
@@ -95,12 +95,13 @@ def encode_text(processor: Any, texts: Sequence[Sequence[str]], told: Any, **set
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=masks,
-        processor_kwargs={"padding": padding},
-        **settings,
+        processor_kwargs={"padding": settings["padding"]},
+        # Beside marks some processors, Idefics3's for one, fail at turning offsets into tensors.
+        return_tensors=None if masks else kind,
     )
     for unread in ("offset_mapping", "text_replacement_offsets"):
         encoded.pop(unread, None)
-    return encoded
+    return encoded.convert_to_tensors(kind) if masks and kind else encoded
 
 
 def _tokens(tokenizer: Any, texts: Sequence[Sequence[str]], settings: dict[str, Any]) -> Any:
