@@ -76,12 +76,16 @@ def check(
 
     Raises:
         UsageError: `most_tokens` without a processor, or no worker.
-        DataError: a process died.
+        DataError: a process died, or the processor has no chat template.
     """
     if most_tokens is not None and processor is None:
         raise UsageError("rows have no length in tokens without a processor; name one as well.")
     if workers < 1:
         raise UsageError(f"workers is {workers}; give 1 or more.")
+    if processor is not None:
+        from trol.data.answers import Answers  # noqa: PLC0415 - torch
+
+        Answers(processor)  # without a chat template no row is to blame
     damaged: list[Damaged] = []
     for task, found in _results(mixture, (processor, most_tokens), workers):
         damaged += found

@@ -16,11 +16,11 @@ from torch import nn
 from trol.data.collator import Collator
 from trol.data.conversations import ConversationCollator, Conversations
 from trol.data.left_out import SoundRows
-from trol.data.mixture import open_mixture
+from trol.data.mixture import Mixture, open_mixture
 from trol.data.pairs import Pair, is_pairs, pairs_of, shortened
 from trol.data.pools import BoardPool, board_pool
 from trol.data.rows import MixtureRows, PairMessages, PairRows
-from trol.errors import UsageError
+from trol.errors import DataError, UsageError
 from trol.family import TrolProcessor
 from trol.training.checking import DATA
 from trol.training.low_rank import has_visit_updates, low_rank, merged
@@ -31,6 +31,10 @@ from trol.training.stages import LESSONS, ConversationReader, Lesson
 
 BOARD_SEEDS = 1_000_000
 """Board seeds that belong to one recipe seed."""
+
+
+WARMUP = 0.25
+"""The largest share of a stage in which its rates may rise."""
 
 
 class Material(NamedTuple):
@@ -95,15 +99,42 @@ def material(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
     return Material(lesson.reader(learner, processor), pool, pool.batch)
 
 
+def check_data(name: str, stage: Stage) -> None:
+    """Looks for the files that a stage learns from, before anything is opened for it.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: a file is missing, broken as a whole, or without a row that can be learnt from.
+    """
+    if is_pairs(stage.data):
+        rows = pairs_of(stage.data, "train", limit=1)
+    elif stage.data not in DATA:
+        rows = _mixture(stage)
+    else:
+        return
+    if not len(rows):
+        raise DataError(f"{stage.data}, which stage {name} learns from, has no rows; give some.")
+
+
+def _mixture(stage: Stage) -> Mixture:
+    mixture = open_mixture(stage.data)
+    if not len(mixture) and mixture.skipped:
+        left = [f"{n} {kind}" for kinds in mixture.skipped.values() for kind, n in kinds.items()]
+        raise DataError(
+            f"all rows of {stage.data} are left out: {', '.join(left)}, as {mixture.list_at} says; "
+            "run `trol data check` again, or delete that list."
+        )
+    return mixture
+
+
 def sized(stage: Stage, rows: Any) -> Stage:
     """The stage with its length in steps; call it on `material(...).rows` before all that counts.
 
-    steps = ceil(epochs · rows / batch)
+    steps = ceil(epochs · rows / batch); the warm-up is at most steps · `WARMUP`
     """
-    if stage.steps:
-        return stage
-    steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch))
-    return dataclasses.replace(stage, steps=steps, epochs=0.0)
+    steps = stage.steps or max(1, math.ceil(stage.epochs * len(rows) / stage.batch))
+    warmup = min(stage.warmup_steps, int(WARMUP * steps))
+    return dataclasses.replace(stage, steps=steps, epochs=0.0, warmup_steps=warmup)
 
 
 def trainer_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -135,7 +166,7 @@ def _may_merge(learner: PeftModel, stage: Stage) -> bool:
 
 
 def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
-    mixture, most = open_mixture(stage.data), _most_tokens(learner, stage)
+    mixture, most = _mixture(stage), _most_tokens(learner, stage)
     for source, reasons in mixture.skipped.items():
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         warnings.warn(f"rows of {source} left out as quarantined: {left}", stacklevel=2)
