@@ -1,8 +1,8 @@
 """Opening pictures safely: always RGB, upright, and never larger than the limit.
 
-Grey pictures of more than 8 bits (scans, X-rays, depth maps: integers of 16 or 32, or floats) rarely
-fill what their type can hold, so their darkest value becomes black and their brightest white, as
-viewers show them. What is transparent is white.
+Grey pictures of more than 8 bits (scans, X-rays, depth maps: integers of 16 or 32, or floats)
+rarely fill what their type can hold, so their darkest value becomes black and their brightest
+white, as viewers show them. What is transparent is white.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def _stretched(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _broken(name: str, cause: Exception) -> DataError:
-    return DataError(
-        f"{name} is truncated or damaged ({cause}); save or download it again, as RGB say."
-    )
+    return DataError(f"{name} is truncated or damaged ({cause}); save or download it again.")
 
 
 def _too_large(name: str, got: str, most_pixels: int) -> DataError:

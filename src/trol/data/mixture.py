@@ -64,8 +64,8 @@ class Mixture:
     """The conversations of all sources, numbered 0 .. N - 1 in the order of the mixture file.
 
     `quarantined` (source -> row -> reason), the list at `list_at`, is left out and counted in
-    `skipped`. Memory is 30 to
-    40 bytes per row, whatever the rows hold; a mixture can be pickled and forked.
+    `skipped`. Memory is 30 to 40 bytes per row, whatever the rows hold; a mixture can be pickled
+    and forked.
     """
 
     def __init__(

@@ -49,8 +49,8 @@ def render(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     try:
-        texts, spans = render_jinja_template(
-            [list(messages)],
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in messages]],
             chat_template=template_of(processor),
             return_assistant_tokens_mask=marks_answers(processor),
             add_generation_prompt=prompt,
@@ -61,7 +61,8 @@ def render(
     except Exception as error:  # templates are programs: they raise what they like
         told = " ".join(str(error).split())
         raise DataError(f"the chat template refuses the conversation: {told}.") from error
-    return texts[0], spans[0] if spans else []
+    (text,), spans = rendered
+    return text, spans[0] if spans else []
 
 
 def marks_by_offsets(processor: Any, messages: Sequence[Mapping[str, Any]]) -> bool:

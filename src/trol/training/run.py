@@ -59,8 +59,8 @@ def run(
     Returns:
         `{"model", "seed", "losses": {stage: {"steps", "losses", "gates"}}, "parameters", "steps",
         "seconds": {stage: s}, "stages": {stage: {"steps", "warmup_steps", "left_out"}},
-        "left_out": {stage: [the first of such rows, and why]}}`; in place of `"model"`, `"stopped": {"stage", "step"}` where the
-        time was over first.
+        "left_out": {stage: [the first of such rows, and why]}}`; in place of `"model"`,
+        `"stopped": {"stage", "step"}` where the time was over first.
 
     Raises:
         UsageError: `only` names a stage that the recipe does not have, a tracker is unknown, or
