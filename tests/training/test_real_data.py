@@ -68,7 +68,7 @@ def test_the_readmes_host_trains_on_two_turns(qwen3: Path, tmp_path: Path) -> No
 def test_damaged_rows_are_counted_and_the_run_goes_on(qwen3: Path, tmp_path: Path) -> None:
     rows = two_turns(8)
     rows[2] = said("\ud800 broken", "text")
-    rows[5] = {"text": "no conversation"}
+    rows[5]["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "look"}}]
     data = lines(tmp_path / "chat.jsonl", [json.dumps(row) for row in rows])
     with pytest.warns(UserWarning, match=r"left out chat\.jsonl, row \d: "):
         found = run(recipe(qwen3, data), tmp_path / "out")
