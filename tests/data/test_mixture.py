@@ -134,7 +134,7 @@ def test_a_damaged_row_is_refused_by_name(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", [said("hi"), "", "{", said("<image>hi", image="none.jpg")])
     mixture = opened(tmp_path, {"src": {"path": "a.jsonl"}})
     for number, kind in ((1, "broken_row"), (2, "image_missing")):
-        with pytest.raises(RowError, match=f"src, row {number}: ") as raised:
+        with pytest.raises(RowError, match=rf"\.jsonl, row {number}: ") as raised:
             mixture.conversation(number)
         assert raised.value.kind == kind
 
@@ -178,10 +178,10 @@ def test_token_rows_with_and_without_pictures(two: dict[str, Any], tmp_path: Pat
     assert per_row.tolist() == [0, 0, 0, 1, 1, 2]
     longest = len(rows[5].input_ids)
     assert len(MixtureRows(rows.mixture, processor, longest)[5].input_ids) == longest
-    with pytest.raises(RowError, match=r"pictures, row 2: .*tokens long") as raised:
+    with pytest.raises(RowError, match=r"pictures.json, row 2: .*tokens long") as raised:
         MixtureRows(rows.mixture, processor, longest - 1)[5]
     assert raised.value.kind == "too_long"
-    with pytest.raises(RowError, match=r"pictures, row 0: .*tokenizer reads no pictures"):
+    with pytest.raises(RowError, match=r"pictures.json, row 0: .*has no chat template"):
         MixtureRows(rows.mixture, processor.tokenizer)[3]
 
 

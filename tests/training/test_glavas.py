@@ -156,7 +156,7 @@ def test_a_recipe_of_the_paper_trains_a_stand_in(standins: Path, tmp_path: Path,
     given = material(made, tokenizer, recipe.stages[stage], 0)
     assert all(
         len(row.input_ids) <= recipe.stages[stage].max_tokens
-        for row in map(given.rows.__getitem__, range(len(given.rows)))
+        for row in map(given.rows.rows.__getitem__, range(len(given.rows)))
     )
     found = run(recipe, tmp_path / "out")
     assert found["steps"] == sized(recipe.stages[stage], given.rows).steps

@@ -77,7 +77,7 @@ class Conversation:
             raise DataError("the question is not UTF-8 text; type it again.")
         messages = [*self.messages, {"role": "user", "content": self._content(question)}]
         answer = self._generate(messages, stream=stream)
-        self.messages = [*messages, {"role": "assistant", "content": self._said(answer.text)}]
+        self.messages = [*messages, {"role": "assistant", "content": _said(answer.text)}]
         self.pictures.clear()
         return answer
 
@@ -93,18 +93,12 @@ class Conversation:
             yield
 
     def _encoded(self, messages: list[dict[str, Any]]) -> Any:
-        """The messages as model inputs; who said what, where the template and the model know."""
+        """The messages as model inputs, and who said what, found as training finds it."""
+        from trol.data.answers import Answers
         from trol.depth import is_attached
 
-        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask="{%- generation" in str(template),
-        )
+        inputs = Answers(self.processor).encoded([messages], prompt=True)
+        inputs = inputs.convert_to_tensors("pt")
         if not is_attached(self.model):
             inputs.pop("assistant_masks", None)
         length = inputs["input_ids"].shape[1]
@@ -119,11 +113,7 @@ class Conversation:
 
     def _content(self, question: str) -> Any:
         pictures = [{"type": "image", "image": picture} for picture in self.pictures]
-        return [*pictures, *self._said(question)] if pictures else self._said(question)
-
-    def _said(self, text: str) -> Any:
-        """What chat templates take: a string for text models, parts for the others."""
-        return text if self.tokenizer is self.processor else [{"type": "text", "text": text}]
+        return [*pictures, *_said(question)]
 
     def _generate(self, messages: list[dict[str, Any]], *, stream: bool) -> Answer:
         import torch
@@ -145,6 +135,10 @@ class Conversation:
         new = tokens[0, length:]
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, inputs["input_ids"][0], len(new), time.perf_counter() - started)
+
+
+def _said(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}]
 
 
 def start(

@@ -44,7 +44,8 @@ Quarantine = Annotated[
     typer.Option(
         "--quarantine",
         metavar="FILE",
-        help="List of damaged rows, for training to skip. Default: beside the data.",
+        help="List of damaged rows, for training to skip. Default: in trol's cache, or beside "
+        "the data where one lies there.",
     ),
 ]
 
@@ -63,8 +64,8 @@ def data(
 ) -> None:
     """Check training data: counts, images, lengths.
 
-    Writes the list of damaged rows. Exits with 1 when it found damage that the list did not
-    hold before, or another number of sound rows than the mixture says.
+    Writes the list of damaged rows, and nothing beside the data. Exits with 1 when it found damage
+    that the list did not hold before, or another number of sound rows than the mixture says.
     """
     if action not in ACTIONS:
         raise unknown("action", action, ACTIONS)
@@ -163,7 +164,10 @@ def _text(result: dict[str, Any], told: list[Damaged]) -> str:
         if not row["counted"]
     ]
     if result["damaged"]:
-        lines.append(f"{result['damaged']:,} damaged rows are listed in {result['quarantine']}")
+        lines.append(
+            f"{result['damaged']:,} damaged rows are listed in {result['quarantine']}, "
+            "which training reads to leave them out; the data are as they were"
+        )
     if any(row["too_long"] is None for row in sources):
         lines.append("not checked: rows too long for a model; name one with --processor")
     return "\n".join(lines)

@@ -1,9 +1,8 @@
 """Conversations to training rows: token ids, which of them are answer, and labels.
 
 Messages are in the transformers format: `{"role": "user", "content": [{"type": "image"},
-{"type": "text", "text": "..."}]}`; a plain string as content is one text. The chat template
-marks what the assistant says with `{% generation %}`; those tokens are answer, all others
-question.
+{"type": "text", "text": "..."}]}`; a plain string as content is one text. What the assistant says
+is answer (`trol.data.answers`), all other tokens are question.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
-from transformers import ProcessorMixin
 
-from trol.data.damage import RowError
+from trol.data.answers import Answers, check_learnt
 from trol.data.images import open_image
 from trol.errors import DataError
-from trol.host.processors import marks_answers_beside_pictures
 
 ROLES = ("system", "user", "assistant")
 """The roles that a message can have."""
@@ -78,32 +74,13 @@ def encode(
     `images` fill the `{"type": "image"}` placeholders in order; `most_tokens` is the number of
     positions that the model has; `prompt` ends the row where the assistant is to speak.
     """
-    filled = fill(messages, images)
-    sees = isinstance(processor, ProcessorMixin)
-    if sees and _marks_wrongly(processor, filled):
-        raise DataError(
-            f"transformers {transformers.__version__} marks the wrong tokens as answer beside "
-            "pictures; install transformers 5.18 or newer."
-        )
-    if not sees:
-        filled = [_as_text(message) for message in filled]
-    encoded: Any = processor.apply_chat_template(
-        filled,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=prompt,
-    )
-    ids, masks = _single(encoded["input_ids"]), _single(encoded["assistant_masks"])
-    if not any(masks) and any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            "the chat template marks no token as answer; put {% generation %} ... "
-            "{% endgeneration %} around what the assistant says in it."
-        )
-    _check_length(len(ids), most_tokens)
-    pixels = encoded.get("pixel_values")
+    batch = Answers(processor).encoded([fill(messages, images)], prompt=prompt)
+    (ids,), (masks,) = batch["input_ids"], batch["assistant_masks"]
+    speaks = any(message["role"] == "assistant" for message in messages)
+    check_learnt(len(ids), any(masks) or not speaks, most_tokens)
+    pixels = batch.get("pixel_values")
     stacked = None if pixels is None else torch.stack([torch.as_tensor(p) for p in pixels])
-    return Row(ids, masks, stacked)
+    return Row(list(ids), list(masks), stacked)
 
 
 def fill(
@@ -127,21 +104,6 @@ def fill(
         if message["role"] == "user" and not "".join(words).strip():
             raise DataError("the question is empty; write what you want to know.")
     return filled
-
-
-def _check_length(tokens: int, most_tokens: int | None) -> None:
-    if most_tokens is not None and tokens > most_tokens:
-        raise RowError(
-            "too_long",
-            f"the conversation is {tokens} tokens long, but the model has {most_tokens} "
-            "positions; shorten the text, drop turns, or give fewer or smaller pictures.",
-        )
-
-
-def _marks_wrongly(processor: Any, filled: Sequence[Message]) -> bool:
-    pictures = any(part["type"] == "image" for m in filled for part in m["content"])
-    own = getattr(processor, "marks_answers_itself", False)
-    return pictures and not own and not marks_answers_beside_pictures()
 
 
 def _role(message: Message) -> str:
@@ -180,19 +142,3 @@ def _fill_part(part: Mapping[str, Any], waiting: list[Image.Image | str]) -> dic
             "or take the placeholder out."
         )
     return {"type": "image", "image": open_image(waiting.pop(0) if given is None else given)}
-
-
-def _as_text(message: dict[str, Any]) -> dict[str, str]:
-    """The message for a tokenizer, whose templates want the content as one string."""
-    if any(part["type"] == "image" for part in message["content"]):
-        raise DataError(
-            "the conversation has a picture, but a tokenizer reads no pictures; "
-            "give the processor of a model that does."
-        )
-    return {"role": message["role"], "content": "".join(p["text"] for p in message["content"])}
-
-
-def _single(values: Any) -> list[int]:
-    """One row of integers, whether or not the processor put it into a batch of one."""
-    values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-    return list(values[0]) if values and isinstance(values[0], Sequence) else values

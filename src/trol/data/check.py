@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-from trol.data.damage import KINDS, as_row_error
+from trol.data.damage import KINDS, RowError, row_errors
 from trol.data.mixture import Mixture, Part
 from trol.data.quarantine import Damaged
 from trol.errors import DataError, UsageError
@@ -76,12 +76,16 @@ def check(
 
     Raises:
         UsageError: `most_tokens` without a processor, or no worker.
-        DataError: a process died.
+        DataError: a process died, or the processor has no chat template.
     """
     if most_tokens is not None and processor is None:
         raise UsageError("rows have no length in tokens without a processor; name one as well.")
     if workers < 1:
         raise UsageError(f"workers is {workers}; give 1 or more.")
+    if processor is not None:
+        from trol.data.answers import Answers  # noqa: PLC0415 - torch
+
+        Answers(processor)  # without a chat template no row is to blame
     damaged: list[Damaged] = []
     for task, found in _results(mixture, (processor, most_tokens), workers):
         damaged += found
@@ -144,11 +148,11 @@ class _Reader:
         part, found = self.mixture.parts[number], []
         for place in range(first, behind):
             try:
-                messages = part.messages(place)
-                if self.processor is not None:
-                    self._encode(messages)
-            except DataError as error:
-                damage = as_row_error(error)
+                with row_errors():
+                    messages = part.messages(place)
+                    if self.processor is not None:
+                        self._encode(messages)
+            except RowError as damage:
                 row = part.row_number(place)
                 found.append(Damaged(part.source.name, row, damage.kind, str(damage)))
         return found

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin
 
+from trol.data.answers import Answers, check_learnt
 from trol.data.chat import IGNORED
-from trol.data.damage import RowError
+from trol.data.frames import Messages
 from trol.data.mixture import Mixture
-from trol.errors import DataError
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,84 +29,21 @@ class Conversations(Dataset[Messages]):
 
 
 class ConversationCollator:
-    """Conversations through a processor's own chat template and batching, padded on the right.
-
-    Answers are found by what the template adds when the assistant speaks, so that it needs no
-    `{% generation %}`: turn i is answer from the end of turns 0 .. i - 1 with the generation
-    prompt to the end of turns 0 .. i.
-    """
+    """Conversations through a processor's own chat template and batching, padded on the right."""
 
     def __init__(self, processor: Any, *, most_tokens: int | None = None) -> None:
-        self.processor, self.most_tokens = processor, most_tokens
-        self.sees = isinstance(processor, ProcessorMixin)
-        tokenizer = processor.tokenizer if self.sees else processor
-        if (processor if self.sees else tokenizer).chat_template is None:
-            raise DataError(
-                f"{type(processor).__name__} has no chat template; name a model that was trained "
-                "on conversations, or set processor.chat_template."
-            )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.tokenizer = tokenizer
+        self.answers, self.most_tokens = Answers(processor), most_tokens
+        self.tokenizer = self.answers.tokenizer
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def __call__(self, conversations: Sequence[Messages]) -> dict[str, Tensor]:
         """All that the host's processor makes, and `labels` [B, T]: ids of answers, else -100."""
         self.tokenizer.padding_side = "right"  # each time: others pad their prompts on the left
-        batch = dict(self._encoded(conversations, return_tensors="pt"))
-        ids = batch["input_ids"]
-        answers = torch.zeros_like(ids, dtype=torch.bool)
-        for row, messages in enumerate(conversations):
-            for start, end in self._spans(messages, ids[row].tolist()):
-                answers[row, start:end] = True
-        batch["labels"] = ids.where(answers, IGNORED)
+        batch = dict(self.answers.encoded(conversations, padding=True))
+        answered = batch.pop("assistant_masks").bool()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for length, row in zip(lengths, answered, strict=True):
+            check_learnt(length, bool(row.any()), self.most_tokens)
+        batch["labels"] = batch["input_ids"].where(answered, IGNORED)
         return batch
-
-    def _encoded(self, conversations: Sequence[Messages], **settings: Any) -> Any:
-        told = conversations if self.sees else [_as_text(one) for one in conversations]
-        padding: dict[str, Any] = {"padding": True}
-        padding = {"processor_kwargs": padding} if self.sees else padding
-        return self.processor.apply_chat_template(
-            list(told), tokenize=True, return_dict=True, **padding, **settings
-        )
-
-    def _spans(self, messages: Messages, row: list[int]) -> list[tuple[int, int]]:
-        """Where the assistant speaks in `row`, the padded ids of these messages."""
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._length(messages[:number], row, add_generation_prompt=True)
-            spans.append((before, self._length(messages[: number + 1], row)))
-        if not spans:
-            raise RowError("empty_answer", "nobody answers in it; give an assistant's turn.")
-        if self.most_tokens is not None and spans[-1][1] > self.most_tokens:
-            raise RowError(
-                "too_long",
-                f"it is {spans[-1][1]} tokens long, at most {self.most_tokens} are learnt from; "
-                "raise max_tokens, or shorten it.",
-            )
-        return spans
-
-    def _length(self, messages: Messages, row: list[int], **settings: Any) -> int:
-        """How many tokens these first messages are; they must be the first of the row."""
-        (ids,) = self._encoded([messages], **settings)["input_ids"]
-        if row[: len(ids)] != list(ids):
-            raise DataError(
-                "the chat template writes earlier turns otherwise once a conversation goes on, so "
-                "its answers cannot be found; set a template that only ever appends."
-            )
-        return len(ids)
-
-
-def _as_text(messages: Messages) -> list[dict[str, str]]:
-    """The messages for a tokenizer, whose templates want the content as one string."""
-    texts = []
-    for message in messages:
-        if any(part["type"] != "text" for part in message["content"]):
-            raise DataError(
-                "a conversation has a picture, but the host reads text alone; take the pictures' "
-                "source out of the mixture, or name a host that sees."
-            )
-        content = "".join(part["text"] for part in message["content"])
-        texts.append({"role": message["role"], "content": content})
-    return texts

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from trol.errors import DataError, unknown
 
 KINDS = {
@@ -32,6 +35,15 @@ class RowError(DataError):
         return str(self.args[1])
 
 
-def as_row_error(error: DataError) -> RowError:
-    """The error itself if it has a kind, or else as one of a wrong format."""
-    return error if isinstance(error, RowError) else RowError("wrong_format", str(error))
+@contextmanager
+def row_errors(what: str = "it cannot be read") -> Generator[None]:
+    """While open, whatever goes wrong is a `RowError`; one that has no kind is a wrong format."""
+    try:
+        yield
+    except (RowError, MemoryError):
+        raise
+    except DataError as error:
+        raise RowError("wrong_format", str(error)) from error
+    except Exception as error:  # what a row holds meets templates and processors of many families
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RowError("wrong_format", f"{what}: {told}") from error

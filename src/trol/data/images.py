@@ -1,4 +1,9 @@
-"""Opening pictures safely: always RGB, upright, and never larger than the limit."""
+"""Opening pictures safely: always RGB, upright, and never larger than the limit.
+
+Grey pictures of more than 8 bits (scans, X-rays, depth maps: integers of 16 or 32, or floats)
+rarely fill what their type can hold, so their darkest value becomes black and their brightest
+white, as viewers show them. What is transparent is white.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,16 @@ import warnings
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trol.errors import DataError
 
 MOST_PIXELS = 50_000_000
 """Largest width x height that is decoded (150 MB as RGB)."""
+
+DEEP = ("I", "F")
+"""How the modes of grey pictures with more than 8 bits begin: I, I;16, I;16B, F ..."""
 
 
 def open_image(
@@ -57,9 +66,32 @@ def _upright(picture: Image.Image, name: str, most_pixels: int) -> Image.Image:
     if width * height > most_pixels:
         raise _too_large(name, f"{width}x{height} pixels", most_pixels)
     try:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith(DEEP):
+            return _stretched(upright, name).convert("RGB")
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            white = Image.new("RGBA", upright.size, "white")
+            return Image.alpha_composite(white, upright).convert("RGB")
+        return upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as broken:
         raise _broken(name, broken) from broken
+
+
+def _stretched(picture: Image.Image, name: str) -> Image.Image:
+    """Grey of 8 bits, its darkest value 0 and its brightest 255; one value alone is black or white.
+
+    NaNs are black.
+    """
+    values = np.asarray(picture).astype(np.float64)
+    known = values[np.isfinite(values)]
+    if not known.size:
+        raise DataError(f"{name} holds no finite number; save it again.")
+    low, high = known.min(), known.max()
+    if low == high:
+        low, high = low - (low > 0), high + (low <= 0)
+    shown = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return Image.fromarray(((shown - low) / (high - low) * 255).round().astype(np.uint8))
 
 
 def _broken(name: str, cause: Exception) -> DataError:

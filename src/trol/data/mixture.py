@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trol.data.damage import RowError, as_row_error
+from trol.data.damage import RowError, row_errors
 from trol.data.indexing import Container, Index, indexed
 from trol.data.mixture_file import MixtureFile, Source, read_mixture
 from trol.data.quarantine import quarantine_path, read_quarantine
@@ -21,6 +20,7 @@ from trol.data.sources.formats import Messages, read_row
 from trol.data.sources.json_files import JsonArray, JsonLines
 from trol.data.sources.pictures import open_picture
 from trol.data.sources.tables import Table
+from trol.data.writing import cache_folder
 from trol.errors import DataError
 
 CHARACTERS_PER_TOKEN = 4
@@ -48,28 +48,33 @@ class Part:
 
     def messages(self, place: int) -> Messages:
         """The row's messages with opened RGB pictures; `RowError` where it is damaged."""
-        row = self.container.read(int(self.index.starts[place]), int(self.index.ends[place]))
-        messages = _read(self.source, row)
-        for message in messages:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = open_picture(
-                        part["image"], self.images, allow_urls=self.source.allow_urls
-                    )
+        with row_errors():
+            row = self.container.read(int(self.index.starts[place]), int(self.index.ends[place]))
+            messages = _read(self.source, row)
+            for message in messages:
+                for part in message["content"]:
+                    if part["type"] == "image":
+                        part["image"] = open_picture(
+                            part["image"], self.images, allow_urls=self.source.allow_urls
+                        )
         return messages
 
 
 class Mixture:
     """The conversations of all sources, numbered 0 .. N - 1 in the order of the mixture file.
 
-    `quarantined` (source -> row -> reason) is left out and counted in `skipped`. Memory is 30 to
-    40 bytes per row, whatever the rows hold; a mixture can be pickled and forked.
+    `quarantined` (source -> row -> reason), the list at `list_at`, is left out and counted in
+    `skipped`. Memory is 30 to 40 bytes per row, whatever the rows hold; a mixture can be pickled
+    and forked.
     """
 
     def __init__(
-        self, parts: Sequence[Part], quarantined: Mapping[str, Mapping[int, str]] | None = None
+        self,
+        parts: Sequence[Part],
+        quarantined: Mapping[str, Mapping[int, str]] | None = None,
+        list_at: Path | None = None,
     ) -> None:
-        self.parts = tuple(parts)
+        self.parts, self.list_at = tuple(parts), list_at
         listed = quarantined or {}
         self.skipped: dict[str, dict[str, int]] = {}
         """Source -> reason -> rows that are left out; only where there are any."""
@@ -108,12 +113,15 @@ class Mixture:
     def naming(self, number: int) -> Generator[None]:
         """While open, errors of conversation `number` are `RowError`s that name source and row."""
         try:
-            yield
-        except DataError as error:
-            part, place = self.place(number)
-            where = f"{part.source.name}, row {part.row_number(place)}"
-            damaged = as_row_error(error)
-            raise RowError(damaged.kind, f"{where}: {damaged}") from error
+            with row_errors():
+                yield
+        except RowError as error:
+            raise RowError(error.kind, f"{self.where(number)}: {error}") from error
+
+    def where(self, number: int) -> str:
+        """The file, or the name on the hub, and the row in it that conversation `number` is."""
+        part, place = self.place(number)
+        return f"{part.source.path}, row {part.row_number(place)}"
 
     def lengths(self, *, tokens_per_image: int) -> np.ndarray:
         """Estimated tokens of each conversation, pictures included. Shape: [N], int64."""
@@ -156,15 +164,14 @@ def open_mixture(
         DataError: a file is missing or broken as a whole, or the quarantine list is stale.
     """
     described = mixture if isinstance(mixture, MixtureFile) else read_mixture(mixture, root=root)
-    folder = cache or _cache()
+    folder = cache or cache_folder() / "index"
     parts = []
     for source in described.sources:
         told(source.name)
         parts.append(_part(source, described.root, folder))
-    listed = read_quarantine(
-        quarantine or quarantine_path(described), {part.source.name: part.size for part in parts}
-    )
-    return Mixture(parts, listed)
+    place = quarantine or quarantine_path(described)
+    listed = read_quarantine(place, {part.source.name: part.size for part in parts})
+    return Mixture(parts, listed, place)
 
 
 def _part(source: Source, root: Path, folder: Path) -> Part:
@@ -214,7 +221,3 @@ def _weighted(places: np.ndarray, source: Source) -> np.ndarray:
     draw = np.random.default_rng(zlib.crc32(source.name.encode()))
     few = draw.permutation(len(places))[: round((source.weight - whole) * len(places))]
     return np.concatenate([np.tile(places, whole), places[np.sort(few)]])
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol" / "index"

@@ -6,6 +6,7 @@ detail of each damaged row. The sizes tell whether the list still speaks of the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from trol.data.damage import KINDS
 from trol.data.mixture_file import MixtureFile
-from trol.data.writing import whole_file
+from trol.data.writing import cache_folder, whole_file
 from trol.errors import DataError
 
 
@@ -63,8 +64,17 @@ def read_quarantine(path: Path, sizes: Mapping[str, int]) -> dict[str, dict[int,
 
 
 def quarantine_path(described: MixtureFile) -> Path:
-    """Where a mixture's quarantine list lies unless another is named: in its root."""
-    return described.root / f"{described.path.stem}.quarantine.jsonl"
+    """Where a mixture's quarantine list lies unless another is named.
+
+    One that lies beside the data is theirs, whoever put it there; or else it is in trol's cache,
+    by the mixture's file and root, so that data may lie where nobody but their owner writes.
+    """
+    beside = described.root / f"{described.path.stem}.quarantine.jsonl"
+    if beside.exists():
+        return beside
+    places = f"{described.path.resolve()}\n{described.root.resolve()}"
+    mark = hashlib.sha256(places.encode()).hexdigest()[:16]
+    return cache_folder() / "quarantine" / f"{described.path.stem}-{mark}.jsonl"
 
 
 def _stale(path: Path, why: str) -> DataError:

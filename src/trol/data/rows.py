@@ -34,7 +34,7 @@ class MixtureRows(Dataset[Row]):
 
 @dataclass(frozen=True)
 class PairRows(Dataset[Row]):
-    """Item i is pair i, encoded through a template that marks answers; kept once it is made."""
+    """Item i is pair i, encoded; kept once it is made."""
 
     pairs: Sequence[Pair]
     tokenizer: Any
@@ -54,7 +54,7 @@ class PairRows(Dataset[Row]):
 
 @dataclass(frozen=True)
 class PairMessages(Dataset[list[dict[str, Any]]]):
-    """Item i is pair i as messages, for templates that mark nothing."""
+    """Item i is pair i as messages."""
 
     pairs: Sequence[Pair]
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def cache_folder() -> Path:
+    """Where trol keeps what it can make again: $XDG_CACHE_HOME/trol, or ~/.cache/trol."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol"
+
+
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Generator[IO[Any]]:
     """A file that becomes `path` when it is complete; nothing stays if writing it fails."""

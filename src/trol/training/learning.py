@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,11 +15,12 @@ from torch import nn
 
 from trol.data.collator import Collator
 from trol.data.conversations import ConversationCollator, Conversations
-from trol.data.mixture import open_mixture
+from trol.data.left_out import SoundRows
+from trol.data.mixture import Mixture, open_mixture
 from trol.data.pairs import Pair, is_pairs, pairs_of, shortened
 from trol.data.pools import BoardPool, board_pool
 from trol.data.rows import MixtureRows, PairMessages, PairRows
-from trol.errors import UsageError
+from trol.errors import DataError, UsageError
 from trol.family import TrolProcessor
 from trol.host.quantised import is_quantised
 from trol.training.checking import DATA
@@ -34,15 +34,19 @@ BOARD_SEEDS = 1_000_000
 """Board seeds that belong to one recipe seed."""
 
 
+WARMUP = 0.25
+"""The largest share of a stage in which its rates may rise."""
+
+
 class Material(NamedTuple):
     """What a Trainer needs besides its arguments."""
 
     reader: nn.Module
     """Takes a batch and gives its loss."""
     rows: Any
-    """A map-style dataset."""
+    """A map-style dataset; item i may be i itself."""
     collate: Callable[..., dict[str, Any]]
-    """Rows to a batch."""
+    """Items to a batch."""
 
 
 def learner_of(model: Any, stage: Stage) -> Any:
@@ -96,15 +100,42 @@ def material(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
     return Material(lesson.reader(learner, processor), pool, pool.batch)
 
 
+def check_data(name: str, stage: Stage) -> None:
+    """Looks for the files that a stage learns from, before anything is opened for it.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: a file is missing, broken as a whole, or without a row that can be learnt from.
+    """
+    if is_pairs(stage.data):
+        rows = pairs_of(stage.data, "train", limit=1)
+    elif stage.data not in DATA:
+        rows = _mixture(stage)
+    else:
+        return
+    if not len(rows):
+        raise DataError(f"{stage.data}, which stage {name} learns from, has no rows; give some.")
+
+
+def _mixture(stage: Stage) -> Mixture:
+    mixture = open_mixture(stage.data)
+    if not len(mixture) and mixture.skipped:
+        left = [f"{n} {kind}" for kinds in mixture.skipped.values() for kind, n in kinds.items()]
+        raise DataError(
+            f"all rows of {stage.data} are left out: {', '.join(left)}, as {mixture.list_at} says; "
+            "run `trol data check` again, or delete that list."
+        )
+    return mixture
+
+
 def sized(stage: Stage, rows: Any) -> Stage:
     """The stage with its length in steps; call it on `material(...).rows` before all that counts.
 
-    steps = ceil(epochs · rows / batch)
+    steps = ceil(epochs · rows / batch); the warm-up is at most steps · `WARMUP`
     """
-    if stage.steps:
-        return stage
-    steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch))
-    return dataclasses.replace(stage, steps=steps, epochs=0.0)
+    steps = stage.steps or max(1, math.ceil(stage.epochs * len(rows) / stage.batch))
+    warmup = min(stage.warmup_steps, int(WARMUP * steps))
+    return dataclasses.replace(stage, steps=steps, epochs=0.0, warmup_steps=warmup)
 
 
 def trainer_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -136,22 +167,32 @@ def _may_merge(learner: PeftModel, stage: Stage) -> bool:
 
 
 def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
-    mixture, most = open_mixture(stage.data), stage.max_tokens or None
+    mixture, most = _mixture(stage), _most_tokens(learner, stage)
     for source, reasons in mixture.skipped.items():
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         warnings.warn(f"rows of {source} left out as quarantined: {left}", stacklevel=2)
     reader = ConversationReader(learner)
     if isinstance(processor, TrolProcessor):
-        rows = MixtureRows(mixture, processor, most)
-        return Material(reader, rows, Collator(processor.tokenizer.pad_token_id))
-    collate = ConversationCollator(processor, most_tokens=most)
-    return Material(reader, Conversations(mixture), collate)
+        rows, collate = MixtureRows(mixture, processor, most), _collator(processor)
+    else:
+        rows = Conversations(mixture)
+        collate = ConversationCollator(processor, most_tokens=most)
+    sound = SoundRows(rows, collate, mixture.where)
+    return Material(reader, sound, sound.batch)
+
+
+def _most_tokens(learner: Any, stage: Stage) -> int | None:
+    """Tokens that a conversation may have: the stage's limit, and the positions of the host."""
+    positions = getattr(learner.config.get_text_config(), "max_position_embeddings", None)
+    return min((most for most in (stage.max_tokens, positions) if most), default=None)
+
+
+def _collator(tokenizer: Any) -> Collator:
+    return Collator(getattr(tokenizer, "tokenizer", tokenizer).pad_token_id)
 
 
 TEMPLATE_TOKENS = 8
 """Tokens of a row kept for what a chat template adds to question and answer."""
-
-_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _pairs(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
@@ -160,13 +201,14 @@ def _pairs(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
     pairs = pairs_of(stage.data, "train", seed=seed)
     if stage.prompt_share:
         pairs = [_cut(pair, tokenizer, stage) for pair in pairs]
-    reader, most = ConversationReader(learner), stage.max_tokens or None
-    template = str(getattr(processor, "chat_template", None))
-    if processor is tokenizer and _MARKS_ANSWERS.search(template):
-        rows = PairRows(pairs, tokenizer, most)
-        return Material(reader, rows, Collator(tokenizer.pad_token_id))
-    collate = ConversationCollator(processor, most_tokens=most)
-    return Material(reader, PairMessages(pairs), collate)
+    reader, most = ConversationReader(learner), _most_tokens(learner, stage)
+    if processor is tokenizer and tokenizer.pad_token is not None:
+        rows, collate = PairRows(pairs, tokenizer, most), _collator(tokenizer)
+    else:
+        rows = PairMessages(pairs)
+        collate = ConversationCollator(processor, most_tokens=most)
+    sound = SoundRows(rows, collate, lambda number: f"{stage.data}, pair {number} of the seed's")
+    return Material(reader, sound, sound.batch)
 
 
 def _cut(pair: Pair, tokenizer: Any, stage: Stage) -> Pair:

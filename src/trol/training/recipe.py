@@ -53,6 +53,7 @@ class Stage:
     muon: float = 0.0
     """Muon's learning rate for the matrices inside decoder layers; 0 leaves them to AdamW."""
     warmup_steps: int = 20
+    """Steps in which the rates rise; at most a quarter of the stage."""
     schedule: str = "linear"
     """`linear`: flat, then down to the final rate over `decay`; `cosine`: down all the way."""
     decay: float = 0.4

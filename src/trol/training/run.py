@@ -16,7 +16,7 @@ from trol.errors import UsageError, unknown
 from trol.training import processes
 from trol.training.adapters import save_trained
 from trol.training.fingerprints import differences
-from trol.training.learning import finished, learner_of
+from trol.training.learning import check_data, finished, learner_of
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
 from trol.training.stage import Surroundings, train_stage
@@ -58,12 +58,14 @@ def run(
 
     Returns:
         `{"model", "seed", "losses": {stage: {"steps", "losses", "gates"}}, "parameters", "steps",
-        "seconds": {stage: s}}`; in place of `"model"`, `"stopped": {"stage", "step"}` where the
-        time was over first.
+        "seconds": {stage: s}, "stages": {stage: {"steps", "warmup_steps", "left_out"}},
+        "left_out": {stage: [the first of such rows, and why]}}`; in place of `"model"`,
+        `"stopped": {"stage", "step"}` where the time was over first.
 
     Raises:
         UsageError: `only` names a stage that the recipe does not have, a tracker is unknown, or
             what is to be resumed is another run.
+        DataError: a file that a stage learns from is missing, empty, or has no sound row.
         TrainingError: the loss is no number any more, or the disk takes no more.
     """
     names = _chosen(recipe, only)
@@ -79,6 +81,8 @@ def run(
         folder.check(recipe, begun)
     elif (found := _finished_before(recipe, names, out)) is not None:
         return found
+    for name in names:
+        check_data(name, recipe.stages[name])
     set_seed(recipe.seed)
     model, processor = opened(recipe, start)
     keeps = resume or bool(recipe.save_every) or max_hours is not None
@@ -98,6 +102,7 @@ def _trained(
     """The model after the stages that are not over yet, and what there is to say of all."""
     folder = around.working
     found: dict[str, Any] = {"losses": {}, "seconds": {}, "steps": 0}
+    found |= {"stages": {}, "left_out": {}}
     over = 0 if folder is None else folder.finished()
     if folder is not None and over:
         for name in names[:over]:  # the form that they left it in
@@ -107,6 +112,9 @@ def _trained(
     for number, name in list(enumerate(names, start=1))[over:]:
         learnt = train_stage(model, processor, recipe, (number, name), around)
         found["losses"][name], found["seconds"][name] = learnt.curve, learnt.seconds
+        found["stages"][name] = learnt.resolved
+        if learnt.left_out:
+            found["left_out"][name] = learnt.left_out
         found["steps"] += learnt.step
         if learnt.model is None:
             return None, found | {"stopped": {"stage": name, "step": learnt.step}}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
+from trol.data.left_out import TOLD
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError
 from trol.training import processes
@@ -59,6 +62,10 @@ class Learnt:
     curve: dict[str, list[Any]]
     """`{"steps", "losses"}`, and `"gates"`: the mean of each layer at each of the steps."""
     seconds: float
+    resolved: dict[str, int]
+    """`{"steps", "warmup_steps", "left_out"}`: its length, and rows that were left out."""
+    left_out: list[str]
+    """The first rows that were left out, and why."""
 
 
 def train_stage(
@@ -76,7 +83,8 @@ def train_stage(
     learner = learner_of(model, stage)
     given = material(learner, processor, stage, recipe.seed)
     exits = teach_exits(given.reader, learner, stage)
-    stage = sized(stage, given.rows)
+    asked, stage = stage, sized(stage, given.rows)
+    _tell_warmup(f"{around.label}{name}", asked, stage)
     place = checkpoint = None
     if around.working is not None:
         around.working.check_data(name, data_fingerprint(given.rows, given.collate))
@@ -106,7 +114,18 @@ def train_stage(
     trainer.accelerator.free_memory()
     del trainer
     gc.collect()
-    return Learnt(finished(learner, stage) if step >= stage.steps else None, step, curve, seconds)
+    left = getattr(given.rows, "left_out", {})
+    if len(left) > TOLD:
+        warnings.warn(f"{name}: {len(left):,} rows were left out as damaged", stacklevel=2)
+    resolved = {"steps": stage.steps, "warmup_steps": stage.warmup_steps, "left_out": len(left)}
+    done = finished(learner, stage) if step >= stage.steps else None
+    return Learnt(done, step, curve, seconds, resolved, list(left.values())[:TOLD])
+
+
+def _tell_warmup(where: str, asked: Stage, stage: Stage) -> None:
+    if stage.warmup_steps < asked.warmup_steps and processes.is_first():
+        told = f"{where}: {stage.steps} steps, so the warm-up is {stage.warmup_steps} of them"
+        print(f"{told}, not {asked.warmup_steps}", file=sys.stderr, flush=True)
 
 
 def _train(trainer: StageTrainer, progress: Progress, checkpoint: Path | None) -> None:

@@ -19,7 +19,10 @@ Turn = tuple[str, Any]
 
 def read_messages(row: Mapping[str, Any]) -> list[Turn]:
     """OpenAI messages: role, and a text or a list of text and image parts."""
-    return [(str(m.get("role")), m.get("content")) for m in _dicts(row, "messages")]
+    said = _dicts(row, "messages")
+    if any(message.get("tool_calls") for message in said):
+        raise RowError("wrong_format", "it calls tools, which is not trained on; take it out.")
+    return [(str(m.get("role")), m.get("content")) for m in said]
 
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trol.host.assumptions.table import Table, differs
 from trol.host.assumptions.tiny import ids, tiny_config, tiny_model
+from trol.host.chat_templates import AS_CUT, PIECES
 from trol.host.classes import HOOKED_FORWARD, second_maps, tied_names, trained_copy
 
 LIBRARIES = Table()
@@ -33,6 +35,17 @@ def all_tied() -> str | None:
     return differs(
         "of a tied Llama", tied_names(tiny_model(tie_word_embeddings=True)), {"lm_head.weight"}
     )
+
+
+@LIBRARIES.row("host/chat_templates.py: what is learnt of a conversation, and its roles")
+def marks() -> str | None:
+    """A rendered template tells where {% generation %} was, and reads any key of a message."""
+    rendered: Any = render_jinja_template(
+        [[{"role": "user", "content": "", PIECES: ["ask ", "say", "!"]}]],
+        chat_template=AS_CUT,
+        return_assistant_tokens_mask=True,
+    )
+    return differs("of a text in pieces", rendered, (["ask say!"], [[(4, 7)]]))
 
 
 class _Drawn(LlamaForCausalLM):

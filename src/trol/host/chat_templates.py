@@ -1,0 +1,129 @@
+"""Chat templates: what one makes of a conversation, what it marks in it, and that text as ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trol.errors import DataError
+from trol.host.processors import marks_answers_beside_pictures
+
+Span = tuple[int, int]
+"""First character and the one behind the last."""
+
+PIECES = "pieces"
+"""The key of a conversation's first message that `AS_CUT` reads."""
+
+AS_CUT = (
+    "{% for piece in messages[0]['pieces'] %}{% if loop.index0 is odd %}"
+    "{% generation %}{{ piece }}{% endgeneration %}"
+    "{% else %}{{ piece }}{% endif %}{% endfor %}"
+)
+"""A template that says a text which was rendered before, every second piece of it as answer."""
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template of a processor or a tokenizer, the default one where it has several."""
+    template = processor.chat_template
+    return template.get("default") if isinstance(template, Mapping) else template
+
+
+def marks_answers(processor: Any) -> bool:
+    """Whether the template itself says what is answer, by `{% generation %}`."""
+    return bool(_MARK.search(template_of(processor) or ""))
+
+
+def render(
+    processor: Any, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False
+) -> tuple[str, list[Span]]:
+    """What the template makes of the messages, and where it marks answers.
+
+    Raises:
+        DataError: the template refuses the messages, or cannot cope with them.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in messages]],
+            chat_template=template_of(processor),
+            return_assistant_tokens_mask=marks_answers(processor),
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # templates are programs: they raise what they like
+        told = " ".join(str(error).split())
+        raise DataError(f"the chat template refuses the conversation: {told}.") from error
+    (text,), spans = rendered
+    return text, spans[0] if spans else []
+
+
+def marks_by_offsets(processor: Any, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether this transformers knows which tokens of such a conversation a character became."""
+    if not isinstance(processor, ProcessorMixin):
+        return bool(processor.is_fast)
+    own = getattr(processor, "marks_answers_itself", False)
+    return own or bool(
+        getattr(processor, "tokenizer").is_fast  # noqa: B009 - ProcessorMixin does not declare it
+        and (marks_answers_beside_pictures() or not _has_pictures(messages))
+    )
+
+
+def encode_text(processor: Any, texts: Sequence[Sequence[str]], told: Any, **settings: Any) -> Any:
+    """Rendered conversations as ids, and `assistant_masks`: 1 for tokens of every second piece.
+
+    Args:
+        processor: a processor, or a tokenizer.
+        texts: the pieces of each conversation's text.
+        told: the conversations themselves, whose pictures a processor puts in.
+        settings: `padding` and `return_tensors`.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        return _tokens(processor, texts, settings)
+    kind = settings.get("return_tensors")
+    told = [[{**one[0], PIECES: list(cut)}, *one[1:]] for one, cut in zip(told, texts, strict=True)]
+    masks = all(marks_by_offsets(processor, one) for one in told)
+    encoded: Any = processor.apply_chat_template(
+        told,
+        chat_template=AS_CUT,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=masks,
+        processor_kwargs={"padding": settings["padding"]},
+        # Beside marks some processors, Idefics3's for one, fail at turning offsets into tensors.
+        return_tensors=None if masks else kind,
+    )
+    for unread in ("offset_mapping", "text_replacement_offsets"):
+        encoded.pop(unread, None)
+    return encoded.convert_to_tensors(kind) if masks and kind else encoded
+
+
+def _tokens(tokenizer: Any, texts: Sequence[Sequence[str]], settings: dict[str, Any]) -> Any:
+    encoded = tokenizer(
+        ["".join(cut) for cut in texts],
+        add_special_tokens=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        **settings,
+    )
+    if tokenizer.is_fast:
+        rows = zip(encoded.pop("offset_mapping"), texts, strict=True)
+        encoded["assistant_masks"] = [_inside(offsets, cut) for offsets, cut in rows]
+    return encoded
+
+
+def _inside(offsets: Any, pieces: Sequence[str]) -> list[int]:
+    """1 for each token that has a character of an odd piece; padding has none."""
+    odd = [character for at, piece in enumerate(pieces) for character in [at % 2] * len(piece)]
+    return [int(any(odd[start:end])) for start, end in offsets]
+
+
+def _has_pictures(messages: Sequence[Mapping[str, Any]]) -> bool:
+    parts = (p for m in messages if not isinstance(m["content"], str) for p in m["content"])
+    return any(part["type"] == "image" for part in parts)
