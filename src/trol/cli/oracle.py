@@ -91,7 +91,7 @@ def oracle(
         levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
         if router is not None:
             routing.check_menu(levels, after)
-        asked = _questions(processor, task, questions, split=split, scope=scope, seed=seed)
+        asked = _questions(opened, processor, task, questions, split=split, scope=scope, seed=seed)
         asked = asked.drawing(len(levels.levels) - 1 if samples is None else samples)
         header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)
         store = Store(out, header, part)
@@ -132,19 +132,18 @@ def _checked(task: str, metric: str | None, questions: int, split: str, scope: s
 
 
 def _questions(
-    processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
+    model: Any, processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
 ) -> Questions:
     from trol.evaluation.oracle import Questions
-    from trol.evaluation.tasks import check_reads, task_of
+    from trol.evaluation.tasks import questions_of, task_of
 
     found = task_of(task)
-    items = found.items(count, seed, split)
+    items = questions_of(model, processor, task, count, seed=seed, split=split)
     if len(items) < 2:
         raise UsageError(
             f"the {split} split of {task} has {len(items)} questions, and an oracle compares 2 or "
             "more; name another split or task."
         )
-    check_reads(processor, task, items)
     return Questions(items, found.metrics, found.new_tokens, scope=scope, seed=seed)
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trol.depth import Plan
-    from trol.evaluation.tasks import Item
 
 EXAMPLES = (
     "trol plan --method uniform --keep 0.5",
@@ -87,6 +86,7 @@ def _made(
     from trol.cli.models import open_model
     from trol.evaluation.chosen_plans import chosen_plan
     from trol.evaluation.draft_plans import draft_plan, measured_speed
+    from trol.evaluation.tasks import questions_of
     from trol.host.layers import find_decoder, layer_list
     from trol.policies.static_plans import STATIC, static_plan
 
@@ -96,7 +96,9 @@ def _made(
         measured_on.clear()
         return static_plan(method, layers, cast(float, keep), seed), layers
     scope, task = measured_on["scope"], measured_on["task"]
-    items = _items(task, measured_on["questions"], seed, processor)
+    # Of the validation split, so that a test sees none of them.
+    count = measured_on["questions"]
+    items = questions_of(opened, processor, task, count, seed=seed, split="validation")
     measured_on["questions"] = len(items)
     with _bar(method) as progress:
         if method == "draft":
@@ -138,15 +140,6 @@ def _check(method: str, keep: float | None, scope: str) -> None:
             f"no share of layers given; add one, such as --method {method} --keep 0.5."
         )
     check_scope(scope)
-
-
-def _items(task: str, questions: int, seed: int, processor: Any) -> list[Item]:
-    """Questions to choose by: of the validation split, so that a test sees none of them."""
-    from trol.evaluation.tasks import check_reads, task_of
-
-    items = task_of(task).items(questions, seed, "validation")
-    check_reads(processor, task, items)
-    return items
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from trol.data.chat import IGNORED
 from trol.data.damage import RowError
 from trol.data.mixture import Mixture
+from trol.data.templates import own_template, templating
 from trol.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -38,17 +39,32 @@ class ConversationCollator:
     Answers are found by what the template adds when the assistant speaks, so that it needs no
     `{% generation %}`: turn i is answer from the end of turns 0 .. i - 1 with the generation
     prompt to the end of turns 0 .. i.
+
+    Args:
+        processor: a processor or a tokenizer.
+        most_tokens: a longer conversation is a `RowError`.
+        plain: whether one without a chat template writes plain text; else it is refused.
+        last: whether only what the assistant says last is answer.
     """
 
-    def __init__(self, processor: Any, *, most_tokens: int | None = None) -> None:
-        self.processor, self.most_tokens = processor, most_tokens
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        most_tokens: int | None = None,
+        plain: bool = False,
+        last: bool = False,
+    ) -> None:
+        self.processor, self.most_tokens, self.last = processor, most_tokens, last
         self.sees = isinstance(processor, ProcessorMixin)
         tokenizer = processor.tokenizer if self.sees else processor
-        if (processor if self.sees else tokenizer).chat_template is None:
+        if own_template(processor) is None and not plain:
             raise DataError(
                 f"{type(processor).__name__} has no chat template; name a model that was trained "
-                "on conversations, or set processor.chat_template."
+                "on conversations, or give one: chat_template=FILE in a recipe or behind it, "
+                "processor.chat_template in Python."
             )
+        self.template = templating(processor)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
@@ -60,17 +76,18 @@ class ConversationCollator:
         ids = batch["input_ids"]
         answers = torch.zeros_like(ids, dtype=torch.bool)
         for row, messages in enumerate(conversations):
-            for start, end in self._spans(messages, ids[row].tolist()):
+            spans = self._spans(messages, ids[row].tolist())
+            for start, end in spans[-1:] if self.last else spans:
                 answers[row, start:end] = True
         batch["labels"] = ids.where(answers, IGNORED)
         return batch
 
     def _encoded(self, conversations: Sequence[Messages], **settings: Any) -> Any:
-        told = conversations if self.sees else [_as_text(one) for one in conversations]
+        told = conversations if self.sees else [as_text(one) for one in conversations]
         padding: dict[str, Any] = {"padding": True}
         padding = {"processor_kwargs": padding} if self.sees else padding
         return self.processor.apply_chat_template(
-            list(told), tokenize=True, return_dict=True, **padding, **settings
+            list(told), tokenize=True, return_dict=True, **self.template, **padding, **settings
         )
 
     def _spans(self, messages: Messages, row: list[int]) -> list[tuple[int, int]]:
@@ -102,7 +119,7 @@ class ConversationCollator:
         return len(ids)
 
 
-def _as_text(messages: Messages) -> list[dict[str, str]]:
+def as_text(messages: Messages) -> list[dict[str, str]]:
     """The messages for a tokenizer, whose templates want the content as one string."""
     texts = []
     for message in messages:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
 from trol.errors import DataError, unknown
+
+Read = TypeVar("Read")
 
 KINDS = {
     "broken_row": "no readable row: broken JSON, or no keys and values",
@@ -35,3 +42,33 @@ class RowError(DataError):
 def as_row_error(error: DataError) -> RowError:
     """The error itself if it has a kind, or else as one of a wrong format."""
     return error if isinstance(error, RowError) else RowError("wrong_format", str(error))
+
+
+def sound(
+    path: object,
+    rows: Iterable[Mapping[str, Any] | RowError],
+    read: Callable[[Mapping[str, Any]], Read],
+    what: str,
+) -> list[Read]:
+    """What `read` makes of the rows that are whole; the others are counted in a warning.
+
+    Raises:
+        DataError: not one row is whole; `what` says what they should have been.
+    """
+    found: list[Read] = []
+    damaged: Counter[str] = Counter()
+    first = None
+    for row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            found.append(read(row))
+        except RowError as error:
+            damaged[error.kind] += 1
+            first = first or error
+    if not found:
+        raise DataError(f"{path} has no sound row of {what}: {first or 'it is empty.'}")
+    if damaged:
+        told = ", ".join(f"{count} {kind}" for kind, count in damaged.items())
+        warnings.warn(f"rows of {path} left out: {told} (the first: {first})", stacklevel=4)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +29,29 @@ class Readout:
         """The logits of states that leave the stack here. Shape: [..., D] -> [..., V]."""
         stack: Any = find_decoder(self.host)
         return finished(self.head(behind_the_stack(stack, state)), stack.config)
+
+    def behind_norm(self, state: Tensor) -> Tensor:
+        """The logits of what the head is about to read: `unread` kept it. [..., D] -> [..., V]."""
+        return finished(self.head(state), find_decoder(self.host).config)
+
+    @contextmanager
+    def unread(self) -> Generator[list[Tensor]]:
+        """While open, the host's head reads the first position alone, and all are kept: [B, T, D].
+
+        For passes whose logits [B, T, V] would not be used as a whole: those they give are of the
+        first position. The list holds one tensor for each time that the head was called.
+        """
+        kept: list[Tensor] = []
+
+        def first_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            kept.append(args[0])
+            return (args[0][:, :1], *args[1:])
+
+        hook = self.head.register_forward_pre_hook(first_alone)
+        try:
+            yield kept
+        finally:
+            hook.remove()
 
     @property
     def head(self) -> nn.Module:
