@@ -83,7 +83,7 @@ def _asked(chat: Chat, folder: Path) -> Item:
     return Item(None, chat.question, chat.answer, chat.type, turns=() if plain else turns)
 
 
-def text_items(  # noqa: PLR0917 - as the other sets, and what makes tokens of it
+def text_items(
     path: Path, count: int, seed: int, split: str = "test", *, tokenizer: Any, window: int
 ) -> list[Item]:
     """At most `count` windows of a file, in its order; all of it is in every split.

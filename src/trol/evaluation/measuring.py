@@ -102,7 +102,7 @@ def measured(
         found = by_type(items, right(model, processor, items, task, progress=progress))
         return {**found, "chance_by_type": task.chance()}
     wanted = list(metrics) or list(task.metrics)
-    values = _values(model, processor, items, task, wanted, partial(progress, name))
+    values = _values(model, processor, items, task, wanted=wanted, told=partial(progress, name))
     if task.windows:
         return {**_text(items, values["loss"]), "metric": "loss", "chance_by_type": {}}
     found = by_type(items, values[wanted[0]])
@@ -117,6 +117,7 @@ def _values(
     processor: Any,
     items: Sequence[Item],
     task: Task,
+    *,
     wanted: Sequence[str],
     told: Callable[[float, int], None],
 ) -> dict[str, list[float]]:
