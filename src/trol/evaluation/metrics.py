@@ -78,13 +78,13 @@ def losses(
     tokenizer = tokenizer_of(processor)
     for some in batches(items, batch):
         inputs = labelled(model, processor, some, tokenizer).to(model.device)
-        found += _mean_losses(model, dict(inputs))
+        found += mean_losses(model, dict(inputs))
         heard(len(found))
     return found
 
 
 @torch.inference_mode()
-def _mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
+def mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
     """Mean loss of the labelled tokens of each row: [B].
 
     Only the states before them go through the head, and so many at once that their logits stay

@@ -38,7 +38,7 @@ def template_fault(template: str) -> str | None:
     try:
         render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
     except TemplateSyntaxError as error:
-        return f"{error.message} in line {error.lineno}"
+        return f"{str(error.message).rstrip('.')} in line {error.lineno}"
     except Exception:  # it may call for anything that is not there
         return None
     return None
