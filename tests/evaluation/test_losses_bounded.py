@@ -13,6 +13,7 @@ from trol.depth import attach, depth
 from trol.errors import HostError
 from trol.evaluation import metrics
 from trol.evaluation.metrics import mean_losses
+from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned
 
 IGNORED = -100
@@ -59,6 +60,16 @@ def test_they_are_so_under_a_plan_and_its_scope(host: Host, scope: Any) -> None:
     with depth(model, Planned("0-1 3", scope=scope)):
         expected = unbounded(model, inputs)
         assert mean_losses(model, dict(inputs)) == pytest.approx(expected, abs=2e-5)
+    assert expected != pytest.approx(full, abs=1e-4)
+
+
+def test_exits_read_the_head_on_the_way() -> None:
+    """What a policy reads is not cut, and is not what the loss is made of."""
+    model, inputs = asked(HOSTS["llama"])
+    full = unbounded(model, inputs)
+    attach(model, EarlyExit("margin", 0.02))
+    expected = unbounded(model, inputs)
+    assert mean_losses(model, dict(inputs)) == pytest.approx(expected, abs=2e-5)
     assert expected != pytest.approx(full, abs=1e-4)
 
 

@@ -38,20 +38,31 @@ class Readout:
     def unread(self) -> Generator[list[Tensor]]:
         """While open, the host's head reads the first position alone, and all are kept: [B, T, D].
 
-        For passes whose logits [B, T, V] would not be used as a whole: those they give are of the
-        first position. The list holds one tensor for each time that the head was called.
+        For one pass whose logits [B, T, V] are not wanted as a whole: those it gives are of the
+        first position. The list holds a tensor for each time that the head is called when the
+        stack has been left; what policies read before is left alone.
         """
         kept: list[Tensor] = []
+        left: list[bool] = []
 
-        def first_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def first_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not left:  # a policy is reading, between two layers
+                return None
             kept.append(args[0])
             return (args[0][:, :1], *args[1:])
 
-        hook = self.head.register_forward_pre_hook(first_alone)
+        def leaves(*_: Any) -> None:
+            left.append(True)
+
+        hooks = (
+            find_decoder(self.host).register_forward_hook(leaves),
+            self.head.register_forward_pre_hook(first_alone),
+        )
         try:
             yield kept
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     @property
     def head(self) -> nn.Module:
