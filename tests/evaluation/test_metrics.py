@@ -42,6 +42,11 @@ def item(answer: str, question: str = "What does f() do?", kind: str = "function
         ("rouge1", "running", "runs", 0.0),  # no stemmer
         ("exact", " RED  7.", "red 7", 1.0),
         ("exact", "red", "red 7", 0.0),
+        ("contains", "It is the RED  7.", "red 7", 1.0),
+        ("contains", "It is Paris, of course", "paris.", 1.0),
+        ("contains", "red 77", "red 7", 0.0),  # inside of a longer word
+        ("contains", "7 red", "red 7", 0.0),
+        ("contains", "anything", ".", 0.0),
     ],
 )
 def test_a_score_by_hand(metric: str, given: str, wanted: str, value: float) -> None:
@@ -137,6 +142,6 @@ def test_what_a_task_has_no_references_for_is_refused(reader: tuple) -> None:
         scores("loss", ["a"], [item("a")])
     with pytest.raises(HostError, match="reads text alone"):
         evaluate(*reader, ["boards"], questions=1)
-    for metric in METRICS[:4]:
+    for metric in METRICS[:5]:
         assert metric in TASKS["docstrings"].metrics
     assert all(0 < chance < 0.5 for chance in TASKS["docstrings"].chance().values())

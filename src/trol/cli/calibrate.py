@@ -6,20 +6,15 @@ that of early exits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from trol.cli import terminal
+from trol.cli import progress, terminal
 from trol.cli.provenance import run_record
 from trol.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 EXAMPLES = (
     "trol calibrate --data boards --quality 0.99 --out runs/sparse",
@@ -39,8 +34,9 @@ def calibrate(
             "--data",
             "--task",
             metavar="NAME",
-            help="Questions to calibrate on: boards, docstrings, alpaca:FILE, ... "
-            "Default: boards for a model that sees, docstrings for one that reads.",
+            help="Questions to calibrate on: boards, docstrings, text:FILE, chat:FILE, "
+            "alpaca:FILE, ... Default: boards for a model that sees, docstrings for one that "
+            "reads.",
         ),
     ] = None,
     quality: Annotated[
@@ -84,6 +80,7 @@ def calibrate(
         ),
     ] = None,
     seed: terminal.Seed = 0,
+    chat_template: terminal.ChatTemplate = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The adapter's folder.")] = Path(
         "runs/calibrated"
     ),
@@ -92,9 +89,10 @@ def calibrate(
     """Find which second visits MODEL can spare, or early exits."""
     from trol.cli import calibrated_exits, calibrated_taus
     from trol.cli.models import open_model
+    from trol.data.templates import read_template
     from trol.depth import is_attached
     from trol.evaluation.calibration.evidence import check_wish
-    from trol.evaluation.tasks import task_of
+    from trol.evaluation.tasks import default_task, task_of
     from trol.policies.adapter import check_adapter_folder
 
     wanted = {"quality": quality, "cost": cost, "confidence": confidence, "questions": questions}
@@ -106,16 +104,18 @@ def calibrate(
         calibrated_exits.check(measure, wanted)
     if data is not None:
         task_of(data)
+    template = None if chat_template is None else read_template(chat_template)
     check_adapter_folder(out, beside=(RESULT,))
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
-        opened, processor = open_model(model)
+        opened, processor = open_model(model, chat_template=template)
         carries = is_attached(opened)
         wanted["measure"] = _measure(opened, wanted)
         kind = calibrated_taus if wanted["measure"] is None else calibrated_exits
-        data = data or _fitting(processor)
-        with _bar() as progress:
-            found, asked, text = kind.calibrated(opened, processor, data, wanted, progress)
+        data = data or default_task(processor)
+        with progress.shown() as heard:
+            told = partial(heard, "calibrating")
+            found, asked, text = kind.calibrated(opened, processor, data, wanted, told)
         result = {"model": model, "data": data, **asked, **found.json(), "out": str(out)}
         result["run"] = run_record(seed)
         _save(opened, found.policy, out, result)
@@ -149,13 +149,6 @@ def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     return None
 
 
-def _fitting(processor: Any) -> str:
-    """The built-in questions for this model."""
-    from transformers import ProcessorMixin
-
-    return "boards" if isinstance(processor, ProcessorMixin) else "docstrings"
-
-
 def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
     import trol
     from trol.analysis.files import write_json
@@ -170,14 +163,3 @@ def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
         trol.attach(model, policy)
     trol.save(model, out)
     write_json(out / RESULT, result)
-
-
-@contextmanager
-def _bar() -> Generator[Callable[[int, int], None]]:
-    """A bar on stderr that moves with (batches read, batches to read)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("calibrating")
-        yield lambda done, of: bars.update(bar, completed=done, total=of)

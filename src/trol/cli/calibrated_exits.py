@@ -38,12 +38,12 @@ def calibrated(
 ) -> tuple[Calibration, dict[str, Any], str]:
     """The calibrated exits, what was asked for, and what people are told."""
     from trol.evaluation.calibration.exits import calibrate
-    from trol.evaluation.tasks import check_reads, task_of
+    from trol.evaluation.tasks import questions_of
 
     wishes = _wishes(wanted)
     policy = _exits(model, wanted["measure"], wanted["first"], wanted["every"])
-    items = task_of(data).items(wanted["questions"] or QUESTIONS, wanted["seed"], "validation")
-    check_reads(processor, data, items)
+    count = wanted["questions"] or QUESTIONS
+    items = questions_of(model, processor, data, count, seed=wanted["seed"], split="validation")
     found = calibrate(model, processor, items, policy, **wishes, progress=progress)
     return found, {"questions": len(items), **wishes}, _text(found)
 

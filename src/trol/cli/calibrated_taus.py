@@ -19,14 +19,13 @@ def calibrated(
 ) -> tuple[SparseCalibration, dict[str, Any], str]:
     """The calibrated thresholds, what was asked for, and what people are told."""
     from trol.evaluation.calibration.taus import calibrate_taus, check_wishes, questions_for
-    from trol.evaluation.tasks import check_reads, task_of
+    from trol.evaluation.tasks import questions_of, task_of
 
     wishes = {"quality": wanted["quality"] or QUALITY, "confidence": wanted["confidence"]}
     count = wanted["questions"] or questions_for(**wishes)
     check_wishes(**wishes, questions=count)
     task = task_of(data)
-    items = task.items(count, wanted["seed"], "validation")
-    check_reads(processor, data, items)
+    items = questions_of(model, processor, data, count, seed=wanted["seed"], split="validation")
     found = calibrate_taus(
         model, processor, items, new_tokens=task.new_tokens, **wishes, progress=progress
     )

@@ -1,4 +1,4 @@
-"""`trol chat`: ask a model about pictures in the terminal."""
+"""`trol chat`: talk with a model in the terminal, about pictures if it sees."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     'trol chat --image docs/board.png --question "which digit is on the yellow tile?"',
-    "trol chat trol-tiny --image docs/board.png --image docs/map.png",
+    'trol chat HuggingFaceTB/SmolLM2-135M --question "The sky is" --max-new-tokens 20',
     'trol chat --image docs/board.png --question "is there a 7?" --depth all --json',
+)
+COMPLETES = (
+    "This model has no chat template: it goes on from what you type, each line for itself; "
+    "--chat-template gives it one."
 )
 HELP = "/image PATH  /depth PLAN (alone: the model's own)  /reset  /quit"
 
@@ -39,9 +43,13 @@ def chat(
         int | None, typer.Option("--bits", metavar="4|8", help="Quantise the decoder's weights.")
     ] = None,
     max_new_tokens: terminal.MaxNewTokens = DEFAULT_NEW_TOKENS,
+    chat_template: terminal.ChatTemplate = None,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Ask MODEL about pictures, turn by turn."""
+    """Talk with MODEL, about pictures if it sees.
+
+    A model without a chat template goes on from what is typed, each line for itself.
+    """
     if named is not None:
         if model != terminal.DEFAULT_MODEL:
             raise UsageError(f"two models are named, {model!r} and --model {named!r}; name one.")
@@ -51,7 +59,15 @@ def chat(
     if as_json and question is None:
         raise UsageError("--json needs --question: a conversation is not one object.")
     _check_pictures(image or [])
-    conversation = start(model, max_new_tokens=max_new_tokens, plan=depth, bits=bits)
+    conversation = start(
+        model,
+        max_new_tokens=max_new_tokens,
+        plan=depth,
+        bits=bits,
+        chat_template=chat_template,
+    )
+    if conversation.completes:
+        terminal.note(COMPLETES)
     for path in image or []:
         conversation.show(path)
     if question is None:

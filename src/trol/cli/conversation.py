@@ -1,4 +1,4 @@
-"""A conversation with a model about pictures: messages in, streamed answers out."""
+"""A conversation with a model: messages in, streamed answers out; or text that it goes on from."""
 
 from __future__ import annotations
 
@@ -46,12 +46,24 @@ class Conversation:
         """The processor's tokenizer; a text model's processor is its tokenizer."""
         return getattr(self.processor, "tokenizer", self.processor)
 
+    @property
+    def completes(self) -> bool:
+        """Whether the model goes on from what is typed, because no template makes it a chat."""
+        from trol.host.chat_templates import own_template
+
+        return own_template(self.processor) is None
+
     def show(self, path: str) -> None:
         """Put the picture at `path` before the next question."""
         from trol.data.images import open_image
 
         if self.tokenizer is self.processor:
             raise UsageError("this model reads text only; leave the picture out.")
+        if self.completes:
+            raise UsageError(
+                "this model has no chat template that says where a picture stands; give one with "
+                "--chat-template, or leave the picture out."
+            )
         self.pictures.append(open_image(path))
 
     def use_plan(self, text: str | None) -> None:
@@ -70,13 +82,18 @@ class Conversation:
         self.pictures.clear()
 
     def ask(self, question: str, *, stream: bool = False) -> Answer:
-        """The model's answer to `question`; a question that fails leaves no trace in the turns."""
+        """The model's answer to `question`; a question that fails leaves no trace in the turns.
+
+        Without a chat template it is how the text goes on, and no turn: each stands alone.
+        """
         if not question.strip():
             raise UsageError("the question is empty; say what you want to know.")
         if not question.isprintable() and any("\ud800" <= mark <= "\udfff" for mark in question):
             raise DataError("the question is not UTF-8 text; type it again.")
+        if self.completes:
+            return self._generate(self.tokenizer(question, return_tensors="pt"), stream=stream)
         messages = [*self.messages, {"role": "user", "content": self._content(question)}]
-        answer = self._generate(messages, stream=stream)
+        answer = self._generate(self._encoded(messages), stream=stream)
         self.messages = [*messages, {"role": "assistant", "content": _said(answer.text)}]
         self.pictures.clear()
         return answer
@@ -101,25 +118,31 @@ class Conversation:
         inputs = inputs.convert_to_tensors("pt")
         if not is_attached(self.model):
             inputs.pop("assistant_masks", None)
-        length = inputs["input_ids"].shape[1]
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return inputs
+
+    def _check_length(self, length: int) -> None:
+        from trol.evaluation.tasks import positions_of
+
+        most = positions_of(self.model)
         if most is not None and length + self.max_new_tokens > most:
+            what = "text" if self.completes else "conversation"
             raise DataError(
-                f"the conversation has {length} tokens and the answer may take "
+                f"the {what} has {length} tokens and the answer may take "
                 f"{self.max_new_tokens}, but the model has {most} positions; ask something "
                 "shorter, start again with /reset, or lower --max-new-tokens."
             )
-        return inputs
 
     def _content(self, question: str) -> Any:
         pictures = [{"type": "image", "image": picture} for picture in self.pictures]
         return [*pictures, *_said(question)]
 
-    def _generate(self, messages: list[dict[str, Any]], *, stream: bool) -> Answer:
+    def _generate(self, inputs: Any, *, stream: bool) -> Answer:
         import torch
         from transformers import TextStreamer
 
-        inputs = self._encoded(messages).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        self._check_length(length)
+        inputs = inputs.to(self.model.device)
         streamer = None
         if stream:
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -131,7 +154,6 @@ class Conversation:
                 do_sample=False,
                 streamer=streamer,
             )
-        length = inputs["input_ids"].shape[1]
         new = tokens[0, length:]
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, inputs["input_ids"][0], len(new), time.perf_counter() - started)
@@ -142,23 +164,31 @@ def _said(text: str) -> list[dict[str, Any]]:
 
 
 def start(
-    name: str, *, max_new_tokens: int, plan: str | None, bits: int | None = None
+    name: str,
+    *,
+    max_new_tokens: int,
+    plan: str | None,
+    bits: int | None = None,
+    chat_template: str | None = None,
 ) -> Conversation:
-    """A conversation with the model called `name`, its weights quantised to `bits` if given.
+    """A conversation with the model called `name`, as `open_model` opens it.
 
     Raises:
-        UsageError: `plan` is no plan and no plan file, or does not fit the model.
+        UsageError: `plan` is no plan and no plan file, or does not fit the model; or
+            `chat_template` is no template and no file of one.
     """
     from trol.cli.models import open_model
     from trol.cli.terminal import no_library_bars, noise_to_stderr
+    from trol.data.templates import read_template
 
     if plan is not None:
         if not plan.strip():
             raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")
         plan = plan_text(plan)
+    template = None if chat_template is None else read_template(chat_template)
     no_library_bars()
     with noise_to_stderr():
-        model, processor = open_model(name, bits=bits)
+        model, processor = open_model(name, bits=bits, chat_template=template)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
     conversation.use_plan(plan)
     return conversation

@@ -30,13 +30,14 @@ def curve(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--tasks",
             metavar="NAMES",
-            help="Of docstrings, boards, alpaca:FILE, cnn_dailymail:FILE, samsum:FILE.",
+            help="Of docstrings, boards, text:FILE, chat:FILE, alpaca:FILE, cnn_dailymail:FILE, "
+            "samsum:FILE. Default: boards for a model that sees, else docstrings.",
         ),
-    ] = "docstrings",
+    ] = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -78,17 +79,20 @@ def curve(
     from trol.cli.models import open_model
     from trol.evaluation.curves import Request, check_methods, shares_of
     from trol.evaluation.curves import curve as measured
-    from trol.evaluation.tasks import check_tasks
+    from trol.evaluation.tasks import check_tasks, default_task
 
-    names, wanted, folders = _listed(tasks), _listed(methods), _listed(adapters)
+    names = None if tasks is None else _listed(tasks)
+    wanted, folders = _listed(methods), _listed(adapters)
     shares = shares_of(keep)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
-    check_tasks(names)
+    if names is not None:
+        check_tasks(names)
     check_methods(wanted, oracle)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
+        names = names or [default_task(processor)]
         request = Request(
             methods=tuple(wanted),
             keeps=tuple(shares),

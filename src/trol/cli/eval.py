@@ -13,7 +13,7 @@ from trol.cli.provenance import run_record
 EXAMPLES = (
     "trol eval --tasks boards",
     "trol eval trol-tiny --tasks boards --depth all --questions 300",
-    "trol eval --tasks boards --seed 7 --json",
+    "trol eval HuggingFaceTB/SmolLM2-135M --tasks text:README.md --window 512 --json",
 )
 
 
@@ -21,39 +21,65 @@ def evaluate(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--tasks",
             metavar="NAMES",
-            help="Of boards, docstrings, alpaca:FILE, cnn_dailymail:FILE, samsum:FILE.",
+            help="text:FILE (plain text: loss, perplexity; any language model), chat:FILE (JSON "
+            "Lines of messages, or prompt and reference), alpaca:FILE, cnn_dailymail:FILE, "
+            "samsum:FILE; for models trained here boards (pictures) and docstrings (facts about "
+            "Python's library). Default: boards for a model that sees, else docstrings.",
         ),
-    ] = "boards",
+    ] = None,
     metrics: Annotated[
         str,
         typer.Option(
             "--metrics",
             metavar="NAMES",
-            help="Of rouge1, rouge2, rougeL, exact, loss; default: all that the task allows.",
+            help="Of rouge1, rouge2, rougeL, exact, contains, loss. Default: all of the task.",
         ),
     ] = "",
     questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=1, help="Questions per task.")
+        int,
+        typer.Option("--questions", metavar="N", min=1, help="Questions, or windows, per task."),
     ] = 2000,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--new-tokens",
+            metavar="N",
+            min=1,
+            help="Longest answer. Default: the task's: boards 4, alpaca and the like 300, else 64.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="N",
+            min=2,
+            help="Tokens of text:FILE read at once. Default: 1024, or the model's positions.",
+        ),
+    ] = None,
+    chat_template: terminal.ChatTemplate = None,
     depth: terminal.Depth = None,
     seed: terminal.Seed = 0,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Measure MODEL on pictures and texts that it never saw."""
-    from trol import evaluation
-    from trol.evaluation.metrics import check_metric
+    """Measure MODEL on pictures and texts that it never saw.
 
-    names, wanted = _listed(tasks), _listed(metrics)
-    evaluation.check_tasks(names)
-    for metric in wanted:
-        for name in names:
-            check_metric(name, metric)
-    conversation = start(model, max_new_tokens=1, plan=depth)
-    with terminal.noise_to_stderr(), conversation.depth():
+    A model without a chat template is asked in plain text: question, line break, answer.
+    """
+    from trol import evaluation
+    from trol.cli import progress
+    from trol.evaluation.tasks import default_task
+
+    names, wanted = None if tasks is None else _listed(tasks), _listed(metrics)
+    with terminal.noise_to_stderr():  # a file of a task is read, and told of
+        _check(names, wanted, window)
+    conversation = start(model, max_new_tokens=1, plan=depth, chat_template=chat_template)
+    names = names or [default_task(conversation.processor)]
+    with terminal.noise_to_stderr(), conversation.depth(), progress.shown() as told:
         found = evaluation.evaluate(
             conversation.model,
             conversation.processor,
@@ -61,9 +87,30 @@ def evaluate(
             questions=questions,
             seed=seed,
             metrics=wanted,
+            new_tokens=new_tokens,
+            window=window,
+            progress=told,
         )
     result = {"model": model, "depth": conversation.plan, **found, "run": run_record(seed)}
     terminal.report(result, as_json=as_json, text=lambda: _table(result))
+
+
+def _check(names: list[str] | None, metrics: list[str], window: int | None) -> None:
+    """Raises before a model is opened for what no model can do."""
+    from trol.errors import UsageError, unknown
+    from trol.evaluation.metrics import METRICS, check_metric
+    from trol.evaluation.tasks import check_tasks, task_of
+
+    for metric in metrics:
+        if metric not in METRICS:
+            raise unknown("metric", metric, METRICS)
+    if names is not None:
+        check_tasks(names)
+        for name in names:
+            for metric in metrics:
+                check_metric(name, metric)
+    if window is not None and not any(task_of(name).windows for name in names or ()):
+        raise UsageError("--window is for plain text; name a task text:FILE, or leave it out.")
 
 
 def _listed(names: str) -> list[str]:
@@ -75,20 +122,29 @@ def _table(result: dict[str, Any]) -> str:
     parts: list[str] = []
     for name, task in result["tasks"].items():
         metric = task.get("metric", "accuracy")
-        percent = metric != "loss"
-        rows = [[name, f"{metric} %" if percent else metric, "chance %"]]
+        chances = task["chance_by_type"]
+        rows = [[name, _heading(metric), *(["chance %"] if chances else [])]]
         for kind, value in task["by_type"].items():
-            chance = task["chance_by_type"].get(kind)
-            rows.append([kind, _number(value, percent), _number(chance, percent)])
+            row = [kind, _number(value, metric)]
+            rows.append([*row, *([_number(chances.get(kind), metric)] if chances else [])])
         whole = task["metrics"][metric] if "metrics" in task else task["accuracy"]
-        rows.append([f"all ({task['n']})", _number(whole, percent), ""])
+        counted = f"{task['n']} windows, {task['tokens']} tokens" if "tokens" in task else task["n"]
+        rows.append([f"all ({counted})", _number(whole, metric)])
         others = {key: value for key, value in task.get("metrics", {}).items() if key != metric}
-        rows += [[key, _number(value, key != "loss"), ""] for key, value in others.items()]
-        parts.append(terminal.table(rows))
+        rows += [[_heading(key), _number(value, key)] for key, value in others.items()]
+        parts.append(terminal.table([row + [""] * (len(rows[0]) - len(row)) for row in rows]))
     return "\n\n".join(parts)
 
 
-def _number(value: float | None, percent: bool) -> str:
+NO_SHARES = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+"""Metrics that are not shares of 1, and what a table calls them."""
+
+
+def _heading(metric: str) -> str:
+    return NO_SHARES.get(metric, f"{metric} %")
+
+
+def _number(value: float | None, metric: str) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.1f}" if percent else f"{value:.3f}"
+    return f"{value:.3f}" if metric in NO_SHARES else f"{100 * value:.1f}"

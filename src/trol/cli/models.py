@@ -8,12 +8,24 @@ from typing import Any
 from trol.errors import UsageError
 
 
-def open_model(name: str | Path, *, bits: int | None = None) -> tuple[Any, Any]:
+def open_model(
+    name: str | Path, *, bits: int | None = None, chat_template: str | None = None
+) -> tuple[Any, Any]:
     """The model and its processor, in evaluation mode.
 
-    `name` is a shipped model, a folder, a hub name, or the folder of adapters that a run left,
-    whose recipe names the host that they belong to.
+    Args:
+        name: a shipped model, a folder, a hub name, or the folder of adapters that a run left,
+            whose recipe names the host that they belong to.
+        bits: what its weights are quantised to, if given.
+        chat_template: the text of a template that takes the place of its own.
     """
+    model, processor = _opened(name, bits)
+    if chat_template is not None:
+        processor.chat_template = chat_template
+    return model, processor
+
+
+def _opened(name: str | Path, bits: int | None) -> tuple[Any, Any]:
     import trol
     from trol.policies.adapter import is_trained
 

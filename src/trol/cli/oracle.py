@@ -30,8 +30,14 @@ def oracle(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
     task: Annotated[
-        str, typer.Option("--task", metavar="NAME", help="The questions.")
-    ] = "docstrings",
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="The questions: text:FILE, chat:FILE, alpaca:FILE, ... Default: boards for a "
+            "model that sees, else docstrings.",
+        ),
+    ] = None,
     metric: Annotated[
         str | None, typer.Option("--metric", metavar="NAME", help="Default: the task's first.")
     ] = None,
@@ -71,6 +77,7 @@ def oracle(
         str, typer.Option("--shard", metavar="I/N", help="Do part I, from 0, of N parts.")
     ] = "0/1",
     seed: terminal.Seed = 0,
+    chat_template: terminal.ChatTemplate = None,
     out: terminal.Out = Path("runs/oracle"),
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -79,19 +86,24 @@ def oracle(
     Whatever is finished in DIR is not done again, and may be interrupted at any time.
     """
     from trol.cli.models import open_model
+    from trol.data.templates import read_template
     from trol.evaluation.oracle import Store, check_shard, layers_of, read_menu
+    from trol.evaluation.tasks import default_task
 
     part = check_shard(shard)
-    metric = _checked(task, metric, questions, split, scope)
+    _check(task, metric, questions, split, scope)
+    template = None if chat_template is None else read_template(chat_template)
     if router is not None:
         routing.check(router, scope, out)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
-        opened, processor = open_model(model)
+        opened, processor = open_model(model, chat_template=template)
+        task = task or default_task(processor)
+        metric = _metric(task, metric)
         levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
         if router is not None:
             routing.check_menu(levels, after)
-        asked = _questions(processor, task, questions, split=split, scope=scope, seed=seed)
+        asked = _questions(opened, processor, task, questions, split=split, scope=scope, seed=seed)
         asked = asked.drawing(len(levels.levels) - 1 if samples is None else samples)
         header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)
         store = Store(out, header, part)
@@ -114,37 +126,46 @@ def oracle(
     terminal.report(result, as_json=as_json, text=lambda: _told(result))
 
 
-def _checked(task: str, metric: str | None, questions: int, split: str, scope: str) -> str:
-    """The metric; raises `UsageError` before a model is opened for what no model can do."""
-    from trol.data.pairs import SPLITS
+def _metric(task: str, metric: str | None) -> str:
+    """The metric that the oracle chooses by; raises `UsageError` where the task has none such."""
     from trol.evaluation.metrics import check_metric
     from trol.evaluation.tasks import task_of
 
     metric = metric or task_of(task).metrics[0]
     check_metric(task, metric)
+    return metric
+
+
+def _check(task: str | None, metric: str | None, questions: int, split: str, scope: str) -> None:
+    """Raises `UsageError` before a model is opened for what no model can do."""
+    from trol.data.pairs import SPLITS
+    from trol.evaluation.metrics import METRICS
+
+    if task is not None:
+        _metric(task, metric)
+    elif metric is not None and metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if scope not in SCOPES:
         raise unknown("scope of an oracle", scope, SCOPES)
     if questions < 2:
         raise UsageError(f"--questions is {questions}; an oracle compares 2 or more sequences.")
-    return metric
 
 
 def _questions(
-    processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
+    model: Any, processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
 ) -> Questions:
     from trol.evaluation.oracle import Questions
-    from trol.evaluation.tasks import check_reads, task_of
+    from trol.evaluation.tasks import questions_of, task_of
 
     found = task_of(task)
-    items = found.items(count, seed, split)
+    items = questions_of(model, processor, task, count, seed=seed, split=split)
     if len(items) < 2:
         raise UsageError(
             f"the {split} split of {task} has {len(items)} questions, and an oracle compares 2 or "
             "more; name another split or task."
         )
-    check_reads(processor, task, items)
     return Questions(items, found.metrics, found.new_tokens, scope=scope, seed=seed)
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trol.depth import Plan
-    from trol.evaluation.tasks import Item
 
 EXAMPLES = (
     "trol plan --method uniform --keep 0.5",
@@ -49,8 +48,14 @@ def plan(
         ),
     ] = None,
     task: Annotated[
-        str, typer.Option("--task", metavar="NAME", help="Questions to measure on.")
-    ] = "docstrings",
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Questions to measure on: text:FILE, chat:FILE, alpaca:FILE, ... "
+            "Default: boards for a model that sees, else docstrings.",
+        ),
+    ] = None,
     questions: Annotated[
         int, typer.Option("--questions", metavar="N", min=1, help="How many of them.")
     ] = 64,
@@ -65,8 +70,12 @@ def plan(
     as_json: terminal.AsJson = False,
 ) -> None:
     """Choose the layers that MODEL keeps at a share of its depth."""
+    from trol.evaluation.tasks import check_tasks
+
     check_file(out)
     _check(method, keep, scope)
+    if task is not None:
+        check_tasks([task])
     measured_on: dict[str, Any] = {"task": task, "questions": questions, "scope": scope}
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
@@ -87,6 +96,7 @@ def _made(
     from trol.cli.models import open_model
     from trol.evaluation.chosen_plans import chosen_plan
     from trol.evaluation.draft_plans import draft_plan, measured_speed
+    from trol.evaluation.tasks import default_task, questions_of
     from trol.host.layers import find_decoder, layer_list
     from trol.policies.static_plans import STATIC, static_plan
 
@@ -95,8 +105,11 @@ def _made(
     if method in STATIC:
         measured_on.clear()
         return static_plan(method, layers, cast(float, keep), seed), layers
-    scope, task = measured_on["scope"], measured_on["task"]
-    items = _items(task, measured_on["questions"], seed, processor)
+    scope, task = measured_on["scope"], measured_on["task"] or default_task(processor)
+    measured_on["task"] = task
+    # Of the validation split, so that a test sees none of them.
+    count = measured_on["questions"]
+    items = questions_of(opened, processor, task, count, seed=seed, split="validation")
     measured_on["questions"] = len(items)
     with _bar(method) as progress:
         if method == "draft":
@@ -138,15 +151,6 @@ def _check(method: str, keep: float | None, scope: str) -> None:
             f"no share of layers given; add one, such as --method {method} --keep 0.5."
         )
     check_scope(scope)
-
-
-def _items(task: str, questions: int, seed: int, processor: Any) -> list[Item]:
-    """Questions to choose by: of the validation split, so that a test sees none of them."""
-    from trol.evaluation.tasks import check_reads, task_of
-
-    items = task_of(task).items(questions, seed, "validation")
-    check_reads(processor, task, items)
-    return items
 
 
 @contextmanager

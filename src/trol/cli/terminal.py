@@ -21,6 +21,14 @@ Depth = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Where randomness starts.")]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE_OR_TEXT",
+        help="A Jinja template for MODEL, in place of its own or where it has none.",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")

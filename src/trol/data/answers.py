@@ -46,14 +46,16 @@ class Answers:
     """The answers that the chat template of a processor or a tokenizer leads to.
 
     A template without a place for a system message, or one that refuses it, gets its words in
-    front of the first question.
+    front of the first question. Where there is no template, `plain` text is written; else that
+    is refused.
     """
 
-    def __init__(self, processor: Any) -> None:
-        if chat_templates.template_of(processor) is None:
+    def __init__(self, processor: Any, *, plain: bool = False) -> None:
+        if chat_templates.own_template(processor) is None and not plain:
             raise DataError(
                 f"{type(processor).__name__} has no chat template; name a model that was trained "
-                "on conversations, or set processor.chat_template."
+                "on conversations, or give one: chat_template=FILE in a recipe or behind it, "
+                "--chat-template, processor.chat_template in Python."
             )
         self.processor = processor
         self.sees = isinstance(processor, ProcessorMixin)

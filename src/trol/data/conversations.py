@@ -29,10 +29,25 @@ class Conversations(Dataset[Messages]):
 
 
 class ConversationCollator:
-    """Conversations through a processor's own chat template and batching, padded on the right."""
+    """Conversations through a processor's own chat template and batching, padded on the right.
 
-    def __init__(self, processor: Any, *, most_tokens: int | None = None) -> None:
-        self.answers, self.most_tokens = Answers(processor), most_tokens
+    Args:
+        processor: a processor or a tokenizer.
+        most_tokens: a longer conversation is a `RowError`.
+        plain: whether one without a chat template writes plain text; else it is refused.
+        last: whether only what the assistant says last is answer.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        most_tokens: int | None = None,
+        plain: bool = False,
+        last: bool = False,
+    ) -> None:
+        self.answers, self.most_tokens = Answers(processor, plain=plain), most_tokens
+        self.last = last
         self.tokenizer = self.answers.tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -42,6 +57,10 @@ class ConversationCollator:
         self.tokenizer.padding_side = "right"  # each time: others pad their prompts on the left
         batch = dict(self.answers.encoded(conversations, padding=True))
         answered = batch.pop("assistant_masks").bool()
+        if self.last:  # whoever speaks after an answer ends it: from behind, the first run is it
+            behind = answered.flip(1)
+            begun = behind.long().cumsum(1) > 0
+            answered = (behind & ((begun & ~behind).long().cumsum(1) == 0)).flip(1)
         lengths = batch["attention_mask"].sum(1).tolist()
         for length, row in zip(lengths, answered, strict=True):
             check_learnt(length, bool(row.any()), self.most_tokens)

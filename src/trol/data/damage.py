@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from trol.errors import DataError, unknown
+
+Read = TypeVar("Read")
 
 KINDS = {
     "broken_row": "no readable row: broken JSON, or no keys and values",
@@ -47,3 +52,33 @@ def row_errors(what: str = "it cannot be read") -> Generator[None]:
     except Exception as error:  # what a row holds meets templates and processors of many families
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise RowError("wrong_format", f"{what}: {told}") from error
+
+
+def sound(
+    path: object,
+    rows: Iterable[Mapping[str, Any] | RowError],
+    read: Callable[[Mapping[str, Any]], Read],
+    what: str,
+) -> list[Read]:
+    """What `read` makes of the rows that are whole; the others are counted in a warning.
+
+    Raises:
+        DataError: not one row is whole; `what` says what they should have been.
+    """
+    found: list[Read] = []
+    damaged: Counter[str] = Counter()
+    first = None
+    for row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            found.append(read(row))
+        except RowError as error:
+            damaged[error.kind] += 1
+            first = first or error
+    if not found:
+        raise DataError(f"{path} has no sound row of {what}: {first or 'it is empty.'}")
+    if damaged:
+        told = ", ".join(f"{count} {kind}" for kind, count in damaged.items())
+        warnings.warn(f"rows of {path} left out: {told} (the first: {first})", stacklevel=4)
+    return found

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from trol.data.docstrings import docstring_pairs
 from trol.data.pair import SPLITS, Pair, check_split, drawn, shortened
-from trol.data.sources.pair_files import FORMATS, read_pairs
+from trol.data.sources.pair_files import FORMATS, check_there, read_pairs
 from trol.errors import UsageError, unknown
 
-__all__ = ["NAMES", "SPLITS", "Pair", "is_pairs", "pairs_of", "shortened"]
+__all__ = ["NAMES", "SPLITS", "Pair", "check_set", "is_pairs", "pairs_of", "shortened"]
 
 NAMES = ("docstrings", *(f"{form}:FILE" for form in FORMATS))
 """How sets of pairs are named."""
@@ -37,12 +37,23 @@ def pairs_of(name: str, split: str, *, limit: int | None = None, seed: int = 0) 
         raise unknown("set of pairs", name, NAMES)
     if name == "docstrings":
         return docstring_pairs(split, limit=limit, seed=seed)
+    form, path = _file_of(name)
+    changed = path.stat().st_mtime_ns if path.exists() else 0
+    return drawn(_read(form, path, split, changed), limit, seed)
+
+
+def check_set(name: str) -> None:
+    """Raises where the set of pairs is to be read from a file, and none is named or there."""
+    if name != "docstrings":
+        form, path = _file_of(name)
+        check_there(form, path)
+
+
+def _file_of(name: str) -> tuple[str, Path]:
     form, _, file = name.partition(":")
     if not file:
         raise UsageError(f"{name!r} names no file; write {form}:FILE.")
-    path = Path(file)
-    changed = path.stat().st_mtime_ns if path.exists() else 0
-    return drawn(_read(form, path, split, changed), limit, seed)
+    return form, Path(file)
 
 
 @lru_cache(maxsize=8)

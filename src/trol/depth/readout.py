@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +29,40 @@ class Readout:
         """The logits of states that leave the stack here. Shape: [..., D] -> [..., V]."""
         stack: Any = find_decoder(self.host)
         return finished(self.head(behind_the_stack(stack, state)), stack.config)
+
+    def behind_norm(self, state: Tensor) -> Tensor:
+        """The logits of what the head is about to read: `unread` kept it. [..., D] -> [..., V]."""
+        return finished(self.head(state), find_decoder(self.host).config)
+
+    @contextmanager
+    def unread(self) -> Generator[list[Tensor]]:
+        """While open, the host's head reads the first position alone, and all are kept: [B, T, D].
+
+        For one pass whose logits [B, T, V] are not wanted as a whole: those it gives are of the
+        first position. The list holds a tensor for each time that the head is called when the
+        stack has been left; what policies read before is left alone.
+        """
+        kept: list[Tensor] = []
+        left: list[bool] = []
+
+        def first_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not left:  # a policy is reading, between two layers
+                return None
+            kept.append(args[0])
+            return (args[0][:, :1], *args[1:])
+
+        def leaves(*_: Any) -> None:
+            left.append(True)
+
+        hooks = (
+            find_decoder(self.host).register_forward_hook(leaves),
+            self.head.register_forward_pre_hook(first_alone),
+        )
+        try:
+            yield kept
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def head(self) -> nn.Module:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from trol.errors import DataError
@@ -11,12 +15,18 @@ from trol.evaluation.tasks import (
     Item,
     Task,
     answers,
-    by_type,
-    check_reads,
     check_tasks,
     cost_of,
+    questions_of,
     task_of,
 )
+
+Progress = Callable[[str, float, int], None]
+"""(what is measured, items measured, items to measure)."""
+
+
+def silent(what: str, done: float, of: int) -> None:
+    """Progress that nobody is told of."""
 
 
 def evaluate(
@@ -27,6 +37,9 @@ def evaluate(
     questions: int = 1800,
     seed: int = 0,
     metrics: Sequence[str] = (),
+    new_tokens: int | None = None,
+    window: int | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Scores per question type of each task, and what one answer costs.
 
@@ -34,18 +47,22 @@ def evaluate(
         model: a model, attached or not.
         processor: its processor; of a text decoder, its tokenizer.
         tasks: names, as `task_of` takes them.
-        questions: at most so many of each task.
+        questions: at most so many of each task; of plain text, windows.
         seed: which of them.
         metrics: what is measured; by default all that the task has references for.
+        new_tokens: the longest answer; by default the task's.
+        window: tokens of a window of plain text, by default as many as `questions_of` takes.
+        progress: is told how far it has come.
 
     Returns:
         `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
         "chance_by_type"}`, of text `{"metrics": {name: mean}, "metric", "n", "by_type",
-        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one.
+        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Plain
+        text has `perplexity`, `bits_per_byte` and `tokens` as well, and its loss is per token.
 
     Raises:
         UsageError: a task is unknown, or has no references for a metric.
-        HostError: a task shows pictures to a model that reads text alone.
+        HostError: a task shows pictures to a model that cannot be shown any.
     """
     check_tasks(tasks)
     for name in tasks:
@@ -53,34 +70,41 @@ def evaluate(
             check_metric(name, metric)
     found: dict[str, Any] = {"tasks": {}}
     for name in tasks:
-        task = task_of(name)
-        items = task.items(questions, seed)
-        check_reads(processor, name, items)
-        found["tasks"][name] = measured(model, processor, name, items, metrics)
+        task = _task(name, new_tokens)
+        items = questions_of(model, processor, name, questions, seed=seed, window=window)
+        found["tasks"][name] = measured(
+            model, processor, name, items, metrics, new_tokens=new_tokens, progress=progress
+        )
         found["cost"] = cost_of(model, processor, items[0], new_tokens=task.new_tokens)
     return found
 
 
+def _task(name: str, new_tokens: int | None) -> Task:
+    task = task_of(name)
+    return task if new_tokens is None else replace(task, new_tokens=new_tokens)
+
+
 def measured(
-    model: Any, processor: Any, name: str, items: Sequence[Item], metrics: Sequence[str] = ()
+    model: Any,
+    processor: Any,
+    name: str,
+    items: Sequence[Item],
+    metrics: Sequence[str] = (),
+    *,
+    new_tokens: int | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """What `evaluate` says of one task."""
-    task = task_of(name)
+    task = _task(name, new_tokens)
     if not items:
         raise DataError(f"the task {name} has no question; ask for one at least.")
-    if "rougeL" not in task.metrics and not metrics:
-        found = by_type(items, right(model, processor, items, task))
+    if task.metrics[0] == "exact" and not metrics:
+        found = by_type(items, right(model, processor, items, task, progress=progress))
         return {**found, "chance_by_type": task.chance()}
     wanted = list(metrics) or list(task.metrics)
-    given = None
-    if wanted != ["loss"]:
-        given = answers(model, processor, items, new_tokens=task.new_tokens)
-    values = {
-        metric: losses(model, processor, items)
-        if metric == "loss"
-        else scores(metric, given or [], items)
-        for metric in wanted
-    }
+    values = _values(model, processor, items, task, wanted=wanted, told=partial(progress, name))
+    if task.windows:
+        return {**_text(items, values["loss"]), "metric": "loss", "chance_by_type": {}}
     found = by_type(items, values[wanted[0]])
     del found["accuracy"]
     means = {metric: sum(each) / len(each) for metric, each in values.items()}
@@ -88,7 +112,84 @@ def measured(
     return {"metrics": means, "metric": wanted[0], **found, "chance_by_type": chance}
 
 
-def right(model: Any, processor: Any, items: Sequence[Item], task: Task) -> list[float]:
+def _values(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    task: Task,
+    *,
+    wanted: Sequence[str],
+    told: Callable[[float, int], None],
+) -> dict[str, list[float]]:
+    """Metric -> what each item is scored; answers are made if one of the metrics reads them."""
+    answered = list(wanted) != ["loss"]
+    of = len(items) * (answered + ("loss" in wanted))
+    given: list[str] = []
+    if answered:
+        given = answers(
+            model,
+            processor,
+            items,
+            new_tokens=task.new_tokens,
+            heard=lambda done: told(done, of),
+        )
+    values = {metric: scores(metric, given, items) for metric in wanted if metric != "loss"}
+    if "loss" in wanted:
+        before = of - len(items)
+        values["loss"] = losses(model, processor, items, heard=lambda done: told(before + done, of))
+    return {metric: values[metric] for metric in wanted}
+
+
+def _text(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
+    """Loss per token, perplexity and bits per byte of the predicted tokens of all windows."""
+    counts = [len(item.ids) - 1 for item in items]
+    nats = sum(value * count for value, count in zip(values, counts, strict=True))
+    loss = nats / sum(counts)
+    size = sum(len(item.answer.encode()) for item in items)
+    return {
+        "metrics": {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
+            "bits_per_byte": nats / math.log(2) / size,
+        },
+        "n": len(items),
+        "tokens": sum(counts),
+        "by_type": {"text": loss},
+        "n_by_type": {"text": len(items)},
+    }
+
+
+LARGEST_EXPONENT = 700.0
+"""Nats per token whose perplexity is still a number."""
+
+
+def by_type(items: Sequence[Item], scores: Sequence[float]) -> dict[str, Any]:
+    """Mean score in all and by type, with the number of questions."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for item, value in zip(items, scores, strict=True):
+        found[item.type].append(float(value))
+    return {
+        "accuracy": sum(map(float, scores)) / len(items),
+        "n": len(items),
+        "by_type": {kind: sum(values) / len(values) for kind, values in found.items()},
+        "n_by_type": dict(Counter(item.type for item in items)),
+    }
+
+
+def right(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    task: Task,
+    *,
+    progress: Progress = silent,
+) -> list[float]:
     """1 for each item that is answered rightly, else 0."""
-    given = answers(model, processor, items, new_tokens=task.new_tokens)
+    given = answers(
+        model,
+        processor,
+        items,
+        new_tokens=task.new_tokens,
+        heard=lambda done: progress("answers", done, len(items)),
+    )
     return scores("exact", given, items)

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from transformers import ProcessorMixin
 
-from trol.data.boards import draw, make_board
-from trol.data.pairs import NAMES, Pair, is_pairs, pairs_of, shortened
-from trol.data.questions import ASKERS, ask, chance_by_type
+from trol.data.answers import Answers
+from trol.data.own_files import read_chats, read_text
+from trol.data.pair import Pair
+from trol.data.pairs import NAMES, check_set, is_pairs, shortened
+from trol.data.questions import chance_by_type
 from trol.depth import trace
 from trol.errors import HostError, UsageError, unknown
+from trol.evaluation.batching import BATCH, Heard, Told, batches, padded
+from trol.evaluation.items import (
+    Item,
+    blind_docstrings,
+    board_items,
+    chat_items,
+    pair_items,
+    text_items,
+)
+from trol.host.chat_templates import own_template
 
-BATCH = 64
-"""Questions answered at once."""
+WINDOW = 1024
+"""Tokens of a window of plain text, or as many as the model has positions if these are fewer."""
 
-SEEDS_APART = 100_000
-"""Boards between one evaluation seed and the next, so that they share none."""
-
-TEXT_METRICS = ("rougeL", "rouge1", "rouge2", "exact", "loss")
+TEXT_METRICS = ("rougeL", "rouge1", "rouge2", "exact", "contains", "loss")
 """What answers in sentences are measured by."""
 
 PAPERS_NEW_TOKENS = 300
 """Longest answer to Alpaca in Glavas et al. (arXiv 2410.20022)."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question, about a picture or in text alone."""
-
-    picture: Image | None
-    question: str
-    answer: str
-    type: str
 
 
 @dataclass(frozen=True)
@@ -48,57 +45,15 @@ class Task:
 
     items: Callable[..., list[Item]]
     """(how many, seed, split="test") -> items, fewer where there are no more; the same on every
-    call."""
+    call. `questions_of` calls it."""
     chance: Callable[[], dict[str, float]] = field(default=dict)
     """Type -> score of a guess without looking; empty where nobody has measured it."""
     metrics: tuple[str, ...] = TEXT_METRICS
     """Metrics that the task has references for, the one it is judged by first."""
     new_tokens: int = 64
     """Longest answer. Unit: tokens."""
-
-
-def board_items(count: int, seed: int, split: str = "test") -> list[Item]:
-    """Single questions about boards of a split, every type as often as the others."""
-    items: list[Item] = []
-    kinds = list(ASKERS)
-    board_seed = seed * SEEDS_APART
-    while len(items) < count:
-        board_seed += 1
-        kind = kinds[len(items) % len(kinds)]
-        board = make_board(split, board_seed)
-        question = ask(board, kind, random.Random(f"evaluation/{board_seed}"))
-        if question is not None:
-            items.append(Item(draw(board), question.text, question.answer, kind))
-    return items
-
-
-def pair_items(name: str, count: int, seed: int, split: str = "test") -> list[Item]:
-    """At most `count` questions of a set of pairs, in the order that the seed gives."""
-    pairs = pairs_of(name, split, limit=count, seed=seed)
-    return [Item(None, pair.question, pair.answer, pair.type) for pair in pairs]
-
-
-GUESSES, GUESSED = 24, 100
-"""Answers of the train split that a blind guesser tries, on so many validation questions a type."""
-
-
-@cache
-def blind_docstrings() -> dict[str, float]:
-    """Type -> rougeL of giving one answer to all questions: the best of some training answers."""
-    from trol.evaluation.metrics import scores  # noqa: PLC0415 - which reads this module
-
-    guesses = pair_items("docstrings", 5000, 0, "train")
-    asked: dict[str, list[Item]] = defaultdict(list)
-    for item in pair_items("docstrings", 5000, 0, "validation"):
-        asked[item.type].append(item)
-    found = {}
-    for kind, all_items in asked.items():
-        items = all_items[:GUESSED]
-        tried = [item.answer for item in guesses if item.type == kind][:GUESSES]
-        found[kind] = max(
-            sum(scores("rougeL", [guess] * len(items), items)) / len(items) for guess in tried
-        )
-    return found
+    windows: bool = False
+    """Whether items are windows of plain text: `items` then wants `tokenizer` and `window` too."""
 
 
 TASKS: dict[str, Task] = {
@@ -108,53 +63,100 @@ TASKS: dict[str, Task] = {
 }
 """The built-in tasks by name."""
 
+OWN = {"text": read_text, "chat": read_chats}
+"""How a file of one's own is named (`text:FILE`) -> what reads it, and refuses what it is not."""
+
+FORMS = (*TASKS, *(f"{form}:FILE" for form in OWN), *NAMES[1:])
+"""All that a task can be called."""
+
 
 def task_of(name: str) -> Task:
-    """A built-in task, or the one of a set of pairs in a file, such as `alpaca:FILE`.
+    """A built-in task, or the one of a file: `text:FILE`, `chat:FILE`, or pairs (`alpaca:FILE`).
 
     Raises:
         UsageError: there is no such task.
+        DataError: its file is missing, or is not what the name says.
     """
     if name in TASKS:
         return TASKS[name]
-    if not is_pairs(name):
-        raise unknown("task", name, {*TASKS, *NAMES})
-    return Task(partial(pair_items, name), new_tokens=PAPERS_NEW_TOKENS)
+    if is_pairs(name):
+        check_set(name)
+        return Task(partial(pair_items, name), new_tokens=PAPERS_NEW_TOKENS)
+    form, colon, file = name.partition(":")
+    if form not in OWN or not colon:
+        raise _unknown(name)
+    if not file:
+        raise UsageError(f"{name!r} names no file; write {form}:FILE.")
+    OWN[form](Path(file))
+    if form == "chat":
+        return Task(partial(chat_items, Path(file)))
+    return Task(partial(text_items, Path(file)), metrics=("loss",), windows=True)
+
+
+def _unknown(name: str) -> UsageError:
+    if not Path(name).is_file():
+        return unknown("task", name, FORMS)
+    return UsageError(
+        f"unknown task {name!r}. Did you mean text:{name} (plain text) or chat:{name} (JSON Lines "
+        f"of messages, or of prompt and reference)? Known: {', '.join(sorted(FORMS))}."
+    )
 
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raises `UsageError` where a task is unknown or none is named."""
     if not names:
-        raise UsageError(f"no task named; choose among {', '.join((*TASKS, *NAMES[1:]))}.")
+        raise UsageError(f"no task named; choose among {', '.join(FORMS)}.")
     for name in names:
         task_of(name)
 
 
+def default_task(processor: Any) -> str:
+    """The built-in task for a model: boards if it sees, docstrings if it reads text alone."""
+    return "boards" if isinstance(processor, ProcessorMixin) else "docstrings"
+
+
+def questions_of(
+    model: Any,
+    processor: Any,
+    name: str,
+    count: int,
+    *,
+    seed: int,
+    split: str = "test",
+    window: int | None = None,
+) -> list[Item]:
+    """At most `count` items of a task, for this model; windows have `window` tokens.
+
+    Raises:
+        HostError: the task shows pictures, and this model cannot be shown any.
+        UsageError: the model has fewer positions than a window has tokens.
+    """
+    task = task_of(name)
+    if not task.windows:
+        items = task.items(count, seed, split)
+        check_reads(processor, name, items)
+        return items
+    most = positions_of(model)
+    if window is not None and most is not None and window > most:
+        raise UsageError(f"a window of {window} tokens, but the model has {most} positions.")
+    window = window or min(WINDOW, most or WINDOW)
+    return task.items(count, seed, split, tokenizer=tokenizer_of(processor), window=window)
+
+
 def check_reads(processor: Any, name: str, items: Sequence[Item]) -> None:
-    """Raises `HostError` where items have pictures and the model reads text alone."""
-    if not isinstance(processor, ProcessorMixin) and any(i.picture is not None for i in items):
+    """Raises `HostError` where items have pictures and the model cannot be shown any."""
+    if not any(item.shows for item in items):
+        return
+    if not isinstance(processor, ProcessorMixin):
         raise HostError(
             f"the task {name} shows pictures, but this model reads text alone; name a model that "
             "sees, or a task of text such as docstrings."
         )
-
-
-def sample_questions(count: int) -> list[Item]:
-    """The first `count` items of the boards, types mixed."""
-    return board_items(count, 0)
-
-
-def by_type(items: Sequence[Item], scores: Sequence[float]) -> dict[str, Any]:
-    """Mean score in all and by type, with the number of questions."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for item, value in zip(items, scores, strict=True):
-        found[item.type].append(float(value))
-    return {
-        "accuracy": sum(map(float, scores)) / len(items),
-        "n": len(items),
-        "by_type": {kind: sum(values) / len(values) for kind, values in found.items()},
-        "n_by_type": dict(Counter(item.type for item in items)),
-    }
+    if own_template(processor) is None:
+        raise HostError(
+            f"the task {name} shows pictures, but {type(processor).__name__} has no chat template "
+            "that says where they stand; give one with --chat-template."
+        )
 
 
 def cost_of(model: Any, processor: Any, item: Item, *, new_tokens: int) -> dict[str, Any]:
@@ -165,79 +167,106 @@ def cost_of(model: Any, processor: Any, item: Item, *, new_tokens: int) -> dict[
 
 
 def answers(
-    model: Any, processor: Any, items: Sequence[Item], *, new_tokens: int, batch: int = BATCH
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    *,
+    new_tokens: int,
+    batch: int = BATCH,
+    heard: Heard = lambda done: None,
 ) -> list[str]:
-    """Greedy answers of at most `new_tokens` tokens, in batches padded on the left."""
+    """Greedy answers of at most `new_tokens` tokens, in batches padded on the left.
+
+    `heard` is told how far it has come, after each token of a batch.
+    """
     given: list[str] = []
     for some in batches(items, batch):
         fitting = [fitted(model, processor, item, new_tokens) for item in some]
         inputs = prompts(processor, fitting).to(model.device)
+        length = inputs["input_ids"].shape[1]
+        told = Told(heard, len(given), len(some), prompt=length, most=new_tokens)
         with torch.inference_mode():
-            tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
+            tokens = model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[told]
+            )
+        new = tokens[:, length:]
         given += tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)
     return given
-
-
-def batches(items: Sequence[Item], size: int = BATCH) -> Iterable[Sequence[Item]]:
-    """The items in order, `size` at a time."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 TEMPLATE_TOKENS = 32
 """Positions kept for what a chat template adds to a question."""
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model reads at most; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def fitted(model: Any, processor: Any, item: Item, new_tokens: int) -> Item:
-    """The item, a question in text cut so that it and `new_tokens` fit the model's positions."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The item, a question in text cut so that it and `new_tokens` fit the model's positions.
+
+    A conversation first loses its oldest turns, a window its end.
+    """
+    most = positions_of(model)
     room = 0 if most is None else most - new_tokens - TEMPLATE_TOKENS
-    if most is None or item.picture is not None or len(item.question) <= room:
+    if most is None or item.shows:
+        return item
+    if item.ids:
+        return replace(item, ids=item.ids[: max(1, 2 * (most - new_tokens))])
+    turns = messages(item)
+    if sum(len(_said(turn)) for turn in turns) <= room:
         return item  # a token has a character at least
     if room < 1:
         raise UsageError(
             f"answers of {new_tokens} tokens leave no room for a question in the model's {most} "
             "positions; ask for shorter answers, or name a model with more positions."
         )
-    pair = Pair(item.question, item.answer, item.type)
-    short = shortened(pair, tokenizer_of(processor), question=room)
-    return Item(None, short.question, item.answer, item.type)
+    tokenizer = tokenizer_of(processor)
+    first = 1 if turns[0]["role"] == "system" else 0
+    while len(turns) > first + 1 and _tokens(tokenizer, turns) > room:
+        turns = [*turns[:first], *turns[first + 2 :]]  # a question and its answer
+    room = max(1, room - _tokens(tokenizer, turns[:-1]))
+    short = shortened(Pair(item.question, item.answer, item.type), tokenizer, question=room)
+    last = {"role": "user", "content": [{"type": "text", "text": short.question}]}
+    return replace(item, question=short.question, turns=(*turns[:-1], last) if item.turns else ())
+
+
+def _said(turn: Any) -> str:
+    return "".join(part["text"] for part in turn["content"])
+
+
+def _tokens(tokenizer: Any, turns: Sequence[Any]) -> int:
+    """Tokens of what is said, and about as many as a template adds to each turn after the first."""
+    texts = (tokenizer(_said(t), add_special_tokens=False)["input_ids"] for t in turns)
+    return sum(map(len, texts)) + TEMPLATE_TOKENS * max(0, len(turns) - 1)
 
 
 def messages(item: Item, *, answered: bool = False) -> list[dict[str, Any]]:
     """The item as a conversation, with its reference as the assistant's turn if `answered`."""
-    pair = Pair(item.question, item.answer, item.type)
-    said = pair.messages(answered=answered)
+    said = Pair(item.question, item.answer, item.type).messages()
+    asked = [dict(turn) for turn in item.turns] or said[:1]
     if item.picture is not None:
-        said[0]["content"].insert(0, {"type": "image", "image": item.picture})
-    return said
+        asked[0]["content"].insert(0, {"type": "image", "image": item.picture})
+    return [*asked, said[1]] if answered else asked
 
 
 def prompts(processor: Any, items: Sequence[Item]) -> Any:
     """The questions as one batch that `generate` takes, padded on the left.
 
-    `processor` is a processor, or the tokenizer of a model that reads text alone.
+    `processor` is a processor, or the tokenizer of a model that reads text alone. Windows of plain
+    text are given up to their middle.
     """
-    sees = isinstance(processor, ProcessorMixin)
-    told: list[Any] = [messages(item) for item in items]
-    if not sees:
-        told = [[{"role": "user", "content": item.question}] for item in items]
     tokenizer = tokenizer_of(processor)
+    if any(item.ids for item in items):
+        return padded([item.ids[: (len(item.ids) + 1) // 2] for item in items], left=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    settings: dict[str, Any] = (
-        {"processor_kwargs": {"padding": True}} if sees else {"padding": True}
-    )
-    return processor.apply_chat_template(
-        told,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **settings,
-    )
+    told = [messages(item) for item in items]
+    batch = Answers(processor, plain=True).encoded(told, prompt=True, padding=True)
+    batch.pop("assistant_masks")
+    return batch
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -28,15 +28,43 @@ AS_CUT = (
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def template_of(processor: Any) -> str | None:
-    """The chat template of a processor or a tokenizer, the default one where it has several."""
-    template = processor.chat_template
-    return template.get("default") if isinstance(template, Mapping) else template
+PLAIN = (
+    "{% for message in messages %}"
+    "{% if message.content is string %}{{ message.content | trim }}"
+    "{% else %}{{ message.content | map(attribute='text') | join | trim }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+"""Each turn is a paragraph that ends with a line break, which is the end of an answer as well.
+Models that were trained on text alone know no other mark."""
+
+
+def own_template(processor: Any) -> str | None:
+    """The template of a processor or its tokenizer, the default one of several; None without."""
+    for one in (processor, getattr(processor, "tokenizer", processor)):
+        template = one.chat_template
+        if template is not None:
+            return template.get("default") if isinstance(template, Mapping) else template
+    return None
+
+
+def start_of(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before each text: a mark of its beginning, or nothing."""
+    first = tokenizer("a")["input_ids"][:1]
+    return list(first) if first == [tokenizer.bos_token_id] else []
+
+
+def template_of(processor: Any) -> str:
+    """A processor's own template, or `PLAIN` where it has none."""
+    own = own_template(processor)
+    if own is not None:
+        return own
+    begins = start_of(getattr(processor, "tokenizer", processor))
+    return ("{{ bos_token }}" if begins else "") + PLAIN
 
 
 def marks_answers(processor: Any) -> bool:
     """Whether the template itself says what is answer, by `{% generation %}`."""
-    return bool(_MARK.search(template_of(processor) or ""))
+    return bool(_MARK.search(template_of(processor)))
 
 
 def render(

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
 OFFSETS = "text_replacement_offsets"
 """By these, a processor knows where the text lies after pictures were put into it."""
@@ -26,6 +28,20 @@ def marks_answers_beside_pictures() -> bool:
     """
     knowing = {name for name, method in vars(ProcessorMixin).items() if _mentions(method)}
     return bool(knowing - set(PASSED_ON))
+
+
+def template_fault(template: str) -> str | None:
+    """What is wrong with the syntax of a chat template, as transformers reads it; None if nothing.
+
+    What a template makes of a conversation that it does not like is its own affair.
+    """
+    try:
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        return f"{str(error.message).rstrip('.')} in line {error.lineno}"
+    except Exception:  # it may call for anything that is not there
+        return None
+    return None
 
 
 def _mentions(method: Any) -> bool:

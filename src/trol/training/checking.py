@@ -10,7 +10,6 @@ from trol.data import mixture_file
 from trol.data.pairs import NAMES, is_pairs
 from trol.depth.registry import from_settings
 from trol.errors import UsageError, unknown
-from trol.family.text_decoder import TEMPLATES
 from trol.training.exit_loss import CURRICULA
 
 if TYPE_CHECKING:
@@ -81,8 +80,6 @@ def _check_model(recipe: Recipe) -> None:
         raise UsageError(
             f"bits is {recipe.bits}, but a new decoder has no weights worth quantising; give 0."
         )
-    if recipe.chat_template and recipe.chat_template not in TEMPLATES:
-        raise unknown("chat_template", recipe.chat_template, TEMPLATES)
     if recipe.chat_template and not recipe.host:
         raise UsageError("chat_template is for hosts; a new model has its own, leave it out.")
 

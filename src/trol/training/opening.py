@@ -25,7 +25,7 @@ from trol.family import (
 )
 from trol.family.loading import load_model
 from trol.family.published.files import CONFIG, read_json
-from trol.family.text_decoder import byte_level_tokenizer, separate, text_decoder
+from trol.family.text_decoder import TEMPLATES, byte_level_tokenizer, separate, text_decoder
 from trol.host.trainer import checkpoint_activations
 from trol.policies.adapter import is_trained
 from trol.training.adapters import is_plain_host, open_adapters
@@ -136,8 +136,10 @@ def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
         raise HostError(f"{name} needs a package that is not installed: {told}") from error
     if is_plain_host(model):
         detach(model)
-    if recipe.chat_template:
+    if recipe.chat_template in TEMPLATES:
         separate(model, processor)
+    elif recipe.chat_template:
+        processor.chat_template = recipe.chat_template
     if is_attached(model):
         _check_policy(model, recipe, name)
     else:

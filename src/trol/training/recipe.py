@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from trol.data.templates import read_template
 from trol.errors import UsageError, unknown
+from trol.family.text_decoder import TEMPLATES
 from trol.training.checking import check
 from trol.training.strict import built, plain
 
@@ -95,8 +97,8 @@ class Recipe:
     """In place of `preset` and `host`, a new text decoder: the keyword arguments of
     `trol.family.text_decoder.text_decoder` and `vocabulary`, the tokens of its tokenizer."""
     chat_template: str = ""
-    """`separated` gives a host Glavas et al.'s form, BOS user <SEP> assistant EOS; empty for the
-    host's own template."""
+    """`separated` gives a host Glavas et al.'s form, BOS user <SEP> assistant EOS; a file, or text
+    in Jinja, another template; empty for the host's own."""
     policy: dict[str, Any] = field(default_factory=lambda: {"policy": "trol_mixer"})
     """The depth policy that the model is made with."""
     seed: int = 0
@@ -142,6 +144,9 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UsageError(f"{override!r} is no override; write key=value, such as seed=1.")
         _set(data, key.split("."), _value(value, override), override)
     made = built(Recipe, data, "recipe")
+    if made.chat_template and made.chat_template not in TEMPLATES:  # the recipe may move away
+        text = read_template(made.chat_template, tuple(TEMPLATES))
+        made = dataclasses.replace(made, chat_template=text)
     check(made)
     return made
 

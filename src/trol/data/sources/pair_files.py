@@ -7,15 +7,13 @@ question holds what stands between BOS and the second <SEP>.
 from __future__ import annotations
 
 import csv
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trol.data.damage import RowError
+from trol.data.damage import RowError, sound
 from trol.data.pair import SPLITS, Pair
 from trol.data.sources.json_files import JsonArray, JsonLines
 from trol.data.sources.tables import Table
@@ -79,8 +77,7 @@ def read_pairs(form: str, path: Path, split: str) -> list[Pair]:
     Raises:
         DataError: no such file or split, or no sound row in it.
     """
-    if not path.exists():
-        raise DataError(f"there is no {path}; download the {form} set and name its file.")
+    check_there(form, path)
     if path.is_dir() or _named_for(path) is not None:
         return _sound(form, path, _own_split(path, split))
     pairs = _sound(form, path, _rows(path))
@@ -92,25 +89,15 @@ def read_pairs(form: str, path: Path, split: str) -> list[Pair]:
     return [pairs[number] for number in owned]
 
 
+def check_there(form: str, path: Path) -> None:
+    """Raises `DataError` where there is no such file or folder."""
+    if not path.exists():
+        raise DataError(f"there is no {path}; download the {form} set and name its file.")
+
+
 def _sound(form: str, path: Path, rows: Iterator[Row | RowError]) -> list[Pair]:
     """The distinct pairs of the rows that are whole."""
-    sound: dict[Pair, None] = {}
-    damaged: Counter[str] = Counter()
-    first = None
-    for row in rows:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            sound[FORMATS[form](row)] = None
-        except RowError as error:
-            damaged[error.kind] += 1
-            first = first or error
-    if not sound:
-        raise DataError(f"{path} has no sound row of {form}: {first or 'it is empty.'}")
-    if damaged:
-        told = ", ".join(f"{count} {kind}" for kind, count in damaged.items())
-        warnings.warn(f"rows of {path} left out: {told} (the first: {first})", stacklevel=4)
-    return list(sound)
+    return list(dict.fromkeys(sound(path, rows, FORMATS[form], form)))
 
 
 def _own_split(path: Path, split: str) -> Iterator[Row | RowError]:

@@ -14,7 +14,7 @@ from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attache
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import UsageError, unknown
 from trol.evaluation.chosen_plans import chosen_plan
-from trol.evaluation.tasks import task_of
+from trol.evaluation.tasks import questions_of
 from trol.host.layers import find_decoder, layer_list
 from trol.policies import adapter
 from trol.policies.exits import EarlyExit
@@ -170,7 +170,7 @@ def _static(name: str, model: Any, processor: Any, task: str, request: Request) 
 
 def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
     """Plans chosen once, by validation questions: the seeds differ in the questions they answer."""
-    items = task_of(task).items(CHOSEN_BY, 0, "validation")
+    items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
     found: list[Candidate] = []
     for keep in _shorter(model, request):
         plan = chosen_plan(name, model, processor, items, keep, scope=request.scope)

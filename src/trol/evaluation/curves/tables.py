@@ -47,7 +47,7 @@ from trol.evaluation.curves.methods import (
 )
 from trol.evaluation.curves.oracle import check_oracle, made_on, oracle_points, read_oracle
 from trol.evaluation.curves.points import FORCED_TOKENS, ROUNDS, Point, Sample, measure
-from trol.evaluation.tasks import Task, check_reads, check_tasks, task_of
+from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
 from trol.policies.plain import Plain
 
 LOWER_IS_BETTER = ("loss",)
@@ -166,12 +166,10 @@ def _oracle(model: Any, name: str, request: Request, whole: Sequence[Point]) -> 
 
 
 def _samples(model: Any, processor: Any, name: str, task: Task, request: Request) -> list[Sample]:
-    samples = [
-        Sample(model, processor, task, task.items(request.questions, seed))
-        for seed in range(request.seeds)
-    ]
+    count = request.questions
+    asked = (questions_of(model, processor, name, count, seed=n) for n in range(request.seeds))
+    samples = [Sample(model, processor, task, items) for items in asked]
     for sample in samples:
-        check_reads(processor, name, sample.items)
         if not sample.items:
             raise DataError(f"the task {name} has no question; ask for one at least.")
     return samples
