@@ -242,6 +242,17 @@ def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) ->
         given(folder / "read" / "chat.jsonl")
 
 
+def test_a_host_is_given_the_template_of_a_file(folder: Path, tmp_path: Path) -> None:
+    """Its text is in the recipe from then on, so that the file may go."""
+    text = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    file = tmp_path / "chat.jinja"
+    file.write_text(text)
+    made = recipe(folder, "any-llm", "bits=0", "precision=fp32", f"chat_template={file}")
+    file.unlink()
+    assert made.chat_template == text
+    assert opened(made, None)[1].chat_template == text
+
+
 def test_labels_are_the_answers_and_no_more(folder: Path) -> None:
     for name in ("any-llm", "any-vlm", "trol-1.8b"):
         made = recipe(folder, name, "bits=0", "precision=fp32")
