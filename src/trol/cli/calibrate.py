@@ -6,20 +6,14 @@ that of early exits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from trol.cli import terminal
 from trol.cli.provenance import run_record
 from trol.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 EXAMPLES = (
     "trol calibrate --data boards --quality 0.99 --out runs/sparse",
@@ -114,7 +108,7 @@ def calibrate(
         wanted["measure"] = _measure(opened, wanted)
         kind = calibrated_taus if wanted["measure"] is None else calibrated_exits
         data = data or _fitting(processor)
-        with _bar() as progress:
+        with terminal.progress("calibrating", "batch") as progress:
             found, asked, text = kind.calibrated(opened, processor, data, wanted, progress)
         result = {"model": model, "data": data, **asked, **found.json(), "out": str(out)}
         result["run"] = run_record(seed)
@@ -170,14 +164,3 @@ def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
         trol.attach(model, policy)
     trol.save(model, out)
     write_json(out / RESULT, result)
-
-
-@contextmanager
-def _bar() -> Generator[Callable[[int, int], None]]:
-    """A bar on stderr that moves with (batches read, batches to read)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("calibrating")
-        yield lambda done, of: bars.update(bar, completed=done, total=of)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,8 +13,6 @@ from trol.cli.provenance import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from trol.depth import Scope
 
 EXAMPLES = (
@@ -98,8 +95,14 @@ def curve(
             adapters=_opened(opened, folders),
             oracle=oracle,
         )
-        with _bar() as progress:
-            found = measured(opened, processor, names, request, progress=progress)
+        with terminal.progress("curve", "point") as shown:
+            found = measured(
+                opened,
+                processor,
+                names,
+                request,
+                progress=lambda what, done, of: shown(done, of, what),
+            )
     result = {"model": model, **found, "run": run_record()}
     page = _write(result, out)
     terminal.report(result, as_json=as_json, text=lambda: _told(result, page))
@@ -136,18 +139,6 @@ def _write(result: dict[str, Any], out: Path) -> Path:
     from trol.analysis import curve_page
 
     return curve_page.write(result, out)
-
-
-@contextmanager
-def _bar() -> Generator[Callable[[str, int, int], None]]:
-    """A bar on stderr that moves with (what is measured, points measured, points to measure)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("curve")
-        yield lambda what, done, of: bars.update(bar, description=what, completed=done, total=of)
 
 
 def _told(result: dict[str, Any], page: Path) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -16,8 +14,6 @@ from trol.cli.provenance import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from trol.depth import Plan
     from trol.evaluation.tasks import Item
 
@@ -98,7 +94,7 @@ def _made(
     scope, task = measured_on["scope"], measured_on["task"]
     items = _items(task, measured_on["questions"], seed, processor)
     measured_on["questions"] = len(items)
-    with _bar(method) as progress:
+    with terminal.progress(method) as progress:
         if method == "draft":
             chosen = draft_plan(opened, processor, items, keep, progress=progress)
             speed = measured_speed(opened, processor, items[:TIMED], chosen.plan, chosen.tokens)
@@ -147,14 +143,3 @@ def _items(task: str, questions: int, seed: int, processor: Any) -> list[Item]:
     items = task_of(task).items(questions, seed, "validation")
     check_reads(processor, task, items)
     return items
-
-
-@contextmanager
-def _bar(method: str) -> Generator[Callable[[int, int], None]]:
-    """A bar on stderr that moves with (measurements made, measurements to make)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task(method)
-        yield lambda done, of: bars.update(bar, completed=done, total=of)
