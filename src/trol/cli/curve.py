@@ -103,8 +103,8 @@ def curve(
                 request,
                 progress=lambda what, done, of: shown(done, of, what),
             )
-    result = {"model": model, **found, "run": run_record()}
-    page = _write(result, out)
+        result = {"model": model, **found, "run": run_record()}
+        page = _write(result, out)
     terminal.report(result, as_json=as_json, text=lambda: _told(result, page))
 
 
