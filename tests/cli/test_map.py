@@ -40,6 +40,7 @@ def test_map_writes_a_picture_and_its_numbers(
         assert picture.width > 500
 
 
+@pytest.mark.filterwarnings("default:the page could not be made")
 def test_numbers_outlive_their_picture(
     board: str,
     tmp_path: Path,
