@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -14,13 +16,16 @@ from trol.cli.provenance import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trol.depth import Plan
+    from trol.evaluation.kept import Measurements
     from trol.evaluation.tasks import Item
 
 EXAMPLES = (
     "trol plan --method uniform --keep 0.5",
     "trol plan --method greedy --keep 0.5 --task boards --questions 36 --out runs/greedy.json",
-    "trol plan --method influence --keep 0.75 --task boards --questions 36 --json",
+    "trol plan --method influence --keep 0.75 --scope all --task boards --questions 36 --json",
 )
 
 TIMED = 8
@@ -52,7 +57,11 @@ def plan(
     ] = 64,
     scope: Annotated[
         str,
-        typer.Option("--scope", metavar="ROLES", help="Who skips: answer, question, all."),
+        typer.Option(
+            "--scope",
+            metavar="ROLES",
+            help="Who skips: answer, question, all (as `trol export` bakes it).",
+        ),
     ] = "answer",
     seed: terminal.Seed = 0,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The plan file.")] = Path(
@@ -60,15 +69,21 @@ def plan(
     ),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Choose the layers that MODEL keeps at a share of its depth."""
+    """Choose the layers that MODEL keeps at a share of its depth.
+
+    What is measured for greedy and draft is kept beside FILE until the plan is there: the same
+    command goes on where it was stopped.
+    """
     check_file(out)
-    _check(method, keep, scope)
+    _check(method, keep, scope, task)
     measured_on: dict[str, Any] = {"task": task, "questions": questions, "scope": scope}
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
-        made, layers = _made(model, method, keep, seed, measured_on)
+        made, layers, kept = _made(model, method, keep, seed=seed, measured_on=measured_on, out=out)
     about = {"model": model, "method": method, "keep": keep, **measured_on}
     found = write_plan(out, made, layers, {**about, "run": run_record(seed)})
+    if kept is not None:
+        kept.finish()
     terminal.report(
         {**found, "file": str(out)},
         as_json=as_json,
@@ -77,9 +92,18 @@ def plan(
 
 
 def _made(
-    model: str, method: str, keep: float | None, seed: int, measured_on: dict[str, Any]
-) -> tuple[Plan, int]:
-    """The plan, and how many layers the model has; leaves in `measured_on` what was used of it."""
+    model: str,
+    method: str,
+    keep: float | None,
+    *,
+    seed: int,
+    measured_on: dict[str, Any],
+    out: Path,
+) -> tuple[Plan, int, Measurements | None]:
+    """The plan, how many layers the model has, and what was measured, if anything was.
+
+    Leaves in `measured_on` what was used of it.
+    """
     from trol.cli.models import open_model
     from trol.evaluation.chosen_plans import chosen_plan
     from trol.evaluation.draft_plans import draft_plan, measured_speed
@@ -90,23 +114,83 @@ def _made(
     layers = len(layer_list(find_decoder(opened)) or ())
     if method in STATIC:
         measured_on.clear()
-        return static_plan(method, layers, cast(float, keep), seed), layers
+        return static_plan(method, layers, cast(float, keep), seed), layers, None
     scope, task = measured_on["scope"], measured_on["task"]
     items = _items(task, measured_on["questions"], seed, processor)
     measured_on["questions"] = len(items)
-    with terminal.progress(method) as progress:
+    kept = _kept(opened, items, out, {"method": method, **measured_on, "seed": seed})
+    with _measuring(method, len(items), kept) as progress:
         if method == "draft":
-            chosen = draft_plan(opened, processor, items, keep, progress=progress)
+            chosen = draft_plan(opened, processor, items, keep, progress=progress, measured=kept)
             speed = measured_speed(opened, processor, items[:TIMED], chosen.plan, chosen.tokens)
             measured_on["draft"] = {**asdict(chosen), "plan": str(chosen.plan), "measured": speed}
-            return chosen.plan, layers
-        share = cast(float, keep)
-        made = chosen_plan(method, opened, processor, items, share, scope=scope, progress=progress)
-    return made, layers
+            return chosen.plan, layers, kept
+        made = chosen_plan(
+            method,
+            opened,
+            processor,
+            items,
+            cast(float, keep),
+            scope=scope,
+            progress=progress,
+            measured=kept,
+        )
+    return made, layers, kept
+
+
+def _kept(model: Any, items: Sequence[Item], out: Path, asked: dict[str, Any]) -> Measurements:
+    """What was measured before for this plan file, and where more of it goes."""
+    from trol.analysis.files import folder
+    from trol.depth import attached, is_attached
+    from trol.depth.registry import to_settings
+    from trol.evaluation.kept import Measurements, items_digest
+    from trol.policies.digests import weights_digest
+
+    policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
+    header = {**asked, "set": items_digest(items), "policy": policy}
+    path = folder(out.parent) / f"{out.stem}.measured.jsonl"
+    return Measurements(path, {**header, "weights": weights_digest(model)})
+
+
+@contextmanager
+def _measuring(
+    method: str, questions: int, kept: Measurements
+) -> Generator[Callable[[int, int], None]]:
+    """Says how much is to be measured, shows how far it is, and says what Ctrl-C leaves."""
+    with terminal.progress(method, "measurement") as shown:
+
+        def told(done: int, of: int) -> None:
+            if not said:
+                said.append(of)
+                there = f"; {done} of them are kept in {kept.path}" if done else ""
+                terminal.note(
+                    f"trol plan: {method} makes {of} measurements on {questions} questions{there}."
+                )
+            shown(done, of)
+
+        said: list[int] = []
+        try:
+            yield told
+        except KeyboardInterrupt:
+            terminal.note(
+                f"Stopped. {kept.path} keeps {len(kept.found)} measurements; the same command "
+                "goes on from there."
+            )
+            raise
+
+
+SCOPES = {
+    "answer": "the tokens of answers; prompts visit every layer",
+    "question": "the tokens of questions; answers visit every layer",
+    "all": "every token",
+}
+"""Scope -> who skips, in words."""
 
 
 def _told(found: dict[str, Any], layers: int, out: Path) -> str:
     lines = [found["plan"], f"{sum(found['visits'])} of {layers} layers, written to {out}"]
+    if scope := found.get("scope"):
+        lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
     if draft := found.get("draft"):
         speed = draft["measured"]
         lines.append(
@@ -119,10 +203,11 @@ def _told(found: dict[str, Any], layers: int, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _check(method: str, keep: float | None, scope: str) -> None:
+def _check(method: str, keep: float | None, scope: str, task: str) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
     from trol.depth.roles import check_scope
     from trol.evaluation.chosen_plans import CHOSEN
+    from trol.evaluation.tasks import task_of
     from trol.policies.static_plans import STATIC, kept_count
 
     if method not in STATIC and method not in CHOSEN:
@@ -134,6 +219,9 @@ def _check(method: str, keep: float | None, scope: str) -> None:
             f"no share of layers given; add one, such as --method {method} --keep 0.5."
         )
     check_scope(scope)
+    if method == "draft" and scope != "answer":
+        raise UsageError(f"--scope is {scope}, but drafts are answers; leave --scope out.")
+    task_of(task)
 
 
 def _items(task: str, questions: int, seed: int, processor: Any) -> list[Item]:

@@ -36,6 +36,8 @@ from trol.evaluation.followed import (
     follow,
     share,
 )
+from trol.evaluation.kept import Measurements
+from trol.evaluation.removing import measurements, removed
 from trol.evaluation.tasks import Item, batches, prompts
 from trol.evaluation.timing import interleaved, ratio_and_spread
 from trol.policies.plain import Plain
@@ -71,12 +73,13 @@ def draft_plan(
     new_tokens: int = 64,
     rounds: int = 5,
     progress: Progress = lambda done, of: None,
+    measured: Measurements | None = None,
 ) -> DraftChoice:
     """The plan and the number of tokens that promise the greatest speed-up on these prompts.
 
     Early exits, evenly spaced layers, and layers taken away one by one, each time the one that
-    the agreement misses least (as CLaSp, https://arxiv.org/abs/2505.24196, but once for all
-    prompts). Every plan is judged by one pass over the model's own greedy answers.
+    the agreement misses least (`removing`; as CLaSp, https://arxiv.org/abs/2505.24196, but once for
+    all prompts). Every plan is judged by one pass over the model's own greedy answers.
 
     Args:
         model: a model, plain or attached; its own policy is what verifies.
@@ -85,7 +88,8 @@ def draft_plan(
         keep: max(1, round(keep * L)) layers stay; None to choose that number too.
         new_tokens: longest answer followed.
         rounds: timed passes of each kind.
-        progress: called after each plan.
+        progress: called before the first plan, and after each.
+        measured: keeps what is measured of each plan, and has what was measured before.
 
     Raises:
         UsageError: no items, `keep` outside (0, 1], or answers of a single token.
@@ -99,9 +103,10 @@ def draft_plan(
         kept = None if keep is None else kept_count(stack.depth_layers, keep)
         followed = [follow(model, processor, some, new_tokens) for some in batches(items, BATCH)]
         _check_answers(followed)
-        measured = _measure(stack, followed, stays, kept, progress)
+        agreed = partial(agreement, stack, followed)
+        found = _measure(agreed, stays, kept, progress, measured or Measurements())
         costs = costs_of(host, stack, follow(model, processor, items[:1], 1), stays, rounds)
-        return _best(measured, costs, stack.depth_layers)
+        return _best(found, costs, stack.depth_layers)
 
 
 def _best(measured: Mapping[tuple[int, ...], Rows], costs: Costs, count: int) -> DraftChoice:
@@ -120,12 +125,13 @@ def draft(
     items: Sequence[Item],
     keep: float,
     *,
-    scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
+    scope: Scope,
+    progress: Progress,
+    measured: Measurements,
 ) -> Plan:
     """`draft_plan`'s plan for a share of layers; drafts are answers, whatever the scope."""
     del scope
-    return draft_plan(model, processor, items, keep, progress=progress).plan
+    return draft_plan(model, processor, items, keep, progress=progress, measured=measured).plan
 
 
 def measured_speed(
@@ -197,30 +203,30 @@ def _check_answers(followed: Sequence[Followed]) -> None:
 
 
 def _measure(
-    stack: Any,
-    followed: Sequence[Followed],
+    agreed: Callable[[tuple[int, ...]], Rows],
     stays: Sequence[int],
     kept: int | None,
     progress: Progress,
+    measured: Measurements,
 ) -> dict[tuple[int, ...], Rows]:
     """Layers -> at which tokens they agree, for every candidate."""
     counts = range(1, len(stays)) if kept is None else (min(kept, len(stays)),)
     fixed = _fixed(stays, counts)
-    lowest = min(counts, default=1)
-    of, found = len(fixed) + sum(range(lowest + 1, len(stays) + 1)), {}
+    count = len(stays) - min(counts, default=1)
+    of = len(fixed) + measurements(len(stays), count)
+    found: dict[tuple[int, ...], Rows] = {}
 
     def rows_of(layers: tuple[int, ...]) -> Rows:
-        if layers not in found:
-            found[layers] = agreement(stack, followed, layers)
-        progress(min(len(found), of), of)
+        name, before = " ".join(map(str, layers)), len(measured.found)
+        found[layers] = measured.value(name, lambda: agreed(layers))
+        if len(measured.found) > before:
+            progress(min(len(measured.found), of), of)
         return found[layers]
 
+    progress(min(len(measured.found), of), of)
     for layers in fixed:
         rows_of(layers)
-    left = tuple(stays)
-    while len(left) > lowest:
-        fewer = [tuple(one for one in left if one != layer) for layer in left]
-        left = max(fewer, key=lambda layers: share(rows_of(layers)))
+    removed(stays, count, lambda layers: -share(rows_of(layers)))
     return {layers: rows for layers, rows in found.items() if len(layers) in set(counts)}
 
 
