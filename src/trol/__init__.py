@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trol import depth
     from trol.depth import AbstractPolicy, Plan, Trace, attach, detach, prepare_cache, trace
+    from trol.errors import UntrainedWarning
     from trol.family.loading import load_model
     from trol.policies.adapter import load, save
     from trol.policies.controller import Controller
@@ -49,6 +50,7 @@ _HOMES = {
     "Replay": "policies.replay",
     "Router": "policies.router",
     "TrolMixer": "policies.mixer",
+    "UntrainedWarning": "errors",
     "speculate": "policies.speculation",
     "load_model": "family.loading",
     "depth": "depth",

@@ -162,9 +162,10 @@ def _measuring(
         def told(done: int, of: int) -> None:
             if not said:
                 said.append(of)
-                there = f"; {done} of them are kept in {kept.path}" if done else ""
+                there = f"; {done} of them are in {kept.path}" if done else ""
                 terminal.note(
-                    f"trol plan: {method} makes {of} measurements on {questions} questions{there}."
+                    f"trol plan: {method} makes {of} measurements at most, on {questions} "
+                    f"questions{there}."
                 )
             shown(done, of)
 

@@ -116,7 +116,7 @@ def greedy(
         return found
 
     progress(min(len(measured.found), of), of)
-    gone = removed(range(layers), count, loss)
+    gone = list(removed(range(layers), count, loss))
     return plan_of(set(range(layers)).difference(gone), layers)
 
 

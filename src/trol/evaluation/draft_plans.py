@@ -12,7 +12,7 @@ tokens per round is (1 - a^(k+1)) / (1 - a) for agreement a; here the rounds are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,6 @@ from trol.depth.call import Decoding
 from trol.depth.host import decoding
 from trol.errors import UsageError
 from trol.evaluation.followed import (
-    MOST_TOKENS,
     Costs,
     Followed,
     Rows,
@@ -104,18 +103,19 @@ def draft_plan(
         followed = [follow(model, processor, some, new_tokens) for some in batches(items, BATCH)]
         _check_answers(followed)
         agreed = partial(agreement, stack, followed)
-        found = _measure(agreed, stays, kept, progress, measured or Measurements())
         costs = costs_of(host, stack, follow(model, processor, items[:1], 1), stays, rounds)
+        found = _measure(
+            agreed, stays, kept, costs, progress=progress, measured=measured or Measurements()
+        )
         return _best(found, costs, stack.depth_layers)
 
 
 def _best(measured: Mapping[tuple[int, ...], Rows], costs: Costs, count: int) -> DraftChoice:
     """The candidate and the number of drafts that promise most; `count` is L."""
-    choices = (
-        DraftChoice(plan_of(layers, count), k, share(rows), costs.speedup(rows, len(layers), k))
-        for layers, rows in measured.items()
-        for k in range(1, MOST_TOKENS + 1)
-    )
+    choices = []
+    for layers, rows in measured.items():
+        speedup, k = costs.best(rows, len(layers))
+        choices.append(DraftChoice(plan_of(layers, count), k, share(rows), speedup))
     return max(choices, key=lambda choice: choice.predicted_speedup)
 
 
@@ -206,14 +206,19 @@ def _measure(
     agreed: Callable[[tuple[int, ...]], Rows],
     stays: Sequence[int],
     kept: int | None,
+    costs: Costs,
+    *,
     progress: Progress,
     measured: Measurements,
 ) -> dict[tuple[int, ...], Rows]:
-    """Layers -> at which tokens they agree, for every candidate."""
-    counts = range(1, len(stays)) if kept is None else (min(kept, len(stays)),)
-    fixed = _fixed(stays, counts)
+    """Layers -> at which tokens they agree, for every candidate.
+
+    Fewer layers agree at fewer tokens: where even a draft of a single layer that agreed as well
+    would not do better than the best so far, no shorter ones are measured.
+    """
+    counts = range(len(stays) - 1, 0, -1) if kept is None else (min(kept, len(stays)),)
     count = len(stays) - min(counts, default=1)
-    of = len(fixed) + measurements(len(stays), count)
+    of = 2 * len(counts) + measurements(len(stays), count)
     found: dict[tuple[int, ...], Rows] = {}
 
     def rows_of(layers: tuple[int, ...]) -> Rows:
@@ -224,19 +229,34 @@ def _measure(
         return found[layers]
 
     progress(min(len(measured.found), of), of)
-    for layers in fixed:
-        rows_of(layers)
-    removed(stays, count, lambda layers: -share(rows_of(layers)))
+    best = 0.0
+
+    def hopeless(layers: tuple[int, ...]) -> bool:
+        nonlocal best
+        rows = rows_of(layers)
+        best = max(best, costs.best(rows, len(layers))[0])
+        return kept is None and costs.best(rows, 1)[0] <= best
+
+    left = tuple(stays)
+    for gone in removed(stays, count, lambda layers: -share(rows_of(layers))):
+        left = tuple(layer for layer in left if layer != gone)
+        if hopeless(left):
+            break
+    for layers_of in (_first, _even):
+        for one in counts:
+            if hopeless(layers_of(stays, one)):
+                break
     return {layers: rows for layers, rows in found.items() if len(layers) in set(counts)}
 
 
-def _fixed(stays: Sequence[int], counts: Iterable[int]) -> list[tuple[int, ...]]:
-    """Early exits and evenly spaced layers among those that stay."""
-    found = []
-    for count in counts:
-        found.append(tuple(stays[:count]))
-        found.append(tuple(stays[i] for i in uniform(len(stays), count, 0)))
-    return list(dict.fromkeys(found))
+def _first(stays: Sequence[int], count: int) -> tuple[int, ...]:
+    """The first layers of those that stay: an early exit."""
+    return tuple(stays[:count])
+
+
+def _even(stays: Sequence[int], count: int) -> tuple[int, ...]:
+    """Evenly spaced layers of those that stay."""
+    return tuple(stays[i] for i in uniform(len(stays), count, 0))
 
 
 def _padding(model: Any) -> int:
