@@ -98,6 +98,8 @@ def calibrate(
             check_wish(name, wanted[name])
     if measure is not None:
         calibrated_exits.check(measure, wanted)
+    else:
+        _check_either(wanted)
     if data is not None:
         task_of(data)
     check_adapter_folder(out, beside=(RESULT,))
@@ -118,12 +120,24 @@ def calibrate(
     terminal.report(result, as_json=as_json, text=lambda: f"{text}\n{last}")
 
 
+def _check_either(wanted: dict[str, Any]) -> None:
+    """Raises `UsageError` for what is possible of no model, be it with gates or with exits."""
+    from trol.cli import calibrated_exits, calibrated_taus
+    from trol.policies.exits import EarlyExit
+
+    try:
+        calibrated_exits.check(EarlyExit().measure, wanted)
+    except UsageError:
+        calibrated_taus.check(wanted)
+
+
 def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     """The measure of the exits to calibrate, or None where it is the gates of the model.
 
     Raises:
         UsageError: there are no gates and no measure is named, or there are and exits are meant.
     """
+    from trol.cli.calibrated_taus import check
     from trol.depth import attached, is_attached
     from trol.evaluation.calibration.taus import mixer_of
     from trol.policies.exits import EarlyExit
@@ -134,12 +148,7 @@ def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     if isinstance(carried, EarlyExit):
         return carried.measure
     mixer_of(model)
-    given = [name for name in ("cost", "first", "every") if wanted[name] is not None]
-    if given:
-        raise UsageError(
-            f"--{given[0]} is for early exits; add --exit MEASURE, or leave --{given[0]} out to "
-            "calibrate the gates of this model."
-        )
+    check(wanted)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -75,7 +76,10 @@ def curve(
     from trol.cli.models import open_model
     from trol.evaluation.curves import Request, check_methods, shares_of
     from trol.evaluation.curves import curve as measured
+    from trol.evaluation.curves.methods import check_adapters
+    from trol.evaluation.curves.oracle import read_oracle
     from trol.evaluation.tasks import check_tasks
+    from trol.policies.adapter import check_writable
 
     names, wanted, folders = _listed(tasks), _listed(methods), _listed(adapters)
     shares = shares_of(keep)
@@ -83,18 +87,23 @@ def curve(
         raise unknown("scope", scope, SCOPES)
     check_tasks(names)
     check_methods(wanted, oracle)
+    if oracle is not None:
+        read_oracle(oracle)
+    request = Request(
+        methods=tuple(wanted),
+        keeps=tuple(shares),
+        questions=questions,
+        seeds=seeds,
+        scope=cast("Scope", scope),
+        oracle=oracle,
+    )
+    if not folders:
+        check_adapters(request)
+    check_writable(out)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
-        request = Request(
-            methods=tuple(wanted),
-            keeps=tuple(shares),
-            questions=questions,
-            seeds=seeds,
-            scope=cast("Scope", scope),
-            adapters=_opened(opened, folders),
-            oracle=oracle,
-        )
+        request = replace(request, adapters=_opened(opened, folders))
         with terminal.progress("curve", "point") as shown:
             found = measured(
                 opened,

@@ -77,9 +77,12 @@ def oracle(
     Whatever is finished in DIR is not done again, and may be interrupted at any time.
     """
     from trol.cli.models import open_model
-    from trol.evaluation.oracle import Store, check_shard, layers_of, read_menu
+    from trol.evaluation.oracle import Store, check_shard, layers_of, parsed, read_menu
+    from trol.policies.adapter import check_writable
 
     part = check_shard(shard)
+    parsed(menu, read_plan)
+    check_writable(out)
     metric = _checked(task, metric, questions, split, scope)
     if router is not None:
         routing.check(router, scope, out)

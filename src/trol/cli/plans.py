@@ -90,8 +90,11 @@ def _checked(found: Any, path: str) -> Plan:
 
 def check_file(path: Path) -> None:
     """Raises `UsageError` where no plan file can be written."""
+    from trol.policies.adapter import check_writable
+
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name the file that the plan is to be in.")
+    check_writable(path.parent)
 
 
 def write_plan(path: Path, plan: Plan, layers: int, about: Mapping[str, Any]) -> dict[str, Any]:
