@@ -30,6 +30,8 @@ EXAMPLES = (
 
 TIMED = 8
 """Questions that a draft is timed on."""
+TIMED_TOKENS = 32
+"""Longest answer to them. Unit: tokens."""
 
 
 def plan(
@@ -122,7 +124,15 @@ def _made(
     with _measuring(method, len(items), kept) as progress:
         if method == "draft":
             chosen = draft_plan(opened, processor, items, keep, progress=progress, measured=kept)
-            speed = measured_speed(opened, processor, items[:TIMED], chosen.plan, chosen.tokens)
+            terminal.note(f"trol plan: '{chosen.plan}' promises most, and is timed.")
+            speed = measured_speed(
+                opened,
+                processor,
+                items[:TIMED],
+                chosen.plan,
+                chosen.tokens,
+                new_tokens=TIMED_TOKENS,
+            )
             measured_on["draft"] = {**asdict(chosen), "plan": str(chosen.plan), "measured": speed}
             return chosen.plan, layers, kept
         made = chosen_plan(
