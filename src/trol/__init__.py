@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         register,
         trace,
     )
+    from trol.errors import UntrainedWarning
     from trol.family.loading import load_model
     from trol.policies.adapter import load, save
     from trol.policies.controller import Controller
@@ -59,6 +60,7 @@ _HOMES = {
     "Replay": "policies.replay",
     "Router": "policies.router",
     "TrolMixer": "policies.mixer",
+    "UntrainedWarning": "errors",
     "speculate": "policies.speculation",
     "load_model": "family.loading",
     "depth": "depth",

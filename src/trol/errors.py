@@ -30,6 +30,10 @@ class AdapterError(TrolError):
     """A saved depth adapter does not belong to the host it is loaded onto, or is damaged."""
 
 
+class UntrainedWarning(UserWarning):
+    """A policy runs with parameters that nobody has trained; the message says what they do."""
+
+
 def unwritable(folder: object, error: OSError) -> UsageError:
     """The error for a folder that takes no files, or is not there and cannot be made."""
     return UsageError(

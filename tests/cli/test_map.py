@@ -40,6 +40,20 @@ def test_map_writes_a_picture_and_its_numbers(
         assert picture.width > 500
 
 
+@pytest.mark.filterwarnings("default:the page could not be made")
+def test_numbers_outlive_their_picture(
+    board: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trol.analysis.maps.draw", lambda _: 1 / 0)
+    assert run(board, tmp_path) == 0
+    told = capsys.readouterr()
+    assert f"the results are kept in {tmp_path / 'map.json'}" in told.err
+    assert json.loads(told.out) == json.loads((tmp_path / "map.json").read_text())
+
+
 def test_map_of_a_plan(board: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(board, tmp_path, "--depth", "0-1:2 2-3") == 0
     found = json.loads(capsys.readouterr().out)

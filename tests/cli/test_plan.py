@@ -14,7 +14,12 @@ from trol.cli import main
 from trol.cli.plans import read_plan, write_plan
 from trol.data.pair import Pair
 from trol.depth import Plan
-from trol.errors import UsageError
+from trol.errors import DataError, UsageError
+from trol.evaluation import draft_plans
+from trol.evaluation.followed import MOST_TOKENS, Costs
+from trol.evaluation.kept import Measurements
+from trol.evaluation.metrics import losses
+from trol.evaluation.tasks import task_of
 from trol.policies import baking
 
 LAYERS = 4
@@ -224,3 +229,128 @@ def test_a_folder_is_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read_plan("3") == Plan("3")
     long = " ".join(f"{layer}:2" for layer in range(0, 200, 2))  # no name of a file is so long
     assert read_plan(long) == Plan(long)
+
+
+@pytest.mark.parametrize("method", ["greedy", "draft", "influence"])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_stopped_plan_goes_on_where_it_was(
+    method: str,
+    after: int,
+    llama: str,
+    tmp_path: Path,
+    few_docstrings: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+    measuring = Measurements.value
+
+    def stopped(self: Measurements, name: str, measure: Any) -> Any:
+        def counted() -> Any:
+            if len(made) == after:
+                raise KeyboardInterrupt
+            made.append(1)
+            return measure()
+
+        return measuring(self, name, counted)
+
+    # The wall clock decides which drafts are hopeless.
+    fixed = Costs(0.1, 0.1, dict.fromkeys(range(1, MOST_TOKENS + 1), 1.0))
+    monkeypatch.setattr(draft_plans, "costs_of", lambda *_: fixed)
+    words = ("plan", llama, "--method", method, "--keep", 0.5, "--questions", 4, "--out")
+    assert run(*words, tmp_path / "whole.json") == 0
+    capsys.readouterr()
+    whole = (tmp_path / "whole.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.json"]
+    out, kept = tmp_path / "plan.json", tmp_path / "plan.measured.jsonl"
+    monkeypatch.setattr(Measurements, "value", stopped)
+    code = run(*words, out)
+    monkeypatch.setattr(Measurements, "value", measuring)
+    if code == 0:  # it was through before
+        assert method == "influence"
+        return
+    assert code == 130
+    said = capsys.readouterr().err
+    assert f"{method} makes {1 if method == 'influence' else ''}" in said
+    assert f"Stopped. {kept} keeps {after} measurements" in said
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 1 + after
+    kept.write_text("\n".join(lines) + '\n{"torn')
+    assert run(*words, out, "--seed", 1) == 2
+    assert "unfinished run with other settings (seed 0 there, 1 here)" in capsys.readouterr().err
+    assert kept.read_text().splitlines() == lines
+    monkeypatch.setattr(Measurements, "value", again := Counted(measuring))
+    assert run(*words, out) == 0
+    monkeypatch.setattr(Measurements, "value", measuring)
+    assert (f"{after} of them are in" in capsys.readouterr().err) == bool(after)
+    assert not kept.exists()
+    assert json.loads(out.read_text())["visits"] == json.loads(whole)["visits"]
+    assert again.kept == after
+
+
+class Counted:
+    """Stands in for `Measurements.value`: how many values were there before."""
+
+    def __init__(self, measuring: Any) -> None:
+        self.measuring, self.kept = measuring, 0
+        self.seen: set[str] = set()
+
+    def __get__(self, instance: Measurements, _: type) -> Any:
+        def value(name: str, measure: Any) -> Any:
+            self.kept += name in instance.found and name not in self.seen
+            self.seen.add(name)
+            return self.measuring(instance, name, measure)
+
+        return value
+
+
+def test_no_file_of_measurements(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    for damage in ("{\n", "[1]\n", "\xff\n"):
+        path.write_text(damage, encoding="latin-1")
+        with pytest.raises(DataError, match="remove it"):
+            Measurements(path, {"seed": 0})
+    with pytest.raises(UsageError, match="name a folder that can be made"):
+        Measurements(tmp_path / "absent" / "kept.jsonl", {})
+
+
+@pytest.mark.parametrize("scope", ["answer", "question", "all", None])
+def test_a_plan_says_for_whom_and_an_export_warns(
+    scope: str | None,
+    llama: str,
+    tmp_path: Path,
+    few_docstrings: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "plan.json"
+    chosen = ("--method", "influence", "--scope", scope) if scope else ("--method", "middle")
+    assert run("plan", llama, *chosen, "--keep", 0.5, "--questions", 4, "--out", out) == 0
+    told = capsys.readouterr().out
+    assert json.loads(out.read_text()).get("scope") == scope
+    assert (f"chosen for scope={scope}: " in told) == (scope is not None)
+    words = ("export", llama, tmp_path / "short", "--plan", out, "--task", "docstrings")
+    assert run(*words, "--questions", 3, "--json") == 0
+    told, said = capsys.readouterr()
+    warned = f"was chosen for scope={scope}, and the checkpoint applies it to every token" in said
+    assert warned == (scope in ("answer", "question"))
+    loss = json.loads(told)["loss"]
+    full, short = AutoModelForCausalLM.from_pretrained(llama), tmp_path / "short"
+    tokenizer = AutoTokenizer.from_pretrained(short)
+    items = task_of("docstrings").items(3, 0, "test")
+    for name, model in (
+        ("full", full),
+        ("all", AutoModelForCausalLM.from_pretrained(short)),
+    ):
+        each = losses(model, tokenizer, items)
+        assert loss[name] == pytest.approx(sum(each) / len(each), abs=1e-6)
+    assert set(loss) == {"task", "questions", "full", "all", *filter(None, [scope])}
+    assert few_docstrings[-1] == "test"
+
+
+def test_an_export_tells_what_the_plan_costs(
+    llama: str, tmp_path: Path, few_docstrings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("export", llama, tmp_path / "short", "--plan", "0-1", "--task", "docstrings")
+    assert run(*words) == 0
+    assert "Loss of 4 answers of docstrings, nats per token: " in capsys.readouterr().out
+    assert run("export", "absent/model", tmp_path / "other", "--plan", "0", "--task", "no") == 2

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trol.depth import Plan, attach, attached, depth, is_attached, trace
 from trol.errors import UsageError
 from trol.evaluation import draft_plans, followed
-from trol.evaluation.draft_plans import DraftChoice, draft, draft_plan, measured_speed
+from trol.evaluation.chosen_plans import chosen_plan
+from trol.evaluation.draft_plans import DraftChoice, draft_plan, measured_speed
 from trol.evaluation.followed import Costs, tokens_per_round
 from trol.evaluation.tasks import Item
 from trol.family.word_level import word_tokenizer
@@ -105,7 +106,7 @@ def test_a_model_with_a_plan_drafts_with_fewer_of_its_layers(model: Any, tokeniz
     assert found.plan.for_layers(5)[2] == 0
     assert isinstance(found, DraftChoice)
     assert 1 <= found.tokens <= followed.MOST_TOKENS
-    assert draft(model, tokenizer, ITEMS[:2], 0.4).for_layers(5).count(1) == 2
+    assert chosen_plan("draft", model, tokenizer, ITEMS[:2], 0.4).for_layers(5).count(1) == 2
 
 
 def test_answers_end_where_the_model_ends_them(model: Any, tokenizer: Any) -> None:

@@ -8,10 +8,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import trol
 from training import standins
 from training.test_quantised import batch_of, recipe
+from trol.cli import main
 from trol.errors import AdapterError, UsageError
 from trol.policies.adapter import PARTS_NAME
 from trol.training.adapters import merge_adapters, open_adapters, save_adapters, save_trained
@@ -129,3 +131,32 @@ def test_damaged_files_are_told(folder: Path, tmp_path: Path) -> None:
 
 def _resize(file: Path) -> None:
     save_file({name: tensor[:1].clone() for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("policy", ["plain", "plan", "trol_mixer"])
+def test_a_run_with_updates_is_exported_where_a_plain_model_can_be_it(
+    folder: Path, tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"plan": "{policy: plan, plan: '1:2', scope: all}"}
+    changes = [f"policy={settings.get(policy, f'{{policy: {policy}}}')}", "precision=fp32"]
+    changes += ["stages.step2.train=[decoder]", "stages.step2.lora=4"]
+    made = recipe(folder, *changes, name="any-llm")
+    learner, batch = trained(*opened(made, None), made.stages["step2"])
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    save_trained(learner, made, run)
+    (run / "recipe.yaml").write_text(made.yaml(), encoding="utf-8")
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(run), str(plain), "--plan", "1:2" if policy == "plan" else "all"])
+    if policy == "trol_mixer":
+        assert left.value.code == 1
+        assert "carries the policy 'trol_mixer'" in capsys.readouterr().err
+        assert not plain.exists()
+        return
+    assert left.value.code == 0
+    own = AutoModelForCausalLM.from_pretrained(plain)
+    assert not any("lora" in name for name, _ in own.named_parameters())
+    difference = (logits(own, batch) - logits(learner, batch)).abs().max()
+    host = AutoModelForCausalLM.from_pretrained(made.host)
+    learnt = (logits(host, batch) - logits(learner, batch)).abs().max()
+    assert difference < 1e-4
+    assert learnt > 1e-2

@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState
 import trol
 from trol.analysis import card, training_page
 from trol.cli import main
+from trol.cli.terminal import progress as progress_of
 from trol.errors import DataError, UsageError
 from trol.training import progress, resolve, run, watching
 from trol.training import run as training
@@ -88,6 +89,29 @@ def test_progress_shows_loss_rate_speed_gates_and_time(
     shown.on_train_end(args, state, control)
     assert "loss 1.250, lr 2.0e-03, 5400 tokens/s, gates 0.25" in told.getvalue()
     assert "15/20" in told.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_thing_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(told, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", told)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setenv("COLUMNS", "160")
+    with progress_of("measuring", "plan") as shown:
+        shown(5, 20)  # goes on from there
+        shown(6, 20, "last look")
+    assert "6/20" in told.getvalue()
+    assert "last look" in told.getvalue()
+    if not terminal:
+        assert told.getvalue().startswith("measuring: plan 5/20\nlast look: plan 6/20, ")
+        assert told.getvalue().endswith(" s left\n")
+
+
+def test_what_is_quick_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_of("measuring") as shown:
+        shown(1, 2)
+    assert capsys.readouterr().err == ""
 
 
 def test_many_gates_are_shown_as_heights() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from trol.analysis import pages
 from trol.analysis.files import write_whole
-from trol.analysis.training_page import read_findings
+from trol.analysis.training_page import FILE, read_findings
 from trol.policies.adapter import is_trained
 
 OPEN = """```python
@@ -29,16 +30,19 @@ model, processor = reopened({name!r})  # the host, with these adapters on it
 def write(folder: str | Path) -> Path:
     """Writes the model card, `README.md`, into the folder of a run; returns its path.
 
+    Where the card fails, that is a warning, and the path is that of `training.json`.
+
     Raises:
         DataError: there is no `training.json`, or it is no training run's.
     """
     folder = Path(folder)
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     opens = OPEN_ADAPTERS if is_trained(folder) else OPEN
-    found = read_findings(folder)
-    return write_whole(
-        folder / "README.md", render(found, yaml.safe_load(recipe), folder.name, opens)
-    )
+    found, kept = read_findings(folder), folder / FILE
+    with pages.beside(kept):
+        card = render(found, yaml.safe_load(recipe), folder.name, opens)
+        return write_whole(folder / "README.md", card)
+    return kept
 
 
 def render(
@@ -83,7 +87,8 @@ def _answers(validation: Mapping[str, Any] | None) -> list[str]:
     metric = validation.get("metric", "accuracy")
     lines = [f"| question type | {metric} | chance |", "|---|---|---|"]
     for kind, share in validation["by_type"].items():
-        lines.append(f"| {kind} | {share:.1%} | {validation['chance_by_type'][kind]:.1%} |")
+        chance = validation["chance_by_type"].get(kind)
+        lines.append(f"| {kind} | {share:.1%} | {'–' if chance is None else f'{chance:.1%}'} |")
     told = f"On {validation['n']} questions of the validation split, one run, no spread:"
     means = [f"{name} {value:.4f}" for name, value in validation.get("metrics", {}).items()]
     in_all = [f"In all: {', '.join(means)}."] if means else []

@@ -76,7 +76,10 @@ def accuracies(
     arms: Mapping[str, Sequence[Mapping[str, float]]],
     chance: Mapping[str, float],
 ) -> str:
-    """Accuracy per question type: bars are means over seeds, dots the seeds, dashes chance."""
+    """Accuracy per question type: bars are means over seeds, dots the seeds, dashes chance.
+
+    `chance` may lack types of which nobody knows it.
+    """
     with rc_context(STYLE):
         figure, axes = new_axes(max(6.5, 1.0 * len(types)), 3.1)
         places = np.arange(len(types))
@@ -90,10 +93,12 @@ def accuracies(
             if len(seeds) > 1:
                 for seed in seeds:
                     axes.plot(at, [seed[t] for t in types], ".", color=PAGE_INK, markersize=3)
+        label = "chance"
         for place, name in zip(places, types, strict=True):
-            label = "chance" if place == 0 else None
-            line = {"color": PAGE_INK, "linewidth": 1.1, "linestyles": "dashed"}
-            axes.hlines(chance[name], place - 0.44, place + 0.44, label=label, **line)
+            if name in chance:
+                line = {"color": PAGE_INK, "linewidth": 1.1, "linestyles": "dashed"}
+                axes.hlines(chance[name], place - 0.44, place + 0.44, label=label, **line)
+                label = None
         axes.set_xticks(places, [name.replace("_", " ") for name in types])
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("accuracy")

@@ -25,23 +25,23 @@ FILE, PAGE = "curve.json", "curve.html"
 
 
 def write(results: Mapping[str, Any], out: str | Path) -> Path:
-    """Writes results, charts and page into the folder `out`; returns the page's path.
+    """Writes results, then charts and page into the folder `out`; returns the page's path.
+
+    Where the page fails, that is a warning, and the path is that of the results.
 
     Raises:
         DataError: the results are no curves.
         UsageError: the folder cannot be made.
     """
-    page = render(results)
-    pictures = {
-        f"{slug(name)}-{chart}.png": as_png(figure)
-        for name, task in results["tasks"].items()
-        for chart, figure in figures(task).items()
-    }
+    check(results)
     place = folder(out)
-    write_json(place / FILE, results)
-    for name, picture in pictures.items():
-        write_whole(place / name, picture)
-    return write_whole(place / PAGE, page)
+    kept = write_json(place / FILE, results)
+    with pages.beside(kept):
+        for name, task in results["tasks"].items():
+            for chart, figure in figures(task).items():
+                write_whole(place / f"{slug(name)}-{chart}.png", as_png(figure))
+        return write_whole(place / PAGE, render(results))
+    return kept
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -58,10 +58,15 @@ def read(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} tells of no curves: {error}; run `trol curve` again.") from error
 
 
-def render(results: Mapping[str, Any]) -> str:
-    """The page; raises `DataError` where the results are no curves."""
+def check(results: Mapping[str, Any]) -> None:
+    """Raises `DataError` where the results are no curves."""
     if missing := [key for key in NEEDED if key not in results]:
         raise DataError(f"the results of curves lack {', '.join(missing)}; run `trol curve` again.")
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page; raises `DataError` where the results are no curves."""
+    check(results)
     return pages.render(
         "curve",
         results=results,

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from trol.analysis import pages
 from trol.analysis.charts import ARM_COLORS, GREY, PAGE_INK, STYLE, as_svg, new_axes
 from trol.analysis.files import folder, write_json, write_whole
 from trol.data.oracle_rows import LOWER_IS_BETTER, shown
@@ -32,7 +33,9 @@ ARMS = {
 
 
 def write(results: Mapping[str, Any], out: str | Path) -> Path:
-    """Writes the three files into the folder `out`; returns the page's path.
+    """Writes the three files into the folder `out`, results first; returns the page's path.
+
+    Where the page fails, that is a warning, and the path is that of the results.
 
     Raises:
         UsageError: the results are no finished oracle's, or the folder cannot be made.
@@ -41,13 +44,14 @@ def write(results: Mapping[str, Any], out: str | Path) -> Path:
     if missing:
         raise UsageError(f"the results of an oracle lack {', '.join(missing)}; run it again.")
     place = folder(out)
-    page = render(results)
-    picture = io.BytesIO()
-    with rc_context(STYLE):
-        curve(results, (7.2, 4.2)).savefig(picture, format="png", dpi=160, facecolor="white")
-    write_json(place / "oracle.json", results)
-    write_whole(place / "oracle.png", picture.getvalue())
-    return write_whole(place / "oracle.html", page)
+    kept = write_json(place / "oracle.json", results)
+    with pages.beside(kept):
+        picture = io.BytesIO()
+        with rc_context(STYLE):
+            curve(results, (7.2, 4.2)).savefig(picture, format="png", dpi=160, facecolor="white")
+        write_whole(place / "oracle.png", picture.getvalue())
+        return write_whole(place / "oracle.html", render(results))
+    return kept
 
 
 def render(results: Mapping[str, Any]) -> str:

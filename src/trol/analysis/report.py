@@ -35,18 +35,27 @@ ON, OFF, TWIN = "traversal on", "traversal off at test time", "the twin trained 
 
 
 def write(results: Mapping[str, Any], out: str | Path) -> Path:
-    """Write `results.json` and `report.html` into the folder `out`; returns the page's path."""
+    """Write `results.json`, then `report.html` into the folder `out`; returns the page's path.
+
+    Where the page fails, that is a warning, and the path is that of the results.
+    """
     place = folder(out)
-    page = render(results, place)
-    write_json(place / "results.json", results)
-    return write_whole(place / "report.html", page)
+    check(results)
+    kept = write_json(place / "results.json", results)
+    with pages.beside(kept):
+        return write_whole(place / "report.html", render(results, place))
+    return kept
+
+
+def check(results: Mapping[str, Any]) -> None:
+    """Raises `UsageError` where the results are no demo's."""
+    if missing := [key for key in NEEDED if key not in results]:
+        raise UsageError(f"report: the results lack {', '.join(missing)}; run `trol demo` again.")
 
 
 def render(results: Mapping[str, Any], place: Path) -> str:
     """The page for `results`, its map pictures read from `place`."""
-    missing = [key for key in NEEDED if key not in results]
-    if missing:
-        raise UsageError(f"report: the results lack {', '.join(missing)}; run `trol demo` again.")
+    check(results)
     types = list(results["chance"])
     return pages.render(
         "report",

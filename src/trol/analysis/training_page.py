@@ -12,22 +12,28 @@ from trol.analysis.curves import gates_over_time
 from trol.analysis.files import write_whole
 from trol.errors import DataError
 
+FILE = "training.json"
 NEEDED = ("losses", "seconds", "steps", "parameters", "seed")
 
 
 def write(folder: str | Path) -> Path:
     """Writes `report.html` beside the `training.json` of a run; returns the page's path.
 
+    Where the page fails, that is a warning, and the path is that of `training.json`.
+
     Raises:
         DataError: there is no `training.json`, or it is no training run's.
     """
     folder = Path(folder)
-    return write_whole(folder / "report.html", render(read_findings(folder), folder.name))
+    found, kept = read_findings(folder), folder / FILE
+    with pages.beside(kept):
+        return write_whole(folder / "report.html", render(found, folder.name))
+    return kept
 
 
 def read_findings(folder: Path) -> dict[str, Any]:
     """What a run has found; raises as `write`."""
-    path = folder / "training.json"
+    path = folder / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

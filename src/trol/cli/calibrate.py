@@ -6,13 +6,12 @@ that of early exits.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from trol.cli import progress, terminal
+from trol.cli import terminal
 from trol.cli.provenance import run_record
 from trol.errors import UsageError
 
@@ -102,6 +101,8 @@ def calibrate(
             check_wish(name, wanted[name])
     if measure is not None:
         calibrated_exits.check(measure, wanted)
+    else:
+        _check_either(wanted)
     if data is not None:
         task_of(data)
     template = None if chat_template is None else read_template(chat_template)
@@ -113,9 +114,8 @@ def calibrate(
         wanted["measure"] = _measure(opened, wanted)
         kind = calibrated_taus if wanted["measure"] is None else calibrated_exits
         data = data or default_task(processor)
-        with progress.shown() as heard:
-            told = partial(heard, "calibrating")
-            found, asked, text = kind.calibrated(opened, processor, data, wanted, told)
+        with terminal.progress("calibrating", "batch") as progress:
+            found, asked, text = kind.calibrated(opened, processor, data, wanted, progress)
         result = {"model": model, "data": data, **asked, **found.json(), "out": str(out)}
         result["run"] = run_record(seed)
         _save(opened, found.policy, out, result)
@@ -124,12 +124,24 @@ def calibrate(
     terminal.report(result, as_json=as_json, text=lambda: f"{text}\n{last}")
 
 
+def _check_either(wanted: dict[str, Any]) -> None:
+    """Raises `UsageError` for what is possible of no model, be it with gates or with exits."""
+    from trol.cli import calibrated_exits, calibrated_taus
+    from trol.policies.exits import EarlyExit
+
+    try:
+        calibrated_exits.check(EarlyExit().measure, wanted)
+    except UsageError:
+        calibrated_taus.check(wanted)
+
+
 def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     """The measure of the exits to calibrate, or None where it is the gates of the model.
 
     Raises:
         UsageError: there are no gates and no measure is named, or there are and exits are meant.
     """
+    from trol.cli.calibrated_taus import check
     from trol.depth import attached, is_attached
     from trol.evaluation.calibration.taus import mixer_of
     from trol.policies.exits import EarlyExit
@@ -140,12 +152,7 @@ def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     if isinstance(carried, EarlyExit):
         return carried.measure
     mixer_of(model)
-    given = [name for name in ("cost", "first", "every") if wanted[name] is not None]
-    if given:
-        raise UsageError(
-            f"--{given[0]} is for early exits; add --exit MEASURE, or leave --{given[0]} out to "
-            "calibrate the gates of this model."
-        )
+    check(wanted)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trol.cli import terminal
+from trol.errors import UsageError
 
 if TYPE_CHECKING:
     from trol.evaluation.calibration.evidence import Progress
@@ -14,16 +15,32 @@ QUALITY = 0.99
 """What is wanted where nobody says."""
 
 
+def check(wanted: dict[str, Any]) -> None:
+    """Raises `UsageError` for what is wrong whatever the gates are."""
+    from trol.evaluation.calibration.taus import check_wishes
+
+    given = [name for name in ("cost", "first", "every") if wanted[name] is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0]} is for early exits; add --exit MEASURE, or leave --{given[0]} out to "
+            "calibrate the gates of this model."
+        )
+    check_wishes(**_wishes(wanted), questions=wanted["questions"])
+
+
+def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
+    return {"quality": wanted["quality"] or QUALITY, "confidence": wanted["confidence"]}
+
+
 def calibrated(
     model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
 ) -> tuple[SparseCalibration, dict[str, Any], str]:
     """The calibrated thresholds, what was asked for, and what people are told."""
-    from trol.evaluation.calibration.taus import calibrate_taus, check_wishes, questions_for
+    from trol.evaluation.calibration.taus import calibrate_taus, questions_for
     from trol.evaluation.tasks import questions_of, task_of
 
-    wishes = {"quality": wanted["quality"] or QUALITY, "confidence": wanted["confidence"]}
+    wishes = _wishes(wanted)
     count = wanted["questions"] or questions_for(**wishes)
-    check_wishes(**wishes, questions=count)
     task = task_of(data)
     items = questions_of(model, processor, data, count, seed=wanted["seed"], split="validation")
     found = calibrate_taus(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,8 +14,6 @@ from trol.cli.provenance import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from trol.depth import Scope
 
 EXAMPLES = (
@@ -79,7 +77,10 @@ def curve(
     from trol.cli.models import open_model
     from trol.evaluation.curves import Request, check_methods, shares_of
     from trol.evaluation.curves import curve as measured
+    from trol.evaluation.curves.methods import check_adapters
+    from trol.evaluation.curves.oracle import read_oracle
     from trol.evaluation.tasks import check_tasks, default_task
+    from trol.policies.adapter import check_writable
 
     names = None if tasks is None else _listed(tasks)
     wanted, folders = _listed(methods), _listed(adapters)
@@ -89,23 +90,34 @@ def curve(
     if names is not None:
         check_tasks(names)
     check_methods(wanted, oracle)
+    if oracle is not None:
+        read_oracle(oracle)
+    request = Request(
+        methods=tuple(wanted),
+        keeps=tuple(shares),
+        questions=questions,
+        seeds=seeds,
+        scope=cast("Scope", scope),
+        oracle=oracle,
+    )
+    if not folders:
+        check_adapters(request)
+    check_writable(out)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model)
         names = names or [default_task(processor)]
-        request = Request(
-            methods=tuple(wanted),
-            keeps=tuple(shares),
-            questions=questions,
-            seeds=seeds,
-            scope=cast("Scope", scope),
-            adapters=_opened(opened, folders),
-            oracle=oracle,
-        )
-        with _bar() as progress:
-            found = measured(opened, processor, names, request, progress=progress)
-    result = {"model": model, **found, "run": run_record()}
-    page = _write(result, out)
+        request = replace(request, adapters=_opened(opened, folders))
+        with terminal.progress("curve", "point") as shown:
+            found = measured(
+                opened,
+                processor,
+                names,
+                request,
+                progress=lambda what, done, of: shown(done, of, what),
+            )
+        result = {"model": model, **found, "run": run_record()}
+        page = _write(result, out)
     terminal.report(result, as_json=as_json, text=lambda: _told(result, page))
 
 
@@ -140,18 +152,6 @@ def _write(result: dict[str, Any], out: Path) -> Path:
     from trol.analysis import curve_page
 
     return curve_page.write(result, out)
-
-
-@contextmanager
-def _bar() -> Generator[Callable[[str, int, int], None]]:
-    """A bar on stderr that moves with (what is measured, points measured, points to measure)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("curve")
-        yield lambda what, done, of: bars.update(bar, description=what, completed=done, total=of)
 
 
 def _told(result: dict[str, Any], page: Path) -> str:

@@ -71,7 +71,6 @@ def evaluate(
     A model without a chat template is asked in plain text: question, line break, answer.
     """
     from trol import evaluation
-    from trol.cli import progress
     from trol.evaluation.tasks import default_task
 
     names, wanted = None if tasks is None else _listed(tasks), _listed(metrics)
@@ -79,7 +78,7 @@ def evaluate(
         _check(names, wanted, window)
     conversation = start(model, max_new_tokens=1, plan=depth, chat_template=chat_template)
     names = names or [default_task(conversation.processor)]
-    with terminal.noise_to_stderr(), conversation.depth(), progress.shown() as told:
+    with terminal.noise_to_stderr(), conversation.depth(), terminal.progress("eval") as shown:
         found = evaluation.evaluate(
             conversation.model,
             conversation.processor,
@@ -89,7 +88,7 @@ def evaluate(
             metrics=wanted,
             new_tokens=new_tokens,
             window=window,
-            progress=told,
+            progress=lambda what, done, of: shown(int(done), of, what),
         )
     result = {"model": model, "depth": conversation.plan, **found, "run": run_record(seed)}
     terminal.report(result, as_json=as_json, text=lambda: _table(result))

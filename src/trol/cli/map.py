@@ -35,6 +35,7 @@ def map_question(
     """Draw which tokens went twice through which layers of MODEL."""
     from trol.analysis.files import folder, write_json, write_whole
     from trol.analysis.maps import draw
+    from trol.analysis.pages import beside
     from trol.data.images import open_image
 
     open_image(image)
@@ -42,10 +43,11 @@ def map_question(
     conversation.show(image)
     with terminal.noise_to_stderr():
         depth_map, found = trace_question(conversation, question)
-    place = folder(out)
-    picture = write_whole(place / "map.png", draw(depth_map))
+    picture = folder(out) / "map.png"
     result = {"model": model, "image": image, **found, "file": str(picture), "run": run_record()}
-    write_json(place / "map.json", result)
+    kept = write_json(picture.with_name("map.json"), result)
+    with terminal.noise_to_stderr(), beside(kept):
+        write_whole(picture, draw(depth_map))
     terminal.report(result, as_json=as_json, text=lambda: f"{found['answer']}\n{picture}")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,10 +85,13 @@ def oracle(
     """
     from trol.cli.models import open_model
     from trol.data.templates import read_template
-    from trol.evaluation.oracle import Store, check_shard, layers_of, read_menu
+    from trol.evaluation.oracle import Store, check_shard, layers_of, parsed, read_menu
     from trol.evaluation.tasks import default_task
+    from trol.policies.adapter import check_writable
 
     part = check_shard(shard)
+    parsed(menu, read_plan)
+    check_writable(out)
     _check(task, metric, questions, split, scope)
     template = None if chat_template is None else read_template(chat_template)
     if router is not None:
@@ -181,7 +182,7 @@ def _answer(
     from trol.evaluation.oracle import answer_all
 
     try:
-        with _bar() as done:
+        with terminal.progress("oracle", "answer") as done:
             answer_all(model, processor, asked, levels, store, shard=part, done=done)
     except KeyboardInterrupt:
         terminal.note(
@@ -209,24 +210,6 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     from trol.analysis import oracle_page
 
     oracle_page.write(result, out)
-
-
-@contextlib.contextmanager
-def _bar() -> Generator[Callable[[int, int], None]]:
-    """A bar on stderr that moves with (answers made, answers to make)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("answers")
-        yield lambda done, of: bars.update(bar, completed=done, total=of)
 
 
 def _told(result: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trol.depth import Plan
+    from trol.evaluation.kept import Measurements
+    from trol.evaluation.tasks import Item
 
 EXAMPLES = (
     "trol plan --method uniform --keep 0.5",
     "trol plan --method greedy --keep 0.5 --task boards --questions 36 --out runs/greedy.json",
-    "trol plan --method influence --keep 0.75 --task boards --questions 36 --json",
+    "trol plan --method influence --keep 0.75 --scope all --task boards --questions 36 --json",
 )
 
 TIMED = 8
 """Questions that a draft is timed on."""
+TIMED_TOKENS = 32
+"""Longest answer to them. Unit: tokens."""
 
 
 def plan(
@@ -61,7 +65,11 @@ def plan(
     ] = 64,
     scope: Annotated[
         str,
-        typer.Option("--scope", metavar="ROLES", help="Who skips: answer, question, all."),
+        typer.Option(
+            "--scope",
+            metavar="ROLES",
+            help="Who skips: answer, question, all (as `trol export` bakes it).",
+        ),
     ] = "answer",
     seed: terminal.Seed = 0,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The plan file.")] = Path(
@@ -69,19 +77,21 @@ def plan(
     ),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Choose the layers that MODEL keeps at a share of its depth."""
-    from trol.evaluation.tasks import check_tasks
+    """Choose the layers that MODEL keeps at a share of its depth.
 
+    What is measured for greedy and draft is kept beside FILE until the plan is there: the same
+    command goes on where it was stopped.
+    """
     check_file(out)
-    _check(method, keep, scope)
-    if task is not None:
-        check_tasks([task])
+    _check(method, keep, scope, task)
     measured_on: dict[str, Any] = {"task": task, "questions": questions, "scope": scope}
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
-        made, layers = _made(model, method, keep, seed, measured_on)
+        made, layers, kept = _made(model, method, keep, seed=seed, measured_on=measured_on, out=out)
     about = {"model": model, "method": method, "keep": keep, **measured_on}
     found = write_plan(out, made, layers, {**about, "run": run_record(seed)})
+    if kept is not None:
+        kept.finish()
     terminal.report(
         {**found, "file": str(out)},
         as_json=as_json,
@@ -90,9 +100,18 @@ def plan(
 
 
 def _made(
-    model: str, method: str, keep: float | None, seed: int, measured_on: dict[str, Any]
-) -> tuple[Plan, int]:
-    """The plan, and how many layers the model has; leaves in `measured_on` what was used of it."""
+    model: str,
+    method: str,
+    keep: float | None,
+    *,
+    seed: int,
+    measured_on: dict[str, Any],
+    out: Path,
+) -> tuple[Plan, int, Measurements | None]:
+    """The plan, how many layers the model has, and what was measured, if anything was.
+
+    Leaves in `measured_on` what was used of it.
+    """
     from trol.cli.models import open_model
     from trol.evaluation.chosen_plans import chosen_plan
     from trol.evaluation.draft_plans import draft_plan, measured_speed
@@ -104,26 +123,95 @@ def _made(
     layers = len(layer_list(find_decoder(opened)) or ())
     if method in STATIC:
         measured_on.clear()
-        return static_plan(method, layers, cast(float, keep), seed), layers
+        return static_plan(method, layers, cast(float, keep), seed), layers, None
     scope, task = measured_on["scope"], measured_on["task"] or default_task(processor)
     measured_on["task"] = task
     # Of the validation split, so that a test sees none of them.
     count = measured_on["questions"]
     items = questions_of(opened, processor, task, count, seed=seed, split="validation")
     measured_on["questions"] = len(items)
-    with _bar(method) as progress:
+    kept = _kept(opened, items, out, {"method": method, **measured_on, "seed": seed})
+    with _measuring(method, len(items), kept) as progress:
         if method == "draft":
-            chosen = draft_plan(opened, processor, items, keep, progress=progress)
-            speed = measured_speed(opened, processor, items[:TIMED], chosen.plan, chosen.tokens)
+            chosen = draft_plan(opened, processor, items, keep, progress=progress, measured=kept)
+            terminal.note(f"trol plan: '{chosen.plan}' promises most, and is timed.")
+            speed = measured_speed(
+                opened,
+                processor,
+                items[:TIMED],
+                chosen.plan,
+                chosen.tokens,
+                new_tokens=TIMED_TOKENS,
+            )
             measured_on["draft"] = {**asdict(chosen), "plan": str(chosen.plan), "measured": speed}
-            return chosen.plan, layers
-        share = cast(float, keep)
-        made = chosen_plan(method, opened, processor, items, share, scope=scope, progress=progress)
-    return made, layers
+            return chosen.plan, layers, kept
+        made = chosen_plan(
+            method,
+            opened,
+            processor,
+            items,
+            cast(float, keep),
+            scope=scope,
+            progress=progress,
+            measured=kept,
+        )
+    return made, layers, kept
+
+
+def _kept(model: Any, items: Sequence[Item], out: Path, asked: dict[str, Any]) -> Measurements:
+    """What was measured before for this plan file, and where more of it goes."""
+    from trol.analysis.files import folder
+    from trol.depth import attached, is_attached
+    from trol.depth.registry import to_settings
+    from trol.evaluation.kept import Measurements, items_digest
+    from trol.policies.digests import weights_digest
+
+    policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
+    header = {**asked, "set": items_digest(items), "policy": policy}
+    path = folder(out.parent) / f"{out.stem}.measured.jsonl"
+    return Measurements(path, {**header, "weights": weights_digest(model)})
+
+
+@contextmanager
+def _measuring(
+    method: str, questions: int, kept: Measurements
+) -> Generator[Callable[[int, int], None]]:
+    """Says how much is to be measured, shows how far it is, and says what Ctrl-C leaves."""
+    with terminal.progress(method, "measurement") as shown:
+
+        def told(done: int, of: int) -> None:
+            if not said:
+                said.append(of)
+                there = f"; {done} of them are in {kept.path}" if done else ""
+                terminal.note(
+                    f"trol plan: {method} makes {of} measurements at most, on {questions} "
+                    f"questions{there}."
+                )
+            shown(done, of)
+
+        said: list[int] = []
+        try:
+            yield told
+        except KeyboardInterrupt:
+            terminal.note(
+                f"Stopped. {kept.path} keeps {len(kept.found)} measurements; the same command "
+                "goes on from there."
+            )
+            raise
+
+
+SCOPES = {
+    "answer": "the tokens of answers; prompts visit every layer",
+    "question": "the tokens of questions; answers visit every layer",
+    "all": "every token",
+}
+"""Scope -> who skips, in words."""
 
 
 def _told(found: dict[str, Any], layers: int, out: Path) -> str:
     lines = [found["plan"], f"{sum(found['visits'])} of {layers} layers, written to {out}"]
+    if scope := found.get("scope"):
+        lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
     if draft := found.get("draft"):
         speed = draft["measured"]
         lines.append(
@@ -136,10 +224,11 @@ def _told(found: dict[str, Any], layers: int, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _check(method: str, keep: float | None, scope: str) -> None:
+def _check(method: str, keep: float | None, scope: str, task: str | None) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
     from trol.depth.roles import check_scope
     from trol.evaluation.chosen_plans import CHOSEN
+    from trol.evaluation.tasks import task_of
     from trol.policies.static_plans import STATIC, kept_count
 
     if method not in STATIC and method not in CHOSEN:
@@ -151,14 +240,7 @@ def _check(method: str, keep: float | None, scope: str) -> None:
             f"no share of layers given; add one, such as --method {method} --keep 0.5."
         )
     check_scope(scope)
-
-
-@contextmanager
-def _bar(method: str) -> Generator[Callable[[int, int], None]]:
-    """A bar on stderr that moves with (measurements made, measurements to make)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task(method)
-        yield lambda done, of: bars.update(bar, completed=done, total=of)
+    if method == "draft" and scope != "answer":
+        raise UsageError(f"--scope is {scope}, but drafts are answers; leave --scope out.")
+    if task is not None:
+        task_of(task)

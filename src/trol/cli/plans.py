@@ -20,11 +20,20 @@ def read_plan(text_or_path: str) -> Plan:
     Raises:
         UsageError: it is neither, or the file is damaged.
     """
-    path = Path(text_or_path)
     if not _names_file(text_or_path):
         return _of_text(text_or_path)
+    return _checked(_read(text_or_path), text_or_path)
+
+
+def scope_of(text_or_path: str) -> str | None:
+    """Whose tokens a plan file was chosen to skip; None for plan text, or a plan for any scope."""
+    return _read(text_or_path).get("scope") if _names_file(text_or_path) else None
+
+
+def _read(text_or_path: str) -> Any:
+    path = Path(text_or_path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(
             f"there is no plan file {text_or_path}; give plan text such as '0-7 12-23', or a file "
@@ -32,7 +41,6 @@ def read_plan(text_or_path: str) -> Plan:
         ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{text_or_path} cannot be read as JSON ({error}); {_CURE}") from error
-    return _checked(found, text_or_path)
 
 
 def plan_text(text_or_path: str) -> str:
@@ -82,8 +90,11 @@ def _checked(found: Any, path: str) -> Plan:
 
 def check_file(path: Path) -> None:
     """Raises `UsageError` where no plan file can be written."""
+    from trol.policies.adapter import check_writable
+
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name the file that the plan is to be in.")
+    check_writable(path.parent)
 
 
 def write_plan(path: Path, plan: Plan, layers: int, about: Mapping[str, Any]) -> dict[str, Any]:

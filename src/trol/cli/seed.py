@@ -92,6 +92,7 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
     """Maps of the first test questions, as files beside the report."""
     from trol.analysis.files import folder, write_whole
     from trol.analysis.maps import draw
+    from trol.analysis.pages import beside
     from trol.cli.conversation import Conversation
     from trol.cli.map import trace_question
     from trol.evaluation import sample_questions
@@ -103,7 +104,8 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
         conversation.pictures.append(sample.picture)
         depth_map, found = trace_question(conversation, sample.question)
         name = f"map-{number}.png"
-        write_whole(folder(out) / name, draw(depth_map))
         caption = f"Asked: {sample.question} Answered: {found['answer']}. Right: {sample.answer}."
-        made.append({"file": name, "caption": caption})
+        with beside(out / "results.json"):
+            write_whole(folder(out) / name, draw(depth_map))
+            made.append({"file": name, "caption": caption})
     return made

@@ -8,9 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from trol.training.progress import Shown
 
 DEFAULT_MODEL = "trol-tiny"
 
@@ -70,6 +73,18 @@ def report(result: Mapping[str, Any], *, as_json: bool, text: Callable[[], str])
 def note(line: str) -> None:
     """Tell the person, not the pipe: progress and hints go to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(name: str, unit: str = "") -> Generator[Shown]:
+    """While open, shows on stderr how far something is; see `trol.training.progress.Shown`."""
+    from trol.training.progress import Shown
+
+    shown = Shown(name, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
 
 
 def table(rows: list[list[str]]) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 from trol.depth import Plan, Scope, depth
 from trol.errors import UsageError, unknown
 from trol.evaluation.hidden_states import influences
+from trol.evaluation.kept import Measurements
 from trol.evaluation.metrics import losses
+from trol.evaluation.removing import measurements, removed
 from trol.evaluation.tasks import Item
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.planned import Planned
@@ -24,7 +26,7 @@ CHOSEN = {
     "greedy": "trol.evaluation.chosen_plans:greedy",
     "draft": "trol.evaluation.draft_plans:draft",
 }
-"""Method -> where its function is: (model, processor, items, keep, scope, progress) -> Plan."""
+"""Method -> where its function is, which takes what `chosen_plan` does."""
 
 
 def chosen_plan(
@@ -36,18 +38,20 @@ def chosen_plan(
     *,
     scope: Scope = "answer",
     progress: Progress = lambda done, of: None,
+    measured: Measurements | None = None,
 ) -> Plan:
     """The plan of max(1, round(keep * L)) layers that `method` finds best on `items`.
 
     Args:
-        method: `influence` (measures once), `greedy` (once for each layer that may go, at every
-            step) or `draft`.
+        method: `influence` (measures once), `greedy` (once for each layer that may go, then for
+            the most promising ones at every step) or `draft`.
         model: a model, plain or attached; a policy that it carries is out of force meanwhile.
         processor: what prepares its inputs.
         items: questions with answers, of a split that the plan is not judged by.
         keep: the share of layers that stay.
         scope: whose tokens will skip: the paper's kind is `answer`.
-        progress: called after each measurement.
+        progress: called before the first measurement, and after each.
+        measured: keeps what is measured, and has what was measured before.
 
     Raises:
         UsageError: the method is unknown, `keep` is outside (0, 1], or no items are given.
@@ -59,7 +63,8 @@ def chosen_plan(
         raise UsageError(f"{method} measures on questions, but got none; give at least one.")
     module, _, name = CHOSEN[method].partition(":")
     choose = getattr(import_module(module), name)
-    return choose(model, processor, items, keep, scope=scope, progress=progress)
+    measured = measured or Measurements()
+    return choose(model, processor, items, keep, scope=scope, progress=progress, measured=measured)
 
 
 def influence(
@@ -68,14 +73,16 @@ def influence(
     items: Sequence[Item],
     keep: float,
     *,
-    scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
+    scope: Scope,
+    progress: Progress,
+    measured: Measurements,
 ) -> Plan:
     """The layers of greatest block influence, measured once; of equal ones the earlier stays.
 
     ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3).
     """
-    found = influences(model, processor, items, scope)
+    progress(len(measured.found), 1)
+    found = measured.value("influences", lambda: influences(model, processor, items, scope))
     progress(1, 1)
     ranked = sorted(range(len(found)), key=lambda layer: (-found[layer], layer))
     return plan_of(ranked[: kept_count(len(found), keep)], len(found))
@@ -87,47 +94,30 @@ def greedy(
     items: Sequence[Item],
     keep: float,
     *,
-    scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
+    scope: Scope,
+    progress: Progress,
+    measured: Measurements,
 ) -> Plan:
     """Layers taken away one by one, each time the one without which the answers' loss is least.
 
-    Of equal losses the earliest layer goes. No layer is kept for its place.
+    After the first step only the most promising layers are measured again (`removing`). Of equal
+    losses the earliest layer goes. No layer is kept for its place.
     """
     layers = _count(model)
-    wanted = kept_count(layers, keep)
-    gone = greedy_order(model, processor, items, layers - wanted, scope=scope, progress=progress)
+    count = layers - kept_count(layers, keep)
+    of = measurements(layers, count)
+
+    def loss(stays: tuple[int, ...]) -> float:
+        plan = plan_of(stays, layers)
+        before = len(measured.found)
+        found = measured.value(str(plan), lambda: plan_loss(model, processor, items, plan, scope))
+        if len(measured.found) > before:
+            progress(len(measured.found), of)
+        return found
+
+    progress(min(len(measured.found), of), of)
+    gone = list(removed(range(layers), count, loss))
     return plan_of(set(range(layers)).difference(gone), layers)
-
-
-def greedy_order(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    count: int,
-    *,
-    scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
-) -> list[int]:
-    """The first `count` layers that greedy removal takes away, in its order.
-
-    One run serves every share: the plan of a share lacks the first of these layers.
-    """
-    layers = _count(model)
-    stays = list(range(layers))
-    gone: list[int] = []
-    of = sum(range(layers - count + 1, layers + 1))
-    done = 0
-    for _ in range(count):
-        found: dict[int, float] = {}
-        for layer in stays:
-            plan = plan_of((one for one in stays if one != layer), layers)
-            found[layer] = plan_loss(model, processor, items, plan, scope)
-            done += 1
-            progress(done, of)
-        gone.append(min(stays, key=lambda layer: (found[layer], layer)))
-        stays.remove(gone[-1])
-    return gone
 
 
 def plan_loss(model: Any, processor: Any, items: Sequence[Item], plan: Plan, scope: Scope) -> float:

@@ -12,7 +12,7 @@ tokens per round is (1 - a^(k+1)) / (1 - a) for agreement a; here the rounds are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,6 @@ from trol.depth.call import Decoding
 from trol.depth.host import decoding
 from trol.errors import UsageError
 from trol.evaluation.followed import (
-    MOST_TOKENS,
     Costs,
     Followed,
     Rows,
@@ -36,6 +35,8 @@ from trol.evaluation.followed import (
     follow,
     share,
 )
+from trol.evaluation.kept import Measurements
+from trol.evaluation.removing import measurements, removed
 from trol.evaluation.tasks import Item, batches, prompts
 from trol.evaluation.timing import interleaved, ratio_and_spread
 from trol.policies.plain import Plain
@@ -71,12 +72,13 @@ def draft_plan(
     new_tokens: int = 64,
     rounds: int = 5,
     progress: Progress = lambda done, of: None,
+    measured: Measurements | None = None,
 ) -> DraftChoice:
     """The plan and the number of tokens that promise the greatest speed-up on these prompts.
 
     Early exits, evenly spaced layers, and layers taken away one by one, each time the one that
-    the agreement misses least (as CLaSp, https://arxiv.org/abs/2505.24196, but once for all
-    prompts). Every plan is judged by one pass over the model's own greedy answers.
+    the agreement misses least (`removing`; as CLaSp, https://arxiv.org/abs/2505.24196, but once for
+    all prompts). Every plan is judged by one pass over the model's own greedy answers.
 
     Args:
         model: a model, plain or attached; its own policy is what verifies.
@@ -85,7 +87,8 @@ def draft_plan(
         keep: max(1, round(keep * L)) layers stay; None to choose that number too.
         new_tokens: longest answer followed.
         rounds: timed passes of each kind.
-        progress: called after each plan.
+        progress: called before the first plan, and after each.
+        measured: keeps what is measured of each plan, and has what was measured before.
 
     Raises:
         UsageError: no items, `keep` outside (0, 1], or answers of a single token.
@@ -99,18 +102,20 @@ def draft_plan(
         kept = None if keep is None else kept_count(stack.depth_layers, keep)
         followed = [follow(model, processor, some, new_tokens) for some in batches(items, BATCH)]
         _check_answers(followed)
-        measured = _measure(stack, followed, stays, kept, progress)
+        agreed = partial(agreement, stack, followed)
         costs = costs_of(host, stack, follow(model, processor, items[:1], 1), stays, rounds)
-        return _best(measured, costs, stack.depth_layers)
+        found = _measure(
+            agreed, stays, kept, costs, progress=progress, measured=measured or Measurements()
+        )
+        return _best(found, costs, stack.depth_layers)
 
 
 def _best(measured: Mapping[tuple[int, ...], Rows], costs: Costs, count: int) -> DraftChoice:
     """The candidate and the number of drafts that promise most; `count` is L."""
-    choices = (
-        DraftChoice(plan_of(layers, count), k, share(rows), costs.speedup(rows, len(layers), k))
-        for layers, rows in measured.items()
-        for k in range(1, MOST_TOKENS + 1)
-    )
+    choices = []
+    for layers, rows in measured.items():
+        speedup, k = costs.best(rows, len(layers))
+        choices.append(DraftChoice(plan_of(layers, count), k, share(rows), speedup))
     return max(choices, key=lambda choice: choice.predicted_speedup)
 
 
@@ -120,12 +125,13 @@ def draft(
     items: Sequence[Item],
     keep: float,
     *,
-    scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
+    scope: Scope,
+    progress: Progress,
+    measured: Measurements,
 ) -> Plan:
     """`draft_plan`'s plan for a share of layers; drafts are answers, whatever the scope."""
     del scope
-    return draft_plan(model, processor, items, keep, progress=progress).plan
+    return draft_plan(model, processor, items, keep, progress=progress, measured=measured).plan
 
 
 def measured_speed(
@@ -197,40 +203,60 @@ def _check_answers(followed: Sequence[Followed]) -> None:
 
 
 def _measure(
-    stack: Any,
-    followed: Sequence[Followed],
+    agreed: Callable[[tuple[int, ...]], Rows],
     stays: Sequence[int],
     kept: int | None,
+    costs: Costs,
+    *,
     progress: Progress,
+    measured: Measurements,
 ) -> dict[tuple[int, ...], Rows]:
-    """Layers -> at which tokens they agree, for every candidate."""
-    counts = range(1, len(stays)) if kept is None else (min(kept, len(stays)),)
-    fixed = _fixed(stays, counts)
-    lowest = min(counts, default=1)
-    of, found = len(fixed) + sum(range(lowest + 1, len(stays) + 1)), {}
+    """Layers -> at which tokens they agree, for every candidate.
+
+    Fewer layers agree at fewer tokens: where even a draft of a single layer that agreed as well
+    would not do better than the best so far, no shorter ones are measured.
+    """
+    counts = range(len(stays) - 1, 0, -1) if kept is None else (min(kept, len(stays)),)
+    count = len(stays) - min(counts, default=1)
+    of = 2 * len(counts) + measurements(len(stays), count)
+    found: dict[tuple[int, ...], Rows] = {}
 
     def rows_of(layers: tuple[int, ...]) -> Rows:
-        if layers not in found:
-            found[layers] = agreement(stack, followed, layers)
-        progress(min(len(found), of), of)
+        name, before = " ".join(map(str, layers)), len(measured.found)
+        found[layers] = measured.value(name, lambda: agreed(layers))
+        if len(measured.found) > before:
+            progress(min(len(measured.found), of), of)
         return found[layers]
 
-    for layers in fixed:
-        rows_of(layers)
+    progress(min(len(measured.found), of), of)
+    best = 0.0
+
+    def hopeless(layers: tuple[int, ...]) -> bool:
+        nonlocal best
+        rows = rows_of(layers)
+        best = max(best, costs.best(rows, len(layers))[0])
+        return kept is None and costs.best(rows, 1)[0] <= best
+
     left = tuple(stays)
-    while len(left) > lowest:
-        fewer = [tuple(one for one in left if one != layer) for layer in left]
-        left = max(fewer, key=lambda layers: share(rows_of(layers)))
+    for gone in removed(stays, count, lambda layers: -share(rows_of(layers))):
+        left = tuple(layer for layer in left if layer != gone)
+        if hopeless(left):
+            break
+    for layers_of in (_first, _even):
+        for one in counts:
+            if hopeless(layers_of(stays, one)):
+                break
     return {layers: rows for layers, rows in found.items() if len(layers) in set(counts)}
 
 
-def _fixed(stays: Sequence[int], counts: Iterable[int]) -> list[tuple[int, ...]]:
-    """Early exits and evenly spaced layers among those that stay."""
-    found = []
-    for count in counts:
-        found.append(tuple(stays[:count]))
-        found.append(tuple(stays[i] for i in uniform(len(stays), count, 0)))
-    return list(dict.fromkeys(found))
+def _first(stays: Sequence[int], count: int) -> tuple[int, ...]:
+    """The first layers of those that stay: an early exit."""
+    return tuple(stays[:count])
+
+
+def _even(stays: Sequence[int], count: int) -> tuple[int, ...]:
+    """Evenly spaced layers of those that stay."""
+    return tuple(stays[i] for i in uniform(len(stays), count, 0))
 
 
 def _padding(model: Any) -> int:

@@ -43,6 +43,13 @@ class Costs:
         drafting = self.shallow + self.layer * (layers - 1)
         return tokens_per_round(rows, k) / (k * drafting + self.verifying[k])
 
+    def best(self, rows: Rows, layers: int) -> tuple[float, int]:
+        """The greatest speed-up of such a draft, and of how many tokens; the fewest of equal."""
+        return max(
+            ((self.speedup(rows, layers, k), k) for k in range(1, MOST_TOKENS + 1)),
+            key=lambda found: found[0],
+        )
+
 
 @dataclass(frozen=True)
 class Followed:

@@ -19,6 +19,7 @@ from trol.depth.registry import from_settings, names, to_settings
 from trol.errors import AdapterError, UsageError, unwritable
 from trol.host.layers import find_decoder
 from trol.policies.digests import host_digest
+from trol.policies.untrained import Learnt
 
 CONFIG_NAME = "depth_config.json"
 WEIGHTS_NAME = "depth.safetensors"
@@ -170,6 +171,8 @@ def _fill(stack: Any, weights: dict[str, Tensor], folder: str | Path) -> None:
             continue
         for name, parameter in gate.named_parameters():
             parameter.data.copy_(weights[f"{layer}.{name}"])
+        if isinstance(gate, Learnt):
+            gate.first = None  # whatever was loaded is meant
 
 
 def _write_whole(path: Path, write: Any) -> None:

@@ -15,6 +15,12 @@ from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.depth.context import INPUT
 from trol.errors import HostError, UsageError, unknown
 from trol.host.flops import matrix_flops
+from trol.policies.untrained import Learnt, tell_untrained
+
+UNTRAINED = (
+    "Controller's modules were never trained: with initial above 0.5 (the default) every token "
+    "goes through every layer, with None some skip at random."
+)
 
 INPUTS = ("hidden", "position", "embedding", "sum", "ones")
 """What a controller can look at."""
@@ -26,7 +32,7 @@ LONGEST_WAVE = 10_000
 """Of the position embedding, in 2 pi tokens."""
 
 
-class Decider(nn.Module):
+class Decider(Learnt):
     """Two logits of each token, to skip and to go through, and the choice; all in float32.
 
     The weights are parameters and no `nn.Linear`, so that nothing that looks for linear maps in
@@ -67,6 +73,7 @@ class Decider(nn.Module):
             init.zeros_(self.weights[-1])
             odds = math.log(self.initial / (1 - self.initial))
             init.copy_(self.biases[-1], torch.tensor([0.0, odds]))
+        self.begin()
 
     def forward(self, input: Tensor, scope: Tensor, temperature: float) -> Tensor:
         """1 where a token goes through. Shape: [B, T, D] -> [B, T].
@@ -176,6 +183,7 @@ class Controller(AbstractPolicy):
         gate = visit.gate
         if gate is None:
             return 1.0
+        tell_untrained(visit, UNTRAINED)
         scope = visit.context.scope(visit.state)
         going: Tensor = gate(self._seen(visit), scope, self.temperature)
         if gate.training:

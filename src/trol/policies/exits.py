@@ -14,6 +14,12 @@ from trol.errors import UsageError, unknown
 from trol.host.flops import matrix_flops
 from trol.policies.confidence import COMPARING, MEASURES, check_threshold
 from trol.policies.own_linear import OwnLinear
+from trol.policies.untrained import tell_untrained
+
+UNTRAINED = (
+    "EarlyExit's heads were never trained: they translate nothing, so tokens leave as the state "
+    "that the head cannot read; EarlyExit(heads=False) needs none."
+)
 
 
 class ExitHead(OwnLinear):
@@ -30,6 +36,7 @@ class ExitHead(OwnLinear):
         """Sets the parameters to their first values."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+        self.begin()
 
     def forward(self, input: Tensor) -> Tensor:
         """The translated states. Shape: [..., D] -> [..., D]."""
@@ -126,6 +133,7 @@ class EarlyExit(AbstractPolicy):
         if visit.context.training or not self.looks(visit.layer):
             return visit.state
         assert visit.gate is not None
+        tell_untrained(visit, UNTRAINED)
         own = visit.gate(visit.state)
         leaving = self._left(visit, own) & ~_left_before(visit)
         return torch.where(leaving[..., None], own, visit.state)

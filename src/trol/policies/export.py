@@ -81,14 +81,8 @@ def plain_host(model: Any) -> PreTrainedModel:
             f"a {type(model).__name__} needs trol to open, whatever its layers; export the host "
             "that it was made of, or run the plan with trol (--depth)."
         )
+    check_policy(model)
     if is_attached(model):
-        _, stack = attached(model)
-        name = stack.depth_policy.name
-        if name not in BAKED:
-            raise HostError(
-                f"this model carries the policy '{name}', which decides while running and cannot "
-                "be baked into fewer layers; export the host it was attached to."
-            )
         detach(model)
     if not isinstance(model, PreTrainedModel):
         raise HostError(
@@ -99,6 +93,16 @@ def plain_host(model: Any) -> PreTrainedModel:
         raise HostError("the weights are quantised; open the model with its full weights.")
     forget_quantisation(model)
     return model
+
+
+def check_policy(model: Any) -> None:
+    """Raises `HostError` where a model carries a policy that cannot be baked."""
+    name = attached(model)[1].depth_policy.name if is_attached(model) else "plain"
+    if name not in BAKED:
+        raise HostError(
+            f"this model carries the policy '{name}', which decides while running and cannot be "
+            "baked into fewer layers; export the host it was attached to."
+        )
 
 
 def random_rows(model: Any, seed: int) -> dict[str, Tensor]:

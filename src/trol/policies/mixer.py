@@ -16,9 +16,15 @@ from trol.errors import UsageError, unknown
 from trol.host.dispatch import has_hooks
 from trol.host.triton import launched
 from trol.policies.own_linear import OwnLinear
+from trol.policies.untrained import tell_untrained
 
 KERNEL = ("trol.policies.gate_kernel", "gated_mixture")
 """What does on CUDA devices in one launch what `Gate` and `mixture` do."""
+
+UNTRAINED = (
+    "TrolMixer's gates were never trained: they mix second visits in at random, and a pretrained "
+    "model's answers break; TrolMixer(initial_gate=0.01) changes little."
+)
 
 SHARING = ("per_layer", "shared")
 
@@ -39,7 +45,8 @@ class Gate(OwnLinear):
     def start_over(self) -> None:
         """Sets the parameters to their first values."""
         if self.initial is None:
-            return self.reset_parameters()
+            self.reset_parameters()
+            return self.begin()
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, math.atanh(2 * self.initial - 1))
 
@@ -129,6 +136,7 @@ class TrolMixer(AbstractPolicy):
         if visit.number == 0:
             return 1.0
         assert visit.gate is not None
+        tell_untrained(visit, UNTRAINED)
         tau, gate = self.threshold(visit.layer), visit.gate(visit.state)
         return torch.where(gate > tau, gate, 0.0) if tau else gate
 
@@ -137,6 +145,7 @@ class TrolMixer(AbstractPolicy):
             return super().mix(visit, further)
         gate, state = visit.gate, visit.state
         assert gate is not None
+        tell_untrained(visit, UNTRAINED)
         if fits(state) and visit.context.fuses and type(gate) is Gate and not has_hooks(gate):
             out = launched(*KERNEL, state, further, gate.weight, gate.bias)
             if out is not None:

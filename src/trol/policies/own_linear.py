@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from trol.policies.untrained import Learnt
 
-class OwnLinear(nn.Module):
+
+class OwnLinear(Learnt):
     """Parameters of y = W x + b with nn.Linear's own first values; W is [out, in], b [out].
 
     No `nn.Linear`, so that what looks for linear maps in a host (LoRA on all of them,

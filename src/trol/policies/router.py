@@ -13,9 +13,12 @@ from trol.depth.policy import check_share
 from trol.errors import UsageError
 from trol.policies.controller import start_linear
 from trol.policies.planned import plan_of, visits_of
+from trol.policies.untrained import Learnt, tell_untrained
+
+UNTRAINED = "Router's parameters were never trained: it chooses plans at random."
 
 
-class Ballot(nn.Module):
+class Ballot(Learnt):
     """Votes of single tokens, and what their mean says of each level; all in float32.
 
         f(x) = relu(W_1 norm(x))        P(level m suffices) = sigmoid(W_2 mean_t f(x_t))_m
@@ -36,6 +39,7 @@ class Ballot(nn.Module):
         """Sets the parameters to their first values."""
         start_linear(self.vote_weight, self.vote_bias)
         start_linear(self.verdict_weight, self.verdict_bias)
+        self.begin()
 
     def forward(self, state: Tensor, question: Tensor) -> Tensor:
         """The logits [B, M] of rows whose question tokens `question` [B, T] names.
@@ -149,6 +153,7 @@ class Router(AbstractPolicy):
     def again(self, visit: Visit) -> Answer:
         key, context = (self.name, self.after), visit.context
         if visit.layer == self.after and visit.number == 0:
+            tell_untrained(visit, UNTRAINED)
             level = self._level(visit)
             if level is not None:
                 context.notes[key] = level

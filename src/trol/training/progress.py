@@ -1,4 +1,4 @@
-"""Progress of a stage: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of whatever takes long: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -22,60 +22,97 @@ AS_NUMBERS = 8
 """Layers, at most, whose gates are shown as numbers."""
 
 
-class Progress(TrainerCallback):
-    """Shows loss, learning rate, tokens per second, gates and time left of a stage on stderr."""
+class Shown:
+    """How far a thing is, on stderr: `shown(done, of)` moves a bar, or prints a line at times.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.shown = ""
-        self._bars: Bars | None = None
+    Args:
+        name: what is being done.
+        unit: what is counted, such as `step`.
+    """
 
-    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        """Opens the bar."""
+    def __init__(self, name: str, unit: str = "") -> None:
+        self.name, self.unit = name, unit
+        self.figures = ""
+        """What else is shown."""
         self._began = self._said = time.perf_counter()
-        self._from = state.global_step
+        self._from: int | None = None
+        self._done = self._of = 0
+        self._bars: Bars | None = None
         if sys.stderr.isatty():
             self._bars = Bars(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
+                TextColumn("{task.fields[figures]}"),
                 console=Console(stderr=True),
             )
             self._bars.start()
-            self._task = self._bars.add_task(self.name, total=state.max_steps, shown="")
+            self._task = self._bars.add_task(name, total=None, figures="")
+
+    def __call__(self, done: int, of: int, name: str | None = None) -> None:
+        """Says that `done` of `of` are done; `name`: what is next, where that changes."""
+        if self._from is None:  # a run that goes on has done some of them before
+            self._from, self._began = done, time.perf_counter()
+        self.name, self._done, self._of = name or self.name, done, of
+        if self._bars is not None:
+            self._bars.update(
+                self._task, description=self.name, completed=done, total=of, figures=self.figures
+            )
+        elif time.perf_counter() - self._said > SECONDS_BETWEEN_LINES:
+            self.say()
+
+    def say(self) -> None:
+        """Prints how far it is, as a line."""
+        self._said = time.perf_counter()
+        made = self._done - (self._from or 0)
+        count = " ".join(filter(None, (self.unit, f"{self._done}/{self._of}")))
+        parts = [f"{self.name}: {count}", self.figures]
+        if made > 0:
+            left = (self._said - self._began) * (self._of - self._done) / made
+            parts.append(f"{left:.0f} s left")
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    def close(self, *, last: bool = False) -> None:
+        """Gives the terminal back, after an error too; `last`: with what it showed last."""
+        if self._bars is not None:
+            self._bars.live.transient = not last
+            self._bars.stop()
+        elif last:
+            self.say()
+
+
+class Progress(TrainerCallback):
+    """Shows loss, learning rate, tokens per second, gates and time left of a stage on stderr."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._shown: Shown | None = None
+
+    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        """Opens the bar."""
+        self._shown = Shown(self.name, "step")
+        self._shown(state.global_step, state.max_steps)
 
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         """Takes over the newest figures."""
-        logs = logs or {}
-        if "loss" in logs:
-            self.shown = _figures(logs)
+        if self._shown is not None and "loss" in (logs := logs or {}):
+            self._shown.figures = _figures(logs)
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         """Moves the bar, or prints a line when the last one is old."""
-        if self._bars is not None:
-            self._bars.update(self._task, completed=state.global_step, shown=self.shown)
-        elif time.perf_counter() - self._said > SECONDS_BETWEEN_LINES:
-            self._say(state)
+        if self._shown is not None:
+            self._shown(state.global_step, state.max_steps)
 
-    def on_train_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Closes the bar, or prints the last line."""
-        if self._bars is None:
-            self._say(state)
-        self.close()
+        self.close(last=True)
 
-    def close(self) -> None:
+    def close(self, *, last: bool = False) -> None:
         """Gives the terminal back, after an error too."""
-        if self._bars is not None:
-            self._bars.stop()
-
-    def _say(self, state: Any) -> None:
-        self._said = time.perf_counter()
-        step, steps = state.global_step, state.max_steps
-        left = (self._said - self._began) * (steps - step) / max(step - self._from, 1)
-        parts = [f"{self.name}: step {step}/{steps}", self.shown, f"{left:.0f} s left"]
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+        if self._shown is not None:
+            self._shown.close(last=last)
+            self._shown = None
 
 
 def _figures(logs: dict[str, float]) -> str:

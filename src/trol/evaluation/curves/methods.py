@@ -14,6 +14,7 @@ from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attache
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import UsageError, unknown
 from trol.evaluation.chosen_plans import chosen_plan
+from trol.evaluation.kept import Measurements
 from trol.evaluation.tasks import questions_of
 from trol.host.layers import find_decoder, layer_list
 from trol.policies import adapter
@@ -172,8 +173,11 @@ def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) 
     """Plans chosen once, by validation questions: the seeds differ in the questions they answer."""
     items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
     found: list[Candidate] = []
+    measured = Measurements()  # shares have many of them in common
     for keep in _shorter(model, request):
-        plan = chosen_plan(name, model, processor, items, keep, scope=request.scope)
+        plan = chosen_plan(
+            name, model, processor, items, keep, scope=request.scope, measured=measured
+        )
         found.append(_planned(model, keep, [plan] * request.seeds, request.scope))
     return found
 

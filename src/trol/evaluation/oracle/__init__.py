@@ -5,7 +5,7 @@ Experiment 3 of Glavas et al. (arXiv 2410.20022), with controls for what choosin
 
 from trol.evaluation.oracle.generating import Questions, answer_all, check_shard, layers_of
 from trol.evaluation.oracle.knapsack import Knapsack, solve
-from trol.evaluation.oracle.menu import Level, Menu, menu_of, read_menu
+from trol.evaluation.oracle.menu import Level, Menu, menu_of, parsed, read_menu
 from trol.evaluation.oracle.report import report
 from trol.evaluation.oracle.store import Store
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_shard",
     "layers_of",
     "menu_of",
+    "parsed",
     "read_menu",
     "report",
     "solve",

@@ -10,12 +10,13 @@ from trol.data.oracle_rows import OracleRow
 from trol.depth import attached, depth, is_attached
 from trol.errors import UsageError
 from trol.evaluation import metrics
+from trol.evaluation.kept import items_digest
 from trol.evaluation.oracle.levels import TEMPERATURE, Batch, Given, Noise, OracleScope
 from trol.evaluation.oracle.menu import Level, Menu
 from trol.evaluation.oracle.store import Store
 from trol.evaluation.tasks import Item
 from trol.host.layers import find_decoder, layer_list
-from trol.policies.digests import text_digest, weights_digest
+from trol.policies.digests import weights_digest
 from trol.policies.planned import Planned
 
 BATCH = 64
@@ -42,7 +43,7 @@ class Questions:
             **names,
             "weights": weights_digest(model),
             "questions": len(self.items),
-            "set": text_digest("\n".join(repr((i.question, i.answer, i.type)) for i in self.items)),
+            "set": items_digest(self.items),
             "menu": [level.text for level in menu.levels],
             "metrics": list(self.metrics),
             "new_tokens": self.new_tokens,

@@ -57,9 +57,24 @@ def read_menu(text: str, layers: int, *, seed: int = 0, read: Callable[[str], Pl
         UsageError: a part is no plan, names layers that the stack lacks, or asks for more levels
             than it has layers; or the menu has one level, or lacks the full model.
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    plans = [plan for part in parts for plan in _plans(part, layers, seed, read)]
+    plans: list[Plan] = []
+    for part in parsed(text, read):
+        plans += [part] if isinstance(part, Plan) else _series(*part, layers=layers, seed=seed)
     return menu_of(plans, layers)
+
+
+def parsed(text: str, read: Callable[[str], Plan]) -> list[Plan | tuple[str, int]]:
+    """The parts of a menu: plans, and series of so many levels; raises as `read_menu`."""
+    found: list[Plan | tuple[str, int]] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        series = _SERIES.fullmatch(part)
+        if series is None or series["method"] == "all":
+            found.append(read(part))
+            continue
+        if series["method"] not in STATIC:
+            raise unknown("series of plans", series["method"], STATIC)
+        found.append((series["method"], int(series["levels"])))
+    return found
 
 
 def menu_of(plans: Sequence[Plan], layers: int) -> Menu:
@@ -79,16 +94,11 @@ def menu_of(plans: Sequence[Plan], layers: int) -> Menu:
     return Menu(tuple(ordered), layers)
 
 
-def _plans(part: str, layers: int, seed: int, read: Callable[[str], Plan]) -> list[Plan]:
-    series = _SERIES.fullmatch(part)
-    if series is None or series["method"] == "all":
-        return [read(part)]
-    if series["method"] not in STATIC:
-        raise unknown("series of plans", series["method"], STATIC)
-    method, levels = series["method"], int(series["levels"])
+def _series(method: str, levels: int, *, layers: int, seed: int) -> list[Plan]:
     if not 2 <= levels <= layers:
         raise UsageError(
-            f"'{part}' asks for {levels} levels of a stack of {layers} layers; give 2 to {layers}."
+            f"'{method}:{levels}' asks for {levels} levels of a stack of {layers} layers; give 2 "
+            f"to {layers}."
         )
     # level / levels as a share of the layers: evenly spaced costs, the last one the full model.
     return [static_plan(method, layers, level / levels, seed) for level in range(1, levels + 1)]

@@ -9,7 +9,6 @@ file of its own and reads all of them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from trol.data.oracle_rows import HEADER, OracleRow, line_of, read_header, row_files, rows_of
 from trol.data.writing import whole_file
 from trol.errors import DataError, UsageError
+from trol.evaluation.kept import append_lines, cut_torn_end, differences
 
 
 class Store:
@@ -46,7 +46,7 @@ class Store:
         _agree(self.folder / HEADER, header)
         index, shards = shard
         self.path = self.folder / f"rows-{index}-of-{shards}.jsonl"
-        _cut_torn_end(self.path)
+        cut_torn_end(self.path)
         self.look_again()
 
     def rows(self) -> list[OracleRow]:
@@ -64,11 +64,7 @@ class Store:
     def append(self, rows: Sequence[OracleRow]) -> None:
         """Puts the rows that are new on the disk, all at once."""
         new = [row for row in rows if row.key not in self._keys]
-        data = "".join(line_of(row) + "\n" for row in new).encode()
-        with self.path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, map(line_of, new))
         self._keys |= {row.key for row in new}
 
 
@@ -85,30 +81,8 @@ def _agree(path: Path, header: Mapping[str, Any]) -> None:
             json.dump(wanted, file, indent=2, ensure_ascii=False)
         return
     found = read_header(path.parent)
-    differs = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if differs:
-        told = "; ".join(
-            f"{key} {_short(found.get(key))} there, {_short(wanted.get(key))} here"
-            for key in differs
-        )
+    if told := differences(found, wanted):
         raise UsageError(
             f"{path.parent} belongs to another oracle ({told}); name another folder with --out, "
             "or give the same model, task, menu and settings as before."
         )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _cut_torn_end(path: Path) -> None:
-    """Takes a last line without an end away: a kill tore it, and its row is made anew."""
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            file.truncate(whole)
-            os.fsync(file.fileno())

@@ -1,0 +1,67 @@
+"""Parameters of policies that nobody has trained yet: they are told of when they are first used."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from trol.depth import Visit
+from trol.errors import UntrainedWarning
+from trol.host.classes import trained_copy
+
+LOOKED_AT = 8
+"""Numbers of each parameter that are kept to be compared with: an optimiser moves all of them."""
+
+TOLD = ("untrained",)
+"""The note of a forward pass in which it was said."""
+
+
+class Learnt(nn.Module):
+    """Parameters of a policy, which know whether they are as they were made.
+
+    What tells is what they hold: whatever trains or loads them, or copies the module, is seen.
+    """
+
+    first: list[list[float]] | None = None
+    """Some numbers of each parameter, as they were made; None where that is of no matter."""
+
+    def begin(self) -> None:
+        """Takes the parameters as those that nobody has trained."""
+        made = list(self.parameters())
+        self.first = None if any(p.is_meta for p in made) else [_some(p).tolist() for p in made]
+
+    def is_as_made(self) -> bool:
+        """Whether nobody has trained or loaded the parameters."""
+        if self.first is None:
+            return False
+        now = [_some(p) for p in self.parameters()]
+        return all(
+            torch.tensor(then, dtype=some.dtype).tolist() == some.tolist()
+            for then, some in zip(self.first, now, strict=True)
+        )
+
+
+def tell_untrained(visit: Visit, what: str) -> None:
+    """Warns, once, where `visit` is made in evaluation with parameters that nobody has trained.
+
+    `what` says what they do then, and what else than training cures it.
+    """
+    if visit.context.training or torch.compiler.is_compiling():
+        return
+    part = trained_copy(visit.gate)
+    if not isinstance(part, Learnt) or part.first is None:
+        return
+    as_made, part.first = part.is_as_made(), None  # looked at once
+    if as_made and TOLD not in visit.context.notes:
+        visit.context.notes[TOLD] = True
+        warnings.warn(
+            f"{what} Train them (`trol train`), or load them (trol.load, trol.load_model).",
+            UntrainedWarning,
+            stacklevel=3,
+        )
+
+
+def _some(parameter: Tensor) -> Tensor:
+    return parameter.detach().flatten()[:LOOKED_AT].cpu()

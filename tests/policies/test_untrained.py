@@ -1,0 +1,182 @@
+"""Parts that nobody has trained are told of when they are first used, and no others are."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import trol
+from hosts import HOSTS
+from trol.depth import attach, attached, depth, detach
+from trol.depth.host import gates_of
+from trol.depth.policy import AbstractPolicy
+from trol.family.loading import load_model
+from trol.policies.controller import Controller
+from trol.policies.exits import EarlyExit
+from trol.policies.mixer import TrolMixer
+from trol.policies.router import Router
+from trol.training import adapters
+
+LEARNT: dict[str, Callable[[], AbstractPolicy]] = {
+    "mixer": lambda: TrolMixer(scope="all"),
+    "shared": lambda: TrolMixer(scope="all", sharing="shared", tau=0.5),
+    "heads": lambda: EarlyExit("margin", 0.5, heads=True, scope="all"),
+    "controller": lambda: Controller(scope="all"),
+    "random_controller": lambda: Controller(scope="all", initial=None, hidden_layers=1),
+    "router": lambda: Router(["0 3", "all"]),
+}
+"""All policies with parts that learn."""
+
+every = pytest.mark.parametrize("policy", [made() for made in LEARNT.values()], ids=list(LEARNT))
+
+
+@pytest.fixture
+def model() -> Any:
+    return HOSTS["llama"].build("eager")
+
+
+def said(model: Any, *, training: bool = False) -> list[str]:
+    """What is warned of in two passes."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    answer = torch.tensor([[0, 0, 1, 1]])
+    model.train(training)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(input_ids=ids, assistant_masks=answer)
+    model.eval()
+    return [str(one.message) for one in caught if one.category is trol.UntrainedWarning]
+
+
+@every
+def test_it_is_said_once_in_one_line_with_the_cure(model: Any, policy: AbstractPolicy) -> None:
+    attach(model, policy)
+    (line,) = said(model)
+    assert line.startswith(type(policy).__name__)
+    assert "never trained" in line
+    assert "Train them (`trol train`), or load them (trol.load, trol.load_model)." in line
+    assert "\n" not in line
+    assert not said(model)
+
+
+@every
+def test_generating_says_it_as_well(model: Any, policy: AbstractPolicy) -> None:
+    attach(model, policy)
+    with pytest.warns(trol.UntrainedWarning, match="never trained"):
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, do_sample=False)
+
+
+@every
+def test_training_says_nothing_and_another_policy_neither(
+    model: Any, policy: AbstractPolicy
+) -> None:
+    attach(model, policy)
+    assert not said(model, training=True)
+    with depth(model, "plain"):
+        assert not said(model)
+    assert said(model)
+
+
+@every
+def test_what_is_not_in_use_is_not_told(model: Any, policy: AbstractPolicy) -> None:
+    attach(model, TrolMixer(1, scope="all"))
+    assert not said(model)
+
+
+def stepped(model: Any, _: Path) -> Any:
+    learns = {p for gate in gates_of(attached(model)[1]) if gate for p in gate.parameters()}
+    optimiser = torch.optim.AdamW([*learns], lr=1e-4)
+    for parameter in learns:
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    return model
+
+
+def saved_and_loaded(model: Any, folder: Path) -> Any:
+    trol.save(model, folder)
+    return trol.load(detach(model), folder)
+
+
+def states_loaded(model: Any, _: Path) -> Any:
+    other = attach(HOSTS["llama"].build("eager"), attached(model)[1].depth_policy)
+    stepped(other, _)
+    model.load_state_dict(other.state_dict())
+    return model
+
+
+def trained_then(change: Callable[[Any], Any]) -> Callable[[Any, Path], Any]:
+    return lambda model, folder: change(stepped(model, folder))
+
+
+CURES: dict[str, Callable[[Any, Path], Any]] = {
+    "a step": stepped,
+    "trol.load": saved_and_loaded,
+    "load_state_dict": states_loaded,
+    "a step, deepcopy": trained_then(copy.deepcopy),
+    "a step, pickle": trained_then(lambda model: pickle.loads(pickle.dumps(model))),
+    "a step, other type": trained_then(lambda model: model.to(torch.bfloat16)),
+}
+
+
+@every
+@pytest.mark.parametrize("cure", CURES)
+def test_what_was_trained_or_loaded_is_not_told(
+    model: Any, policy: AbstractPolicy, cure: str, tmp_path: Path
+) -> None:
+    attach(model, policy)
+    assert not said(CURES[cure](model, tmp_path))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "other type": lambda model: model.to(torch.bfloat16),
+    "its own state": lambda model: (model.load_state_dict(model.state_dict()), model)[1],
+    "PEFT": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
+    "PEFT's copies": lambda model: get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], modules_to_save=["depth"])
+    ),
+}
+
+
+@every
+@pytest.mark.parametrize("change", COPIES)
+def test_a_copy_is_no_training(model: Any, policy: AbstractPolicy, change: str) -> None:
+    if change == "PEFT's copies" and isinstance(policy, Router):
+        pytest.skip("a router's methods are called past PEFT's wrapper")
+    assert len(said(COPIES[change](attach(model, policy)))) == 1
+
+
+def test_a_first_value_that_was_chosen_is_not_told(model: Any) -> None:
+    attach(model, TrolMixer(scope="all", initial_gate=0.01))
+    assert not said(model)
+
+
+def test_a_saved_model_is_not_told(model: Any, tmp_path: Path) -> None:
+    stepped(attach(model, TrolMixer(scope="all")), tmp_path).save_pretrained(tmp_path)
+    opened = trol.family.loading.load_host(tmp_path)
+    assert not said(opened)
+
+
+def test_the_shipped_model_is_not_told() -> None:
+    opened, _ = load_model("trol-tiny")
+    assert not said(opened)
+
+
+def test_a_run_of_adapters_is_not_told(model: Any, tmp_path: Path) -> None:
+    adapters.save_adapters(attach(model, TrolMixer(scope="all")), tmp_path)
+    assert not said(adapters.open_adapters(HOSTS["llama"].build("eager"), tmp_path))
+
+
+def test_parts_without_memory_are_left_alone(model: Any) -> None:
+    attach(model, TrolMixer(scope="all"))
+    for layer in attached(model)[1].layers:
+        layer.depth = nn.Sequential(nn.Linear(model.config.hidden_size, 1), nn.Flatten(1))
+    assert not said(model)
