@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import trol
-from trol.cli import main, progress
+import trol.training.progress
+from trol.cli import main
 from trol.data.pair import Pair
 from trol.data.templates import read_template
 from trol.errors import UsageError
@@ -98,12 +98,12 @@ def test_what_no_model_can_do_is_refused_before_one_is_opened(
 def test_progress_is_told_in_lines_and_not_on_stdout(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(trol.training.progress, "SECONDS_BETWEEN_LINES", -1.0)
     assert run("eval", "base", "--tasks", f"text:{text}", "--window", 32, "--json") == 0
     captured = capsys.readouterr()
     windows = json.loads(captured.out)["tasks"][f"text:{text}"]["n"]
     lines = [line for line in captured.err.splitlines() if line.startswith(f"text:{text}: ")]
-    assert f"{windows} of {windows}" in lines[-1]
+    assert f"{windows}/{windows}" in lines[-1]
 
 
 def test_a_base_model_goes_on_from_what_is_typed(

@@ -27,13 +27,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from trol.depth import attach
+from trol.depth import attach, attached
 from trol.depth import host as depth_host
 from trol.depth.host import check_by_probe
 from trol.depth.registry import from_settings
 from trol.errors import HostError
 from trol.host.classes import tied_names
 from trol.host.saving import MODEL_TYPE
+from trol.policies.untrained import Learnt
 
 GATE = f".{depth_host.GATE}."
 """What the name of a policy's parameter holds."""
@@ -95,6 +96,9 @@ class SavedHost:
                 f"the weights in {source} do not fit: missing {sorted(missing)}, surplus "
                 f"{sorted(surplus)}; save the model again."
             )
+        for gate in depth_host.gates_of(attached(model)[1]):
+            if isinstance(gate, Learnt):
+                gate.loaded()
         check_by_probe(model)
         return (model, told) if tells else model
 

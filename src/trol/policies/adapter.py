@@ -172,7 +172,7 @@ def _fill(stack: Any, weights: dict[str, Tensor], folder: str | Path) -> None:
         for name, parameter in gate.named_parameters():
             parameter.data.copy_(weights[f"{layer}.{name}"])
         if isinstance(gate, Learnt):
-            gate.first = None  # whatever was loaded is meant
+            gate.loaded()
 
 
 def _write_whole(path: Path, write: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trol.depth import Visit
 from trol.errors import UntrainedWarning
 from trol.host.classes import trained_copy
+from trol.host.placement import is_at_hand
 
 LOOKED_AT = 8
 """Numbers of each parameter that are kept to be compared with: an optimiser moves all of them."""
@@ -32,6 +33,10 @@ class Learnt(nn.Module):
         made = list(self.parameters())
         self.first = None if any(p.is_meta for p in made) else [_some(p).tolist() for p in made]
 
+    def loaded(self) -> None:
+        """Takes the parameters as those that somebody has trained and saved."""
+        self.first = None
+
     def is_as_made(self) -> bool:
         """Whether nobody has trained or loaded the parameters."""
         if self.first is None:
@@ -53,6 +58,8 @@ def tell_untrained(visit: Visit, what: str) -> None:
     part = trained_copy(visit.gate)
     if not isinstance(part, Learnt) or part.first is None:
         return
+    if not all(map(is_at_hand, part.parameters())):
+        return  # offloaded or sharded: what they hold cannot be looked at from here
     as_made, part.first = part.is_as_made(), None  # looked at once
     if as_made and TOLD not in visit.context.notes:
         visit.context.notes[TOLD] = True
