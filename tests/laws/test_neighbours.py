@@ -100,6 +100,7 @@ OFFLOADS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("road", ["attach", "load", "attach first"])
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_gates_of_an_offloaded_host_have_data_and_a_place(
