@@ -17,6 +17,8 @@ from trol.host.assumptions.table import Table, differs
 from trol.host.assumptions.tiny import ids, tiny_config, tiny_model
 from trol.host.chat_templates import AS_CUT, PIECES
 from trol.host.classes import HOOKED_FORWARD, second_maps, tied_names, trained_copy
+from trol.host.placement import running_device
+from trol.host.wrappers import KEPT
 
 LIBRARIES = Table()
 
@@ -147,6 +149,38 @@ def hooks() -> str | None:
     add_hook_to_module(module, ModelHook())
     missing = [name for name in ("forward", HOOKED_FORWARD) if name not in vars(module)]
     return f"a hooked module has no {missing} of its own" if missing else None
+
+
+@LIBRARIES.row("host/placement.py running_device: gates of offloaded layers")
+def execution_device() -> str | None:
+    """accelerate's hooks on an offloaded model say where its modules compute."""
+    from accelerate import cpu_offload  # noqa: PLC0415
+
+    model = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
+    layer = model.model.layers[0]
+    if not next(layer.parameters()).is_meta:
+        return "the weights of an offloaded layer stay where they were"
+    return differs("where it computes", str(running_device(layer)), "cpu")
+
+
+@LIBRARIES.row("host/wrappers.py rebind: roles under prompt tuning that came first")
+def kept_method() -> str | None:
+    """PEFT's prompt learning keeps the model's prepare_inputs_for_generation on the wrapper."""
+    from peft import PromptTuningConfig, get_peft_model  # noqa: PLC0415
+
+    model = tiny_model()
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
+    kept = vars(get_peft_model(model, tuning)).get(KEPT)
+    return None if getattr(kept, "__self__", None) is model else f"{KEPT} is {kept!r}"
+
+
+@LIBRARIES.row("host/quantised.py forget_quantisation: hosts from GGUF files are saved")
+def forgets_quantisation() -> str | None:
+    """A quantiser takes off a model what says that it is quantised."""
+    from transformers.quantizers.base import HfQuantizer  # noqa: PLC0415
+
+    taken = inspect.signature(HfQuantizer.remove_quantization_config).parameters
+    return differs("remove_quantization_config takes", list(taken), ["self", "model"])
 
 
 @LIBRARIES.row("host/classes.py trained_copy: gates in training under PEFT")
