@@ -156,7 +156,7 @@ def execution_device() -> str | None:
     """accelerate's hooks on an offloaded model say where its modules compute."""
     from accelerate import cpu_offload  # noqa: PLC0415
 
-    model = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
+    model: Any = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
     layer = model.model.layers[0]
     if not next(layer.parameters()).is_meta:
         return "the weights of an offloaded layer stay where they were"
