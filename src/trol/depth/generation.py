@@ -104,9 +104,11 @@ class HostMixin(Specialised):
         """
         step = told(None, None, mask)
         open_prompts = prompts()
+        if not open_prompts:
+            return step
         stack = self.depth_stack[0]
         scope = stack.depth_policy_in_force().scope_in(training=stack.training)
-        if not open_prompts or scope == "all":
+        if scope == "all":
             return step
         ids = tokens is not None and not tokens.is_floating_point()
         roles = open_prompts[-1].roles_beside(cast(Tensor, tokens)) if ids else None
