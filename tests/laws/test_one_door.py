@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trol import load_model
+from trol import load_model, save
 from trol.depth import attach, attached, detach, is_attached
 from trol.errors import HostError, UsageError
 from trol.family.loading import NOT_TAKEN, load_host
@@ -307,3 +307,63 @@ def _write_gguf(gguf: Any, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_load_model_gives_the_class_that_was_saved(tmp_path: Path) -> None:
+    """Plain or with a policy; a head that nobody asked for is never made up."""
+    torch.manual_seed(0)
+    judge = LlamaForSequenceClassification(
+        LlamaConfig(**{**plain().config.to_dict(), "num_labels": 3, "architectures": None})
+    ).eval()
+    ids = torch.arange(3, 12)[None]
+    for folder, policy in (("bare", None), ("carrying", TrolMixer(initial_gate=0.3))):
+        if policy:
+            attach(judge, policy)
+        judge.save_pretrained(tmp_path / folder)
+        _tokenizer().save_pretrained(tmp_path / folder)
+        model, _ = load_model(tmp_path / folder)
+        assert type(model).__name__ == "LlamaForSequenceClassification"
+        assert torch.allclose(model(ids).logits, judge(ids).logits, atol=1e-6)
+
+
+class Unknown(TrolMixer):
+    """A policy that nobody registered."""
+
+    name = "unknown_to_trol"
+
+
+class Forgetful(TrolMixer):
+    """A policy whose settings are another's."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "step": 2}
+
+
+@pytest.mark.parametrize("kind", [Unknown, Forgetful])
+def test_what_could_not_be_opened_again_is_not_saved(kind: type, tmp_path: Path) -> None:
+    model = attach(plain(), kind())
+    for write in (model.save_pretrained, lambda folder: save(model, folder)):
+        with pytest.raises(UsageError, match="nothing was saved"):
+            write(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("host.gguf", {}, "no GGUF file"),
+        ("", {"bits": 4, "gguf_file": "x.gguf"}, "leave bits out"),
+        ("", {}, "gguf_file='x.gguf'"),
+    ],
+)
+def test_gguf_files_that_do_not_open_say_why(
+    name: str, settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises((UsageError, HostError), match=told):
+        load_model(tmp_path / name, **settings)
+
+
+def test_a_dtype_that_is_none_is_one_line(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(HostError, match="float17"):
+        load_model(folders[1], dtype="float17")

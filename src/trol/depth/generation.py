@@ -22,7 +22,7 @@ from trol.depth.call import (
 )
 from trol.depth.planes import prepare
 from trol.depth.readout import Readout
-from trol.depth.registry import to_settings
+from trol.depth.registry import settings_to_save
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised, saves_adapters_alone
@@ -177,11 +177,12 @@ class HostMixin(Specialised):
                 "save_pretrained(push_to_hub=True) would push a configuration that hides the "
                 "policy; call model.push_to_hub(name)."
             )
+        settings = settings_to_save(self.depth_stack[0].depth_policy)
         saved = super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)
         if not in_config and (Path(folder) / "config.json").is_file():
-            mark(folder, to_settings(self.depth_stack[0].depth_policy))
+            mark(folder, settings)
         elif saves_adapters_alone(self):
             warnings.warn(
                 f"{folder} holds PEFT's adapters alone, as save_pretrained writes them beside a "

@@ -7,6 +7,7 @@ this room knows every policy without importing any.
 from __future__ import annotations
 
 import inspect
+import json
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -118,3 +119,26 @@ def resolve(spec: PolicyLike | object) -> AbstractPolicy:
     raise UsageError(
         f"{unknown('policy', spec, names())} A plan starts with a layer number, 'all' or 'exit@'."
     )
+
+
+def settings_to_save(policy: AbstractPolicy) -> dict[str, Any]:
+    """The settings of a policy, of which the same one can be made again.
+
+    Raises:
+        UsageError: it cannot: its class is not registered, or its settings are not its own.
+    """
+    settings = to_settings(policy)
+    try:
+        written = json.dumps(settings)
+        again = json.dumps(to_settings(from_settings(json.loads(written))))
+    except (UsageError, TypeError) as error:
+        raise UsageError(
+            f"nothing was saved, because {policy.name} could not be opened again: {error} Register "
+            "its class (trol.register), and have settings() give what it is made of, as JSON."
+        ) from error
+    if again != written:
+        raise UsageError(
+            f"nothing was saved, because {policy.name} opened again would be another: settings() "
+            f"gives {written}, what they make {again}."
+        )
+    return settings

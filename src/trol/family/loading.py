@@ -13,8 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
@@ -29,7 +27,7 @@ from trol.family.published.naming import check_source
 from trol.family.published.opening import HUB_SETTINGS, open_published
 from trol.family.published.quantisation import check_blocks, quantised
 from trol.family.published.reading import open_published_processor
-from trol.family.saved_host import SavedHostConfig
+from trol.family.saved_host import auto_class
 from trol.host.classes import unknown_setting
 from trol.host.quantised import forget_quantisation, is_quantised
 
@@ -39,6 +37,12 @@ SHIPPED = ("trol-tiny",)
 
 SHARED = (*HUB_SETTINGS, "subfolder", "trust_remote_code", "gguf_file")
 """Settings of `from_pretrained` that say where a model lies: for its files as for its weights."""
+
+FAULTS = (
+    *(OSError, ValueError, SafetensorError, StrictDataclassError, ImportError),
+    *(AttributeError, AssertionError),  # an unknown dtype, a device that is not there
+)
+"""What transformers and torch raise for files and settings that are wrong."""
 
 NOT_TAKEN = ("config", "state_dict", "output_loading_info")
 """Settings of `from_pretrained` by which it would open, or give, something else than the model."""
@@ -67,6 +71,8 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
     if bits is not None:
         settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
     with _opening(name, settings) as source:
+        if bits is not None and settings.get("gguf_file"):
+            raise UsageError("a GGUF file opens with its full weights; leave bits out.")
         model = _open(source, settings)
         if bits == 4:
             check_blocks(model, str(name))
@@ -92,7 +98,9 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
                 "call from_pretrained of the model's own class."
             )
     source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
-    if Path(source).suffix == ".gguf" and Path(source).is_file():
+    if Path(source).suffix == ".gguf":
+        if not Path(source).is_file():
+            raise UsageError(f"there is no GGUF file {source!r} here; check its name.")
         settings.setdefault("gguf_file", Path(source).name)
         source = str(Path(source).parent)
     check_source(source, SHIPPED)
@@ -107,10 +115,10 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
             f"from_pretrained of {str(name)!r} knows no setting {unknown!r}; check its spelling, "
             "or leave it out."
         ) from error
-    except (OSError, ValueError, SafetensorError, StrictDataclassError, ImportError) as error:
-        why = " ".join(str(error).split())
+    except FAULTS as error:
+        why = " ".join(str(error).split()).rstrip(".")
         raise HostError(
-            f"no model can be opened from {str(name)!r}: {why:.400} Give a shipped model "
+            f"no model can be opened from {str(name)!r}: {why:.400}. Give a shipped model "
             f"({', '.join(SHIPPED)}), the folder of a saved model, or a hub name."
         ) from error
 
@@ -131,7 +139,11 @@ def config_file(source: str, **where: Any) -> Path:
     """
     found = cached_file(source, CONFIG, **where)
     if found is None:
-        raise HostError(f"{Path(source) / CONFIG} is missing; give the folder that a model is in.")
+        packed = [file.name for file in Path(source).glob("*.gguf")][:1]
+        cure = (
+            f"name its file by gguf_file={packed[0]!r}" if packed else "give the folder of a model"
+        )
+        raise HostError(f"{Path(source) / CONFIG} is missing; {cure}.")
     return Path(found)
 
 
@@ -145,9 +157,7 @@ def _open(source: str, settings: dict[str, Any]) -> Any:
         where = {name: value for name, value in shared.items() if name != "trust_remote_code"}
         check_opening(source, config_file(source, **where).parent, settings)
     config = AutoConfig.from_pretrained(source, **shared)
-    host = config.host if isinstance(config, SavedHostConfig) else config
-    auto = AutoModelForImageTextToText if type(host) in _SEEING else AutoModelForCausalLM
-    model = auto.from_pretrained(source, **settings)
+    model = auto_class(config).from_pretrained(source, **settings)
     if not is_quantised(model):
         forget_quantisation(model)  # a GGUF file's, whose weights are full
     return model
@@ -166,8 +176,8 @@ def _reader(source: str, model: Any, settings: dict[str, Any]) -> Any:
     if folder.is_dir() and "gguf_file" not in shared and not there:
         raise HostError(
             f"{folder} holds a model, but no tokenizer or processor; save it beside the model "
-            f"(tokenizer.save_pretrained({str(source)!r})), or open the model alone: import trol, "
-            "then AutoModelForCausalLM.from_pretrained."
+            f"(tokenizer.save_pretrained({str(source)!r})), or open the model alone: "
+            "import trol.family, then AutoModelForCausalLM.from_pretrained."
         )
     return reader.from_pretrained(source, config=model.config, **shared)
 

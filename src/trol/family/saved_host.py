@@ -110,14 +110,29 @@ def register() -> None:
         auto.register(SavedHostConfig, type("SavedHost", (SavedHost,), {"classes": classes}))
 
 
-OPENERS = {
-    AutoModel: MODEL_MAPPING,
-    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+HEADED: dict[Any, Any] = {
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForSequenceClassification: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
-"""Auto class -> its table."""
+"""Auto class of models with a head -> its table."""
+OPENERS: dict[Any, Any] = {AutoModel: MODEL_MAPPING, **HEADED}
+"""All Auto classes that open such a folder."""
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class for a model of this configuration: of the class that was saved, if it says.
+
+    Else of one that sees, where there is one, or speaks.
+    """
+    host = config.host if isinstance(config, SavedHostConfig) else config
+    fitting = {auto: table[type(host)] for auto, table in HEADED.items() if type(host) in table}
+    for auto, found in fitting.items():
+        kinds = found if isinstance(found, tuple) else (found,)
+        if {kind.__name__ for kind in kinds} & set(host.architectures or ()):
+            return auto
+    return next(iter(fitting), AutoModelForCausalLM)
 
 
 def _with_policy(host: type[Any], settings: dict[str, Any]) -> type[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trol.depth import attach, attached, detach
 from trol.depth.host import gates_of
 from trol.depth.policy import AbstractPolicy
-from trol.depth.registry import from_settings, names, to_settings
+from trol.depth.registry import from_settings, names, settings_to_save
 from trol.errors import AdapterError, UsageError, unwritable
 from trol.host.layers import find_decoder
 from trol.policies.digests import host_digest
@@ -64,12 +64,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """Writes the attached policy: `depth_config.json` and `depth.safetensors`.
 
     Raises:
-        UsageError: no policy is attached.
+        UsageError: no policy is attached, or it could not be opened again.
     """
     _, stack = attached(model)
-    folder = Path(folder)
+    settings, folder = settings_to_save(stack.depth_policy), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = to_settings(stack.depth_policy)
     config = {
         "trol_version": _version(),
         "host_class": type(stack).__name__,
