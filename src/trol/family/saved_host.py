@@ -132,7 +132,8 @@ def auto_class(config: PretrainedConfig) -> Any:
         kinds = found if isinstance(found, tuple) else (found,)
         if {kind.__name__ for kind in kinds} & set(host.architectures or ()):
             return auto
-    return next(iter(fitting), AutoModelForCausalLM)
+    sees = AutoModelForImageTextToText in fitting
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _with_policy(host: type[Any], settings: dict[str, Any]) -> type[Any]:
