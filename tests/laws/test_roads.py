@@ -21,6 +21,7 @@ from hosts import HOSTS, Host
 from trol import trace
 from trol.depth import attach, attached, detach
 from trol.errors import HostError
+from trol.policies.controller import Controller
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
 
@@ -264,6 +265,27 @@ def test_labels_of_a_classifier_are_no_roles(case: str, name: str) -> None:
         model(ids)
     wanted = 2 if name == "trol" else 1
     assert (seen.visits == wanted).all()
+
+
+def test_a_penalty_joins_the_loss_of_a_classifier() -> None:
+    """Its labels are no roles; what its policy asks for is in its loss all the same."""
+    torch.manual_seed(0)
+    config = _small(3)
+    config.num_hidden_layers = 4
+    model = attach(
+        LlamaForSequenceClassification(config), Controller(scope="all", training_scope="all")
+    ).train()
+    model(torch.randint(3, 97, (2, 9)), labels=torch.tensor([0, 2])).loss.backward()
+    gates = [p for name, p in model.named_parameters() if ".depth." in name]
+    assert all(p.grad is not None for p in gates)
+    with torch.no_grad():
+        stack = attached(model)[1]
+        penalty = type(stack.depth_policy).penalty
+        try:
+            type(stack.depth_policy).penalty = lambda *_: torch.tensor(100.0)
+            assert model(torch.ones(2, 5, dtype=torch.long), labels=torch.tensor([0, 2])).loss > 90
+        finally:
+            type(stack.depth_policy).penalty = penalty
 
 
 class Valued(nn.Module):

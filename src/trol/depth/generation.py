@@ -51,14 +51,14 @@ class HostMixin(Specialised):
         given = partial(argument, self.trol_original.forward, args=args, kwargs=kwargs)
         labels, mask = given("labels"), given("attention_mask")
         tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
-        if labels is not None and not (predicts_tokens(self) and labels.ndim == 2):
-            labels = None  # a classifier's, which tell nothing of who speaks
+        # A classifier's tell nothing of who speaks.
+        said = labels if labels is not None and predicts_tokens(self) else None
         if depth_step is not None:
             depth_step = self._behind_virtual(depth_step, tokens, mask, cache_among(kwargs))
-        elif labels is None and assistant_masks is None and not torch.compiler.is_compiling():
+        elif said is None and assistant_masks is None and not torch.compiler.is_compiling():
             depth_step = self._step_beside(tokens, mask)
         else:
-            depth_step = told(assistant_masks, labels, mask)
+            depth_step = told(assistant_masks, said, mask)
         notes: dict[Any, Any] = {}
         last_only = partial(reads_last_only, self.config, kwargs, self.depth_stack[0].depth_readers)
         token = STEP.set(
