@@ -30,8 +30,8 @@ start = time.perf_counter()
 from collections.abc import Mapping
 from pathlib import Path
 from trol.data.mixture import open_mixture
-from trol.data.order import ShardedOrder
-from trol.data.rows import MixtureRows
+from trol.data.pools import ShardedOrder
+from trol.data.chat import MixtureRows
 mixture = open_mixture(Path(sys.argv[1]), cache=Path(sys.argv[2]))
 rows = MixtureRows(mixture, None)
 order = iter(ShardedOrder(len(rows), 16, lengths=mixture.lengths(tokens_per_image=256)))

@@ -23,19 +23,18 @@ from typing import Any
 
 import torch
 
-from trol.analysis.files import write_json
 from trol.cli.models import open_model
 from trol.cli.oracle import oracle
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.depth import AbstractPolicy, attached, depth
-from trol.depth.host import gates_of
-from trol.evaluation.curves.points import Sample, generated
+from trol.depth.attachment import gates_of
+from trol.depth.policy import Plain
+from trol.evaluation.curve import Sample, generated
 from trol.evaluation.hidden_states import state_cosines
 from trol.evaluation.metrics import losses, scores
 from trol.evaluation.tasks import task_of
-from trol.policies.plain import Plain
-from trol.policies.planned import Planned
-from trol.policies.static_plans import static_plan
+from trol.files import write_json
+from trol.policies.planned import Planned, static_plan
 from trol.training import resolve, run
 
 TASK = "docstrings"

@@ -25,12 +25,11 @@ from typing import Any
 import torch
 
 import trol
-from trol.cli.provenance import run_record
+from trol.bench.overhead import Drawn
+from trol.bench.setting import Setting, host, size_of, twin
+from trol.cli.terminal import run_record
 from trol.depth import AbstractPolicy, attach, detach, executor
 from trol.errors import TrolError, UsageError
-from trol.evaluation.bench.hosts import host, twin
-from trol.evaluation.bench.launch import Drawn
-from trol.evaluation.bench.setting import Setting, size_of
 from trol.evaluation.timing import (
     generated,
     interleaved,

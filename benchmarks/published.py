@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import trol
-from trol.cli.provenance import run_record
-from trol.evaluation.bench.checkpoint import PeakMemory, write_published
+from trol.bench.load import PeakMemory, write_published
+from trol.cli.terminal import run_record
 from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
 from trol.family import TrolForConditionalGeneration
 from trol.family.presets import PUBLISHED

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.family import word_tokenizer
 from trol.family.processing import CHAT_TEMPLATE
 from trol.training import resolve, run

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from trol.cli.models import open_model
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, depth, executor
-from trol.evaluation.calibration.gate_record import GateRecord, Taus, at, gates_recorded
-from trol.evaluation.calibration.prefill import prefills
-from trol.evaluation.calibration.taus import calibrate_taus, mixer_of
+from trol.evaluation.gate_record import GateRecord, Taus, at, gates_recorded, prefills
 from trol.evaluation.metrics import scores
 from trol.evaluation.tasks import TASKS, Item, answers, task_of
+from trol.evaluation.thresholds import calibrate_taus, mixer_of
 from trol.policies.mixer import TrolMixer
 
 RESULTS = Path(__file__).parent / "results" / "sparse_traversal.json"

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
+from trol.bench.setting import Setting
+from trol.bench.speculate import idle_host, working_layers
 from trol.cli.models import open_model
-from trol.cli.provenance import run_record
-from trol.evaluation.bench.setting import Setting
-from trol.evaluation.bench.speculate import idle_host, working_layers
-from trol.evaluation.draft_plans import draft_plan, measured_speed
+from trol.cli.terminal import run_record
+from trol.evaluation.plan_search import draft_plan, measured_speed
 from trol.evaluation.tasks import task_of
 from trol.evaluation.timing import interleaved, ratio_and_spread
-from trol.policies.speculation import speculate
+from trol.speculation import speculate
 
 TASK = "docstrings"
 CALIBRATION, QUESTIONS = 32, 200

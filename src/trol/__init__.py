@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trol import depth
+    from trol.checkpoints.adapter import load, save
     from trol.depth import (
         AbstractPolicy,
         Plan,
@@ -26,19 +27,16 @@ if TYPE_CHECKING:
         register,
         trace,
     )
+    from trol.depth.policy import Plain
     from trol.errors import UntrainedWarning
     from trol.family.loading import load_model
-    from trol.policies.adapter import load, save
+    from trol.policies.chance import LayerDropout, RandomTokens
     from trol.policies.controller import Controller
     from trol.policies.exits import EarlyExit
-    from trol.policies.layer_dropout import LayerDropout
     from trol.policies.mixer import TrolMixer
-    from trol.policies.plain import Plain
-    from trol.policies.planned import Planned
-    from trol.policies.random_tokens import RandomTokens
-    from trol.policies.replay import Replay
+    from trol.policies.planned import Planned, Replay
     from trol.policies.router import Router
-    from trol.policies.speculation import speculate
+    from trol.speculation import speculate
 
 _HOMES = {
     "attach": "depth",
@@ -46,22 +44,22 @@ _HOMES = {
     "trace": "depth",
     "prepare_cache": "depth",
     "register": "depth",
-    "save": "policies.adapter",
-    "load": "policies.adapter",
+    "save": "checkpoints.adapter",
+    "load": "checkpoints.adapter",
     "AbstractPolicy": "depth",
     "Plan": "depth",
     "Trace": "depth",
     "EarlyExit": "policies.exits",
-    "LayerDropout": "policies.layer_dropout",
+    "LayerDropout": "policies.chance",
     "Controller": "policies.controller",
-    "Plain": "policies.plain",
+    "Plain": "depth.policy",
     "Planned": "policies.planned",
-    "RandomTokens": "policies.random_tokens",
-    "Replay": "policies.replay",
+    "RandomTokens": "policies.chance",
+    "Replay": "policies.planned",
     "Router": "policies.router",
     "TrolMixer": "policies.mixer",
     "UntrainedWarning": "errors",
-    "speculate": "policies.speculation",
+    "speculate": "speculation",
     "load_model": "family.loading",
     "depth": "depth",
 }

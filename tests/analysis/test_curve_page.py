@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trol.analysis import curve_page, curve_words
 from trol.errors import DataError
+from trol.reports import curve_page, curve_words
 
 LAYERS = 4
 NOISE = (-0.01, 0.0, 0.01)

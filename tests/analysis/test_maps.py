@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trol.analysis.maps import DepthMap, draw, grid_of, word_lines
-from trol.analysis.prompts import as_values, map_of
 from trol.errors import UsageError
+from trol.reports.maps import DepthMap, as_values, draw, grid_of, map_of, word_lines
 
 
 class Words:

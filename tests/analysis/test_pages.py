@@ -14,16 +14,11 @@ import pytest
 from analysis.test_curve_page import results as curves
 from analysis.test_oracle_page import results as oracle
 from analysis.test_report import results as demo
-from trol import analysis
-from trol.analysis import (
-    card,
-    curve_charts,
-    curve_page,
-    curve_words,
-    oracle_page,
-    report,
-    training_page,
-)
+from trol import reports as analysis
+from trol.reports import curve_page, curve_words, oracle_page, training_page
+from trol.reports import curve_page as curve_charts
+from trol.reports import demo_report as report
+from trol.reports import training_page as card
 
 Found = dict[str, Any]
 
@@ -72,7 +67,7 @@ WRITERS: dict[Any, tuple[Callable[[Path], Path], str]] = {
 
 def test_all_writers_of_pages_are_known() -> None:
     names = [module.name for module in pkgutil.iter_modules(analysis.__path__)]
-    modules = [importlib.import_module(f"trol.analysis.{name}") for name in names]
+    modules = [importlib.import_module(f"trol.reports.{name}") for name in names]
     assert {m for m in modules if hasattr(m, "write") and hasattr(m, "render")} == set(WRITERS)
 
 
@@ -205,7 +200,7 @@ def test_a_run_needs_none_of_its_parts(
     lacking: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_page, "gates_over_time", lambda *_: "<svg></svg>")
-    monkeypatch.setattr("trol.analysis.charts.as_svg", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("trol.reports.charts.as_svg", lambda *_: "<svg></svg>")
     found = training(tmp_path)
     told = found["validation"]
     if "gates" in lacking:
@@ -225,7 +220,7 @@ def test_a_run_needs_none_of_its_parts(
         1 + ("gates" not in lacking) + ("validation" not in lacking)
     )
     recipe = {"policy": {}, "stages": {"step1": {"train": [], "data": "boards"}}}
-    assert ("## Validation" in card.render(found, recipe, "run")) == ("validation" not in lacking)
+    assert ("## Validation" in card.render_card(found, recipe, "run")) == ("validation" not in lacking)
 
 
 @pytest.mark.parametrize("lacking", [(), ("cost",), ("maps",), ("cost", "maps", "run", "twin")])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trol.analysis import report
-from trol.analysis.files import write_json, write_whole
 from trol.errors import UsageError
+from trol.files import write_json, write_whole
+from trol.reports import demo_report as report
 
 TYPES = ("digit", "hop1")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trol.analysis.verdict import compare, verdict
+from trol.reports.charts import compare, verdict
 
 ACCURACY = st.floats(0, 1, allow_subnormal=False)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from trol.bench import SUITES, Setting
+from trol.bench.setting import TINY
 from trol.cli import bench, main
-from trol.evaluation.bench import SUITES, Setting
-from trol.evaluation.bench.setting import TINY
 
 QUICK = ("--size", "tiny", "--rounds", "2")
 FILE = "train-tiny.json"
@@ -51,7 +51,7 @@ def test_json_is_one_object_alone_on_stdout(capsys: pytest.CaptureFixture[str]) 
 def test_slower_than_stored_fails_and_names_the_rows(
     stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    from trol.evaluation.bench import row
+    from trol.bench import setting as row
 
     monkeypatch.setattr(row, "NOISE", 1e9)  # however busy the machine of this test
     was = with_ratios(stored, tmp_path, ratio=-1e6, spread=0.0, noisy=False)
@@ -84,7 +84,7 @@ def test_not_slower_than_stored_passes(
 def test_bad_input_is_told_before_anything_is_measured(
     words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("trol.evaluation.bench.run", None)
+    monkeypatch.setattr("trol.bench.run", None)
     assert run(*words) == 2
     assert told in capsys.readouterr().err
 

@@ -11,9 +11,9 @@ import torch
 import trol
 from training import standins
 from trol.cli import main
-from trol.data.pair import Pair
+from trol.data.pair_files import Pair
 from trol.depth import attached
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.policies.exits import EarlyExit
 
 

@@ -9,8 +9,8 @@ import pytest
 import trol
 from trol.cli import main
 from trol.depth import attached
-from trol.depth.host import gates_of
-from trol.evaluation.calibration.prefill import prefills
+from trol.depth.attachment import gates_of
+from trol.evaluation.gate_record import prefills
 from trol.evaluation.tasks import answers, board_items
 from trol.family import TrolForConditionalGeneration
 
@@ -20,7 +20,7 @@ SMALL = ("--quality", 0.7, "--confidence", 0.7, "--questions", 16)
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read once in each way, since no time is looked at."""
-    monkeypatch.setattr("trol.evaluation.calibration.taus.prefills", partial(prefills, rounds=1))
+    monkeypatch.setattr("trol.evaluation.thresholds.prefills", partial(prefills, rounds=1))
 
 
 def run(*words: object) -> int:

@@ -10,8 +10,9 @@ import torch
 import trol
 from trol.cli import main
 from trol.depth import attached
+from trol.evaluation import curve as points
+from trol.evaluation import curve_methods as methods
 from trol.evaluation import timing
-from trol.evaluation.curves import methods, points
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.policies.controller import Controller
 
@@ -123,6 +124,6 @@ def test_an_interruption_leaves_nothing(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trol.evaluation.curves.tables.measure", interrupted)
+    monkeypatch.setattr("trol.evaluation.curve.measure", interrupted)
     assert run(tmp_path / "out", "--methods", "skip", "--keep", "0.5") == 130
     assert not (tmp_path / "out").exists()

@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM
 
 import trol.training.progress
 from trol.cli import main
-from trol.data.pair import Pair
-from trol.data.templates import read_template
+from trol.data.conversations import read_template
+from trol.data.pair_files import Pair
 from trol.errors import UsageError
-from trol.family.text_decoder import byte_level_tokenizer, text_decoder
+from trol.family.presets import byte_level_tokenizer, text_decoder
 
 TEXT = "What does it do? Return the sum of it.\n" * 20
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trol.cli import main
-from trol.cli.plans import write_plan
+from trol.cli.models import write_plan
 from trol.depth import Plan
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -47,7 +47,7 @@ def test_numbers_outlive_their_picture(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("trol.analysis.maps.draw", lambda _: 1 / 0)
+    monkeypatch.setattr("trol.reports.maps.draw", lambda _: 1 / 0)
     assert run(board, tmp_path) == 0
     told = capsys.readouterr()
     assert f"the results are kept in {tmp_path / 'map.json'}" in told.err

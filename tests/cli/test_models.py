@@ -9,7 +9,7 @@ from hosts import HOSTS
 from training import standins
 from trol import training
 from trol.cli import main
-from trol.cli.describing import describe
+from trol.cli.info import describe
 from trol.errors import HostError
 from trol.family.loading import load_host
 

@@ -8,11 +8,12 @@ import pytest
 
 import trol
 from training import standins
-from trol.cli import main, routing
-from trol.data.oracle_rows import read_header, read_rows
+from trol.cli import main
+from trol.cli import oracle as routing
 from trol.depth import attached
 from trol.evaluation import tasks
-from trol.evaluation.oracle.levels import Batch
+from trol.evaluation.oracle import Batch
+from trol.evaluation.oracle_store import read_header, read_rows
 from trol.evaluation.tasks import Item, Task
 
 LAYERS = 4

@@ -10,17 +10,17 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import trol
 from training import standins
+from trol.checkpoints import baking
 from trol.cli import main
-from trol.cli.plans import read_plan, write_plan
-from trol.data.pair import Pair
+from trol.cli.models import read_plan, write_plan
+from trol.data.pair_files import Pair
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
-from trol.evaluation import draft_plans
-from trol.evaluation.followed import MOST_TOKENS, Costs
+from trol.evaluation import plan_search as draft_plans
+from trol.evaluation.draft_agreement import MOST_TOKENS, Costs
 from trol.evaluation.kept import Measurements
 from trol.evaluation.metrics import losses
 from trol.evaluation.tasks import task_of
-from trol.policies import baking
 
 LAYERS = 4
 

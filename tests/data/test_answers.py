@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 from trol.data.answers import Answers
 from trol.data.chat import IGNORED, encode
 from trol.data.conversations import ConversationCollator
-from trol.data.damage import RowError
+from trol.data.formats import RowError
 from trol.errors import DataError
 from trol.host import chat_templates
 

@@ -8,8 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from trol.data.chat import IGNORED, Row, encode, fill, turns
-from trol.data.collator import Collator
+from trol.data.chat import IGNORED, Collator, Row, encode, fill, turns
 from trol.errors import DataError, UsageError
 
 WORDS = [

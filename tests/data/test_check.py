@@ -9,7 +9,7 @@ import pytest
 from data.samples import jpeg, lines, mixture_file, opened, said
 from trol.cli import main
 from trol.data.check import check
-from trol.data.damage import KINDS
+from trol.data.formats import KINDS
 from trol.errors import UsageError
 from trol.family import tiny_processor
 

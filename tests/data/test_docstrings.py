@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from trol.data.docstrings import WORDS, _inside, docstring_pairs, first_sentence
-from trol.data.pair import SPLITS
+from trol.data.pair_files import SPLITS
+from trol.data.pairs import WORDS, _inside, docstring_pairs, first_sentence
 from trol.errors import UsageError
 
 
@@ -29,7 +29,7 @@ def test_the_order_follows_from_the_seed_and_the_split_does_not() -> None:
 
 
 def test_another_process_makes_the_same_pairs() -> None:
-    code = "from trol.data.docstrings import docstring_pairs as d; print(d('validation')[:40])"
+    code = "from trol.data.pairs import docstring_pairs as d; print(d('validation')[:40])"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == repr(docstring_pairs("validation")[:40])
 

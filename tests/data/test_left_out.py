@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trol.data.left_out import TOLD, SoundRows
+from trol.data.pools import TOLD, SoundRows
 from trol.errors import DataError
 
 ERRORS = (DataError, ValueError, TypeError, KeyError, IndexError, RuntimeError, UnicodeEncodeError)

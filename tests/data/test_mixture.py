@@ -15,15 +15,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from data.samples import asked, jpeg, lines, opened, said, shared, texts
-from trol.data import indexing
-from trol.data.chat import Row, encode, turns
-from trol.data.collator import Collator, padded
-from trol.data.damage import RowError
+from trol.data import row_files as indexing
+from trol.data.chat import Collator, MixtureRows, Row, encode, padded, turns
+from trol.data.formats import RowError, read_row
 from trol.data.mixture import open_mixture
-from trol.data.order import ShardedOrder
-from trol.data.quarantine import Damaged, read_quarantine, write_quarantine
-from trol.data.rows import MixtureRows
-from trol.data.sources.formats import read_row
+from trol.data.mixture_file import Damaged, read_quarantine, write_quarantine
+from trol.data.pools import ShardedOrder
 from trol.errors import DataError
 from trol.family import tiny_processor
 

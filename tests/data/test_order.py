@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from trol.data.order import ShardedOrder, grouped_order, order
+from trol.data.pools import ShardedOrder, grouped_order, order
 from trol.errors import UsageError
 
 SIZES = st.tuples(st.integers(0, 700), st.integers(1, 9), st.integers(0, 5))

@@ -5,8 +5,7 @@ from collections import Counter
 
 import pytest
 
-from trol.data.boards import Board, make_board
-from trol.data.questions import ASKERS, PLACES, ask, chance_by_type, questions
+from trol.data.boards import ASKERS, PLACES, Board, ask, chance_by_type, make_board, questions
 from trol.errors import UsageError
 
 MOVES = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}

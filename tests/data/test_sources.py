@@ -13,12 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.samples import jpeg, lines, said, shared, texts
-from trol.data.damage import KINDS, RowError
-from trol.data.sources import json_files
-from trol.data.sources.formats import read_row
-from trol.data.sources.json_files import JsonArray, JsonLines
-from trol.data.sources.pictures import open_picture
-from trol.data.sources.tables import LEFT_OUT, Table
+from trol.data import row_files as json_files
+from trol.data.formats import KINDS, RowError, read_row
+from trol.data.images import open_picture
+from trol.data.row_files import LEFT_OUT, JsonArray, JsonLines, Table
 from trol.errors import DataError, UsageError
 
 DOC = said("<|image|>what is it?", "a form", image=["a.jpg"])

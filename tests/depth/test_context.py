@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from hosts import HOSTS
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attach
-from trol.depth.context import INPUT, Context
+from trol.depth.roles import INPUT, Context
 from trol.errors import HostError
 from trol.host.names import CACHE
 

@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from trol.bench import SUITES, Setting, run
+from trol.bench import setting as built
+from trol.bench.overhead import Drawn, counted
+from trol.bench.setting import SIZES, TINY, HostTimes, figure_row, limit_of, row
 from trol.depth import Visit
-from trol.depth.context import Context
+from trol.depth.roles import Context
 from trol.errors import HostError, UsageError
-from trol.evaluation.bench import SUITES, Setting, run
-from trol.evaluation.bench import hosts as built
-from trol.evaluation.bench.launch import Drawn, counted
-from trol.evaluation.bench.limits import HostTimes, limit_of
-from trol.evaluation.bench.row import figure_row, row
-from trol.evaluation.bench.setting import SIZES, TINY
 from trol.evaluation.timing import ratio_and_spread
 from trol.family import memory
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from trol.bench.compare import compare, read_stored
 from trol.errors import DataError, UsageError
-from trol.evaluation.bench.compare import compare, read_stored
 
 AT = {"size": "small", "dtype": "float32", "device": "cpu", "threads": 1}
 

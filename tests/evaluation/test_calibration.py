@@ -9,17 +9,19 @@ from scipy import stats
 
 from training import standins
 from trol.depth import attach, attached, detach
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.errors import DataError, HostError, UsageError
-from trol.evaluation.calibration.evidence import (
-    at_least,
-    binomial_tail,
-    most_faults,
-    needed,
-    p_value,
+from trol.evaluation.evidence import at_least, binomial_tail, most_faults, needed, p_value
+from trol.evaluation.exit_calibration import (
+    THRESHOLDS,
+    Outcome,
+    calibrate,
+    counted,
+    flops_share,
+    recorded,
+    run,
+    with_threshold,
 )
-from trol.evaluation.calibration.exits import THRESHOLDS, calibrate, with_threshold
-from trol.evaluation.exit_record import Outcome, counted, flops_share, recorded, run
 from trol.evaluation.tasks import Item
 from trol.family.loading import load_model
 from trol.policies.exits import EarlyExit
@@ -196,14 +198,14 @@ def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None
         ran = run(*given)
         return ran if len(calls) > 2 else Outcome(torch.zeros_like(ran.qualities), ran.shares)
 
-    monkeypatch.setattr("trol.evaluation.calibration.exits.run", worse)
+    monkeypatch.setattr("trol.evaluation.exit_calibration.run", worse)
     found = calibrate(*llama, items, policy, quality=0.5, confidence=0.6)
     assert len(calls) == 3
     assert calls == sorted(set(calls))
     assert found.policy.thresholds[0] == calls[-1]
     calls.clear()
     monkeypatch.setattr(
-        "trol.evaluation.calibration.exits.run",
+        "trol.evaluation.exit_calibration.run",
         lambda *given: Outcome(torch.zeros(20, dtype=torch.double), run(*given).shares),
     )
     with pytest.raises(HostError, match="when tokens really leave"):

@@ -10,15 +10,13 @@ import torch
 
 from training import standins
 from trol.depth import attach, attached, depth, trace
-from trol.depth.host import cost_of, gates_of
+from trol.depth.attachment import cost_of, gates_of
 from trol.errors import DataError, HostError, UsageError
-from trol.evaluation.calibration import search as searching
-from trol.evaluation.calibration.evidence import most_faults
-from trol.evaluation.calibration.gate_record import at, gates_recorded
-from trol.evaluation.calibration.prefill import prefills
-from trol.evaluation.calibration.search import Trial, search
-from trol.evaluation.calibration.taus import calibrate_taus, questions_for
+from trol.evaluation import gate_record as searching
+from trol.evaluation.evidence import most_faults
+from trol.evaluation.gate_record import Trial, at, gates_recorded, prefills, search
 from trol.evaluation.tasks import Item, answers, prompts
+from trol.evaluation.thresholds import calibrate_taus, questions_for
 from trol.family.loading import load_model
 from trol.policies.mixer import TrolMixer
 
@@ -28,7 +26,7 @@ LAYERS, NEW = 4, 3
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read once in each way, since no time is looked at."""
-    monkeypatch.setattr("trol.evaluation.calibration.taus.prefills", partial(prefills, rounds=1))
+    monkeypatch.setattr("trol.evaluation.thresholds.prefills", partial(prefills, rounds=1))
 
 
 def items(count: int) -> list[Item]:

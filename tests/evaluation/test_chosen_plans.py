@@ -9,10 +9,10 @@ import torch
 from training import standins
 from trol.depth import is_attached
 from trol.errors import UsageError
-from trol.evaluation.chosen_plans import CHOSEN, chosen_plan, plan_loss
+from trol.evaluation.plan_search import CHOSEN, chosen_plan, plan_loss
 from trol.evaluation.tasks import Item
 from trol.family.loading import load_model
-from trol.policies.static_plans import plan_of
+from trol.policies.planned import plan_keeping
 
 ITEMS = [
     Item(None, question, answer, "words")
@@ -42,13 +42,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
 def test_influence_takes_the_idle_layers_first(model: tuple, scope: str) -> None:
     for keep, kept in ((0.8, (0, 1, 2, 4)), (0.6, (0, 2, 4)), (1.0, range(LAYERS))):
         made = chosen_plan("influence", *model, ITEMS, keep, scope=scope)
-        assert made == plan_of(kept, LAYERS)
+        assert made == plan_keeping(kept, LAYERS)
 
 
 @pytest.mark.parametrize("scope", ["answer", "all"])
 def test_greedy_takes_what_costs_least_at_each_step(model: tuple, scope: str) -> None:
     def loss(kept: tuple[int, ...]) -> float:
-        return plan_loss(*model, ITEMS, plan_of(kept, LAYERS), scope)
+        return plan_loss(*model, ITEMS, plan_keeping(kept, LAYERS), scope)
 
     stays = tuple(range(LAYERS))
     for keep in (0.8, 0.6, 0.4):
@@ -59,7 +59,7 @@ def test_greedy_takes_what_costs_least_at_each_step(model: tuple, scope: str) ->
 
 
 def test_scopes_are_measured_apart(model: tuple) -> None:
-    plan = plan_of((0, 4), LAYERS)
+    plan = plan_keeping((0, 4), LAYERS)
     assert plan_loss(*model, ITEMS, plan, "answer") != plan_loss(*model, ITEMS, plan, "all")
 
 
@@ -76,8 +76,8 @@ def test_a_choice_is_the_same_again_and_tells_how_far_it_is(model: tuple, method
 
 def test_no_number_is_no_choice(model: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan under which the model overflows is the worst, not the best."""
-    monkeypatch.setattr("trol.evaluation.chosen_plans.losses", lambda *_: [1.0, float("nan")])
-    assert plan_loss(*model, ITEMS, plan_of((0,), LAYERS), "all") == float("inf")
+    monkeypatch.setattr("trol.evaluation.plan_search.losses", lambda *_: [1.0, float("nan")])
+    assert plan_loss(*model, ITEMS, plan_keeping((0,), LAYERS), "all") == float("inf")
 
 
 @pytest.mark.parametrize("method", CHOSEN)

@@ -9,15 +9,16 @@ import torch
 from transformers import LlamaForCausalLM
 
 import trol
-from trol.data.boards import make_board
-from trol.data.questions import questions
+from trol.data.boards import make_board, questions
 from trol.depth import attached, depth, is_attached
 from trol.errors import DataError, UsageError
+from trol.evaluation import curve as points
+from trol.evaluation import curve_methods as methods
 from trol.evaluation import metrics, tasks, timing
-from trol.evaluation.curves import Request, check_methods, curve, methods, points, shares_of
-from trol.evaluation.curves.methods import with_adapter
+from trol.evaluation.curve import curve
+from trol.evaluation.curve_methods import Request, check_methods, shares_of, with_adapter
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
-from trol.family.text_decoder import byte_level_tokenizer, text_decoder
+from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
@@ -148,7 +149,7 @@ def test_random_has_a_plan_for_each_seed_and_equal_plans_are_measured_once(
         measured.append(repr(policy))
         return real(sample, model, policy)
 
-    monkeypatch.setattr("trol.evaluation.curves.tables.measure", counted)
+    monkeypatch.setattr("trol.evaluation.curve.measure", counted)
     found = drawn(decoder, "random", "exit", keeps=(0.74, 0.75), seeds=3)
     one, other, _ = points_of(found, "random")
     assert len(set(one["settings"]["plans"])) > 1
@@ -272,7 +273,7 @@ def test_an_oracle_is_read(decoder: tuple[Any, Any], tmp_path: Path) -> None:
 def test_another_oracle_is_refused(
     decoder: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("trol.evaluation.curves.tables.measure")  # refused before any of it
+    monkeypatch.delattr("trol.evaluation.curve.measure")  # refused before any of it
     with pytest.raises(UsageError, match="no finished oracle"):
         drawn(decoder, "oracle", oracle=tmp_path)
     with pytest.raises(UsageError, match="was asked boards"):

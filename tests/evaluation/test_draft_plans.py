@@ -8,14 +8,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trol.depth import Plan, attach, attached, depth, is_attached, trace
 from trol.errors import UsageError
-from trol.evaluation import draft_plans, followed
-from trol.evaluation.chosen_plans import chosen_plan
-from trol.evaluation.draft_plans import DraftChoice, draft_plan, measured_speed
-from trol.evaluation.followed import Costs, tokens_per_round
+from trol.evaluation import draft_agreement as followed
+from trol.evaluation import plan_search as draft_plans
+from trol.evaluation.draft_agreement import Costs, tokens_per_round
+from trol.evaluation.plan_search import DraftChoice, chosen_plan, draft_plan, measured_speed
 from trol.evaluation.tasks import Item
-from trol.family.word_level import word_tokenizer
+from trol.family.presets import word_tokenizer
 from trol.policies.planned import Planned
-from trol.policies.speculation import speculate
+from trol.speculation import speculate
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 ITEMS = [Item(None, f"{a} {b}", "ten", "count") for a, b in zip(WORDS, WORDS[3:], strict=False)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, milp
 
 from trol.errors import UsageError
-from trol.evaluation.oracle.knapsack import solve, undominated
+from trol.evaluation.knapsack import solve, undominated
 
 
 @st.composite

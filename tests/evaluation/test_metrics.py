@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM
 from trol.depth import attach, detach, trace
 from trol.errors import HostError, UsageError
 from trol.evaluation import evaluate
+from trol.evaluation.measuring import validate
 from trol.evaluation.metrics import METRICS, check_metric, losses, scores
 from trol.evaluation.tasks import TASKS, Item, answers, fitted, messages, prompts, task_of
-from trol.evaluation.validation import validate
-from trol.family.text_decoder import byte_level_tokenizer, text_decoder
+from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.planned import Planned
 
 

@@ -8,10 +8,9 @@ import torch
 
 import trol
 from evaluation.oracle_standins import decoder, items
-from trol.data.oracle_rows import read_rows, rows_of, unique
 from trol.errors import DataError, UsageError
-from trol.evaluation.oracle import Questions, Store, answer_all, check_shard, read_menu
-from trol.evaluation.oracle.levels import Batch, Noise
+from trol.evaluation.oracle import Batch, Noise, Questions, answer_all, check_shard
+from trol.evaluation.oracle_store import Store, read_menu, read_rows, rows_of, unique
 from trol.evaluation.tasks import prompts
 from trol.policies.planned import Planned
 

@@ -13,11 +13,13 @@ from transformers import LlamaForCausalLM
 from trol.depth import trace
 from trol.errors import DataError, UsageError
 from trol.evaluation import check_tasks, evaluate
-from trol.evaluation.calibration.exits import calibrate
-from trol.evaluation.chosen_plans import chosen_plan
-from trol.evaluation.curves import Request, curve, points
+from trol.evaluation import curve as points
+from trol.evaluation.curve import curve
+from trol.evaluation.curve_methods import Request
+from trol.evaluation.exit_calibration import calibrate
 from trol.evaluation.metrics import labelled
-from trol.evaluation.oracle.levels import Batch
+from trol.evaluation.oracle import Batch
+from trol.evaluation.plan_search import chosen_plan
 from trol.evaluation.tasks import (
     FORMS,
     answers,
@@ -28,7 +30,7 @@ from trol.evaluation.tasks import (
     questions_of,
 )
 from trol.family import tiny_processor
-from trol.family.text_decoder import byte_level_tokenizer, text_decoder
+from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.exits import EarlyExit
 
 POSITIONS = 160

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from trol.data.boards import make_board
-from trol.data.questions import ASKERS, questions
+from trol.data.boards import ASKERS, make_board, questions
 from trol.depth import attached, depth, trace
 from trol.errors import UsageError
 from trol.evaluation import check_tasks, evaluate, measuring, tasks
-from trol.evaluation.gates import Thinned, gate_spread, sparse_curve
+from trol.evaluation.measuring import Thinned, gate_spread, sparse_curve
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 
 

@@ -8,7 +8,7 @@ import trol
 from family.small import SWITCH, alone, batch, phi3
 from hosts.releases import SWITCHES_ROPE
 from trol.errors import DataError
-from trol.family.rope import RowRotaryEmbedding
+from trol.family.generation import RowRotaryEmbedding
 from trol.host.names import CACHE
 
 CLOSE = {"atol": 5e-5, "rtol": 0}

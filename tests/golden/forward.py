@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trol.depth.host import depth
+from trol.depth.attachment import depth
 from trol.host.names import CACHE
 
 from .record import Record, recording

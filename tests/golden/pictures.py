@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trol.family.image_processors import SquareImageProcessor, TiledImageProcessor
 from trol.family.published.layouts import resize_position_table
-from trol.family.square import SquareImageProcessor
-from trol.family.tiled import TiledImageProcessor
 
 from .report import Report
 from .sets import GoldenSet

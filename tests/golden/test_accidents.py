@@ -15,9 +15,9 @@ from family.samples import enlarged
 from family.small import SWITCH, alone, batch, internlm2, phi3
 from trol.depth.planes import drop_planes
 from trol.family import TrolForConditionalGeneration
+from trol.family.generation import RowRotaryEmbedding
 from trol.family.instructions import INSTRUCTIONS, user_message
 from trol.family.published.templates import MARKS, chat_template
-from trol.family.rope import RowRotaryEmbedding
 from trol.host.names import CACHE
 
 from .folder import publish

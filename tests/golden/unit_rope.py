@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from trol.family.published.ropes import internlm2_rope, phi3_rope
-from trol.family.published.stated import Stated
-from trol.family.rope import BY_LENGTH, RowRotaryEmbedding
+from trol.family.generation import BY_LENGTH, RowRotaryEmbedding
+from trol.family.published.config_reader import Stated
+from trol.family.published.configs import internlm2_rope, phi3_rope
 
 from .report import Report
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trol.depth import attach
 from trol.family import TrolConfig
 from trol.family.internlm2 import _IMAGE_TOKENS, PartialLora
-from trol.family.projector import pixel_shuffle
+from trol.family.modeling import pixel_shuffle
 from trol.family.published.layouts import resize_position_table, sources
 from trol.policies.mixer import TrolMixer
 

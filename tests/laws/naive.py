@@ -19,11 +19,11 @@ from hosts.host import Inputs
 from trol.depth import AbstractPolicy, Plan
 from trol.depth.readout import Readout
 from trol.host.names import CACHE
+from trol.policies.chance import RandomTokens
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
-from trol.policies.random_tokens import RandomTokens
 from trol.policies.router import Router
 
 KeysValues = tuple[Tensor, Tensor]

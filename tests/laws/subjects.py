@@ -11,14 +11,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from hosts import HOSTS, Host
 from hosts.host import Inputs
 from trol.depth import AbstractPolicy, attach, attached
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
+from trol.depth.policy import Plain
 from trol.host.layers import layer_list
+from trol.policies.chance import RandomTokens
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
-from trol.policies.plain import Plain
 from trol.policies.planned import Planned
-from trol.policies.random_tokens import RandomTokens
 from trol.policies.router import Router
 
 SURE = (0.3, 0.004, 0.1)

@@ -19,9 +19,9 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth
 from trol.depth import attach, attached, cost_of, detach, executor, is_attached, probe, trace
+from trol.depth.policy import Plain
 from trol.errors import UsageError
 from trol.policies.mixer import TrolMixer
-from trol.policies.plain import Plain
 
 from .subjects import (
     HOLED,

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from hosts import HOSTS
 from hosts.host import Inputs
 from hosts.releases import FP8
+from trol.depth.attachment import executor
 from trol.depth.call import Executor
-from trol.depth.host import executor
 from trol.depth.planes import PlanedCache
 from trol.host.names import CACHE
 

@@ -11,12 +11,12 @@ from hosts.host import Inputs
 from hosts.releases import GRAPHS
 from trol.depth import AbstractPolicy, planes, prepare_cache
 from trol.depth.planes import PlanedCache
+from trol.depth.policy import Plain
 from trol.errors import HostError, UsageError
 from trol.host.cache import is_static
 from trol.host.names import CACHE
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
-from trol.policies.plain import Plain
 from trol.policies.planned import Planned
 from trol.policies.router import Router
 

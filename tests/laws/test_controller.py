@@ -14,7 +14,7 @@ from hosts.checks import greedy
 from hosts.host import Inputs
 from trol import depth
 from trol.depth import AbstractPolicy, attached, detach, trace
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.errors import HostError
 from trol.host.names import CACHE
 from trol.host.trainer import checkpoint_activations

@@ -7,7 +7,7 @@ from hosts import CHECKS, HOSTS, Host
 from hosts.checks import greedy
 from trol import depth
 from trol.depth import AbstractPolicy, attach, attached, detach, trace
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.errors import HostError
 from trol.policies.exits import EarlyExit
 

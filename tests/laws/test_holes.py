@@ -11,8 +11,8 @@ from hosts import HOSTS
 from hosts.host import Inputs
 from trol.depth import attach, trace
 from trol.errors import HostError
-from trol.host.masks import hiding
-from trol.policies.random_tokens import RandomTokens
+from trol.host.layers import hiding
+from trol.policies.chance import RandomTokens
 
 from .subjects import gap, layers_of
 

@@ -9,10 +9,10 @@ from hosts import HOSTS, Host
 from hosts.releases import FP8
 from trol.depth import AbstractPolicy, trace
 from trol.depth.planes import cache_bytes
+from trol.depth.policy import Plain
 from trol.host.names import CACHE
 from trol.host.trainer import checkpoint_activations
 from trol.policies.mixer import TrolMixer
-from trol.policies.plain import Plain
 from trol.policies.planned import Planned
 
 from .subjects import attach_settled, some_hosts

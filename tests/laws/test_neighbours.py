@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from hosts import HOSTS
 from trol import depth, load, save, speculate
 from trol.depth import attach, attached
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.errors import UsageError
 from trol.family import saved_host
 from trol.policies.exits import EarlyExit

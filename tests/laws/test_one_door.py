@@ -29,7 +29,7 @@ from trol import load_model, save
 from trol.depth import attach, attached, detach, is_attached
 from trol.errors import HostError, UsageError
 from trol.family.loading import NOT_TAKEN, load_host
-from trol.host.quantised import is_quantised
+from trol.host.weights import is_quantised
 from trol.policies.mixer import TrolMixer
 
 from .test_generate import _tokenizer

@@ -11,8 +11,7 @@ from trol import depth
 from trol.depth import attach, trace
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import UsageError
-from trol.policies.planned import Planned
-from trol.policies.replay import Replay
+from trol.policies.planned import Planned, Replay
 
 from .subjects import (
     HOLED,

@@ -14,8 +14,8 @@ from trol import depth
 from trol.depth import attach, detach, executor
 from trol.depth.planes import cache_bytes
 from trol.errors import HostError, TrolError
+from trol.execution.rows import RowsKept
 from trol.host.names import CACHE
-from trol.host.rows_kept import RowsKept
 from trol.policies.planned import Planned
 
 from .subjects import assert_same, cuts, gap, recomputed, some_hosts, spoken

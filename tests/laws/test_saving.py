@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth, load_model
+from trol.checkpoints.adapter import CONFIG_NAME, WEIGHTS_NAME, load, save
 from trol.depth import attach, attached, detach, is_attached
 from trol.errors import AdapterError, TrolError, UsageError
 from trol.family.loading import load_host
-from trol.policies.adapter import CONFIG_NAME, WEIGHTS_NAME, load, save
 from trol.policies.mixer import TrolMixer
 
 from .subjects import assert_same, attach_settled, gap, made, policy_cases

@@ -18,12 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import Inputs
-from trol.depth import AbstractPolicy, attach, attached, detach, executor, executors, trace
+from trol.depth import AbstractPolicy, attach, attached, detach, executor, trace
+from trol.depth import visits as executors
 from trol.errors import UsageError
-from trol.host import attending as attending_
+from trol.execution import token_wise as attending_
 from trol.host.names import CACHE
+from trol.policies.chance import RandomTokens
 from trol.policies.planned import Planned
-from trol.policies.random_tokens import RandomTokens
 
 from .subjects import (
     HOLED,

@@ -11,13 +11,14 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.releases import ROWS_TOGETHER
 from hosts.text import GATED
-from trol.depth import Trace, attach, attached, depth, executor, executors, trace
+from trol.depth import Trace, attach, attached, depth, executor, trace
+from trol.depth import visits as executors
 from trol.errors import HostError, UsageError
-from trol.host import parts
-from trol.host.dispatch import Launches
+from trol.host import names as parts
 from trol.host.names import CACHE
+from trol.host.runtime import Launches
+from trol.policies.chance import RandomTokens
 from trol.policies.planned import Planned
-from trol.policies.random_tokens import RandomTokens
 
 from .subjects import POLICIES, attach_settled, entered, gap, layers_of, made, some_hosts
 

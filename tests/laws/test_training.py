@@ -12,10 +12,10 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from hosts.host import Inputs
 from trol import depth
+from trol.checkpoints.adapter import load, save
 from trol.depth import attach, attached, detach, trace
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.host.trainer import checkpoint_activations
-from trol.policies.adapter import load, save
 from trol.policies.mixer import TrolMixer
 
 from .subjects import POLICIES, attach_settled, gap, made, some_hosts

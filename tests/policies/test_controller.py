@@ -11,7 +11,7 @@ from torch import nn
 import trol
 from hosts import HOSTS
 from trol.depth import attach, attached, detach, trace
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.errors import AdapterError, UsageError
 from trol.family import TrolForConditionalGeneration, tiny
 from trol.policies.controller import Controller, Decider, sinusoids

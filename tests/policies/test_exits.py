@@ -11,9 +11,8 @@ from trol.depth import attach, trace
 from trol.depth.registry import from_settings, resolve, to_settings
 from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.policies.confidence import entropy, margin, patience, saturation
-from trol.policies.exits import EarlyExit
-from trol.policies.layer_dropout import LayerDropout
+from trol.policies.chance import LayerDropout
+from trol.policies.exits import EarlyExit, entropy, margin, patience, saturation
 
 
 def test_measures_by_hand() -> None:

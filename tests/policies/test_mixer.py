@@ -11,13 +11,13 @@ import torch
 from hosts import HOSTS
 from laws.naive import naive_logits
 from laws.subjects import attach_settled, gap, gates_as_tensors
+from trol.checkpoints.adapter import load, save
 from trol.depth import attach, attached, depth, detach, trace
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import UsageError
 from trol.family import TrolForConditionalGeneration, tiny
 from trol.host.layers import find_decoder, layer_list
-from trol.policies.adapter import load, save
 from trol.policies.mixer import TrolMixer
 
 MIXED = (0.4, None, 0.0, 0.6)

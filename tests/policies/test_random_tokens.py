@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trol.depth import AbstractPolicy, Bounds, Visit
-from trol.depth.context import Context
 from trol.depth.registry import from_settings, to_settings
+from trol.depth.roles import Context
 from trol.errors import UsageError
-from trol.policies.random_tokens import RandomTokens
+from trol.policies.chance import RandomTokens
 
 
 def goes(

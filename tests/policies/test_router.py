@@ -10,7 +10,7 @@ import torch
 import trol
 from hosts import HOSTS
 from trol.depth import Plan, attach, attached
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.depth.registry import from_settings, to_settings
 from trol.errors import AdapterError, UsageError
 from trol.policies.router import Ballot, Router, first_sure

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trol.depth import Plan
 from trol.errors import UsageError
-from trol.policies.static_plans import STATIC, kept_count, static_plan
+from trol.policies.planned import STATIC, kept_count, static_plan
 
 METHODS = st.sampled_from(sorted(STATIC))
 LAYERS = st.integers(1, 48)

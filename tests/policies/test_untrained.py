@@ -15,14 +15,14 @@ from torch import nn
 import trol
 from hosts import HOSTS
 from trol.depth import attach, attached, depth, detach
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.depth.policy import AbstractPolicy
 from trol.family.loading import load_model
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.router import Router
-from trol.training import adapters
+from trol.training import trainable as adapters
 
 LEARNT: dict[str, Callable[[], AbstractPolicy]] = {
     "mixer": lambda: TrolMixer(scope="all"),

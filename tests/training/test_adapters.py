@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 import trol
 from training import standins
 from training.test_quantised import batch_of, recipe
+from trol.checkpoints.adapter import PARTS_NAME
 from trol.cli import main
 from trol.errors import AdapterError, UsageError
-from trol.policies.adapter import PARTS_NAME
-from trol.training.adapters import merge_adapters, open_adapters, save_adapters, save_trained
-from trol.training.learning import finished, learner_of, material
 from trol.training.opening import opened
+from trol.training.stage_data import finished, learner_of, material
+from trol.training.trainable import merge_adapters, open_adapters, save_adapters, save_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
 

@@ -10,7 +10,7 @@ import yaml
 
 from training import standins
 from trol.depth import attached, trace
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.errors import UsageError
 from trol.training import resolve, run
 from trol.training.opening import reopened

@@ -13,14 +13,14 @@ from hosts.host import Inputs
 from training.standins import chats, llm
 from trol import load_model
 from trol.depth import attach, attached, depth
-from trol.depth.host import gates_of
+from trol.depth.attachment import gates_of
 from trol.depth.readout import Readout
 from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
+from trol.policies.chance import LayerDropout
 from trol.policies.exits import EarlyExit
-from trol.policies.layer_dropout import LayerDropout
 from trol.training import resolve, run
-from trol.training.exit_loss import CURRICULA, ExitLoss, exits_of, final_loss, weights
+from trol.training.losses import CURRICULA, ExitLoss, exits_of, final_loss, weights
 
 HOST = HOSTS["llama"]
 SOME = [pytest.param(HOSTS[name], id=name) for name in ("llama", "gpt2", "gemma2", "llava", "opt")]

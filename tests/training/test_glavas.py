@@ -14,11 +14,11 @@ from trol.errors import HostError, UsageError
 from trol.evaluation.metrics import losses
 from trol.evaluation.tasks import Item
 from trol.family import word_tokenizer
-from trol.family.text_decoder import byte_level_tokenizer, separate, text_decoder
+from trol.family.presets import byte_level_tokenizer, separate, text_decoder
 from trol.training import names, resolve, run
-from trol.training.learning import learner_of, material, sized
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
+from trol.training.stage_data import learner_of, material, sized
 
 TINY = [name for name in names() if name.startswith("glavas-tiny-")]
 PAPERS = [name for name in names() if name.startswith("glavas-") and name not in TINY]

@@ -8,10 +8,10 @@ import trol
 from hosts import HOSTS
 from trol.errors import HostError, UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.training.learning import finished, learner_of
 from trol.training.low_rank import low_rank, merged
-from trol.training.parts import part_of
 from trol.training.recipe import Stage
+from trol.training.stage_data import finished, learner_of
+from trol.training.trainable import part_of
 
 FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "opt", "mixtral", "llava", "smolvlm", "internvl")
 VISUAL = ("qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3_vl")

@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from trol.training.muon import BatchedMuon
-from trol.training.optimiser import Together, optimiser, schedule
+from trol.training.optimiser import BatchedMuon, Together, optimiser, schedule
 from trol.training.recipe import Stage
 
 

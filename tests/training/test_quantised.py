@@ -9,14 +9,13 @@ from torch import nn
 
 from training import standins
 from trol.errors import HostError, UsageError
-from trol.host.quantised import is_quantised
+from trol.host.weights import is_quantised
 from trol.training import resolve
-from trol.training.learning import finished, learner_of, material
 from trol.training.low_rank import merged
 from trol.training.opening import opened
-from trol.training.parts import part_of
-from trol.training.quantised import check_quantised, let_gradients_through
 from trol.training.recipe import Recipe
+from trol.training.stage_data import finished, learner_of, material
+from trol.training.trainable import check_quantised, let_gradients_through, part_of
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -10,14 +10,14 @@ from transformers import AutoTokenizer
 
 from data.samples import lines, said
 from training import standins
-from trol.data import quarantine
+from trol.data import mixture_file as quarantine
 from trol.data.check import check
 from trol.data.mixture import open_mixture
 from trol.data.mixture_file import read_mixture
 from trol.errors import DataError, TrolError, UsageError
 from trol.training import resolve, run
-from trol.training.learning import WARMUP, sized
 from trol.training.recipe import Recipe, Stage
+from trol.training.stage_data import WARMUP, sized
 
 
 @pytest.fixture(scope="module")

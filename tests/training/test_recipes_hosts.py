@@ -13,9 +13,9 @@ from trol.depth import attached
 from trol.errors import DataError, HostError, UsageError
 from trol.family import TrolForConditionalGeneration, TrolProcessor
 from trol.training import resolve, run
-from trol.training.learning import learner_of, material, sized, trainer_settings
 from trol.training.opening import opened, reopened
 from trol.training.recipe import Recipe, Stage
+from trol.training.stage_data import learner_of, material, sized, trainer_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*"),
@@ -139,7 +139,7 @@ def test_published_settings_are_those_of_the_paper() -> None:
 
 def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     from family.small import internlm2
-    from trol.training import composing
+    from trol.family import composing
 
     small = internlm2().config
     small.text_config.vocab_size = 512

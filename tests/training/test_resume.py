@@ -21,10 +21,10 @@ from torch import nn
 
 from trol.cli import main
 from trol.errors import TrainingError, UsageError
-from trol.training import processes, resolve, run, stage, trainer, whole
-from trol.training.stages import BoardReader
-from trol.training.whole import whole_folder
-from trol.training.working import newest_checkpoint
+from trol.training import processes, resolve, run, stage, trainer
+from trol.training import run_folder as whole
+from trol.training.losses import BoardReader
+from trol.training.run_folder import newest_checkpoint, whole_folder
 
 from .short import SHORT, weights
 

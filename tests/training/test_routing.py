@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trol
 from training import standins
-from trol.data.oracle_rows import OracleRow
 from trol.depth import attached, is_attached, trace
 from trol.errors import DataError, UsageError
+from trol.evaluation.oracle_store import OracleRow
 from trol.policies.router import Router
 from trol.training.routing import (
     Lessons,

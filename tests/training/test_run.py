@@ -12,7 +12,7 @@ from trol.depth import attached
 from trol.errors import UsageError
 from trol.family.loading import load_model
 from trol.training import resolve, run
-from trol.training.parts import part_of
+from trol.training.trainable import part_of
 
 SHORT = [
     "preset.hidden_size=32",

@@ -11,14 +11,15 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 import trol
-from trol.analysis import card, training_page
 from trol.cli import main
 from trol.cli.terminal import progress as progress_of
 from trol.errors import DataError, UsageError
-from trol.training import progress, resolve, run, watching
+from trol.reports import training_page
+from trol.reports import training_page as card
+from trol.training import progress, resolve, run
+from trol.training import progress as watching
 from trol.training import run as training
-from trol.training.progress import Progress
-from trol.training.watching import GateMeans, Speed
+from trol.training.progress import GateMeans, Progress, Speed
 
 from .ranks import attached_model
 from .short import SHORT
@@ -140,7 +141,7 @@ def test_page_and_card_need_a_finished_run(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"seed": 0}', encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match="lacks losses"):
-        card.write(tmp_path)
+        card.write_card(tmp_path)
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trol.cli import terminal
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.errors import TrolError, UsageError
 
 if TYPE_CHECKING:
-    from trol.evaluation.bench.setting import Setting
+    from trol.bench.setting import Setting
 
 EXAMPLES = (
     "trol bench traverse --size tiny",
@@ -55,9 +55,9 @@ def bench(
     as_json: terminal.AsJson = False,
 ) -> None:
     """Measure what SUITE promises, beside the bound it must keep."""
-    from trol.evaluation.bench import Setting
-    from trol.evaluation.bench.setting import size_of
-    from trol.policies.adapter import check_writable
+    from trol.bench import Setting
+    from trol.bench.setting import size_of
+    from trol.checkpoints.adapter import check_writable
 
     setting = Setting(size_of(size), dtype, device, threads, rounds)
     if profile:
@@ -77,7 +77,7 @@ def bench(
 
 def _profile(suite: str, setting: Setting, *, as_json: bool) -> None:
     """The operators that take the most time in one pass, beside those of the bare host."""
-    from trol.evaluation.bench.profile import profiled
+    from trol.bench.compare import profiled
 
     with terminal.noise_to_stderr():
         made = profiled(suite, setting)
@@ -93,8 +93,8 @@ def _profile(suite: str, setting: Setting, *, as_json: bool) -> None:
 
 def _chosen(suite: str, setting: Setting) -> list[str]:
     """The suite of this name; of `all` those that can be measured at this setting."""
-    from trol.evaluation.bench import SUITES as KNOWN
-    from trol.evaluation.bench import check_suites
+    from trol.bench import SUITES as KNOWN
+    from trol.bench import check_suites
 
     if suite != "all":
         check_suites([suite])
@@ -112,7 +112,7 @@ def _measured(
     names: list[str], setting: Setting, out: Path | None, *, quiet: bool
 ) -> dict[str, Any]:
     """Runs suite after suite; each is written, and shown unless `quiet`, when it is done."""
-    from trol.evaluation.bench import run
+    from trol.bench import run
 
     load, found = _load_average(), {}
     for name in names:
@@ -136,7 +136,7 @@ def file_name(suite: str, setting: Setting) -> str:
 
 def _stored(against: Path, names: list[str], setting: Setting) -> dict[str, Any]:
     """The stored results of these suites, as far as there are any."""
-    from trol.evaluation.bench.compare import read_stored
+    from trol.bench.compare import read_stored
 
     if not against.exists():
         raise UsageError(f"there is no {against}; give a result of --out, or the folder of them.")
@@ -152,7 +152,7 @@ def _stored(against: Path, names: list[str], setting: Setting) -> dict[str, Any]
 
 def _check(found: dict[str, Any], stored: dict[str, Any], against: Path) -> None:
     """Fails, naming the rows, where a suite is slower than it was."""
-    from trol.evaluation.bench.compare import compare
+    from trol.bench.compare import compare
 
     slower: list[str] = []
     for name, made in found.items():
@@ -173,7 +173,7 @@ def _check(found: dict[str, Any], stored: dict[str, Any], against: Path) -> None
 
 def _load_average() -> float | None:
     """The machine's load average of the last minute; said where the cores have work already."""
-    from trol.evaluation.bench.setting import cores
+    from trol.bench.setting import cores
 
     if not hasattr(os, "getloadavg"):
         return None
@@ -196,7 +196,7 @@ def _tell_noise(found: dict[str, Any]) -> None:
 
 
 def _write(result: dict[str, Any], out: Path, setting: Setting) -> None:
-    from trol.analysis.files import folder, write_json
+    from trol.files import folder, write_json
 
     write_json(folder(out) / f"{file_name(result['suite'], setting)}.json", result)
 

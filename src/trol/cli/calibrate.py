@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from trol.cli import terminal
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.errors import UsageError
 
 EXAMPLES = (
@@ -86,13 +86,13 @@ def calibrate(
     as_json: terminal.AsJson = False,
 ) -> None:
     """Find which second visits MODEL can spare, or early exits."""
+    from trol.checkpoints.adapter import check_adapter_folder
     from trol.cli import calibrated_exits, calibrated_taus
     from trol.cli.models import open_model
-    from trol.data.templates import read_template
+    from trol.data.conversations import read_template
     from trol.depth import is_attached
-    from trol.evaluation.calibration.evidence import check_wish
+    from trol.evaluation.evidence import check_wish
     from trol.evaluation.tasks import default_task, task_of
-    from trol.policies.adapter import check_adapter_folder
 
     wanted = {"quality": quality, "cost": cost, "confidence": confidence, "questions": questions}
     wanted |= {"measure": measure, "first": first, "every": every, "seed": seed}
@@ -143,7 +143,7 @@ def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     """
     from trol.cli.calibrated_taus import check
     from trol.depth import attached, is_attached
-    from trol.evaluation.calibration.taus import mixer_of
+    from trol.evaluation.thresholds import mixer_of
     from trol.policies.exits import EarlyExit
 
     if wanted["measure"] is not None:
@@ -158,8 +158,8 @@ def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
 
 def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
     import trol
-    from trol.analysis.files import write_json
     from trol.depth import attached, is_attached
+    from trol.files import write_json
     from trol.policies.mixer import TrolMixer
 
     if isinstance(policy, TrolMixer) or policy.heads:

@@ -8,8 +8,8 @@ from trol.cli import terminal
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.calibration.evidence import Progress
-    from trol.evaluation.calibration.exits import Calibration
+    from trol.evaluation.evidence import Progress
+    from trol.evaluation.exit_calibration import Calibration
     from trol.policies.exits import EarlyExit
 
 QUALITY, QUESTIONS = 0.95, 300
@@ -18,8 +18,8 @@ QUALITY, QUESTIONS = 0.95, 300
 
 def check(measure: str, wanted: dict[str, Any]) -> None:
     """Raises `UsageError` for what is wrong whatever the model is."""
-    from trol.evaluation.calibration.exits import check_wishes
-    from trol.policies.confidence import MEASURES
+    from trol.evaluation.exit_calibration import check_wishes
+    from trol.policies.exits import MEASURES
 
     if measure not in MEASURES:
         raise unknown("exit", measure, MEASURES)
@@ -37,7 +37,7 @@ def calibrated(
     model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
 ) -> tuple[Calibration, dict[str, Any], str]:
     """The calibrated exits, what was asked for, and what people are told."""
-    from trol.evaluation.calibration.exits import calibrate
+    from trol.evaluation.exit_calibration import calibrate
     from trol.evaluation.tasks import questions_of
 
     wishes = _wishes(wanted)
@@ -55,7 +55,7 @@ def _exits(model: Any, measure: str, first: int | None, every: int | None) -> Ea
         UsageError: they do not fit the model, or its trained heads.
     """
     from trol.depth import attached, is_attached
-    from trol.depth.host import check
+    from trol.depth.attachment import check
     from trol.host.layers import find_decoder
     from trol.policies.exits import EarlyExit
 

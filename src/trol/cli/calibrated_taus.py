@@ -8,8 +8,8 @@ from trol.cli import terminal
 from trol.errors import UsageError
 
 if TYPE_CHECKING:
-    from trol.evaluation.calibration.evidence import Progress
-    from trol.evaluation.calibration.taus import SparseCalibration
+    from trol.evaluation.evidence import Progress
+    from trol.evaluation.thresholds import SparseCalibration
 
 QUALITY = 0.99
 """What is wanted where nobody says."""
@@ -17,7 +17,7 @@ QUALITY = 0.99
 
 def check(wanted: dict[str, Any]) -> None:
     """Raises `UsageError` for what is wrong whatever the gates are."""
-    from trol.evaluation.calibration.taus import check_wishes
+    from trol.evaluation.thresholds import check_wishes
 
     given = [name for name in ("cost", "first", "every") if wanted[name] is not None]
     if given:
@@ -36,8 +36,8 @@ def calibrated(
     model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
 ) -> tuple[SparseCalibration, dict[str, Any], str]:
     """The calibrated thresholds, what was asked for, and what people are told."""
-    from trol.evaluation.calibration.taus import calibrate_taus, questions_for
     from trol.evaluation.tasks import questions_of, task_of
+    from trol.evaluation.thresholds import calibrate_taus, questions_for
 
     wishes = _wishes(wanted)
     count = wanted["questions"] or questions_for(**wishes)

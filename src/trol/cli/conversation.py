@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trol.cli.plans import plan_text
+from trol.cli.models import plan_text
 from trol.errors import DataError, TrolError, UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Conversation:
     @contextlib.contextmanager
     def depth(self) -> Generator[None]:
         """The chosen plan while open, if one was chosen."""
-        from trol.depth.host import depth
+        from trol.depth.attachment import depth
 
         if self.plan is None:
             yield
@@ -179,7 +179,7 @@ def start(
     """
     from trol.cli.models import open_model
     from trol.cli.terminal import no_library_bars, noise_to_stderr
-    from trol.data.templates import read_template
+    from trol.data.conversations import read_template
 
     if plan is not None:
         if not plan.strip():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from trol.cli import terminal
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -74,13 +74,17 @@ def curve(
     as_json: terminal.AsJson = False,
 ) -> None:
     """Draw MODEL's quality against layer visits, FLOPs and time."""
+    from trol.checkpoints.adapter import check_writable
     from trol.cli.models import open_model
-    from trol.evaluation.curves import Request, check_methods, shares_of
-    from trol.evaluation.curves import curve as measured
-    from trol.evaluation.curves.methods import check_adapters
-    from trol.evaluation.curves.oracle import read_oracle
+    from trol.evaluation.curve import curve as measured
+    from trol.evaluation.curve_methods import (
+        Request,
+        check_adapters,
+        check_methods,
+        read_oracle,
+        shares_of,
+    )
     from trol.evaluation.tasks import check_tasks, default_task
-    from trol.policies.adapter import check_writable
 
     names = None if tasks is None else _listed(tasks)
     wanted, folders = _listed(methods), _listed(adapters)
@@ -128,10 +132,10 @@ def _listed(text: str) -> list[str]:
 
 def _opened(model: Any, folders: Sequence[str]) -> dict[str, Any]:
     """Each folder's policy on its host: `model` itself, or one that learnt along with it."""
+    from trol.checkpoints.adapter import CONFIG_NAME, is_trained
     from trol.cli.models import open_model
     from trol.depth import is_attached
-    from trol.evaluation.curves.methods import with_adapter
-    from trol.policies.adapter import CONFIG_NAME, is_trained
+    from trol.evaluation.curve_methods import with_adapter
 
     found: dict[str, Any] = {}
     for folder in folders:
@@ -149,14 +153,14 @@ def _opened(model: Any, folders: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], out: Path) -> Path:
-    from trol.analysis import curve_page
+    from trol.reports import curve_page
 
     return curve_page.write(result, out)
 
 
 def _told(result: dict[str, Any], page: Path) -> str:
     """Cost and the judging metric of every point, then what the page says in words."""
-    from trol.analysis.curve_words import cell, label, sentences, settings_told
+    from trol.reports.curve_words import cell, label, sentences, settings_told
 
     parts: list[str] = []
     for name, task in result["tasks"].items():

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trol.cli import FAILED, terminal
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.errors import unknown
 
 if TYPE_CHECKING:
     from trol.data.check import Report
     from trol.data.mixture import Mixture
-    from trol.data.mixture_file import MixtureFile
-    from trol.data.quarantine import Damaged
+    from trol.data.mixture_file import Damaged, MixtureFile
 
 EXAMPLES = (
     "trol data check examples/mixture/mixture.yaml",
@@ -69,8 +68,7 @@ def data(
     """
     if action not in ACTIONS:
         raise unknown("action", action, ACTIONS)
-    from trol.data.mixture_file import read_mixture
-    from trol.data.quarantine import quarantine_path
+    from trol.data.mixture_file import quarantine_path, read_mixture
 
     described = read_mixture(mixture, root=root)
     listed = quarantine or quarantine_path(described)
@@ -94,7 +92,7 @@ def _checked(
 ) -> tuple[Report, list[Damaged]]:
     """The report, and the damage in it that the list, which is rewritten, did not hold."""
     from trol.data.mixture import open_mixture
-    from trol.data.quarantine import read_quarantine, write_quarantine
+    from trol.data.mixture_file import read_quarantine, write_quarantine
 
     mixture = open_mixture(
         described, quarantine=listed, told=lambda name: terminal.note(f"opening {name} ...")
@@ -144,7 +142,7 @@ def _row(one: Any, *, encoded: bool) -> dict[str, Any]:
 
 
 def _text(result: dict[str, Any], told: list[Damaged]) -> str:
-    from trol.data.damage import KINDS
+    from trol.data.formats import KINDS
 
     sources = result["sources"]
     kinds = [kind for kind in KINDS if any(kind in row["damaged"] for row in sources)]

@@ -8,7 +8,7 @@ import typer
 
 from trol.cli import terminal
 from trol.cli.conversation import start
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 
 EXAMPLES = (
     "trol eval --tasks boards",

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trol.cli import terminal
-from trol.cli.plans import read_plan, scope_of
-from trol.cli.provenance import run_record
+from trol.cli.models import read_plan, scope_of
+from trol.cli.terminal import run_record
 
 if TYPE_CHECKING:
+    from trol.checkpoints.export import Exported
     from trol.depth import Plan
-    from trol.policies.export import Exported
 
 EXAMPLES = (
     'trol export HuggingFaceTB/SmolLM2-135M-Instruct models/short --plan "0-19 28-29"',
@@ -48,9 +48,9 @@ def export(
     the same is refused, and nothing is written.
     """
     wanted, scope = read_plan(plan), scope_of(plan)
+    from trol.checkpoints import export as baking
     from trol.cli.models import open_model
     from trol.evaluation.tasks import task_of
-    from trol.policies import export as baking
 
     baking.check_destination(destination)
     if task is not None:
@@ -85,7 +85,7 @@ def _host(model: Any) -> Any:
     """The plain model that is baked, low-rank updates merged into its weights."""
     from peft import PeftModel
 
-    from trol.policies.export import check_policy, plain_host
+    from trol.checkpoints.export import check_policy, plain_host
     from trol.training.low_rank import merged
 
     if isinstance(model, PeftModel):
@@ -106,7 +106,7 @@ def _losses(
 ) -> dict[str, Any]:
     """Loss of references, of the test split: under all layers, and under the plan by scope."""
     from trol.depth import Plan
-    from trol.evaluation.chosen_plans import plan_loss
+    from trol.evaluation.plan_search import plan_loss
     from trol.evaluation.tasks import check_reads, task_of
 
     items = task_of(task).items(questions, seed, "test")

@@ -9,11 +9,11 @@ import typer
 
 from trol.cli import terminal
 from trol.cli.conversation import start
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 
 if TYPE_CHECKING:
-    from trol.analysis.maps import DepthMap
     from trol.cli.conversation import Conversation
+    from trol.reports.maps import DepthMap
 
 EXAMPLES = (
     'trol map --image docs/board.png --question "what is right of the yellow 5?"',
@@ -33,10 +33,10 @@ def map_question(
     as_json: terminal.AsJson = False,
 ) -> None:
     """Draw which tokens went twice through which layers of MODEL."""
-    from trol.analysis.files import folder, write_json, write_whole
-    from trol.analysis.maps import draw
-    from trol.analysis.pages import beside
     from trol.data.images import open_image
+    from trol.files import folder, write_json, write_whole
+    from trol.reports.maps import draw
+    from trol.reports.pages import beside
 
     open_image(image)
     conversation = start(model, max_new_tokens=max_new_tokens, plan=depth)
@@ -54,7 +54,7 @@ def map_question(
 def trace_question(conversation: Conversation, question: str) -> tuple[DepthMap, dict[str, Any]]:
     """Ask `question` about the one picture shown; its map, and the same as plain values."""
     import trol
-    from trol.analysis.prompts import as_values, map_of
+    from trol.reports.maps import as_values, map_of
 
     picture = conversation.pictures[-1]
     with trol.trace(conversation.model) as trace:

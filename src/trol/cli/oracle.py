@@ -1,4 +1,7 @@
-"""`trol oracle`: how few layers would do, were each sequence's level chosen by its reference."""
+"""`trol oracle`: how few layers would do, were each sequence's level chosen by its reference.
+
+`trol oracle --router`: a router trained on what the oracle saw, saved as an adapter.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trol.cli import routing, terminal
-from trol.cli.plans import read_plan
-from trol.cli.provenance import run_record
+from trol.cli import terminal
+from trol.cli.models import read_plan
+from trol.cli.terminal import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.oracle import Menu, Questions, Store
+    from trol.evaluation.oracle import Questions
+    from trol.evaluation.oracle_store import Menu, Store
+
 
 EXAMPLES = (
     "trol oracle runs/decoder --menu uniform:8 --questions 500 --out runs/oracle",
@@ -83,11 +88,12 @@ def oracle(
 
     Whatever is finished in DIR is not done again, and may be interrupted at any time.
     """
+    from trol.checkpoints.adapter import check_writable
     from trol.cli.models import open_model
-    from trol.data.templates import read_template
-    from trol.evaluation.oracle import Store, check_shard, layers_of, parsed, read_menu
+    from trol.data.conversations import read_template
+    from trol.evaluation.oracle import check_shard, layers_of
+    from trol.evaluation.oracle_store import Store, parsed, read_menu
     from trol.evaluation.tasks import default_task
-    from trol.policies.adapter import check_writable
 
     part = check_shard(shard)
     parsed(menu, read_plan)
@@ -95,7 +101,7 @@ def oracle(
     _check(task, metric, questions, split, scope)
     template = None if chat_template is None else read_template(chat_template)
     if router is not None:
-        routing.check(router, scope, out)
+        check(router, scope, out)
     terminal.no_library_bars()
     with terminal.noise_to_stderr():
         opened, processor = open_model(model, chat_template=template)
@@ -103,7 +109,7 @@ def oracle(
         metric = _metric(task, metric)
         levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
         if router is not None:
-            routing.check_menu(levels, after)
+            check_menu(levels, after)
         asked = _questions(opened, processor, task, questions, split=split, scope=scope, seed=seed)
         asked = asked.drawing(len(levels.levels) - 1 if samples is None else samples)
         header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)
@@ -121,7 +127,7 @@ def oracle(
             result["run"] = run_record(seed)
             _write(out, result)
             if router is not None:
-                result["router"] = routing.train(
+                result["router"] = train(
                     opened, processor, out, router, metric=metric, after=after, seed=seed
                 )
     terminal.report(result, as_json=as_json, text=lambda: _told(result))
@@ -195,8 +201,8 @@ def _solved(
     asked: Questions, levels: Menu, store: Store, metric: str, part: tuple[int, int]
 ) -> dict[str, Any]:
     """The report where all shards are finished, else which are missing."""
-    from trol.data.oracle_rows import unique
-    from trol.evaluation.oracle import report
+    from trol.evaluation.oracle_report import report
+    from trol.evaluation.oracle_store import unique
 
     store.look_again()
     missing = asked.missing(levels, store, part[1])
@@ -207,7 +213,7 @@ def _solved(
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    from trol.analysis import oracle_page
+    from trol.reports import oracle_page
 
     oracle_page.write(result, out)
 
@@ -223,5 +229,85 @@ def _told(result: dict[str, Any]) -> str:
     ]
     lines = [terminal.table(rows), "", *result["verdict"], "", f"{result['out']}/oracle.html"]
     if "router" in result:
-        lines += ["", routing.told(result["router"], result["metric"])]
+        lines += ["", told(result["router"], result["metric"])]
     return "\n".join(lines)
+
+
+REPORT = "router.json"
+
+FEW = 30
+"""Held-out questions below which a router's figures say little."""
+
+
+def check(folder: Path, scope: str, rows: Path) -> None:
+    """Raises `UsageError` where no router can be trained on `rows`, or saved."""
+    from trol.checkpoints.adapter import check_adapter_folder
+
+    if scope != "answer":
+        raise UsageError(
+            f"--scope is {scope}, but a router chooses the layers of answers; leave --scope out."
+        )
+    if folder.resolve() == rows.resolve():
+        raise UsageError(f"--router and --out are both {folder}; give the router its own folder.")
+    check_adapter_folder(folder, beside=(REPORT,))
+
+
+def check_menu(menu: Menu, after: int) -> None:
+    """Raises `UsageError` where a router that chooses after `after` layers has no such menu."""
+    from trol.policies.router import Router
+
+    Router([level.plan for level in menu.levels], after=after).check(menu.layers)
+
+
+def train(
+    model: Any, processor: Any, rows: Path, folder: Path, *, metric: str, after: int, seed: int
+) -> dict[str, Any]:
+    """Trains a router on the rows of a finished oracle, and saves it with its report.
+
+    Returns:
+        `{"folder", "metric", "task", "split", ...}` and what `trol.training.routing.report`
+        says of the questions that were held out.
+    """
+    import trol
+    from trol.checkpoints.export import plain_host
+    from trol.evaluation.oracle_store import read_header, read_rows
+    from trol.evaluation.tasks import Item, fitted, prompts
+    from trol.files import write_json
+    from trol.training.routing import Lessons, train_router
+
+    def inputs(some: Any) -> Any:
+        items = [Item(None, row.question, row.reference, row.type) for row in some]
+        return prompts(processor, [fitted(model, processor, item, 1) for item in items])
+
+    trained = train_router(
+        plain_host(model),
+        processor,
+        read_rows(rows),
+        metric=metric,
+        after=after,
+        lessons=Lessons(seed=seed),
+        prompts=inputs,
+    )
+    trol.save(model, folder)
+    about = {name: read_header(rows)[name] for name in ("task", "split")}
+    found = {"folder": str(folder), "metric": metric, **about, **trained.report}
+    write_json(folder / REPORT, found)
+    return found
+
+
+def told(found: dict[str, Any], metric: str) -> str:
+    """What the router does on questions that it did not learn from."""
+    rows = [["dial", "layers", f"mean {metric}", "at random"]]
+    for at in found["dials"]:
+        scores = at["score"], at["random"]["score"]
+        rows.append([f"{at['dial']:.1f}", f"{at['cost']:.2f}", *(f"{one:.4f}" for one in scores)])
+    few = f"Fewer than {FEW} questions: these figures say little; ask more with --questions."
+    return "\n".join(
+        [
+            f"The router, on {found['questions']} questions that it did not learn from:",
+            terminal.table(rows),
+            *([few] if found["questions"] < FEW else []),
+            f"Learnt from the {found['split']} split of {found['task']}: measure it on another.",
+            f"{found['folder']}: trol.load(model, {found['folder']!r})",
+        ]
+    )

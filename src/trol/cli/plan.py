@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from trol.cli import terminal
-from trol.cli.plans import check_file, write_plan
-from trol.cli.provenance import run_record
+from trol.cli.models import check_file, write_plan
+from trol.cli.terminal import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -113,11 +113,10 @@ def _made(
     Leaves in `measured_on` what was used of it.
     """
     from trol.cli.models import open_model
-    from trol.evaluation.chosen_plans import chosen_plan
-    from trol.evaluation.draft_plans import draft_plan, measured_speed
+    from trol.evaluation.plan_search import chosen_plan, draft_plan, measured_speed
     from trol.evaluation.tasks import default_task, questions_of
     from trol.host.layers import find_decoder, layer_list
-    from trol.policies.static_plans import STATIC, static_plan
+    from trol.policies.planned import STATIC, static_plan
 
     opened, processor = open_model(model)
     layers = len(layer_list(find_decoder(opened)) or ())
@@ -160,11 +159,11 @@ def _made(
 
 def _kept(model: Any, items: Sequence[Item], out: Path, asked: dict[str, Any]) -> Measurements:
     """What was measured before for this plan file, and where more of it goes."""
-    from trol.analysis.files import folder
+    from trol.checkpoints.adapter import weights_digest
     from trol.depth import attached, is_attached
     from trol.depth.registry import to_settings
     from trol.evaluation.kept import Measurements, items_digest
-    from trol.policies.digests import weights_digest
+    from trol.files import folder
 
     policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
     header = {**asked, "set": items_digest(items), "policy": policy}
@@ -227,9 +226,9 @@ def _told(found: dict[str, Any], layers: int, out: Path) -> str:
 def _check(method: str, keep: float | None, scope: str, task: str | None) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
     from trol.depth.roles import check_scope
-    from trol.evaluation.chosen_plans import CHOSEN
+    from trol.evaluation.plan_search import CHOSEN
     from trol.evaluation.tasks import task_of
-    from trol.policies.static_plans import STATIC, kept_count
+    from trol.policies.planned import STATIC, kept_count
 
     if method not in STATIC and method not in CHOSEN:
         raise unknown("method", method, [*STATIC, *CHOSEN])

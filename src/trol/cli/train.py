@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from trol.cli import terminal
-from trol.cli.provenance import run_record
+from trol.cli.terminal import run_record
 from trol.errors import UsageError
 
 EXAMPLES = (
@@ -100,14 +100,15 @@ def _interrupted(place: Path) -> Generator[None]:
 
 def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:
     """The page of the run and the model card, beside the model."""
-    from trol.analysis import card, training_page
-    from trol.analysis.files import write_json
+    from trol.files import write_json
+    from trol.reports import training_page
+    from trol.reports import training_page as card
 
     result["validation"] = _validation(folder, questions)
     told = {key: value for key, value in result.items() if key != "model"}  # folders move
     write_json(folder / "training.json", told)
     training_page.write(folder)
-    card.write(folder)
+    card.write_card(folder)
 
 
 def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
@@ -117,7 +118,7 @@ def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
     """
     from trol.cli.models import open_model
     from trol.data.pairs import is_pairs
-    from trol.evaluation.validation import validate
+    from trol.evaluation.measuring import validate
     from trol.family import TrolProcessor
     from trol.training import resolve
 

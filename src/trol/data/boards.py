@@ -2,11 +2,24 @@
 
 A board is drawn from (split, seed) alone. The digits are the 1,797 8x8 scans that scikit-learn
 carries; each split owns its scans, so no test scan is ever seen in training.
+
+Questions about a board, each with its type and its one right answer.
+
+What the words mean:
+
+- `what is right of the red 7?` asks for the tile in the very next cell (likewise left, above,
+  below); it is asked only where that cell is filled. Hops chain: `what is right of the digit
+  above the red 7?`. No chain steps straight back.
+- `is the red 7 left of the blue 3?` compares columns (rows for above and below) wherever on the
+  board the two tiles are; it is asked only where these differ.
+- `are there more red tiles than blue tiles?` is `no` for equal numbers.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -172,3 +185,221 @@ def _warp(scans: torch.Tensor, *, size: int, gen: torch.Generator, strength: flo
     grid = functional.affine_grid(rows.view(count, 2, 3), [count, 1, size, size], False)
     warped = functional.grid_sample(scans, grid, padding_mode="zeros", align_corners=False)
     return warped[:, 0].clamp(0, 1)
+
+
+PLACES: tuple[str, ...] = (
+    *("top left", "top middle", "top right"),
+    *("middle left", "centre", "middle right"),
+    *("bottom left", "bottom middle", "bottom right"),
+)
+"""The names of the cells 0-8, reading order."""
+
+STEPS: dict[str, tuple[int, int]] = {
+    "left of": (0, -1),
+    "right of": (0, 1),
+    "above": (-1, 0),
+    "below": (1, 0),
+}
+"""Direction -> (rows, columns) moved."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a board: its type, the sentence, and the right answer."""
+
+    type: str
+    text: str
+    answer: str
+
+
+Asker = Callable[[Board, random.Random], tuple[str, str] | None]
+
+
+def ask(board: Board, kind: str, rng: random.Random) -> Question | None:
+    """A question of type `kind` about the board, or None where the board allows none."""
+    if kind not in ASKERS:
+        raise unknown("question type", kind, ASKERS)
+    made = ASKERS[kind](board, rng)
+    return None if made is None else Question(kind, *made)
+
+
+def questions(
+    board: Board, count: int, *, kinds: Sequence[str] | None = None, salt: int = 0
+) -> list[Question]:
+    """`count` questions about the board, the same on every call.
+
+    `kinds` is cycled through in shuffled order (default: all types, each as often as the
+    others); a type that the board does not allow gives way to the next.
+    """
+    if count < 1:
+        raise UsageError(f"a board needs at least 1 question, got count={count}.")
+    rng = random.Random(f"questions/{board.split}/{board.seed}/{salt}")
+    wanted = list(ASKERS if kinds is None else kinds)
+    asked: list[Question] = []
+    for attempt in range(20 * count * len(wanted)):
+        if attempt % len(wanted) == 0:
+            rng.shuffle(wanted)
+        question = ask(board, wanted[attempt % len(wanted)], rng)
+        if question is not None:
+            asked.append(question)
+            if len(asked) == count:
+                return asked
+    raise UsageError(f"board {board.split}/{board.seed} allows no question of {wanted}; add types.")
+
+
+def chance_by_type(*, boards: int = 2000, split: str = "validation") -> dict[str, float]:
+    """Type -> accuracy (0-1) of the better of two blind guesses, measured on `boards` boards.
+
+    The guesses: always the type's most frequent answer, and the colour, digit or name of a
+    tile picked at random from those that are on the board.
+    """
+    return dict(_chance(boards, split))
+
+
+@cache
+def _chance(boards: int, split: str) -> tuple[tuple[str, float], ...]:
+    answers: dict[str, Counter[str]] = {kind: Counter() for kind in ASKERS}
+    lucky = dict.fromkeys(ASKERS, 0.0)
+    for seed in range(boards):
+        board = make_board(split, seed)
+        tiles = list(board.tiles.values())
+        for kind in ASKERS:
+            question = ask(board, kind, random.Random(f"chance/{kind}/{seed}"))
+            if question is None:
+                continue
+            answers[kind][question.answer] += 1
+            guesses = [(tile.colour, str(tile.digit), tile.name) for tile in tiles]
+            lucky[kind] += sum(question.answer in guess for guess in guesses) / len(guesses)
+    return tuple(
+        (kind, max(*seen.values(), lucky[kind]) / seen.total()) for kind, seen in answers.items()
+    )
+
+
+def _ask_digit(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    place, tile = rng.choice(list(board.tiles.items()))
+    alone = sum(other.colour == tile.colour for other in board.tiles.values()) == 1
+    if alone and rng.random() < 0.7:
+        return f"which digit is on the {tile.colour} tile?", str(tile.digit)
+    return f"which digit is in the {PLACES[place]}?", str(tile.digit)
+
+
+def _ask_colour(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    place, tile = rng.choice(list(board.tiles.items()))
+    alone = sum(other.digit == tile.digit for other in board.tiles.values()) == 1
+    if alone and rng.random() < 0.7:
+        return f"what colour is the {tile.digit}?", tile.colour
+    return f"what colour is the tile in the {PLACES[place]}?", tile.colour
+
+
+def _ask_exists(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    tiles = list(board.tiles.values())
+    shape, yes = rng.randrange(3), rng.random() < 0.5
+    if shape == 0:
+        names, there = [f"{c} tile" for c in COLOURS], {f"{t.colour} tile" for t in tiles}
+    elif shape == 1:
+        names, there = [str(n) for n in range(10)], {str(t.digit) for t in tiles}
+    else:
+        there = {t.name for t in tiles}
+        names = [f"{a.colour} {b.digit}" for a in tiles for b in tiles]  # parts present, or not
+        names += [f"{c} {rng.randrange(10)}" for c in COLOURS]
+    fitting = [name for name in names if (name in there) == yes]
+    if not fitting:
+        return None
+    name = rng.choice(fitting)
+    article = "an" if name == "8" else "a"
+    return f"is there {article} {name}?", "yes" if yes else "no"
+
+
+def _ask_count(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    tiles, draw = list(board.tiles.values()), rng.random()
+    if draw < 0.15:
+        return "how many tiles are there?", str(len(tiles))
+    if draw < 0.65:
+        counts = {name: sum(t.colour == name for t in tiles) for name in COLOURS}
+        name = _evenly(counts, rng)
+        return f"how many {name} tiles are there?", str(counts[name])
+    counts = {str(n): sum(t.digit == n for t in tiles) for n in range(10)}
+    name = _evenly(counts, rng)
+    return f"how many tiles show {'an' if name == '8' else 'a'} {name}?", str(counts[name])
+
+
+def _evenly(counts: dict[str, int], rng: random.Random) -> str:
+    """A name, such that each number that occurs is equally likely."""
+    number = rng.choice(sorted(set(counts.values())))
+    return rng.choice([name for name, seen in counts.items() if seen == number])
+
+
+def _ask_compare(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    seen = Counter(tile.colour for tile in board.tiles.values())
+    yes = rng.random() < 0.5
+    pairs = [
+        (a, b)
+        for a in COLOURS
+        for b in COLOURS
+        if a != b and (seen[a] or seen[b]) and (seen[a] > seen[b]) == yes
+    ]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    return f"are there more {a} tiles than {b} tiles?", "yes" if yes else "no"
+
+
+def _ask_relation(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    if len(board.tiles) < 2:
+        return None
+    (here, tile), (there, other) = rng.sample(list(board.tiles.items()), 2)
+    rows, columns = (a - b for a, b in zip(divmod(here, SIDE), divmod(there, SIDE), strict=True))
+    name = rng.choice(list(STEPS))
+    sign = rows * STEPS[name][0] + columns * STEPS[name][1]  # > 0: `here` lies in that direction
+    if sign == 0:
+        return None
+    return f"is the {tile.name} {name} the {other.name}?", "yes" if sign > 0 else "no"
+
+
+def _ask_hops(board: Board, rng: random.Random, hops: int) -> tuple[str, str] | None:
+    tiles = board.tiles
+    place, start = rng.choice(list(tiles.items()))
+    phrase, back = f"the {start.name}", (0, 0)
+    for hop in range(hops):
+        ways = [
+            (name, place + SIDE * step[0] + step[1])
+            for name, step in STEPS.items()
+            if step != back and _inside(place, step) and place + SIDE * step[0] + step[1] in tiles
+        ]
+        if not ways:
+            return None
+        name, place = rng.choice(ways)
+        back = (-STEPS[name][0], -STEPS[name][1])
+        phrase = f"{name} {phrase}" if hop == hops - 1 else f"the digit {name} {phrase}"
+    return f"what is {phrase}?", tiles[place].name
+
+
+def _inside(place: int, step: tuple[int, int]) -> bool:
+    row, column = divmod(place, SIDE)
+    return 0 <= row + step[0] < SIDE and 0 <= column + step[1] < SIDE
+
+
+def _ask_hop1(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    return _ask_hops(board, rng, 1)
+
+
+def _ask_hop2(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    return _ask_hops(board, rng, 2)
+
+
+def _ask_hop3(board: Board, rng: random.Random) -> tuple[str, str] | None:
+    return _ask_hops(board, rng, 3)
+
+
+ASKERS: dict[str, Asker] = {
+    "digit": _ask_digit,
+    "colour": _ask_colour,
+    "exists": _ask_exists,
+    "count": _ask_count,
+    "compare": _ask_compare,
+    "relation": _ask_relation,
+    "hop1": _ask_hop1,
+    "hop2": _ask_hop2,
+    "hop3": _ask_hop3,
+}
+"""Question type -> what makes one."""

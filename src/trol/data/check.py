@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-from trol.data.damage import KINDS, RowError, row_errors
+from trol.data.formats import KINDS, RowError, row_errors
 from trol.data.mixture import Mixture, Part
-from trol.data.quarantine import Damaged
+from trol.data.mixture_file import Damaged
 from trol.errors import DataError, UsageError
 
 ROWS_AT_ONCE = 256

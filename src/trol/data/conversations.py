@@ -1,18 +1,23 @@
-"""Conversations for any processor or tokenizer: batches in the host's own form, answers marked."""
+"""Conversations for any processor or tokenizer: batches in the host's own form, answers marked.
+
+Chat templates that somebody names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trol.data.answers import Answers, check_learnt
+from trol.data.answers import Answers, Messages, check_learnt
 from trol.data.chat import IGNORED
-from trol.data.frames import Messages
 from trol.data.mixture import Mixture
+from trol.errors import UsageError, unknown
+from trol.host.chat_templates import template_fault
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,28 @@ class ConversationCollator:
             check_learnt(length, bool(row.any()), self.most_tokens)
         batch["labels"] = batch["input_ids"].where(answered, IGNORED)
         return batch
+
+
+def read_template(given: str, known: Sequence[str] = ()) -> str:
+    """A chat template that somebody names: its text in Jinja, or a file that holds it.
+
+    Raises:
+        UsageError: it is neither, nor one of the names `known`, or its syntax is wrong.
+    """
+    if "{" not in given and not Path(given).is_file():
+        if known:
+            raise unknown("chat_template", given, (*known, "FILE"))
+        raise UsageError(
+            f"there is no file {given!r} to read a chat template from, and it is no template "
+            "itself: that is Jinja, with {{ }} and {% %}."
+        )
+    text = given
+    if "{" not in given:
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read a chat template from {given!r}: {error}") from error
+    fault = template_fault(text)
+    if fault is not None:
+        raise UsageError(f"the chat template {given!r} is not well formed: {fault}.")
+    return text

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from trol.data.damage import RowError, row_errors
-from trol.data.indexing import Container, Index, indexed
-from trol.data.mixture_file import MixtureFile, Source, read_mixture
-from trol.data.quarantine import quarantine_path, read_quarantine
-from trol.data.sources.formats import Messages, read_row
-from trol.data.sources.json_files import JsonArray, JsonLines
-from trol.data.sources.pictures import open_picture
-from trol.data.sources.tables import Table
-from trol.data.writing import cache_folder
+from trol.data.formats import Messages, RowError, read_row, row_errors
+from trol.data.images import open_picture
+from trol.data.mixture_file import (
+    MixtureFile,
+    Source,
+    quarantine_path,
+    read_mixture,
+    read_quarantine,
+)
+from trol.data.row_files import Container, Index, JsonArray, JsonLines, Table, cache_folder, indexed
 from trol.errors import DataError
 
 CHARACTERS_PER_TOKEN = 4

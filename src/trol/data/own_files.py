@@ -8,11 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trol.data.damage import RowError, sound
+from trol.data.formats import Messages, RowError, read_row, sound
+from trol.data.images import open_picture
 from trol.data.mixture_file import CHATS
-from trol.data.sources.formats import Messages, read_row
-from trol.data.sources.json_files import JsonArray, JsonLines
-from trol.data.sources.pictures import open_picture
+from trol.data.row_files import JsonArray, JsonLines
 from trol.errors import DataError
 
 PROMPT, REFERENCE = "prompt", "reference"

@@ -12,8 +12,7 @@ from types import ModuleType
 
 from torch import nn
 
-from trol.depth.cost import Cost, StackCost
-from trol.depth.host import (
+from trol.depth.attachment import (
     attach,
     attached,
     cost_of,
@@ -28,7 +27,7 @@ from trol.depth.plan import Plan
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.registry import PolicyLike, register
 from trol.depth.roles import Roles, Scope
-from trol.depth.trace import Trace
+from trol.depth.trace import Cost, StackCost, Trace
 
 __all__ = [
     "AbstractPolicy",
@@ -59,7 +58,7 @@ class _CallablePackage(ModuleType):
     """The room `trol.depth` and the verb `trol.depth(model, policy)` share one name."""
 
     def __call__(self, model: nn.Module, policy: PolicyLike) -> AbstractContextManager[None]:
-        """Puts another policy in force on `model` for a while; see `trol.depth.host.depth`."""
+        """Puts another policy in force on `model` for a while; see `attachment.depth`."""
         return depth(model, policy)
 
 

@@ -16,16 +16,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from trol.depth.context import Context
-from trol.depth.cost import StackCost
 from trol.depth.planes import ALONG, HOLES, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
 from trol.depth.readout import Readout
-from trol.depth.roles import Prompt, Roles
-from trol.depth.trace import Recorder
+from trol.depth.roles import Context, Prompt, Roles
+from trol.depth.trace import Recorder, StackCost
 from trol.host.cache import new_cache
-from trol.host.context import CompileableContextVar
 from trol.host.generation import shows_all
+from trol.host.runtime import CompileableContextVar
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,10 @@ from trol.depth.readout import Readout
 from trol.depth.registry import settings_to_save
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.errors import HostError, UsageError
-from trol.host.classes import Specialised, saves_adapters_alone
+from trol.host.classes import Specialised, mark, saves_adapters_alone
 from trol.host.generation import CONTINUOUS, predicts_tokens, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
-from trol.host.saving import mark
 
 
 class HostMixin(Specialised):

@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trol.depth.holes import Holes
-from trol.depth.planes import LayerPlanes
-from trol.host.attending import Attending
-from trol.host.layers import LayerSite
-from trol.host.masks import hiding, is_causal
-from trol.host.parts import with_parts
-from trol.host.token_wise import Going
-from trol.host.visit_slot import KeysWritten
+from trol.depth.planes import Holes, LayerPlanes
+from trol.execution.token_wise import Attending, Going
+from trol.host.cache_layers import KeysWritten
+from trol.host.layers import LayerSite, hiding, is_causal
+from trol.host.names import with_parts
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer takes beside the hidden states."""

@@ -4,12 +4,16 @@ Visit r of a token attends, at every earlier position, to the newest plane <= r 
 has. That choice is made when keys and values are written: whoever does not make visit r copies
 its plane r - 1 entry into plane r, so reading needs no choice and any cache class serves.
 Plane 1 is the host's own cache.
+
+Holes: positions that left no keys and values in a layer because they skipped it.
+
+What is kept for each position along with a cache: holes, and what policies remember.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from torch import Tensor
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
+    capacity,
     check_cache,
     copy_on_write,
     grow,
@@ -31,9 +36,9 @@ from trol.host.cache import (
     prefetch,
     with_layers,
 )
+from trol.host.cache_layers import PositionSlot, Slot, VisitSlot, Written, store
 from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
-from trol.host.visit_slot import Slot, VisitSlot, Written, store
 
 HOLES, ALONG = 0, -1
 """The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
@@ -270,3 +275,69 @@ def cache_bytes(cache: Any) -> int:
     """What a cache holds, planes above 1 included. Unit: bytes."""
     slots = [*cache.layers, *(cache.planes.values() if isinstance(cache, PlanedCache) else ())]
     return held_bytes(slots)
+
+
+class Holes:
+    """The holes of one layer during one call, and the mask that hides them.
+
+    A position is never hidden from itself: a token that runs has no hole, and the output of one
+    that skips is not used, but a row of nothing would make its softmax undefined.
+    """
+
+    def __init__(self, cache: Any, layer: int, tokens: int) -> None:
+        self.cache, self.layer = cache, layer
+        slot = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+        self.room = None if slot is None else capacity(slot)
+        self.start: int | Tensor = 0 if slot is None else slot.get_seq_length()
+        if isinstance(self.start, Tensor):  # which the first visit advances
+            self.start = self.start.clone()
+        self.keys, self.offset = (tokens, 0) if slot is None else slot.get_mask_sizes(tokens)
+        self.holes: Tensor | None = None
+
+    def dig(self, need: Mask, state: Tensor) -> None:
+        """Notes who skips: the tokens not in `need`. Shape of state: [B, T, D]."""
+        rows, tokens, _ = state.shape
+        if isinstance(need, bool):
+            need = torch.full((rows, tokens), need, device=state.device)
+        kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
+        if self.room is None:
+            past = need.new_zeros(rows, cast(int, self.start)) if kept is None else kept.values
+            kept = PositionSlot(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
+        else:
+            kept = kept or PositionSlot(need.new_zeros(rows, self.room), is_static=True)
+            here = torch.arange(tokens, device=need.device) + self.start
+            kept.values.index_copy_(1, here, ~need)
+        self.holes = kept.values
+        if self.cache is not None:
+            adopt(self.cache)
+            self.cache.planes[self.layer, HOLES] = kept
+
+    def hidden_from(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Which keys are holes to each query, and which come no later: [B, 1, T, S], [T, S]."""
+        assert self.holes is not None
+        keys = torch.arange(self.offset, self.offset + self.keys, device=state.device)
+        queries = (torch.arange(state.shape[1], device=state.device) + self.start)[:, None]
+        hidden = torch.nn.functional.pad(
+            self.holes, (0, max(0, self.offset + self.keys - self.holes.shape[1]))
+        )[:, keys]
+        return hidden[:, None, None, :] & (keys != queries), keys <= queries
+
+
+def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
+    """Appends what a policy keeps of each position; gives all. [B, T, ...] -> [B, S, ...].
+
+    Raises:
+        HostError: the cache holds tokens that were not remembered.
+    """
+    kept = getattr(cache, "planes", {}).get((layer, ALONG))
+    if kept is not None:
+        values = torch.cat([kept.values, values], dim=1)
+    if cache is not None:
+        if kept is None and start:
+            raise HostError(
+                f"this cache holds {start} tokens that the policy in force never looked at; start "
+                "a new cache with it."
+            )
+        adopt(cache)
+        cache.planes[layer, ALONG] = PositionSlot(values)
+    return values

@@ -1,4 +1,7 @@
-"""A policy: the answer to "after r visits to layer l, does this token go again?"."""
+"""A policy: the answer to "after r visits to layer l, does this token go again?".
+
+The plain model: every token visits every layer once.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trol.depth.along import remembered
-from trol.depth.context import Context
-from trol.depth.roles import Scope, check_scope
+from trol.depth.planes import remembered
+from trol.depth.roles import Context, Scope, check_scope
 from trol.errors import UsageError, unknown
-from trol.host.flops import matrix_flops
+from trol.host.head import matrix_flops
 
 Answer = float | Tensor
 """a_r: one number for all tokens, known without looking at the device, or FloatTensor [B, T]."""
@@ -236,3 +238,22 @@ class StackBounds:
                 )
         never = frozenset(layer for layer, one in enumerate(bounds) if one.most == 0)
         return cls(bounds, never, all(one == PLAIN for one in bounds))
+
+
+class Plain(AbstractPolicy):
+    """a_0 = 1, a_1 = 0: what the host does without trol."""
+
+    name = "plain"
+    decides = True
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(1, 1)
+
+    def again(self, visit: Visit) -> Answer:
+        return 1.0
+
+    def settings(self) -> dict[str, Any]:
+        return {}

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trol.depth.call import Executor
-from trol.depth.cost import StackCost
 from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.registry import PolicyLike
+from trol.depth.trace import StackCost
 from trol.errors import HostError
 from trol.host.classes import original_class
-from trol.host.flops import count_flops, miscounted
+from trol.host.head import count_flops, miscounted
 from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
 from trol.host.trial import (
     allowed,

@@ -16,15 +16,15 @@ from trol.depth.policy import AbstractPolicy
 from trol.errors import UsageError, unknown
 
 POLICIES = {
-    "plain": "trol.policies.plain:Plain",
+    "plain": "trol.depth.policy:Plain",
     "plan": "trol.policies.planned:Planned",
     "trol_mixer": "trol.policies.mixer:TrolMixer",
     "early_exit": "trol.policies.exits:EarlyExit",
-    "layer_dropout": "trol.policies.layer_dropout:LayerDropout",
-    "replay": "trol.policies.replay:Replay",
+    "layer_dropout": "trol.policies.chance:LayerDropout",
+    "replay": "trol.policies.planned:Replay",
     "controller": "trol.policies.controller:Controller",
     "router": "trol.policies.router:Router",
-    "random_tokens": "trol.policies.random_tokens:RandomTokens",
+    "random_tokens": "trol.policies.chance:RandomTokens",
 }
 """Registered name -> module:class."""
 

@@ -20,18 +20,16 @@ from trol.depth.call import (
     ambience_of,
     started_inside,
 )
-from trol.depth.compact import check_rows
-from trol.depth.context import INPUT, Context
-from trol.depth.cost import StackCost, stack_cost
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, PlanedCache, adopt, check_cache, drop_planes
 from trol.depth.policy import AbstractPolicy, StackBounds
-from trol.depth.visits import traverse
+from trol.depth.roles import INPUT, Context
+from trol.depth.trace import StackCost, stack_cost
+from trol.depth.visits import check_rows, traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSite, argument, attention_of, layer_list
+from trol.host.layers import LayerSite, argument, attention_of, by_layer, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
-from trol.host.shown import by_layer
 
 
 class LayerMixin(Specialised):

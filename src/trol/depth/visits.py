@@ -4,6 +4,16 @@
     out = sum_r w_r x_r            w_r = (1 - a_r) * prod_{j<r} a_j
 
 Every method in trol runs through `traverse`; each visit is made by an executor (`executors.py`).
+
+Rows that a fixed plan lets visit a layer enter it, and lie in its cache, without the others.
+
+Executors: one visit of one layer, by whichever does least for it.
+
+Contract: an executor is told which tokens go and which plane they read and write. (1) It writes
+that plane exactly once, for all T positions; (2) where a token does not go it returns its state
+unchanged. The dense executor computes all tokens and selects: the readable reference. The
+token-wise one (`token_wise.py`) has parts of the layer compute those that go; rows that a fixed
+plan keeps out of a layer do not enter it (`compact.py`).
 """
 
 from __future__ import annotations
@@ -12,13 +22,157 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth.call import Call
-from trol.depth.executors import going_of, make_visit, nobody_goes
-from trol.depth.holes import Holes
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import HOLES, LayerPlanes
-from trol.depth.policy import Answer, Visit, mixture
+from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, adopt
+from trol.depth.policy import AbstractPolicy, Answer, StackBounds, Visit, mixture
 from trol.depth.roles import Mask
 from trol.errors import UsageError
+from trol.execution.rows import RowsKept, keep_rows, rows_known, rows_taken
+from trol.execution.token_wise import Attending, Going
+from trol.host.cache import is_growing_and_empty
+
+
+def check_rows(
+    cache: PlanedCache, policy: AbstractPolicy, bounds: StackBounds, *, everywhere: bool
+) -> None:
+    """Raises `HostError` where `policy` has other rows visit a layer than those that it holds.
+
+    `everywhere`: whether its scope is `all`.
+    """
+    places = [((layer, 1), slot) for layer, slot in enumerate(cache.layers)]
+    for (layer, plane), slot in [*places, *cache.planes.items()]:
+        if "kept" not in vars(slot):  # which only a RowsKept has
+            continue
+        most = bounds.layers[layer].most
+        if most:  # else the layer is left alone
+            fixed = policy.rows_going(layer, plane - 1, slot.batch) if everywhere else None
+            going = [most >= plane] * slot.batch if fixed is None else fixed
+            slot.check([row for row, goes in enumerate(going) if goes])
+
+
+def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
+    """Rows that make this visit without the others, as a plan settled; None for all. Shape: [b].
+
+    Raises:
+        HostError: the cache holds other rows in this layer.
+    """
+    fixed = call.rows_going(visit)
+    if fixed is None:
+        return None
+    slot = None if run.planes is None else run.planes.slots[visit.number]
+    going = [row for row, goes in enumerate(fixed) if goes]
+    if isinstance(slot, RowsKept):
+        slot.check(going)
+        return slot.kept
+    fresh = slot is None or is_growing_and_empty(slot)
+    if not (call.looks and fresh and _understood(run, len(fixed))):
+        return None
+    rows, device = torch.tensor(going), visit.state.device
+    if slot is not None:
+        adopt(run.cache)  # whoever comes next is asked
+        keep_rows(slot, rows, len(fixed), device)
+    return rows.to(device)
+
+
+def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tensor:
+    """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
+    args, kwargs = run.inputs(state)
+    batch = len(state)
+    given = {name: rows_taken(one, name, rows, batch) for name, one in kwargs.items()}
+    names = run.site.names[: len(args)]
+    placed = [rows_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
+    visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
+    return state.index_copy(0, rows, visited)
+
+
+def _understood(run: LayerRun, batch: int) -> bool:
+    """Whether it is known of every side input of a layer what belongs to which row."""
+    args, kwargs = run.given
+    placed = zip(run.site.names[: len(args)], args, strict=True)
+    return all(rows_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
+
+
+WORTH = 10_000_000
+"""FLOPs that gathering must leave out of a visit: as long as the operators that it takes."""
+
+STRETCHES = 100_000_000
+"""The same for attention in stretches, each of which is some operators."""
+
+FEW = {"cpu": 8, "cuda": 128}
+"""Tokens of a call from which on fewer take less time: products of less wait for the weights."""
+
+
+def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | None:
+    """Who goes, if that can be used and is not everybody.
+
+    `last`: nobody goes again after this visit.
+    """
+    fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
+    if fixed is not None:
+        return Going.of_rows(fixed, visit.state)
+    if last and visit.number and call.only_last_of(visit.layer):
+        return Going.last(visit.state)
+    return Going.of(need) if isinstance(need, Tensor) and call.looks else None
+
+
+def nobody_goes(need: Mask, going: Going | None) -> bool:
+    """Whether it is known that nobody makes the visit."""
+    return need is False or (going is not None and not going.count)
+
+
+def make_visit(
+    run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
+) -> Tensor:
+    """One more visit; `going` and `last` as in `going_of`. Shape: [B, T, D].
+
+    Where nobody goes, the layer is entered for its keys and values alone.
+    """
+    state, plane = visit.state, visit.number + 1
+    computed, stayed, left = state.shape[0] * state.shape[1], 0, 0
+    rows = rows_alone(run, visit, call) if isinstance(need, Tensor) else None
+    if rows is not None:
+        computed = len(rows) * state.shape[1]
+        out = visit_alone(run, state, plane, rows)
+    elif nobody_goes(need, going) and call.looks and run.leave(state, plane):
+        computed, left, out = 0, computed, state
+    elif going is not None and _pays(going, visit, call):
+        stayed, attending = going.staying, _attending(going, visit, call)
+        visited = run.apply(state, plane, going, attending=attending)
+        out = _selected(visited, state, need if going.count else False)
+        if call.recorder is not None and attending is not None:
+            call.recorder.spared_pairs(visit.layer, attending.spared)
+    else:
+        # What a token does not take weighs 0, but the gradient of that choice is made of it.
+        shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
+        out = _selected(run.apply(state, plane), state, shown)
+    if call.recorder is not None:
+        call.recorder.visit(visit.layer, need, state, computed, stayed=stayed, left=left)
+    return out
+
+
+def _selected(visited: Tensor, state: Tensor, need: Mask) -> Tensor:
+    """What was visited where it is in `need`, and the state elsewhere. Shape: [B, T, D]."""
+    if isinstance(need, bool):
+        return visited if need else state
+    return torch.where(need[..., None], visited, state)
+
+
+def _pays(going: Going, visit: Visit, call: Call) -> bool:
+    """Whether the token-wise executor is taken: where it can be, and saves more than it takes."""
+    if call.executor == "token-wise" or not call.parts:
+        return call.parts
+    device, total = visit.state.device, going.staying + going.count
+    saved = going.staying * call.costs().token_wise[visit.layer]
+    return saved >= WORTH and total >= FEW.get(device.type, FEW["cuda"])
+
+
+def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
+    """Attention of those that go alone, where that pays: not on a device that launches kernels."""
+    cost = call.costs().layers[visit.layer]
+    if visit.state.device.type != "cpu" or cost is None:
+        return None
+    saved = going.staying * going.shape[1] * cost.per_key // 2
+    return Attending(going) if saved >= STRETCHES else None
 
 
 def traverse(

@@ -1,11 +1,14 @@
 """Hidden states layer by layer: how near a policy's stay to the full model's.
 
 x_0 is what enters the first layer, x_l what leaves layer l - 1; x_L is read before the final norm.
+
+Layers taken away one by one, each time the one that is missed least: greedy, and lazily so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -122,3 +125,42 @@ def _enters(
 
 def _leaves(seen: list[Tensor], chosen: Tensor, _: Any, __: Any, out: Any) -> None:
     seen.append((out[0] if isinstance(out, tuple) else out)[chosen].float())
+
+
+PROMISING = 8
+"""Candidates that are measured again after the first round: those that cost least beside the best
+of the round in which they were measured last."""
+
+
+def removed(
+    stays: Sequence[int], count: int, cost: Callable[[tuple[int, ...]], float]
+) -> Iterator[int]:
+    """The first `count` layers that go, in their order, each as soon as it is known.
+
+    Every candidate is measured in the first round, the `PROMISING` of the last round in all others.
+    Of equal costs the earliest layer goes.
+
+    Args:
+        stays: the layers that there are.
+        count: how many go, fewer than there are.
+        cost: what it costs when these layers alone stay; lower is better, and never NaN.
+    """
+    left = list(stays)
+    beside: dict[int, float] = {}  # what each cost above the best of its last round
+    for _ in range(count):
+        tried = sorted(left, key=lambda layer: (beside.get(layer, 0.0), layer))
+        costs = {
+            layer: cost(tuple(one for one in left if one != layer))
+            for layer in (sorted(tried[:PROMISING]) if beside else left)
+        }
+        gone = min(costs, key=lambda layer: (costs[layer], layer))
+        best = costs[gone]
+        beside |= {k: c if math.isinf(c) else c - best for k, c in costs.items()}
+        left.remove(gone)
+        yield gone
+
+
+def measurements(layers: int, count: int) -> int:
+    """How often `removed` asks for a cost where `count` of so many layers go."""
+    later = (min(PROMISING, layers - gone) for gone in range(1, count))
+    return layers + sum(later) if count else 0

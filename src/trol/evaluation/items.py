@@ -12,10 +12,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from trol.data.boards import draw, make_board
+from trol.data.boards import ASKERS, ask, draw, make_board
 from trol.data.own_files import Chat, read_chats, read_text
 from trol.data.pairs import pairs_of
-from trol.data.questions import ASKERS, ask
 from trol.errors import DataError
 from trol.host.chat_templates import start_of
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trol.checkpoints.adapter import text_digest
 from trol.errors import DataError, UsageError, unwritable
 from trol.evaluation.tasks import Item
-from trol.policies.digests import text_digest
 
 
 class Measurements:

@@ -17,8 +17,16 @@ from trol.data.conversations import ConversationCollator
 from trol.depth import is_attached
 from trol.depth.readout import Readout
 from trol.errors import HostError, UsageError, unknown
-from trol.evaluation.batching import Heard, batches, padded
-from trol.evaluation.tasks import Item, fitted, messages, task_of, tokenizer_of
+from trol.evaluation.tasks import (
+    Heard,
+    Item,
+    batches,
+    fitted,
+    messages,
+    padded,
+    task_of,
+    tokenizer_of,
+)
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 METRICS = (*ROUGE, "exact", "contains", "loss")

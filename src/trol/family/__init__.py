@@ -17,14 +17,12 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trol.family.configuration import TrolConfig
+from trol.family.image_processors import SquareImageProcessor, TiledImageProcessor
 from trol.family.internlm2 import InternLM2Config, InternLM2Model
 from trol.family.modeling import TrolForConditionalGeneration, TrolModel
-from trol.family.presets import tiny, tiny_processor
+from trol.family.presets import tiny, tiny_processor, word_tokenizer
 from trol.family.processing import TrolProcessor
 from trol.family.saved_host import register as register_saved_hosts
-from trol.family.square import SquareImageProcessor
-from trol.family.tiled import TiledImageProcessor
-from trol.family.word_level import word_tokenizer
 
 AutoConfig.register(InternLM2Config.model_type, InternLM2Config)
 AutoModel.register(InternLM2Config, InternLM2Model)

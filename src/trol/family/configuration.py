@@ -1,14 +1,26 @@
-"""TrolConfig: any vision tower, any decoder, the projector between them, and the depth policy."""
+"""TrolConfig: any vision tower, any decoder, the projector between them, and the depth policy.
+
+What TroL models return: transformers' outputs, and the image features.
+
+Image placeholders: how many there must be, and whose images are whose.
+
+Images are consumed in reading order: row by row, and within a row from left to right.
+"""
+
+from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from trol.errors import UsageError, unknown
+from trol.errors import DataError, UsageError, unknown
 
 DEFAULT_DEPTH = {"policy": "trol_mixer"}
 """Published TroL: each layer's gate decides per token how much of a second visit counts."""
@@ -124,3 +136,43 @@ def _depth(given: Any) -> dict[str, Any]:
             f"depth cannot be written as JSON ({error}), got {given!r}; {cure}"
         ) from error
     return copy.deepcopy(given)
+
+
+@dataclass
+class TrolModelOutput(BaseModelOutputWithPast):
+    """A decoder's outputs, and the projected image features [N·P, D] where images were given."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class TrolCausalLMOutput(CausalLMOutputWithPast):
+    """Loss, logits and cache, and the projected image features [N·P, D] if there were images."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+def check_count(mask: torch.Tensor, features: int, tokens_per_image: int) -> None:
+    """`DataError` unless the mask [B, T] marks as many placeholders as there are features."""
+    if torch.compiler.is_compiling():
+        return  # a check on values would break the graph; TrolProcessor has checked before
+    rows = mask.sum(-1).tolist()
+    if sum(rows) != features:
+        raise DataError(
+            f"got {sum(rows)} image tokens in the text (row by row: {rows}), expected {features}: "
+            f"{features // tokens_per_image} images of {tokens_per_image} tokens; give "
+            f"{tokens_per_image} image tokens for each image (TrolProcessor does), in pixel_values "
+            "all rows' images in reading order, and do not truncate a row within an image."
+        )
+
+
+def repeat_images(
+    pixel_values: torch.Tensor, mask: torch.Tensor, tokens_per_image: int, times: int
+) -> torch.Tensor:
+    """Pixels [N, 3, H, W] for rows each repeated `times` times: all images of a row, again.
+
+    Repeating image by image, as transformers does where it has not encoded them before, would
+    give two copies of a row with the images a, b the images (a, a) and (b, b).
+    """
+    rows = pixel_values.split((mask.sum(-1) // tokens_per_image).tolist())
+    return torch.cat([row.repeat(times, 1, 1, 1) for row in rows])

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from trol.host.context import CompileableContextVar
-from trol.host.token_wise import of_computed_tokens
+from trol.execution.token_wise import of_computed_tokens
+from trol.host.runtime import CompileableContextVar
 
 _IMAGE_TOKENS = CompileableContextVar("trol_image_tokens")
 """Which tokens of the running layer are image tokens [B, T]; None where none is."""

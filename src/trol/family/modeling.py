@@ -2,6 +2,8 @@
 
 Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images in the batch, each
 [3, H, W] pixels and P = `config.tokens_per_image` image tokens.
+
+The projector: vision features into the decoder's embedding space.
 """
 
 from __future__ import annotations
@@ -11,22 +13,65 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from trol.data.chat import IGNORED
 from trol.depth import attach, attached, is_attached
 from trol.errors import DataError, HostError
-from trol.family.configuration import TrolConfig
-from trol.family.generation import TrolGenerationMixin
-from trol.family.outputs import TrolCausalLMOutput, TrolModelOutput
-from trol.family.placeholders import check_count
-from trol.family.projector import TrolProjector, pixel_shuffle
+from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
+from trol.family.generation import TrolGenerationMixin, by_row, check_length
 from trol.family.published.opening import open_published
 from trol.family.published.quantisation import spare_parts
-from trol.family.rope import by_row, check_length
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
 from trol.policies import from_settings, to_settings
+
+
+class TrolProjector(nn.Module):
+    """Two linear layers with an activation between, then optional learned positions.
+
+    y_t = W_2 · act(W_1 · n(x_t) + b_1) + b_2 + p_t, where t counts the tokens of one image and n
+    is a LayerNorm or nothing. Without p a decoder cannot tell where in the image a token lies if
+    the tower's features do not say.
+    """
+
+    def __init__(
+        self,
+        vision_size: int,
+        hidden_size: int,
+        text_size: int,
+        *,
+        act: str,
+        positions: int,
+        norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(vision_size) if norm else None
+        self.linear_1 = nn.Linear(vision_size, hidden_size)
+        self.act = ACT2FN[act]
+        self.linear_2 = nn.Linear(hidden_size, text_size)
+        self.positions = nn.Embedding(positions, text_size) if positions else None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [N, P, vision_size] -> [N, P, text_size]."""
+        features = features if self.norm is None else self.norm(features)
+        projected = self.linear_2(self.act(self.linear_1(features)))
+        return projected if self.positions is None else projected + self.positions.weight
+
+
+def pixel_shuffle(features: torch.Tensor, ratio: float) -> torch.Tensor:
+    """One feature from each block of k x k neighbours, k = 1 / ratio, side by side.
+
+    [N, rows, columns, C] -> [N, rows / k, columns / k, C · k²]; within a block row by row.
+    """
+    images, rows, columns, width = features.shape
+    block = round(1 / ratio)
+    blocks = features.view(images, rows // block, block, columns // block, block, width)
+    return blocks.transpose(2, 3).reshape(
+        images, rows // block, columns // block, width * block * block
+    )
+
 
 Encoded = dict[str, BaseModelOutputWithPooling]
 """What transformers' generate encodes beforehand: {"image": get_image_features(...)}."""

@@ -75,7 +75,7 @@ class TrolProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; opens the published TroL checkpoints' processors too."""
-        from trol.family.published.reading import open_published_processor  # noqa: PLC0415 - a circle
+        from trol.family.published.processors import open_published_processor  # noqa: PLC0415 - a circle
 
         opened = open_published_processor(source, **kwargs)
         return super().from_pretrained(source, *args, **kwargs) if opened is None else opened

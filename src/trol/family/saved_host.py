@@ -28,13 +28,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trol.depth import attach, attached
-from trol.depth import host as depth_host
-from trol.depth.host import check_by_probe
+from trol.depth import attachment as depth_host
+from trol.depth.attachment import check_by_probe
 from trol.depth.registry import from_settings
 from trol.errors import HostError
-from trol.host.classes import tied_names
-from trol.host.saving import MODEL_TYPE
-from trol.policies.untrained import Learnt
+from trol.host.classes import MODEL_TYPE, tied_names
+from trol.policies.parameters import Learnt
 
 GATE = f".{depth_host.GATE}."
 """What the name of a policy's parameter holds."""

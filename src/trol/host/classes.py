@@ -1,13 +1,22 @@
 """Live objects of other libraries: a mixin in front of their class, as FSDP2 places one.
 
 Also what accelerate's hooks and PEFT keep of them, and which of their parameters are one.
+
+Saving a model that needs trol, so that nothing opens it without trol by accident.
+
+The folder is the host's own, parameters of the policy among its weights; but `config.json` names
+the model type `trol_host`, which transformers does not know, and holds the host's configuration
+and the policy's settings. `trol.load_model(folder)` opens it, and after `import trol.family`,
+`AutoModelForCausalLM.from_pretrained(folder)`.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
@@ -186,3 +195,17 @@ def undeclare_tied(model: Any, part: str) -> None:
 def tied_names(model: Any) -> set[str]:
     """Names of parameters that are another one's, and need not be in a checkpoint."""
     return set(model.all_tied_weights_keys)
+
+
+MODEL_TYPE = "trol_host"
+"""The model type of a saved host that carries a policy."""
+
+
+def mark(folder: str | Path, policy: dict[str, Any]) -> None:
+    """Makes a saved configuration say that its model needs trol, and a policy of these settings."""
+    path = Path(folder) / "config.json"
+    host = json.loads(path.read_text(encoding="utf-8"))
+    marked = {"model_type": MODEL_TYPE, "depth": policy, "host": host}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -19,8 +19,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import TransformersKwargs
 
-from trol.host.dispatch import watched
 from trol.host.names import CACHE, cache_among
+from trol.host.runtime import watched
 
 SHOWN = tuple(name for name in TransformersKwargs.__annotations__ if name.startswith("output_"))
 """What a caller may ask a forward pass to show of all tokens of each layer."""

@@ -1,23 +1,30 @@
 """Where families keep what trol must find: layers, attention, side inputs; and the few that differ.
 
 A family needs no row here unless it differs: `trol.attach` probes whether it does.
+
+Masks as attentions take them: boolean, added to scores, or none at all; keys hidden in each.
+
+What transformers collects of modules inside layers, such as attentions, brought into order.
+
+It has a hook on each module whose outputs can be asked for, and collects what each run of it
+gives: nothing of a layer that is skipped, and more of one that is visited again.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trol.errors import HostError
-from trol.host.names import KNOWN_CACHE_NAMES, cache_key
-from trol.host.parts import Tree, token_wise_parts
+from trol.host.names import KNOWN_CACHE_NAMES, Tree, cache_key, token_wise_parts
+from trol.host.runtime import CAPTURING
 
 LAYER_LISTS = ("layers", "h", "blocks")
 """What stacks call their list of decoder layers."""
@@ -248,3 +255,100 @@ def layer_list(decoder: nn.Module) -> nn.ModuleList | None:
 def quirk_of(decoder: nn.Module) -> Quirk:
     """How this decoder's family differs."""
     return QUIRKS.get(str(getattr(getattr(decoder, "config", None), "model_type", "")), Quirk())
+
+
+TAKE_NO_HOLES = {
+    "flash": "takes masks of padding alone",
+    "flex": "compiles its mask anew for each form that the holes have",
+}
+"""Attentions, by a part of their names, that cannot be told which keys are holes, and why."""
+
+
+def hiding(
+    mask: Any,
+    hidden: Tensor,
+    earlier: Tensor,
+    *,
+    attention: str | None,
+    causal: bool,
+    dtype: torch.dtype,
+) -> Any:
+    """The mask in the form that it had, or that its attention takes, which hides more keys.
+
+    Args:
+        mask: the mask of a layer, or None.
+        hidden: what else is not seen. Shape: [B, 1, T, S].
+        earlier: which keys come no later than a query. Shape: [T, S].
+        attention: eager, sdpa, flex_attention, ...
+        causal: whether this attention sees no later keys where it is given no mask.
+        dtype: of masks that are added.
+
+    Raises:
+        HostError: this attention cannot be told.
+    """
+    for name, why in TAKE_NO_HOLES.items():
+        if name in str(attention):
+            raise _refusal(f"{attention} {why}")
+    if mask is None and attention not in ("eager", "sdpa"):
+        raise _refusal(f"{attention} was given no mask, so it is not known what it sees")
+    if mask is None:
+        # sdpa then goes by causal, eager hides nothing: whoever wants it to gives it a mask.
+        all_seen = attention == "eager" or not causal
+        mask = (torch.ones_like(earlier) if all_seen else earlier)[None, None]
+        if attention == "eager":  # which adds it
+            mask = torch.zeros_like(mask, dtype=dtype)
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        what = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+        raise _refusal(f"holes need a mask of 4 dimensions, {attention} takes {what}")
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def is_causal(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a layer's attention sees no later keys by itself: as it is told, or says."""
+    told = arguments.get("is_causal")
+    own = (one.is_causal for one in layer.modules() if hasattr(one, "is_causal"))
+    return bool(next(own, True) if told is None else told)
+
+
+def _refusal(why: str) -> HostError:
+    return HostError(
+        f"holes cannot be hidden: {why}; load the model with "
+        'attn_implementation="sdpa" or "eager", or set skipped_kv="project".'
+    )
+
+
+def by_layer(
+    values: Sequence[Any], layers: Sequence[nn.Module], runs: Sequence[int | None], key: str
+) -> tuple[Any, ...]:
+    """Those of first runs, and None for a layer that was skipped: an index keeps its meaning.
+
+    Args:
+        values: what was collected, in order.
+        layers: the layers that hold the modules.
+        runs: how often each ran; None for one that the host did not call.
+        key: under which name it was collected.
+    """
+    each = [
+        0 if count is None else _collecting(layer, key)
+        for layer, count in zip(layers, runs, strict=True)
+    ]
+    if len(values) != sum(one * (count or 0) for one, count in zip(each, runs, strict=True)):
+        return tuple(values)  # the family gathers them in a way of its own
+    kept: list[Any] = []
+    rest = list(values)
+    for one, count in zip(each, runs, strict=True):
+        kept += rest[:one] if count else [None] * one
+        del rest[: one * (count or 0)]
+    return tuple(kept)
+
+
+def _collecting(layer: nn.Module, key: str) -> int:
+    """How many modules of a layer are watched under this name."""
+    hooks = (hook for module in layer.modules() for hook in module._forward_hooks.values())
+    return sum(getattr(h, "__module__", None) == CAPTURING and _key(h) == key for h in hooks)
+
+
+def _key(hook: Any) -> Any:
+    return inspect.getclosurevars(hook).nonlocals.get("key")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
-from trol.host.dispatch import without_hooks
 from trol.host.names import CACHE
-from trol.host.placement import is_at_hand
+from trol.host.runtime import without_hooks
+from trol.host.weights import is_at_hand
 
 VOCABULARY = 64
 """Ids are drawn below this: low ones are text in every tokenizer, but for those named apart."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
-from trol.depth.context import INPUT
+from trol.depth.roles import INPUT
 from trol.errors import HostError, UsageError, unknown
-from trol.host.flops import matrix_flops
-from trol.policies.untrained import Learnt, tell_untrained
+from trol.host.head import matrix_flops
+from trol.policies.parameters import Learnt, tell_untrained
 
 UNTRAINED = (
     "Controller's modules were never trained: with initial above 0.5 (the default) every token "

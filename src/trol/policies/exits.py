@@ -1,8 +1,13 @@
-"""Early exit, decided while running: a token leaves the stack where its prediction is sure."""
+"""Early exit, decided while running: a token leaves the stack where its prediction is sure.
+
+How sure a prediction between layers is: what tells an early exit that a token may leave.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -11,10 +16,86 @@ from torch import Tensor, nn
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.depth.roles import Mask
 from trol.errors import UsageError, unknown
-from trol.host.flops import matrix_flops
-from trol.policies.confidence import COMPARING, MEASURES, check_threshold
-from trol.policies.own_linear import OwnLinear
-from trol.policies.untrained import tell_untrained
+from trol.host.head import matrix_flops
+from trol.policies.parameters import OwnLinear, tell_untrained
+
+Confidence = tuple[Tensor, Tensor | None]
+"""How sure each token is, [...], and what the next look compares with, if this measure does."""
+
+Measure = Callable[[Tensor, Tensor | None], Confidence]
+"""(logits [..., V], what the look before left) -> confidence; higher is surer."""
+
+
+def entropy(logits: Tensor, before: Tensor | None = None) -> Confidence:
+    """1 - H / log V with H = -sum_v p_v log p_v, in [0, 1]. Shape: [..., V] -> [...].
+
+    BranchyNet's measure, turned round (https://arxiv.org/abs/1709.01686).
+    """
+    del before
+    logs = logits.float().log_softmax(-1)
+    spread = -(logs.exp() * logs).nan_to_num(0.0).sum(-1)  # a token of probability 0 adds 0
+    return 1 - spread / math.log(logits.shape[-1]), None
+
+
+def margin(logits: Tensor, before: Tensor | None = None) -> Confidence:
+    """p_1 - p_2, the two largest probabilities, in [0, 1]. Shape: [..., V] -> [...].
+
+    CALM's softmax response (https://arxiv.org/abs/2207.07061, section 3.5).
+    """
+    del before
+    best, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
+    return best - second, None
+
+
+def saturation(logits: Tensor, before: Tensor | None = None) -> Confidence:
+    """1 - sum_v |p_v - q_v| / 2 with q of the look before, in [0, 1]. Shape: [..., V] -> [...].
+
+    The first look has nothing to agree with, and its confidence is 0. CALM's saturation of
+    hidden states (https://arxiv.org/abs/2207.07061, section 3.5), of predictions here.
+    """
+    said = logits.float().softmax(-1)
+    if before is None:
+        return torch.zeros_like(said[..., 0]), said
+    return 1 - (said - before).abs().sum(-1) / 2, said
+
+
+def patience(logits: Tensor, before: Tensor | None = None) -> Confidence:
+    """How many looks in a row left the most probable token as it was. Shape: [..., V] -> [...].
+
+    PABEE (https://arxiv.org/abs/2006.04152, section 3.2).
+    """
+    best = logits.argmax(-1)
+    if before is None:
+        unchanged = torch.zeros_like(best)
+    else:
+        unchanged = torch.where(best == before[..., 0], before[..., 1] + 1, 0)
+    return unchanged.float(), torch.stack([best, unchanged], dim=-1)
+
+
+MEASURES: dict[str, Measure] = {
+    "entropy": entropy,
+    "margin": margin,
+    "saturation": saturation,
+    "patience": patience,
+}
+"""Every measure by name."""
+
+COMPARING = ("saturation", "patience")
+"""Measures that compare a look with the one before."""
+
+
+def check_threshold(measure: str, threshold: float) -> None:
+    """Raises `UsageError` where no confidence of this measure is on both sides of `threshold`."""
+    if not isinstance(threshold, Real):
+        raise UsageError(f"threshold is {threshold!r}; give a number, or one for each look.")
+    if measure == "patience":
+        if threshold < 1 or threshold != int(threshold):
+            raise UsageError(
+                f"threshold is {threshold}, but patience counts looks that agree; give 1 or more."
+            )
+    elif not 0 <= threshold <= 1:
+        raise UsageError(f"threshold is {threshold}, but {measure} lies in [0, 1].")
+
 
 UNTRAINED = (
     "EarlyExit's heads were never trained: they translate nothing, so tokens leave as the state "
@@ -53,7 +134,7 @@ class EarlyExit(AbstractPolicy):
     layer: what learns to be left is taught by the exit loss (`exit_loss` of a recipe's stage).
 
     Args:
-        measure: c: `entropy`, `margin`, `saturation` or `patience` (`trol.policies.confidence`).
+        measure: c: `entropy`, `margin`, `saturation` or `patience` (`trol.policies.exits`).
         threshold: one for all looks, or a list with one for each; `trol calibrate` finds one.
         first: the first layer before which a token may leave.
         every: looks are taken before layers first, first + every, first + 2 every, ...

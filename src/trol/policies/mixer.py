@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.depth.policy import check_share, mixture
 from trol.errors import UsageError, unknown
-from trol.host.dispatch import has_hooks
-from trol.host.triton import launched
-from trol.policies.own_linear import OwnLinear
-from trol.policies.untrained import tell_untrained
+from trol.host.runtime import has_hooks, launched
+from trol.policies.parameters import OwnLinear, tell_untrained
 
 KERNEL = ("trol.policies.gate_kernel", "gated_mixture")
 """What does on CUDA devices in one launch what `Gate` and `mixture` do."""

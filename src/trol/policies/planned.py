@@ -1,15 +1,25 @@
-"""A plan as a policy: skip, repeat and early exit, for all rows or each its own."""
+"""A plan as a policy: skip, repeat and early exit, for all rows or each its own.
+
+Plans that are known without looking at a model: which share of the layers is kept, and where.
+
+Every method keeps the same number of layers for the same share, so that plans of one share cost
+the same and differ only in which layers they skip.
+
+Replaying a trace: what happened becomes what is to happen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Visit
+from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Trace, Visit
 from trol.depth.roles import expand_rows
-from trol.errors import UsageError
+from trol.errors import UsageError, unknown
 
 
 class Planned(AbstractPolicy):
@@ -88,3 +98,156 @@ def plan_of(plan: Plan | str | dict[str, Any]) -> Plan:
 def visits_of(plan: Plan, layer: int) -> int:
     """How often a plan visits one layer."""
     return plan.visits[layer] if layer < len(plan.visits) else plan.beyond
+
+
+def kept_count(layers: int, keep: float) -> int:
+    """How many of `layers` layers a share keeps: max(1, round(keep * layers)).
+
+    Raises:
+        UsageError: `keep` is outside (0, 1], or there is no layer.
+    """
+    if layers < 1:
+        raise UsageError(f"a stack of {layers} layers has no plan; give at least one layer.")
+    if not 0 < keep <= 1:  # NaN as well
+        raise UsageError(
+            f"keep is {keep}, but is the share of the layers that stay; give a number above 0 and "
+            "at most 1, such as 0.5."
+        )
+    return max(1, round(keep * layers))
+
+
+def plan_keeping(kept: Iterable[int], layers: int) -> Plan:
+    """The plan that visits the layers `kept` once and skips the others of `layers` layers."""
+    stays = frozenset(kept)
+    return Plan([int(layer in stays) for layer in range(layers)])
+
+
+def uniform(layers: int, kept: int, seed: int) -> list[int]:
+    """Evenly spaced layers, the first and the last among them.
+
+    Layer i of the k that stay is round(i (L - 1) / (k - 1)); one alone is the first. Unified Layer
+    Skipping (https://arxiv.org/abs/2404.06954, section 3).
+    """
+    del seed
+    if kept == 1:
+        return [0]
+    steps = kept - 1
+    return [(2 * i * (layers - 1) + steps) // (2 * steps) for i in range(kept)]
+
+
+def at_random(layers: int, kept: int, seed: int) -> list[int]:
+    """The first and the last layer, and layers between them in a seed's order.
+
+    The paper's random routes (https://arxiv.org/abs/2410.20022) change with every forward pass;
+    a plan stays for the whole sequence. As with its controllers, the first and the last layer
+    always run. With one seed, the layers of a smaller share are among those of a larger one.
+    """
+    between = list(range(1, layers - 1))
+    random.Random(f"plan/{layers}/{seed}").shuffle(between)
+    return sorted([0, layers - 1, *between][:kept] if layers > 1 else [0])
+
+
+def early_exit(layers: int, kept: int, seed: int) -> list[int]:
+    """The first layers: the last ones are off, which is an exit before layer `kept`."""
+    del layers, seed
+    return list(range(kept))
+
+
+def middle(layers: int, kept: int, seed: int) -> list[int]:
+    """All layers but one block in the middle; the front keeps one more where the rest is odd."""
+    del seed
+    front = (kept + 1) // 2
+    return [*range(front), *range(layers - (kept - front), layers)]
+
+
+STATIC: dict[str, Callable[[int, int, int], list[int]]] = {
+    "uniform": uniform,
+    "random": at_random,
+    "exit": early_exit,
+    "middle": middle,
+}
+"""Method -> (layers, how many stay, seed) -> the layers that stay, in order."""
+
+
+def static_plan(method: str, layers: int, keep: float, seed: int = 0) -> Plan:
+    """The plan by which a stack of `layers` layers keeps max(1, round(keep * layers)) of them.
+
+    `seed` is read by `random` alone.
+
+    Raises:
+        UsageError: the method is unknown, or `keep` is outside (0, 1].
+    """
+    if method not in STATIC:
+        raise unknown("method", method, STATIC)
+    return plan_keeping(STATIC[method](layers, kept_count(layers, keep), seed), layers)
+
+
+class Replay(AbstractPolicy):
+    """a_r = (sum_{j>r} w_j) / (sum_{j>=r} w_j): the answers that give a trace's weights again.
+
+    Args:
+        weights: w_r of every layer and token. Shape: [L, R + 1, B, T]; columns count from the
+            first token that the cache ever saw, padding included.
+        visits: how often each token visited each layer. Shape: [L, B, T].
+        scope: the scope of the policy that was traced.
+
+    Raises:
+        UsageError: the stack has another number of layers, or more tokens come than were traced.
+    """
+
+    name = "replay"
+    reads_start = True
+
+    def __init__(
+        self, weights: Tensor | list[Any], visits: Tensor | list[Any], *, scope: Scope = "all"
+    ) -> None:
+        super().__init__(scope=scope)
+        self.weights = torch.as_tensor(weights, dtype=torch.float32)
+        self.visits = torch.as_tensor(visits)
+        # sum_{j>=r} w_j, from behind: 1 - w would round the smallest gates to 0.
+        left = self.weights.flip(1).cumsum(dim=1).flip(1)
+        later = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], dim=1)
+        again = torch.where(left > 0, later / left, 0.0)
+        self.answers = again.clamp(0, 1)  # Shape: [L, R + 1, B, T]
+
+    @classmethod
+    def of(cls, trace: Trace, *, scope: Scope = "all") -> Replay:
+        """The replay of everything that `trace` saw.
+
+        Raises:
+            UsageError: the policy translated states (trained exit heads), which a trace holds not.
+        """
+        if trace.translated:
+            raise UsageError(
+                "the traced policy changes states at exits, and a trace holds visits and weights "
+                "alone; attach the policy itself, or trace it with heads=False."
+            )
+        return cls(trace.weights, trace.visits, scope=scope)
+
+    def check(self, layers: int) -> None:
+        if len(self.visits) != layers:
+            raise UsageError(
+                f"the trace has {len(self.visits)} layers, this stack has {layers}; replay it on "
+                "the model it was taken from."
+            )
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(int(self.visits[layer].min()), int(self.visits[layer].max()))
+
+    def again(self, visit: Visit) -> Answer:
+        rows, tokens = visit.state.shape[:2]
+        traced = self.answers.shape[-1]
+        if visit.start + tokens > traced:
+            raise UsageError(
+                f"the trace covers {traced} tokens, this call ends at {visit.start + tokens}; "
+                "trace the whole run."
+            )
+        here = self.answers[visit.layer, visit.number, :, visit.start : visit.start + tokens]
+        return expand_rows(here.to(visit.state.device), rows)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights.tolist(),
+            "visits": self.visits.tolist(),
+            "scope": self.scope,
+        }

@@ -12,8 +12,8 @@ from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Visit
 from trol.depth.policy import check_share
 from trol.errors import UsageError
 from trol.policies.controller import start_linear
+from trol.policies.parameters import Learnt, tell_untrained
 from trol.policies.planned import plan_of, visits_of
-from trol.policies.untrained import Learnt, tell_untrained
 
 UNTRAINED = "Router's parameters were never trained: it chooses plans at random."
 

@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaForCausalLM
 
-from trol.data.boards import make_board
-from trol.data.docstrings import docstring_pairs
-from trol.data.questions import questions
+from trol.checkpoints.adapter import is_trained
+from trol.data.boards import make_board, questions
+from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.registry import from_settings
 from trol.errors import HostError, UsageError, unknown
@@ -23,16 +23,14 @@ from trol.family import (
     tiny,
     tiny_processor,
 )
+from trol.family.composing import composed
 from trol.family.loading import load_model
+from trol.family.presets import TEMPLATES, byte_level_tokenizer, separate, text_decoder
 from trol.family.published.files import CONFIG, read_json
-from trol.family.text_decoder import TEMPLATES, byte_level_tokenizer, separate, text_decoder
 from trol.host.trainer import checkpoint_activations
-from trol.policies.adapter import is_trained
-from trol.training.adapters import is_plain_host, open_adapters
-from trol.training.composing import composed
-from trol.training.quantised import check_quantised, quantisation
+from trol.training.losses import NOTHING
 from trol.training.recipe import Recipe, resolve
-from trol.training.stages import NOTHING
+from trol.training.trainable import check_quantised, is_plain_host, open_adapters, quantisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision of a recipe -> type of the weights that do not learn."""

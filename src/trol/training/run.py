@@ -14,14 +14,12 @@ from transformers import set_seed
 
 from trol.errors import UsageError, unknown
 from trol.training import processes
-from trol.training.adapters import save_trained
-from trol.training.fingerprints import differences
-from trol.training.learning import check_data, finished, learner_of
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
+from trol.training.run_folder import RECIPE, WorkingFolder, differences, not_written, whole_folder
 from trol.training.stage import Surroundings, train_stage
-from trol.training.whole import whole_folder
-from trol.training.working import RECIPE, WorkingFolder, not_written
+from trol.training.stage_data import check_data, finished, learner_of
+from trol.training.trainable import save_trained
 
 REPORTS = ("tensorboard", "trackio")
 """Trackers that logs can be sent to; each is a package of that name."""

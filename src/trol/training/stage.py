@@ -14,19 +14,17 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
-from trol.data.left_out import TOLD
+from trol.data.pools import TOLD
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError
 from trol.training import processes
-from trol.training.exit_loss import teach_exits
-from trol.training.fingerprints import data_fingerprint
-from trol.training.learning import finished, learner_of, material, sized, trainer_settings
+from trol.training.losses import teach_exits
 from trol.training.optimiser import optimiser, schedule
-from trol.training.progress import Progress
+from trol.training.progress import GATE, GateMeans, Progress, Rhythm
 from trol.training.recipe import Recipe, Stage
+from trol.training.run_folder import WorkingFolder, data_fingerprint
+from trol.training.stage_data import finished, learner_of, material, sized, trainer_settings
 from trol.training.trainer import StageTrainer
-from trol.training.watching import GATE, GateMeans, Rhythm
-from trol.training.working import WorkingFolder
 
 LOGS = 40
 """Points of a loss curve."""

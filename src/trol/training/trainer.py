@@ -17,14 +17,15 @@ from transformers import TrainerCallback
 from trol.errors import TrainingError, UsageError
 from trol.host.trainer import StepwiseTrainer, keep_newest
 from trol.training import processes
-from trol.training.watching import GateMeans, Speed
-from trol.training.whole import DRAFTS, whole_folder
-from trol.training.working import (
+from trol.training.progress import GateMeans, Speed
+from trol.training.run_folder import (
+    DRAFTS,
     WEIGHTS,
     newest_checkpoint,
     not_written,
     put_state,
     state_of,
+    whole_folder,
 )
 
 BETWEEN_LOGS = "between_logs_{rank}.json"

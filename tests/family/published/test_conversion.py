@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from family.published.folders import FAMILIES, published_folder
 from trol.errors import DataError, HostError, UsageError
 from trol.family import TrolForConditionalGeneration
-from trol.family.published import conversion, shards
+from trol.family.published import conversion
+from trol.family.published import conversion as shards
 from trol.family.published.conversion import convert
 from trol.family.published.files import MARKER
 from trol.family.published.opening import open_published

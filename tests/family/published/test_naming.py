@@ -8,8 +8,8 @@ from huggingface_hub.errors import HTTPError
 from trol.errors import HostError, UsageError
 from trol.family import TrolForConditionalGeneration
 from trol.family.loading import load_model
-from trol.family.published import naming
-from trol.family.published.naming import check_source
+from trol.family.published import files as naming
+from trol.family.published.files import check_source
 from trol.family.published.opening import find_published
 
 

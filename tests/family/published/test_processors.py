@@ -9,10 +9,10 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, Phi3Confi
 from family.published.tokens import internlm2_tokenizer, phi3_tokenizer
 from trol.errors import DataError, UsageError
 from trol.family import TrolConfig, TrolProcessor
+from trol.family.image_processors import TiledImageProcessor
 from trol.family.internlm2 import InternLM2Config
 from trol.family.published.processors import published_processor
 from trol.family.published.templates import chat_template
-from trol.family.tiled import TiledImageProcessor
 
 PROMPT = (
     "You are AI model created by Byung-Kwan Lee, Ph.D. candidate, KAIST EE, of which AI model name "

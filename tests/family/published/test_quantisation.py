@@ -14,9 +14,8 @@ from trol.errors import HostError, UsageError
 from trol.family import TrolForConditionalGeneration
 from trol.family.loading import load_model
 from trol.family.published import quantisation
-from trol.family.published.opening import open_published
+from trol.family.published.opening import Lazy, open_published
 from trol.family.published.quantisation import check_blocks, quantised, spare_parts
-from trol.family.published.weights import Lazy
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")

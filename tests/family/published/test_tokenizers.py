@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from family.published.tokens import IMAGE_TOKENS, PHI3_TOKENS, TEXT, phi3_tokenizer
 from trol.errors import DataError, HostError
-from trol.family.published.tokenizers import published_tokenizer
+from trol.family.published.processors import published_tokenizer
 
 MARKS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
 STRINGS = [

@@ -5,30 +5,221 @@ source, so that nothing opens a half-made one. A conversion that was broken off 
 was: finished shards are compared and kept.
 
 `claims` says whose folder it is.
+
+Whose a conversion's folder is: one's own to go on with, finished, or somebody else's.
+
+Weights in files of bounded size, each written whole or not at all.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from trol.errors import DataError, HostError, UsageError
 from trol.family.configuration import TrolConfig
 from trol.family.loading import SHIPPED
 from trol.family.modeling import TrolForConditionalGeneration
 from trol.family.processing import TrolProcessor
-from trol.family.published import shards
-from trol.family.published.claims import check_apart, check_destination, claim, finish, manifest
-from trol.family.published.files import CONFIG, GATING
-from trol.family.published.naming import check_source
-from trol.family.published.opening import Published, find_published
+from trol.family.published.files import CONFIG, GATING, MARKER, Checkpoint, check_source
+from trol.family.published.opening import Published, Weights, find_published
 from trol.family.published.processors import published_processor
-from trol.family.published.shards import PARTIAL, Shard
+
+FINISHED = "conversion.json"
+"""What `MARKER` is called when the conversion is finished."""
+
+
+def manifest(checkpoint: Checkpoint, dtype: torch.dtype, shard_bytes: int) -> dict[str, Any]:
+    """What tells conversions apart: all that the shards depend on, and nothing else.
+
+    A tokenizer may be mended meanwhile; weights of the same size are compared value by value.
+    """
+    gating = checkpoint.folder / GATING
+    files = [*checkpoint.files(), *([gating] if gating.is_file() else [])]
+    return {
+        "sizes": {file.name: file.stat().st_size for file in files},
+        "config": sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest(),
+        "dtype": str(dtype),
+        "shard_bytes": shard_bytes,
+    }
+
+
+def check_destination(destination: str | Path) -> None:
+    """`UsageError` for a place where no conversion can go, whatever its source."""
+    folder = Path(destination)
+    if not str(destination).strip():
+        raise UsageError("the destination is empty; give the name of a new folder.")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file; give the name of a new folder.")
+        ours = any((folder / name).is_file() for name in (MARKER, FINISHED))
+        if not ours and folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty; give a new folder, or empty this one.")
+    except OSError as error:
+        raise _no_place(folder, error) from error
+
+
+def check_apart(source: Path, folder: Path) -> None:
+    """`UsageError` for a destination within its source."""
+    inner, outer = folder.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents:
+        raise UsageError(
+            f"{folder} lies within {source}, which is only read; give a folder elsewhere."
+        )
+
+
+def claim(folder: Path, made_of: dict[str, Any]) -> None:
+    """Makes the folder ours; `UsageError` where another conversion has it, or this one is done."""
+    if (folder / FINISHED).is_file() and (folder / CONFIG).is_file():
+        if _read(folder / FINISHED) == made_of:
+            raise UsageError(
+                f"{folder} is already there and finished, made of these same files with the same "
+                f"settings; there is nothing to do. Next: trol chat {folder}"
+            )
+        raise UsageError(
+            f"{folder} holds a finished conversion of other files, or with other settings; give a "
+            "new folder, or empty this one."
+        )
+    if (folder / MARKER).is_file():
+        if _read(folder / MARKER) != made_of:
+            raise UsageError(
+                f"{folder} holds an unfinished conversion of other files, or with other settings, "
+                "than these; go on with those, or empty the folder."
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MARKER, made_of)
+    except OSError as error:
+        raise _no_place(folder, error) from error
+
+
+def finish(folder: Path) -> None:
+    """Says that the conversion is finished; call it when everything is written and compared."""
+    (folder / MARKER).replace(folder / FINISHED)
+
+
+def _read(file: Path) -> Any:
+    """What such a file says; None where it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def _no_place(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"{folder} cannot be made or written to ({error.strerror or error}); give a folder in a "
+        "place that exists and where you may write."
+    )
+
+
+PARTIAL = ".partial"
+"""Ends the names of files that are not yet what their name says."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights, and which lie in it."""
+
+    file: str
+    names: list[str]
+    size: int
+    """Bytes of its weights."""
+
+
+def planned(shapes: Mapping[str, torch.Size], dtype: torch.dtype, most: int) -> list[Shard]:
+    """The weights, in order, dealt out to files of at most `most` bytes (or of one weight)."""
+    parts: list[tuple[list[str], int]] = []
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if not parts or parts[-1][1] + size > most:
+            parts.append(([], 0))
+        parts[-1] = ([*parts[-1][0], name], parts[-1][1] + size)
+    of = len(parts)
+    files = [f"model-{i:05}-of-{of:05}" for i in range(1, of + 1)] if of > 1 else ["model"]
+    return [
+        Shard(f"{file}.safetensors", names, size)
+        for file, (names, size) in zip(files, parts, strict=True)
+    ]
+
+
+def write(folder: Path, shard: Shard, weights: Weights, dtype: torch.dtype) -> None:
+    """Reads and writes one shard; `DataError` where the disk refuses."""
+    tensors = dict(cast_to(weights, shard.names, dtype))
+    try:
+        with whole(folder / shard.file) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise DataError(
+            f"{folder / shard.file} cannot be written ({error}); once that is mended, the same "
+            "command goes on where it was."
+        ) from error
+
+
+def holds(folder: Path, shard: Shard, weights: Weights, dtype: torch.dtype) -> bool:
+    """Whether the shard lies in the folder already, equal to its source to the last bit."""
+    if not (folder / shard.file).is_file():
+        return False
+    try:
+        with safe_open(folder / shard.file, framework="pt") as opened:
+            return set(opened.keys()) == set(shard.names) and all(
+                same_bits(opened.get_tensor(name), tensor)
+                for name, tensor in cast_to(weights, shard.names, dtype)
+            )
+    except SafetensorError:  # cut off: it is written again
+        return False
+
+
+def write_index(folder: Path, shards: list[Shard]) -> None:
+    """Says which shard holds which weight, where there are several."""
+    if len(shards) > 1:
+        listed = {name: shard.file for shard in shards for name in shard.names}
+        size = {"total_size": sum(shard.size for shard in shards)}
+        index = {"metadata": size, "weight_map": listed}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def cast_to(weights: Weights, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """These weights one by one, each in memory of its own."""
+    for name in names:
+        yield name, weights[name][...].to(dtype, copy=True).contiguous()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaNs included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write to; the file takes its own when the block ends well."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
 
 SHARD_BYTES = 2 * 10**9
 """Most bytes of weights in a file, and so in memory while it is written."""
@@ -91,7 +282,7 @@ def convert(
     config.dtype = dtype = dtype or cast(torch.dtype, config.dtype)
     model = _without_memory(config)
     shapes = {name: made.shape for name, made in model.state_dict().items() if name in weights}
-    plan = shards.planned(shapes, dtype, shard_bytes)
+    plan = planned(shapes, dtype, shard_bytes)
     # All that can be wrong with the source is found before anything is written.
     processor = published_processor(published.folder, config)
     published.stop_with(model.generation_config)
@@ -165,14 +356,14 @@ def _write_shards(
     for number, shard in enumerate(plan, 1):
         if (folder / shard.file).exists():
             progress("checking", number, len(plan))
-            if shards.holds(folder, shard, weights, dtype):
+            if holds(folder, shard, weights, dtype):
                 kept.add(shard.file)
     _check_space(folder, [shard for shard in plan if shard.file not in kept])
     for number, shard in enumerate(plan, 1):
         if shard.file not in kept:
             progress("writing", number, len(plan))
-            shards.write(folder, shard, weights, dtype)
-    shards.write_index(folder, plan)
+            write(folder, shard, weights, dtype)
+    write_index(folder, plan)
     return len(kept)
 
 
@@ -206,8 +397,8 @@ def _compare(folder: Path, published: Published, plan: list[Shard], dtype: torch
     wrong = sorted({name for names in report.values() for name in names})
     state = model.state_dict()
     for shard in plan:
-        for name, tensor in shards.cast(published.weights, shard.names, dtype):
-            if not shards.same_bits(state[name], tensor):
+        for name, tensor in cast_to(published.weights, shard.names, dtype):
+            if not same_bits(state[name], tensor):
                 wrong.append(name)
     if wrong:
         raise DataError(

@@ -1,19 +1,26 @@
-"""The files of a published checkpoint: which tensor lies where, read only when asked for."""
+"""The files of a published checkpoint: which tensor lies where, read only when asked for.
+
+What names a model: a folder, or owner/name on the hub; everything else is refused at once.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import pickle
+import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trol.errors import DataError
+from trol.errors import DataError, UsageError
 
 STEMS = {".safetensors": "model", ".bin": "pytorch_model"}
 """Kind of weight file -> what transformers calls such files."""
@@ -182,3 +189,45 @@ def _tensors(file: Path) -> dict[str, Any]:
             f"{file} is damaged: {file.stat().st_size} bytes that are no whole safetensors file "
             f"({error}); {CURE}."
         ) from error
+
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def check_source(source: str | Path, shipped: tuple[str, ...] = ()) -> None:
+    """`UsageError` for what is neither a folder here nor can be a hub name.
+
+    Args:
+        source: what was given as a model's name; it is none of `shipped`.
+        shipped: models that could have been meant.
+    """
+    name, path = str(source), Path(source)
+    if not name.strip():
+        raise UsageError("the name of the model is empty; give a folder or a hub name.")
+    if path.is_dir():
+        return
+    if path.exists():
+        raise UsageError(f"{name} is a file; give the folder that holds the model.")
+    if _HUB_NAME.fullmatch(name) is None:
+        close = get_close_matches(name, shipped, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        known = f", or a shipped model ({', '.join(shipped)})" if shipped else ""
+        raise UsageError(
+            f"unknown model {name!r}: there is no such folder here, and it is no hub name, which "
+            f"is owner/name.{hint} Give an existing folder or a hub name{known}."
+        )
+
+
+def unreachable(name: str, hub: dict[str, Any]) -> str | None:
+    """Why the hub cannot be asked for a name, by one attempt; None where it answers, however.
+
+    Fetching itself would try for half a minute, and say each time that it failed.
+    """
+    if hub.get("local_files_only"):
+        return "only local files are to be used"
+    address = hf_hub_url(name, CONFIG, revision=hub.get("revision"))
+    try:
+        get_hf_file_metadata(address, token=hub.get("token"))
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        return None if isinstance(error, HfHubHTTPError) else str(error)
+    return None

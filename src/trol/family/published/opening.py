@@ -1,7 +1,15 @@
-"""Opening a published checkpoint, from a folder or by its hub name, as a TroL model."""
+"""Opening a published checkpoint, from a folder or by its hub name, as a TroL model.
+
+A published checkpoint's tensors under a TroL model's names, made when asked for.
+
+The gates of a published checkpoint: L entries, which may all be the same one.
+"""
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,20 +17,194 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
 from trol.family.memory import check_opening
-from trol.family.published.configs import trol_config
-from trol.family.published.files import CONFIG, GATING, MARKER, STEMS, Checkpoint, read_json
-from trol.family.published.gates import check_gates, gate_tensors, read_gates, sharing_of
-from trol.family.published.layouts import SIGNATURES
-from trol.family.published.naming import check_source, unreachable
-from trol.family.published.stated import added_tokens, end_token
+from trol.family.published.config_reader import added_tokens, end_token
+from trol.family.published.configs import position_grid, trol_config
+from trol.family.published.files import (
+    CONFIG,
+    CURE,
+    GATING,
+    MARKER,
+    STEMS,
+    Checkpoint,
+    check_source,
+    read_json,
+    read_pickled,
+    unreachable,
+)
+from trol.family.published.layouts import GATES, IGNORED, SIGNATURES, Part, Source, sources
 from trol.family.published.templates import MARKS
-from trol.family.published.weights import Weights, mapped
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor of the model that is read from its file when `[...]` is asked of it.
+
+    transformers asks just this of the values of a state dict, one after the other.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    part: Part
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.part(self.checkpoint.read(self.name))[index]
+
+
+Weights = Mapping[str, Lazy | Tensor]
+"""Name in the model -> the tensor, or what reads it."""
+
+
+def mapped(checkpoint: Checkpoint, family: str, config: TrolConfig) -> dict[str, Lazy]:
+    """All weights but the gates.
+
+    Raises:
+        DataError: a tensor is missing, has another shape, or does not belong there.
+    """
+    positions = position_grid(checkpoint, family) ** 2 + 1
+    expected = list(sources(family, config, positions))
+    _check_names(checkpoint, family, expected)
+    for source in expected:
+        if (found := checkpoint.shape(source.name)) != source.shape:
+            raise DataError(
+                f"{checkpoint.file(source.name)}: {source.name!r} has the shape {found}, expected "
+                f"{source.shape} by config.json and the other tensors; {CURE}."
+            )
+    return {
+        target: Lazy(checkpoint, source.name, part)
+        for source in expected
+        for target, part in source.targets.items()
+    }
+
+
+def _check_names(checkpoint: Checkpoint, family: str, expected: list[Source]) -> None:
+    wanted = {source.name for source in expected}
+    missing = [source.name for source in expected if source.name not in checkpoint]
+    if missing:
+        files = ", ".join(file.name for file in checkpoint.files())
+        raise DataError(
+            f"{checkpoint.folder} lacks {len(missing)} of the {len(wanted)} tensors of a {family} "
+            f"checkpoint, first {missing[0]!r}: in none of {files}; {CURE}."
+        )
+    surplus = [
+        name
+        for name in checkpoint.names()
+        if name not in wanted and not name.startswith(GATES[family]) and not name.endswith(IGNORED)
+    ]
+    if surplus:
+        raise DataError(
+            f"{checkpoint.file(surplus[0])} holds {surplus[0]!r}, one of {len(surplus)} tensors "
+            f"that a {family} checkpoint of this size does not have; check that config.json and "
+            "the weight files come from the same checkpoint."
+        )
+
+
+Entries = dict[str, Tensor]
+"""'{layer}.weight' [1, D] and '{layer}.bias' [1] for each layer."""
+
+
+def read_gates(checkpoint: Checkpoint, family: str) -> Entries:
+    """The gates, from their own file, or from among the weights where there is no such file.
+
+    Raises:
+        DataError: there are none, or the file is damaged.
+    """
+    file, prefix = checkpoint.folder / GATING, GATES[family]
+    if file.is_file():
+        return read_pickled(file, mmap=False)
+    among = [name for name in checkpoint.names() if name.startswith(prefix)]
+    if not among:
+        raise DataError(
+            f"{checkpoint.folder} is no TroL checkpoint: it has neither {GATING} nor tensors "
+            f"called {prefix}0.weight and so on; put {GATING} beside its weights."
+        )
+    return {name.removeprefix(prefix): checkpoint.read(name) for name in among}
+
+
+def check_gates(entries: Entries, where: str, layers: int, width: int) -> None:
+    """`DataError` unless there is one gate of that width, and of finite values, for each layer."""
+    kinds = {"weight": [1, width], "bias": [1]}
+    wanted = {f"{i}.{kind}": shape for i in range(layers) for kind, shape in kinds.items()}
+    missing, surplus = wanted.keys() - entries.keys(), entries.keys() - wanted.keys()
+    if missing or surplus:
+        raise DataError(
+            f"{where} holds gates for {len(entries) / 2:g} layers, the decoder has {layers}: "
+            f"missing {_few(missing)}, surplus {_few(surplus)}; take the {GATING} that was "
+            "published with these weights."
+        )
+    for name, shape in wanted.items():
+        if list(entries[name].shape) != shape:
+            raise DataError(
+                f"{where}: {name!r} has the shape {list(entries[name].shape)}, expected {shape}, "
+                f"the width of the decoder; take the {GATING} that was published with these "
+                "weights."
+            )
+        if not entries[name].isfinite().all():
+            raise DataError(
+                f"{where}: {name!r} has values that are infinite or no numbers, expected finite "
+                f"ones; {CURE}."
+            )
+
+
+def sharing_of(entries: Entries, layers: int, where: str) -> str:
+    """'shared' where all entries are equal, or else 'per_layer', with a warning."""
+    apart = {layer: _distance(entries, layer) for layer in range(1, layers)}
+    others = [layer for layer, distance in apart.items() if distance > 0]
+    if not others:
+        return "shared"
+    warnings.warn(
+        f"the gates in {where} differ: those of the layers {_few(others)} are not layer 0's (by up "
+        f"to {max(apart.values()):.3g}). Each layer gets its own; the official code would use the "
+        f"last one, number {layers - 1}, in all layers.",
+        UserWarning,
+        stacklevel=_callers_level(),
+    )
+    return "per_layer"
+
+
+def gate_tensors(entries: Entries, layers: int, sharing: str) -> Entries:
+    """The gates by their names in a TroL model; of shared ones the first layer's."""
+    held = range(1 if sharing == "shared" else layers)
+    return {
+        f"model.language_model.layers.{layer}.depth.{kind}": entries[f"{layer}.{kind}"]
+        for layer in held
+        for kind in ("weight", "bias")
+    }
+
+
+def _distance(entries: Entries, layer: int) -> float:
+    """The largest difference to layer 0's gate; infinite where one of them is not finite."""
+    distances = [
+        (entries[f"{layer}.{kind}"].float() - entries[f"0.{kind}"].float()).abs().max()
+        for kind in ("weight", "bias")
+        if not torch.equal(entries[f"{layer}.{kind}"], entries[f"0.{kind}"])
+    ]
+    return max((float(d.nan_to_num(torch.inf)) for d in distances), default=0.0)
+
+
+def _callers_level() -> int:
+    """The `stacklevel`, for a warning of the calling function, of who called trol."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] not in ("trol", "functools"):
+            return level
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _few(items: object) -> str:
+    """At most four of them, in order."""
+    listed = sorted(items)  # type: ignore[call-overload]
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return ", ".join(map(str, listed[:4])) + more if listed else "none"
+
 
 HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 """What `from_pretrained` takes and only fetching reads."""

@@ -15,8 +15,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from trol.host.assumptions.table import Table, differs
-from trol.host.assumptions.tiny import tiny_config
+from trol.host.assumptions.table import Table, differs, tiny_config
 from trol.host.cache import (
     GROWING,
     MOVING_METHODS,
@@ -99,7 +98,7 @@ def crops() -> str | None:
     return differs("the length after crop(-2) of 3 tokens", layer.get_seq_length(), 1)
 
 
-@CACHES.row("depth/holes.py: masks of a layer", at_attach=True)
+@CACHES.row("depth/planes.py: masks of a layer", at_attach=True)
 def mask_sizes() -> str | None:
     """get_mask_sizes(n) tells how many keys n new tokens will see, and the first one's column."""
     layer, window = DynamicLayer(), DynamicSlidingWindowLayer(4)
@@ -111,7 +110,7 @@ def mask_sizes() -> str | None:
     )
 
 
-@CACHES.row("depth/compact.py: layers that hold some rows alone", at_attach=True)
+@CACHES.row("depth/visits.py: layers that hold some rows alone", at_attach=True)
 def empty_shows_its_own() -> str | None:
     """A cache layer that grows, while it is empty, shows the keys that a step brings."""
     for kind in GROWING:
@@ -190,7 +189,7 @@ class _StandIn:
         return self.layer.update(*args, **kwargs)
 
 
-@CACHES.row("host/visit_slot.py: slots that merge what a visit stores", at_attach=True)
+@CACHES.row("host/cache_layers.py: slots that merge what a visit stores", at_attach=True)
 def stands_in() -> str | None:
     """A cache calls `update` of a layer and reads its attributes; an object may stand in for it."""
     cache: Any = DynamicCache(config=tiny_config())
@@ -217,7 +216,7 @@ def records() -> str | None:
     return differs("keys while recording, length and keys after", found, (4, 5, 2))
 
 
-@CACHES.row("host/visit_slot.py KeysWritten: a layer that is left at its cache", at_attach=True)
+@CACHES.row("host/cache_layers.py KeysWritten: a layer that is left at its cache", at_attach=True)
 def survives_an_error() -> str | None:
     """An error out of `update` leaves the cache as it was."""
     cache: Any = DynamicCache(config=tiny_config())

@@ -13,12 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trol.host.assumptions.table import Table, differs
-from trol.host.assumptions.tiny import ids, tiny_config, tiny_model
+from trol.host.assumptions.table import Table, differs, ids, tiny_config, tiny_model
 from trol.host.chat_templates import AS_CUT, PIECES
 from trol.host.classes import HOOKED_FORWARD, second_maps, tied_names, trained_copy
-from trol.host.placement import running_device
-from trol.host.wrappers import KEPT
+from trol.host.trainer import KEPT
+from trol.host.weights import running_device
 
 LIBRARIES = Table()
 
@@ -93,7 +92,7 @@ class _Lazy:
         return self.tensor[index]
 
 
-@LIBRARIES.row("family/published/weights.py: tensors are read one at a time")
+@LIBRARIES.row("family/published/opening.py: tensors are read one at a time")
 def asks_for_all() -> str | None:
     """from_pretrained asks nothing but `[...]` of the values of a state dict."""
     model = tiny_model(dtype="float32")
@@ -110,7 +109,7 @@ class _StandInRotaryEmbedding(nn.Module):
             self.register_buffer(name, torch.zeros(2), persistent=False)
 
 
-@LIBRARIES.row("family/rope.py: rotary tables after loading")
+@LIBRARIES.row("family/generation.py: rotary tables after loading")
 def fills_rotary() -> str | None:
     """The buffers of every class named ...RotaryEmbedding are filled by its rope_type."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8}
@@ -128,7 +127,7 @@ def fills_rotary() -> str | None:
     )
 
 
-@LIBRARIES.row("policies/baking.py, training/opening.py: configurations that cannot be")
+@LIBRARIES.row("checkpoints/baking.py, training/opening.py: configurations that cannot be")
 def strict_errors() -> str | None:
     """A configuration that contradicts itself raises StrictDataclassError or ValueError."""
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
@@ -151,7 +150,7 @@ def hooks() -> str | None:
     return f"a hooked module has no {missing} of its own" if missing else None
 
 
-@LIBRARIES.row("host/placement.py running_device: gates of offloaded layers")
+@LIBRARIES.row("host/weights.py running_device: gates of offloaded layers")
 def execution_device() -> str | None:
     """accelerate's hooks on an offloaded model say where its modules compute."""
     from accelerate import cpu_offload  # noqa: PLC0415
@@ -163,7 +162,7 @@ def execution_device() -> str | None:
     return differs("where it computes", str(running_device(layer)), "cpu")
 
 
-@LIBRARIES.row("host/wrappers.py rebind: roles under prompt tuning that came first")
+@LIBRARIES.row("host/trainer.py rebind: roles under prompt tuning that came first")
 def kept_method() -> str | None:
     """PEFT's prompt learning keeps the model's prepare_inputs_for_generation on the wrapper."""
     from peft import PromptTuningConfig, get_peft_model  # noqa: PLC0415
@@ -174,7 +173,7 @@ def kept_method() -> str | None:
     return None if getattr(kept, "__self__", None) is model else f"{KEPT} is {kept!r}"
 
 
-@LIBRARIES.row("host/quantised.py forget_quantisation: hosts from GGUF files are saved")
+@LIBRARIES.row("host/weights.py forget_quantisation: hosts from GGUF files are saved")
 def forgets_quantisation() -> str | None:
     """A quantiser takes off a model what says that it is quantised."""
     from transformers.quantizers.base import HfQuantizer  # noqa: PLC0415
@@ -201,7 +200,7 @@ def modules_to_save() -> str | None:
     return differs("calls of the copy in one pass", len(calls), 1)
 
 
-@LIBRARIES.row("host/classes.py second_maps; training/visit_updates.py")
+@LIBRARIES.row("host/classes.py second_maps; training/low_rank.py")
 def low_rank_maps() -> str | None:
     """PEFT calls a module lora_B.NAME for each low-rank update."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
@@ -244,7 +243,7 @@ def trainer_divides() -> str | None:
     return None if "num_items_in_batch" in taken else f"compute_loss takes {sorted(taken)}"
 
 
-@LIBRARIES.row("host/quantised.py: gradients pass through 4-bit weights on a CPU")
+@LIBRARIES.row("host/weights.py: gradients pass through 4-bit weights on a CPU")
 def packs_for_cpu() -> str | None:
     """bitsandbytes says on each 4-bit map whether it packs for a CPU, and can unpack."""
     if find_spec("bitsandbytes") is None:
@@ -252,7 +251,7 @@ def packs_for_cpu() -> str | None:
     from bitsandbytes import functional  # noqa: PLC0415 - an optional dependency
     from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415
 
-    from trol.host.quantised import PACKS_FLAG  # noqa: PLC0415
+    from trol.host.weights import PACKS_FLAG  # noqa: PLC0415 - with bitsandbytes alone
 
     if not hasattr(Linear4bit(64, 64), PACKS_FLAG):
         return f"Linear4bit has no {PACKS_FLAG}"

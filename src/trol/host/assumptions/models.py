@@ -9,12 +9,17 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from trol.host.assumptions.table import Table, differs
-from trol.host.assumptions.tiny import ids, tiny_model
+from trol.host.assumptions.table import Table, differs, ids, tiny_model
 from trol.host.generation import CONTINUOUS, SHOWN, SLICES_LOGITS
 from trol.host.head import behind_the_stack, finished, head_of
-from trol.host.names import CACHE, KNOWN_CACHE_NAMES, cache_among, cache_key
-from trol.host.parts import token_wise_parts, with_parts
+from trol.host.names import (
+    CACHE,
+    KNOWN_CACHE_NAMES,
+    cache_among,
+    cache_key,
+    token_wise_parts,
+    with_parts,
+)
 
 MODELS = Table()
 
@@ -194,7 +199,7 @@ def continuous() -> str | None:
     return None if wanted <= set(CONTINUOUS) else f"ContinuousMixin has {CONTINUOUS}"
 
 
-@MODELS.row("host/parts.py: tokens that stay are not computed")
+@MODELS.row("host/names.py: tokens that stay are not computed")
 def parts() -> str | None:
     """A layer's token-wise parts are called by their names, so something may stand in for them."""
     model = tiny_model()

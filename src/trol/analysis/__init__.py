@@ -1,1 +1,0 @@
-"""Pictures and reports, made from arrays, traces and result files only."""

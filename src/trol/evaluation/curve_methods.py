@@ -1,0 +1,401 @@
+"""The methods that a curve compares: how each makes its policies, cheap ones to dear ones.
+
+Shares of the layers that stay, as a command names them: `0.1:1.0`, `0.2:0.8:0.2` or `0.5`.
+
+The oracle's curve, as `trol oracle` left it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from trol.checkpoints import adapter
+from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attached
+from trol.depth.registry import from_settings, to_settings
+from trol.errors import DataError, UsageError, unknown
+from trol.evaluation.kept import Measurements
+from trol.evaluation.oracle_store import LOWER_IS_BETTER
+from trol.evaluation.plan_search import chosen_plan
+from trol.evaluation.tasks import questions_of
+from trol.host.layers import find_decoder, layer_list
+from trol.policies.exits import EarlyExit
+from trol.policies.planned import Planned, kept_count, static_plan
+
+ORACLE = "oracle"
+"""A method that is not measured here: its curve is read from what `trol oracle` found."""
+
+CHOSEN_BY = 64
+"""Questions of the validation split that plans are chosen by."""
+
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+"""How sure a prediction must be for an exit that decides while running (of `MEASURE`)."""
+
+MEASURE = "margin"
+"""What says how sure a prediction is, where no adapter names another measure."""
+
+WAITS = (1, 2, 3, 4)
+"""Thresholds of the measure `patience`, which counts looks."""
+
+DIALS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+"""Quality dials of a router."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point to be measured: a model, and its policy for each seed."""
+
+    keep: float | None
+    """The share of the layers that was asked for; None where it is decided while running."""
+    settings: dict[str, Any]
+    """What tells this point from others, as JSON values."""
+    model: Any
+    policies: tuple[AbstractPolicy, ...]
+    """The policy of each seed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a curve is asked for.
+
+    `adapters` are folders by name, each with its model opened: the policy is attached, and the
+    host is the same or trained along with it.
+    """
+
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    questions: int = 200
+    seeds: int = 3
+    scope: Scope = "answer"
+    adapters: Mapping[str, Any] | None = None
+    oracle: Path | None = None
+
+    def carrying(self, policy: str) -> dict[str, Any]:
+        """The adapters whose policy has this registered name."""
+        given = self.adapters or {}
+        return {name: model for name, model in given.items() if policy_of(model).name == policy}
+
+
+def policy_of(model: Any) -> AbstractPolicy:
+    """The policy that a model carries."""
+    return attached(model)[1].depth_policy
+
+
+def layers_of(model: Any) -> int:
+    """Layers of the decoder inside `model`."""
+    return len(layer_list(find_decoder(model)) or ())
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """A model with an adapter's policy that shares all weights with `model`, which stays as it is.
+
+    Raises as `trol.load`.
+    """
+    shared = chain(model.parameters(), model.buffers())
+    other = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    if is_attached(other):
+        detach(other)
+    return adapter.load(other, folder)
+
+
+def check_methods(methods: Sequence[str], oracle: Path | None) -> None:
+    """Raises `UsageError` where no method is named, one is unknown, or the oracle is not there."""
+    known = [*METHODS, ORACLE]
+    if not methods:
+        raise UsageError(f"no method named; choose among {', '.join(known)}.")
+    for method in methods:
+        if method not in known:
+            raise unknown("method", method, known)
+    if ORACLE in methods and oracle is None:
+        raise UsageError(
+            "the method oracle is drawn from a finished oracle; run `trol oracle MODEL --out DIR` "
+            "and give --oracle DIR."
+        )
+
+
+def check_adapters(request: Request) -> None:
+    """Raises `UsageError` where a method lacks its adapter, or an adapter its method."""
+    for method in TRAINED:
+        if method in request.methods and not request.carrying(method):
+            raise UsageError(
+                f"the method {method} has parameters that are trained, and no folder of --adapters "
+                f"holds a {method}; train one with `trol train RECIPE`, where the recipe's policy "
+                f"is {method}, and give --adapters its folder."
+            )
+    for name, model in (request.adapters or {}).items():
+        kind = policy_of(model).name
+        known = (*TRAINED, EarlyExit.name)
+        if kind not in known:
+            raise UsageError(
+                f"the adapter {name} holds a {kind}, but curves are drawn of {', '.join(known)}; "
+                "leave it out of --adapters."
+            )
+        if kind not in request.methods:
+            raise UsageError(f"the adapter {name} holds a {kind}; add {kind} to --methods.")
+
+
+def candidates(
+    method: str, model: Any, processor: Any, task: str, request: Request
+) -> list[Candidate]:
+    """The points of one method on one task, the full model not among them."""
+    return METHODS[method](model, processor, task, request)
+
+
+def _planned(model: Any, keep: float, plans: Sequence[Plan], scope: Scope) -> Candidate:
+    texts = [str(plan) for plan in plans]
+    same = len(set(texts)) == 1
+    settings: dict[str, Any] = {"plan": texts[0]} if same else {"plans": texts}
+    policies = tuple(Planned(plan, scope=scope) for plan in plans)
+    return Candidate(keep, settings, model, policies)
+
+
+def _shorter(model: Any, request: Request) -> list[float]:
+    """The shares at which some layer goes; where none does, it is the full model."""
+    layers = layers_of(model)
+    return [keep for keep in request.keeps if kept_count(layers, keep) < layers]
+
+
+def _static(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    del processor, task
+    layers = layers_of(model)
+    return [
+        _planned(
+            model,
+            keep,
+            [static_plan(name, layers, keep, seed) for seed in range(request.seeds)],
+            request.scope,
+        )
+        for keep in _shorter(model, request)
+    ]
+
+
+def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    """Plans chosen once, by validation questions: the seeds differ in the questions they answer."""
+    items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
+    found: list[Candidate] = []
+    measured = Measurements()  # shares have many of them in common
+    for keep in _shorter(model, request):
+        plan = chosen_plan(
+            name, model, processor, items, keep, scope=request.scope, measured=measured
+        )
+        found.append(_planned(model, keep, [plan] * request.seeds, request.scope))
+    return found
+
+
+def _exits(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    """A sweep of thresholds without trained heads, and what each adapter adds to it.
+
+    An adapter with its own heads, or with a host that learnt along, gives another sweep; one that
+    only sets a threshold on this model gives the point of that threshold.
+    """
+    del processor, task
+    plain = EarlyExit(MEASURE, scope=request.scope)
+    told = {"measure": MEASURE}
+    found = _sweep(model, plain, told, request.seeds, threshold=THRESHOLDS)
+    for name, other in request.carrying(EarlyExit.name).items():
+        own = policy_of(other)
+        settings = to_settings(own)
+        measure = settings["measure"]
+        if not settings["heads"] and _shares_weights(model, other):
+            told = {"adapter": name, "measure": measure, "threshold": settings["threshold"]}
+            found.append(Candidate(None, told, other, (own,) * request.seeds))
+            continue
+        values = WAITS if measure == "patience" else THRESHOLDS
+        told = {"adapter": name, "measure": measure}
+        found += _sweep(other, own, told, request.seeds, threshold=values)
+    return found
+
+
+def _shares_weights(model: Any, other: Any) -> bool:
+    """Whether both are the same model, one of them through `with_adapter`."""
+    return other.get_input_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _controllers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    del model, processor, task
+    return [
+        Candidate(None, {"adapter": name}, other, (policy_of(other),) * request.seeds)
+        for name, other in request.carrying("controller").items()
+    ]
+
+
+def _routers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    del model, processor, task
+    return [
+        one
+        for name, other in request.carrying("router").items()
+        for one in _sweep(other, policy_of(other), {"adapter": name}, request.seeds, dial=DIALS)
+    ]
+
+
+def _sweep(
+    model: Any, policy: AbstractPolicy, told: dict[str, Any], seeds: int, **values: Sequence[float]
+) -> list[Candidate]:
+    """One policy at several values of one of its settings."""
+    return [
+        Candidate(
+            None,
+            {**told, setting: value},
+            model,
+            (from_settings({**to_settings(policy), setting: value}),) * seeds,
+        )
+        for setting, several in values.items()
+        for value in several
+    ]
+
+
+METHODS: dict[str, Callable[[Any, Any, str, Request], list[Candidate]]] = {
+    "skip": partial(_static, "uniform"),
+    "exit": partial(_static, "exit"),
+    "random": partial(_static, "random"),
+    "middle": partial(_static, "middle"),
+    "influence": partial(_chosen, "influence"),
+    "greedy": partial(_chosen, "greedy"),
+    "early_exit": _exits,
+    "controller": _controllers,
+    "router": _routers,
+}
+"""Method -> (model, processor, task, request) -> its points."""
+
+TRAINED = ("controller", "router")
+"""Methods with trained parameters, which are registered policies of the same name."""
+
+
+STEP = Decimal("0.1")
+MOST = 100
+"""Shares of one curve: more is a slip of the keyboard."""
+
+
+def shares_of(text: str) -> list[float]:
+    """`first:last[:step]`, both ends included, or one share, as numbers in rising order.
+
+    Raises:
+        UsageError: it is no such range, or a share is outside (0, 1].
+    """
+    try:
+        numbers = [Decimal(part) for part in text.split(":")]
+    except InvalidOperation:
+        numbers = []
+    if len(numbers) not in (1, 2, 3) or not all(number.is_finite() for number in numbers):
+        raise UsageError(
+            f"--keep is {text!r}; give first:last or first:last:step, such as 0.1:1.0 or "
+            "0.25:1:0.25, or one share."
+        )
+    first, last = numbers[0], numbers[min(1, len(numbers) - 1)]
+    step = numbers[2] if len(numbers) == 3 else STEP
+    for share in (first, last):
+        kept_count(1, float(share))
+    if first > last or step <= 0:
+        raise UsageError(
+            f"--keep {text} has no shares: it begins at {first}, ends at {last} and goes by "
+            f"{step}; begin with the smaller share and give a step above 0."
+        )
+    count = int((last - first) / step) + 1
+    if count > MOST:
+        raise UsageError(
+            f"--keep {text} names {count} shares; give a step that makes {MOST} or fewer."
+        )
+    return [float(first + step * number) for number in range(count)]
+
+
+FILE = "oracle.json"
+NEEDED = ("task", "split", "scope", "metric", "layers", "curve", "equal_budget", "full", "n")
+UNKNOWN = ("flops", "prefill_flops", "ms", "prefill_ms")
+"""Costs that an oracle does not tell: it chooses after all levels have answered."""
+
+
+def read_oracle(folder: Path) -> dict[str, Any]:
+    """What a finished oracle found.
+
+    Raises:
+        UsageError: the folder holds no finished oracle.
+        DataError: its file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} holds no finished oracle ({FILE}); run `trol oracle MODEL --out {folder}` "
+            "to its end."
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); run `trol oracle` again.") from error
+    if missing := [key for key in NEEDED if key not in found]:
+        raise DataError(f"{path} lacks {', '.join(missing)}; run `trol oracle` again.")
+    return found
+
+
+def check_oracle(folder: Path, task: str, scope: str, layers: int) -> dict[str, Any]:
+    """What the oracle of this task, scope and number of layers found.
+
+    Raises:
+        UsageError: it is of another task, scope or stack; or none is there.
+        DataError: its file is damaged.
+    """
+    found = read_oracle(folder)
+    if found["task"] != task:
+        raise UsageError(
+            f"the oracle in {folder} was asked {found['task']}; name a folder of the task {task} "
+            "with --oracle."
+        )
+    if found["layers"] != layers:
+        raise UsageError(
+            f"the oracle in {folder} chose among plans of {found['layers']} layers, this model has "
+            f"{layers}; name a folder of this model with --oracle."
+        )
+    if found["scope"] != scope:
+        raise UsageError(
+            f"the oracle in {folder} was made with scope {found['scope']}, these curves with "
+            f"{scope}; give --scope {found['scope']}, or run `trol oracle --scope {scope}`."
+        )
+    return found
+
+
+def oracle_points(found: dict[str, Any], folder: Path, keeps: Sequence[float]) -> list[Any]:
+    """The oracle's points at these shares, at the one that equals the full model, and at its end.
+
+    One set of questions, so no spread. The budget is a mean over sequences; a share below that of
+    the cheapest level has no point.
+    """
+    curve = sorted(found["curve"], key=lambda point: point["share"])
+    wanted = {found["equal_budget"]["share"], *keeps}
+    picked = {_last_within(curve, share) for share in sorted(wanted)} | {len(curve) - 1}
+    metric, sign = found["metric"], _sign(found)
+    return [_point(curve[number], metric, sign, folder) for number in sorted(picked) if number >= 0]
+
+
+def made_on(found: dict[str, Any]) -> dict[str, Any]:
+    """The questions of an oracle, and what the full model scored on them; a loss as it is."""
+    told = {key: found[key] for key in ("n", "split", "metric")}
+    told["seed"] = found.get("run", {}).get("seed")
+    return {**told, "full": _sign(found) * found["full"]}
+
+
+def _sign(found: dict[str, Any]) -> int:
+    return -1 if found["metric"] in LOWER_IS_BETTER else 1
+
+
+def _last_within(curve: Sequence[dict[str, Any]], share: float) -> int:
+    """The dearest point that costs no more, -1 where there is none."""
+    return sum(point["share"] <= share + 1e-9 for point in curve) - 1
+
+
+def _point(point: dict[str, Any], metric: str, sign: int, folder: Path) -> dict[str, Any]:
+    def one(value: float) -> dict[str, Any]:
+        return {"mean": value, "spread": None, "values": [value]}
+
+    costs = ("visits", "visits_share"), ("layers", "share")
+    told: dict[str, Any] = {"keep": point["share"], "settings": {"oracle": str(folder)}}
+    told["metrics"] = {metric: one(sign * point["oracle"])}
+    told |= {name: one(point[key]) for name, key in zip(*costs, strict=True)}
+    for name in UNKNOWN:
+        told |= {name: None, f"{name}_{'ratio' if 'ms' in name else 'share'}": None}
+    return {**told, "cosines": None}

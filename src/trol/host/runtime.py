@@ -1,0 +1,162 @@
+"""Steps past torch's dispatch: what trol needs of it that has no public name.
+
+A context variable that code under `torch.compile` can set and read.
+
+Triton, which is never required: whether it is there, and what to do where it fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import output_capturing
+
+LOOKS = frozenset(("_local_scalar_dense", "nonzero", "is_nonzero", "equal"))
+"""Operators that bring a value of a tensor to the program, and wait for the device."""
+
+FREE = frozenset(("_unsafe_view",))
+"""Operators that launch nothing, beside those that torch itself calls views."""
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+"""Where modules keep what is called before and behind their forward."""
+
+CAPTURING = output_capturing.__name__
+"""Where transformers' own hooks are made, which stay on modules once something was shown."""
+
+
+@contextmanager
+def without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Inside, these modules have no forward hooks but those that are added inside."""
+    before = [(module, {name: vars(module)[name] for name in HOOKS}) for module in modules]
+    for module, hooks in before:
+        vars(module).update({name: type(held)() for name, held in hooks.items()})
+    try:
+        yield
+    finally:
+        for module, hooks in before:
+            vars(module).update(hooks)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches this module."""
+    return any(vars(module)[name] for name in HOOKS)
+
+
+def watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether some hook sees what enters or leaves one of these modules, or any module.
+
+    Those by which transformers collects what a caller asks to be shown are not counted: they stay
+    on a module, and whether they do anything is said by what is asked.
+    """
+    if any(vars(torch_module)[f"_global{name}"] for name in HOOKS):
+        return True
+    hooks = (hook for one in modules for name in HOOKS for hook in vars(one)[name].values())
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators inside that launch something, and the looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.looks = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The operator itself, counted."""
+        name = func._schema.name.partition("::")[2]
+        self.operators += not (func.is_view or name in FREE)
+        self.looks += name in LOOKS
+        return func(*args, **(kwargs or {}))
+
+
+class CompileableContextVar:
+    """A `ContextVar` with the default None; inside one compiled graph, a plain variable.
+
+    dynamo cannot trace `ContextVar.get`. A value that is set while it traces is therefore kept on
+    the object until it is reset: threads are kept apart in all code that is not being compiled.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._variable: ContextVar[Any] = ContextVar(name, default=None)
+        self._traced: Any = None
+        self._tracing = False
+
+    def get(self) -> Any:
+        """The value, or None."""
+        return self._traced if self._tracing else self._variable.get()
+
+    def set(self, value: Any) -> Token[Any] | None:
+        """Sets the value; what it returns is for `reset`."""
+        if not torch.compiler.is_compiling():
+            return self._variable.set(value)
+        self._traced, self._tracing = value, True
+        return None
+
+    def reset(self, token: Token[Any] | None) -> None:
+        """Puts back what was there before `set`."""
+        if token is None or self._tracing:
+            self._traced, self._tracing = None, False
+        else:
+            self._variable.reset(token)
+
+
+Kernel = Callable[..., Any]
+
+_FAILED: set[str] = set()
+"""Kernels that failed in this process."""
+
+
+@functools.cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def missing(device: torch.device) -> str:
+    """Why none can; nothing where one can."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and the model is on {device.type}"
+    return "" if _installed() else "triton is not installed (pip install triton)"
+
+
+@functools.cache
+def _kernel(module: str, name: str) -> Kernel:
+    return getattr(importlib.import_module(module), name)
+
+
+def launched(module: str, name: str, *args: Any) -> Any:
+    """What a kernel of ours makes of these; None without Triton, or once it failed, which warns.
+
+    Args:
+        module: the file that defines it, which imports triton.
+        name: its function there.
+        args: what the function takes.
+    """
+    if name in _FAILED or not _installed():
+        return None
+    try:
+        return _kernel(module, name)(*args)
+    except Exception as error:  # whatever a compiler raises: the operators give the same numbers
+        _FAILED.add(name)
+        warnings.warn(
+            f"the Triton kernel {name} failed ({type(error).__name__}: {error!s:.200}), so plain "
+            "operators run in its place.",
+            stacklevel=2,
+        )
+        return None

@@ -1,9 +1,0 @@
-"""Self-speculation: a plan of the same model drafts tokens, and the whole model verifies them.
-
-What `generate` gives is what it gives without: the same tokens where it is greedy, tokens of the
-same distribution where it samples. Only the time differs.
-"""
-
-from trol.policies.speculation.speculate import Speculation, speculate
-
-__all__ = ["Speculation", "speculate"]

@@ -1,0 +1,353 @@
+"""The working folder of a run: what it was begun with, stages that are over, checkpoints.
+
+OUT.partial/
+run.json  recipe.yaml       what the run was begun with
+stage-1/checkpoint-200/     the running stage: what learns, optimiser, schedule, RNG, ...
+finished/stage-1/           the model after the last stage that is over
+result/                     on its way to OUT
+
+What a run is made of, in a few characters: to tell whether it can be gone on with.
+
+The state of every source of randomness of a process: Python, NumPy, torch.
+
+Folders and files that are on disk whole or not at all, whenever the power goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trol.checkpoints.adapter import numbers_digest, text_digest, weights_digest
+from trol.data.mixture import Mixture
+from trol.errors import TrainingError, UsageError
+from trol.host.trainer import newest_checkpoint_in
+from trol.training import processes
+from trol.training.recipe import Recipe
+
+LOOKED_AT = 64
+"""Rows whose content is looked at, from the first to the last."""
+
+READ_WHOLE = 1 << 28
+"""Bytes of files that are read to tell whether data have changed."""
+
+MAY_CHANGE = ("save_every", "keep")
+"""Keys of a recipe that say nothing about what is learnt."""
+
+
+def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> str:
+    """Of a data set: its length, some rows all over it, and the files of a mixture.
+
+    Files are read whole where they are at most `READ_WHOLE` bytes together; of larger ones the
+    sizes and where each row begins and ends are taken.
+    """
+    places = np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).round().astype(int)
+    batch = collate([rows[int(place)] for place in places])
+    parts = [str(len(rows)), *(f"{key}{_numbers(batch[key])}" for key in sorted(batch))]
+    return text_digest("\n".join([*parts, *_files(getattr(rows, "mixture", None))]))
+
+
+def differences(before: str, now: Recipe) -> list[str]:
+    """How a recipe written as YAML differs from another: `"seed was 0 and is 1"`."""
+    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(now.yaml()))
+    keys = [key for key in {**old, **new} if key not in MAY_CHANGE]
+    absent = "not there"
+    return [
+        f"{key} was {old.get(key, absent)} and is {new.get(key, absent)}"
+        for key in keys
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def _files(mixture: Mixture | None) -> list[str]:
+    if mixture is None:
+        return []
+    small = sum(part.size for part in mixture.parts) <= READ_WHOLE
+    found: list[str] = []
+    for part in mixture.parts:
+        columns = (part.index.rows, part.index.starts, part.index.ends)
+        found += [_numbers(torch.from_numpy(column.copy())) for column in columns]
+        if small:
+            found += [hashlib.sha256(p.read_bytes()).hexdigest() for p in part.container.files]
+    return found
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _numbers(value: Any) -> str:
+    return numbers_digest(value) if isinstance(value, Tensor) else repr(value)
+
+
+def random_state() -> dict[str, Any]:
+    """The states, in a form that `torch.load(weights_only=True)` reads."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts all sources back to `state`."""
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+DRAFTS = ".writing"
+"""Beside what is whole: the folder with what is not yet."""
+
+
+@contextmanager
+def whole_folder(place: Path) -> Generator[Path]:
+    """A folder to write into, which becomes `place` when the block ends; all processes take part.
+
+    What is written is on the disk before it gets its name. After an error nothing of it is left,
+    and an earlier folder of that name is as it was.
+    """
+    draft = place.parent / DRAFTS / place.name
+    if processes.is_first():
+        shutil.rmtree(draft.parent, ignore_errors=True)
+        draft.mkdir(parents=True)
+    processes.wait()
+    try:
+        yield draft
+        processes.wait()
+        if processes.is_first():
+            _sync_tree(draft)
+            _put(draft, place)
+    except BaseException:
+        if processes.is_first():
+            shutil.rmtree(draft.parent, ignore_errors=True)
+        raise
+    processes.wait()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` beside `path` and moves it there."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _put(draft: Path, place: Path) -> None:
+    """Gives the draft its name; the folder that had it is removed afterwards."""
+    old = draft.with_name(f"{place.name}.old")
+    if place.exists():
+        place.replace(old)
+    draft.replace(place)
+    _sync(place.parent)
+    shutil.rmtree(draft.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+RECIPE, RUN, WEIGHTS, FOUND, RANDOM = (
+    "recipe.yaml",
+    "run.json",
+    "model.safetensors",
+    "found.json",
+    "random.pt",
+)
+
+
+class WorkingFolder:
+    """`OUT.partial`, beside the folder that the model will be in."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run that can be gone on with lies here."""
+        return (self.path / RUN).is_file()
+
+    def refuse_to_forget(self) -> None:
+        """Raises `UsageError` where a new run would throw away an unfinished one."""
+        if self.is_begun:
+            raise UsageError(
+                f"{self.path} holds an unfinished run; give --resume to go on with it, or remove "
+                "the folder to begin again."
+            )
+
+    def check(self, recipe: Recipe, begun: dict[str, Any]) -> None:
+        """Raises `UsageError` where this is another run than the one that lies here."""
+        changed = differences((self.path / RECIPE).read_text(encoding="utf-8"), recipe)
+        before = self._begun()
+        changed += [
+            f"{key} was {before.get(key)} and is {value}"
+            for key, value in begun.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise UsageError(
+                f"the run in {self.path} cannot be resumed as another one: {'; '.join(changed)}. "
+                "Give what it was begun with, or another --out."
+            )
+
+    def begin(self, recipe: Recipe, begun: dict[str, Any], model: nn.Module) -> None:
+        """Notes what the run begins with, or checks that the model is still the same."""
+        mark = weights_digest(model)
+        processes.wait()  # until all have looked whether there is a run
+        if self.is_begun:
+            if self._begun()["model"] != mark:
+                raise UsageError(
+                    f"the model that the run in {self.path} began with has changed; give the "
+                    "same one, or another --out."
+                )
+        elif processes.is_first():
+            shutil.rmtree(self.path, ignore_errors=True)
+            noted = {**begun, "model": mark, "data": {}}
+            self._note(RECIPE, recipe.yaml())
+            self._note(RUN, json.dumps(noted, indent=2))
+        processes.wait()
+
+    def check_data(self, stage: str, mark: str) -> None:
+        """Notes a stage's data, or raises `UsageError` where they are not what they were."""
+        begun = self._begun()
+        known = begun["data"].get(stage)
+        if known not in (None, mark):
+            raise UsageError(
+                f"the data of stage {stage} have changed since the run in {self.path} saw them "
+                f"(fingerprint {known}, now {mark}); put them back, or give another --out."
+            )
+        processes.wait()  # until all have read
+        if known is None and processes.is_first():
+            begun["data"][stage] = mark
+            self._note(RUN, json.dumps(begun, indent=2))
+        processes.wait()
+
+    def stage(self, number: int) -> Path:
+        """Where checkpoints of the stage go; stages count from 1."""
+        return self.path / f"stage-{number}"
+
+    def newest(self, number: int) -> Path | None:
+        """The newest checkpoint of a stage."""
+        return newest_checkpoint(self.stage(number))
+
+    def finish(self, number: int, model: nn.Module, found: dict[str, Any]) -> None:
+        """Keeps the model as it is after stage `number`; older states and checkpoints go."""
+        place = self.path / "finished" / f"stage-{number}"
+        try:
+            with whole_folder(place) as draft:
+                if processes.is_first():
+                    save_file(state_of(model, _is_full), draft / WEIGHTS)
+                    torch.save(random_state(), draft / RANDOM)
+                    (draft / FOUND).write_text(json.dumps(found), encoding="utf-8")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise not_written(f"the model after stage {number}", self.path, error) from error
+        if processes.is_first():
+            shutil.rmtree(self.stage(number), ignore_errors=True)
+            for old in place.parent.glob("stage-*"):
+                if old != place:
+                    shutil.rmtree(old, ignore_errors=True)
+        processes.wait()
+
+    def finished(self) -> int:
+        """How many stages are over."""
+        return max((int(p.name[6:]) for p in (self.path / "finished").glob("stage-*")), default=0)
+
+    def restore(self, number: int, model: nn.Module) -> dict[str, Any]:
+        """Puts the model and the random state back to the end of stage `number`; its findings."""
+        place = self.path / "finished" / f"stage-{number}"
+        put_state(model, _is_full, place / WEIGHTS)
+        set_random_state(torch.load(place / RANDOM, weights_only=True))
+        return json.loads((place / FOUND).read_text(encoding="utf-8"))
+
+    def deliver(self) -> None:
+        """Moves `result` to where the model belongs, and removes the rest."""
+        if self.out.exists():
+            shutil.rmtree(self.path / "replaced", ignore_errors=True)
+            self.out.replace(self.path / "replaced")
+        (self.path / "result").replace(self.out)
+        shutil.rmtree(self.path)
+
+    def _note(self, name: str, text: str) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / name, text)
+        except OSError as error:
+            raise not_written(name, self.path, error) from error
+
+    def _begun(self) -> dict[str, Any]:
+        return json.loads((self.path / RUN).read_text(encoding="utf-8"))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, if there is one."""
+    found = newest_checkpoint_in(folder) if folder.is_dir() else None
+    return None if found is None else Path(found)
+
+
+def not_written(what: str, place: Path, error: Exception) -> TrainingError:
+    """The error for a disk that takes no more."""
+    return TrainingError(
+        f"{what} cannot be written into {place}: {error}. What was saved before is intact; make "
+        "room and run again with --resume."
+    )
+
+
+def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, Tensor]:
+    """The parameters that are wanted, each once, and the buffers that belong to the weights."""
+    parameters = {name: p for name, p in model.named_parameters() if wanted(p)}
+    saved = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
+    return {name: t.detach().cpu().contiguous() for name, t in {**parameters, **buffers}.items()}
+
+
+def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Path) -> None:
+    """Reads what `state_of` gave back into the model; `TrainingError` where it is of another."""
+    saved, known = load_file(file), state_of(model, wanted)
+    if odd := sorted(set(saved) ^ set(known)):
+        raise TrainingError(f"{file} is not of this model: {', '.join(odd[:4])} differ.")
+    model.load_state_dict(saved, strict=False)
+
+
+def _is_full(parameter: nn.Parameter) -> bool:
+    """Whether it can have changed: quantised weights never do."""
+    return parameter.is_floating_point()
