@@ -15,10 +15,9 @@ from analysis.test_curve_page import results as curves
 from analysis.test_oracle_page import results as oracle
 from analysis.test_report import results as demo
 from trol import reports as analysis
-from trol.reports import curve_page, curve_words, oracle_page, training_page
+from trol.reports import card, curve_page, curve_words, oracle_page, training_page
 from trol.reports import curve_page as curve_charts
 from trol.reports import demo_report as report
-from trol.reports import training_page as card
 
 Found = dict[str, Any]
 
@@ -220,7 +219,7 @@ def test_a_run_needs_none_of_its_parts(
         1 + ("gates" not in lacking) + ("validation" not in lacking)
     )
     recipe = {"policy": {}, "stages": {"step1": {"train": [], "data": "boards"}}}
-    assert ("## Validation" in card.render_card(found, recipe, "run")) == ("validation" not in lacking)
+    assert ("## Validation" in card.render(found, recipe, "run")) == ("validation" not in lacking)
 
 
 @pytest.mark.parametrize("lacking", [(), ("cost",), ("maps",), ("cost", "maps", "run", "twin")])

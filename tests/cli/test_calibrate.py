@@ -11,7 +11,7 @@ import torch
 import trol
 from training import standins
 from trol.cli import main
-from trol.data.pair_files import Pair
+from trol.data.own_files import Pair
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.policies.exits import EarlyExit

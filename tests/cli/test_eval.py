@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 import trol.training.progress
 from trol.cli import main
 from trol.data.conversations import read_template
-from trol.data.pair_files import Pair
+from trol.data.own_files import Pair
 from trol.errors import UsageError
 from trol.family.presets import byte_level_tokenizer, text_decoder
 

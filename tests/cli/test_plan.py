@@ -13,7 +13,7 @@ from training import standins
 from trol.checkpoints import baking
 from trol.cli import main
 from trol.cli.models import read_plan, write_plan
-from trol.data.pair_files import Pair
+from trol.data.own_files import Pair
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
 from trol.evaluation import plan_search as draft_plans

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trol.data.pair_files import SPLITS
+from trol.data.own_files import SPLITS
 from trol.data.pairs import WORDS, _inside, docstring_pairs, first_sentence
 from trol.errors import UsageError
 

@@ -9,7 +9,7 @@ import pytest
 
 import trol
 from hosts import HOSTS
-from trol.depth import registry
+from trol.depth import policy as registry
 from trol.errors import AdapterError, UsageError
 
 OWN = """
@@ -73,7 +73,7 @@ def test_a_policy_that_nobody_registered_says_how(own: Path) -> None:
 
 
 def test_what_is_registered_is_a_policy_with_a_name_of_its_own(own: Path) -> None:
-    assert trol.depth.registry.names().count("thrice") == 1
+    assert trol.depth.policy.names().count("thrice") == 1
     import their_own
 
     assert trol.register(their_own.Thrice) is their_own.Thrice

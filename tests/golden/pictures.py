@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trol.family.image_processors import SquareImageProcessor, TiledImageProcessor
+from trol.family.processing import SquareImageProcessor, TiledImageProcessor
 from trol.family.published.layouts import resize_position_table
 
 from .report import Report

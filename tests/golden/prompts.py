@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from golden.instructions import user_message
 from trol.family import modeling
-from trol.family.instructions import user_message
 from trol.family.published import processors
 
 from .generation import clean_steps, generate, own

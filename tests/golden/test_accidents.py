@@ -13,10 +13,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import trol
 from family.samples import enlarged
 from family.small import SWITCH, alone, batch, internlm2, phi3
+from golden.instructions import INSTRUCTIONS, user_message
 from trol.depth.planes import drop_planes
 from trol.family import TrolForConditionalGeneration
 from trol.family.generation import RowRotaryEmbedding
-from trol.family.instructions import INSTRUCTIONS, user_message
 from trol.family.published.templates import MARKS, chat_template
 from trol.host.names import CACHE
 

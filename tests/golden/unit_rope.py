@@ -11,8 +11,8 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from trol.family.generation import BY_LENGTH, RowRotaryEmbedding
-from trol.family.published.config_reader import Stated
 from trol.family.published.configs import internlm2_rope, phi3_rope
+from trol.family.published.files import Stated
 
 from .report import Report
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from golden.instructions import answer_of, max_new_tokens, user_message
 from trol.family import TrolProcessor
-from trol.family.instructions import answer_of, max_new_tokens, user_message
 from trol.family.processing import IMAGE_TOKEN
 from trol.family.published.processors import SIGHTS, Sight
 from trol.family.published.templates import MARKS, chat_template

@@ -17,7 +17,7 @@ import trol
 from hosts import HOSTS
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attach, detach, is_attached, trace
 from trol.depth.planes import adopt
-from trol.depth.registry import from_settings, names, to_settings
+from trol.depth.policy import from_settings, names, to_settings
 from trol.errors import HostError, UsageError
 from trol.host.names import CACHE
 from trol.policies.mixer import TrolMixer

@@ -9,7 +9,7 @@ from hosts import HOSTS, Host
 from hosts.checks import greedy
 from trol import depth
 from trol.depth import attach, trace
-from trol.depth.registry import from_settings, to_settings
+from trol.depth.policy import from_settings, to_settings
 from trol.errors import UsageError
 from trol.policies.planned import Planned, Replay
 

@@ -8,7 +8,7 @@ import torch
 
 from hosts import HOSTS
 from trol.depth import attach, trace
-from trol.depth.registry import from_settings, resolve, to_settings
+from trol.depth.policy import from_settings, resolve, to_settings
 from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
 from trol.policies.chance import LayerDropout

@@ -14,7 +14,7 @@ from laws.subjects import attach_settled, gap, gates_as_tensors
 from trol.checkpoints.adapter import load, save
 from trol.depth import attach, attached, depth, detach, trace
 from trol.depth.attachment import gates_of
-from trol.depth.registry import from_settings, to_settings
+from trol.depth.policy import from_settings, to_settings
 from trol.errors import UsageError
 from trol.family import TrolForConditionalGeneration, tiny
 from trol.host.layers import find_decoder, layer_list

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trol.depth import AbstractPolicy, Bounds, Visit
-from trol.depth.registry import from_settings, to_settings
+from trol.depth.policy import from_settings, to_settings
 from trol.depth.roles import Context
 from trol.errors import UsageError
 from trol.policies.chance import RandomTokens

@@ -11,7 +11,7 @@ import trol
 from hosts import HOSTS
 from trol.depth import Plan, attach, attached
 from trol.depth.attachment import gates_of
-from trol.depth.registry import from_settings, to_settings
+from trol.depth.policy import from_settings, to_settings
 from trol.errors import AdapterError, UsageError
 from trol.policies.router import Ballot, Router, first_sure
 

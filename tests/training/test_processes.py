@@ -16,7 +16,8 @@ from torch.distributed.run import __file__ as torchrun
 
 from trol.errors import TrainingError, UsageError
 from trol.host import trainer
-from trol.training import resolve, run, stage
+from trol.training import resolve, run
+from trol.training import run as stage
 
 from .ranks import attached_model, measured
 from .short import SHORT, weights

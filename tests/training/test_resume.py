@@ -21,7 +21,8 @@ from torch import nn
 
 from trol.cli import main
 from trol.errors import TrainingError, UsageError
-from trol.training import processes, resolve, run, stage, trainer
+from trol.training import processes, resolve, run, trainer
+from trol.training import run as stage
 from trol.training import run_folder as whole
 from trol.training.losses import BoardReader
 from trol.training.run_folder import newest_checkpoint, whole_folder

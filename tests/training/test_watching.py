@@ -14,8 +14,7 @@ import trol
 from trol.cli import main
 from trol.cli.terminal import progress as progress_of
 from trol.errors import DataError, UsageError
-from trol.reports import training_page
-from trol.reports import training_page as card
+from trol.reports import card, training_page
 from trol.training import progress, resolve, run
 from trol.training import progress as watching
 from trol.training import run as training
@@ -141,7 +140,7 @@ def test_page_and_card_need_a_finished_run(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"seed": 0}', encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match="lacks losses"):
-        card.write_card(tmp_path)
+        card.write(tmp_path)
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:

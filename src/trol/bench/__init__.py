@@ -13,8 +13,7 @@ from trol.bench.load import load
 from trol.bench.overhead import launch, overhead
 from trol.bench.setting import Row, Setting
 from trol.bench.skipping import rows, skip, sparse
-from trol.bench.speculate import speculate
-from trol.bench.traverse import train, traverse
+from trol.bench.traverse import speculate, train, traverse
 from trol.errors import UntrainedWarning, UsageError, unknown
 
 

@@ -32,9 +32,9 @@ from trol.depth import attach
 from trol.evaluation.timing import interleaved
 from trol.family import TrolConfig, TrolForConditionalGeneration
 from trol.family.presets import PUBLISHED
+from trol.family.published.configs import quantised
 from trol.family.published.files import trim_memory
 from trol.family.published.layouts import sources
-from trol.family.published.quantisation import quantised
 from trol.policies.mixer import TrolMixer
 
 SHARD_BYTES = 2**30

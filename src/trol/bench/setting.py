@@ -30,7 +30,7 @@ from trol.errors import UsageError, unknown
 from trol.evaluation.timing import Timing, ratio_and_spread
 from trol.family.memory import check_fits
 from trol.family.presets import PUBLISHED
-from trol.family.published.quantisation import BLOCK, quantised
+from trol.family.published.configs import BLOCK, quantised
 
 
 @dataclass(frozen=True)

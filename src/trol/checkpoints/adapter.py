@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from trol.depth import attach, attached, detach
 from trol.depth.attachment import gates_of
-from trol.depth.policy import AbstractPolicy
-from trol.depth.registry import from_settings, names, settings_to_save
+from trol.depth.policy import AbstractPolicy, from_settings, names, settings_to_save
 from trol.errors import AdapterError, UsageError, unwritable
 from trol.host.layers import find_decoder
 from trol.policies.parameters import Learnt

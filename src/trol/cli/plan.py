@@ -161,7 +161,7 @@ def _kept(model: Any, items: Sequence[Item], out: Path, asked: dict[str, Any]) -
     """What was measured before for this plan file, and where more of it goes."""
     from trol.checkpoints.adapter import weights_digest
     from trol.depth import attached, is_attached
-    from trol.depth.registry import to_settings
+    from trol.depth.policy import to_settings
     from trol.evaluation.kept import Measurements, items_digest
     from trol.files import folder
 

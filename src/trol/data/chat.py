@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from trol.data.answers import Answers, check_learnt
 from trol.data.images import open_image
 from trol.data.mixture import Mixture
-from trol.data.pair_files import Pair
+from trol.data.own_files import Pair
 from trol.errors import DataError, UsageError
 
 ROLES = ("system", "user", "assistant")

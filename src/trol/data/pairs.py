@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 
-from trol.data.pair_files import (
+from trol.data.own_files import (
     FORMATS,
     SPLITS,
     Pair,

@@ -24,8 +24,7 @@ from trol.depth.attachment import (
     trace,
 )
 from trol.depth.plan import Plan
-from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
-from trol.depth.registry import PolicyLike, register
+from trol.depth.policy import AbstractPolicy, Answer, Bounds, PolicyLike, Visit, register
 from trol.depth.roles import Roles, Scope
 from trol.depth.trace import Cost, StackCost, Trace
 

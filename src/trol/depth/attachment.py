@@ -13,9 +13,8 @@ from torch import nn
 
 from trol.depth.call import Decoding, Executor, Kernel, ambience_of, open_on
 from trol.depth.generation import HostMixin, make_ready
-from trol.depth.policy import AbstractPolicy, StackBounds
+from trol.depth.policy import AbstractPolicy, PolicyLike, StackBounds, from_settings, resolve
 from trol.depth.probe import Under, findings, miscounts
-from trol.depth.registry import PolicyLike, from_settings, resolve
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, StackCost, Trace, stack_cost
 from trol.errors import HostError, UsageError, unknown

@@ -21,8 +21,8 @@ from trol.depth.call import (
     told,
 )
 from trol.depth.planes import prepare
+from trol.depth.policy import settings_to_save
 from trol.depth.readout import Readout
-from trol.depth.registry import settings_to_save
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised, mark, saves_adapters_alone

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trol.depth.planes import Holes, LayerPlanes
 from trol.execution.token_wise import Attending, Going
-from trol.host.cache_layers import KeysWritten
+from trol.host.cache import KeysWritten
 from trol.host.layers import LayerSite, hiding, is_causal
 from trol.host.names import with_parts
 

@@ -21,6 +21,10 @@ from torch import Tensor
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
+    PositionSlot,
+    Slot,
+    VisitSlot,
+    Written,
     capacity,
     check_cache,
     copy_on_write,
@@ -34,9 +38,9 @@ from trol.host.cache import (
     is_static,
     offload,
     prefetch,
+    store,
     with_layers,
 )
-from trol.host.cache_layers import PositionSlot, Slot, VisitSlot, Written, store
 from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
 

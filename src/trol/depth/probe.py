@@ -22,15 +22,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trol.depth.call import Executor
-from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
+from trol.depth.policy import AbstractPolicy, Answer, Bounds, PolicyLike, Visit
 from trol.depth.readout import Readout
-from trol.depth.registry import PolicyLike
 from trol.depth.trace import StackCost
 from trol.errors import HostError
 from trol.host.classes import original_class
-from trol.host.head import count_flops, miscounted
-from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
-from trol.host.trial import (
+from trol.host.generation import (
     allowed,
     at_rest,
     can_run,
@@ -39,6 +36,8 @@ from trol.host.trial import (
     kinds_of,
     last_on_cache,
 )
+from trol.host.head import count_flops, miscounted
+from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
 
 TOKENS = 5
 NOISE = 8

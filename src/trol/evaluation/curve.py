@@ -42,8 +42,7 @@ import torch
 from torch import Tensor
 
 from trol.depth import AbstractPolicy, depth, trace
-from trol.depth.policy import Plain
-from trol.depth.registry import to_settings
+from trol.depth.policy import Plain, to_settings
 from trol.errors import DataError
 from trol.evaluation import metrics
 from trol.evaluation.curve_methods import (

@@ -19,7 +19,7 @@ from typing import Any
 
 from trol.checkpoints import adapter
 from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attached
-from trol.depth.registry import from_settings, to_settings
+from trol.depth.policy import from_settings, to_settings
 from trol.errors import DataError, UsageError, unknown
 from trol.evaluation.kept import Measurements
 from trol.evaluation.oracle_store import LOWER_IS_BETTER

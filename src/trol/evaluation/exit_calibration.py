@@ -22,8 +22,8 @@ from torch import Tensor
 from trol.data.chat import IGNORED
 from trol.depth import attached, depth, trace
 from trol.depth.attachment import gates_of
+from trol.depth.policy import from_settings
 from trol.depth.readout import Readout
-from trol.depth.registry import from_settings
 from trol.errors import DataError, HostError, UsageError
 from trol.evaluation.evidence import Progress, check_count, check_wish, p_value
 from trol.evaluation.hidden_states import Batch, states

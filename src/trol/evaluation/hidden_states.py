@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from trol.data.chat import IGNORED
 from trol.depth import Scope, depth
-from trol.depth.registry import PolicyLike
+from trol.depth.policy import PolicyLike
 from trol.errors import DataError
 from trol.evaluation.metrics import labelled
 from trol.evaluation.tasks import Item, batches, tokenizer_of

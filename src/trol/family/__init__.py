@@ -17,11 +17,10 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trol.family.configuration import TrolConfig
-from trol.family.image_processors import SquareImageProcessor, TiledImageProcessor
 from trol.family.internlm2 import InternLM2Config, InternLM2Model
 from trol.family.modeling import TrolForConditionalGeneration, TrolModel
 from trol.family.presets import tiny, tiny_processor, word_tokenizer
-from trol.family.processing import TrolProcessor
+from trol.family.processing import SquareImageProcessor, TiledImageProcessor, TrolProcessor
 from trol.family.saved_host import register as register_saved_hosts
 
 AutoConfig.register(InternLM2Config.model_type, InternLM2Config)

@@ -15,9 +15,8 @@ from trol.family import TrolConfig, TrolForConditionalGeneration, TrolProcessor
 from trol.family.internlm2 import InternLM2Config
 from trol.family.loading import config_file
 from trol.family.presets import PUBLISHED, word_tokenizer
-from trol.family.published.config_reader import Stated
 from trol.family.published.configs import internlm2_rope
-from trol.family.published.files import CONFIG, Checkpoint, read_json
+from trol.family.published.files import CONFIG, Checkpoint, Stated, read_json
 from trol.family.published.layouts import TEXT, VISION, resize_position_table, sources
 from trol.family.published.processors import SIGHTS, processor_of, published_processor
 from trol.family.published.templates import chat_template

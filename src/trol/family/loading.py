@@ -22,10 +22,10 @@ from transformers.utils.hub import cached_file
 from trol.errors import HostError, TrolError, UsageError
 from trol.family import TrolForConditionalGeneration  # registers the family's classes as well
 from trol.family.memory import check_opening
+from trol.family.published.configs import check_blocks, quantised
 from trol.family.published.files import CONFIG, check_source
 from trol.family.published.opening import HUB_SETTINGS, open_published
 from trol.family.published.processors import open_published_processor
-from trol.family.published.quantisation import check_blocks, quantised
 from trol.family.saved_host import auto_class
 from trol.host.classes import unknown_setting
 from trol.host.weights import forget_quantisation, is_quantised

@@ -22,8 +22,8 @@ from trol.depth import attach, attached, is_attached
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
 from trol.family.generation import TrolGenerationMixin, by_row, check_length
+from trol.family.published.configs import spare_parts
 from trol.family.published.opening import open_published
-from trol.family.published.quantisation import spare_parts
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
 from trol.policies import from_settings, to_settings
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-from trol.data.pair_files import SEPARATOR
+from trol.data.own_files import SEPARATOR
 from trol.errors import HostError, UsageError
 from trol.family.configuration import TrolConfig
 from trol.family.internlm2 import InternLM2Config

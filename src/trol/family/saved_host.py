@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from trol.depth import attach, attached
 from trol.depth import attachment as depth_host
 from trol.depth.attachment import check_by_probe
-from trol.depth.registry import from_settings
+from trol.depth.policy import from_settings
 from trol.errors import HostError
 from trol.host.classes import MODEL_TYPE, tied_names
 from trol.policies.parameters import Learnt

@@ -1,5 +1,5 @@
-"""Policies: one file each; `trol.depth.registry` knows them all by name."""
+"""Policies: one file each; `trol.depth.policy` knows them all by name."""
 
-from trol.depth.registry import from_settings, names, resolve, to_settings
+from trol.depth.policy import from_settings, names, resolve, to_settings
 
 __all__ = ["from_settings", "names", "resolve", "to_settings"]

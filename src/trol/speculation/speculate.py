@@ -12,8 +12,7 @@ from torch import nn
 
 from trol.depth import AbstractPolicy, PolicyLike
 from trol.depth.attachment import decoding
-from trol.depth.policy import check_share
-from trol.depth.registry import resolve
+from trol.depth.policy import check_share, resolve
 from trol.errors import UsageError
 from trol.host.layers import find_decoder
 from trol.speculation.loop import decode

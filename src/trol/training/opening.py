@@ -14,7 +14,7 @@ from trol.checkpoints.adapter import is_trained
 from trol.data.boards import make_board, questions
 from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
-from trol.depth.registry import from_settings
+from trol.depth.policy import from_settings
 from trol.errors import HostError, UsageError, unknown
 from trol.family import (
     TrolConfig,

@@ -17,7 +17,7 @@ import yaml
 from trol.data import mixture_file
 from trol.data.conversations import read_template
 from trol.data.pairs import NAMES, is_pairs
-from trol.depth.registry import from_settings
+from trol.depth.policy import from_settings
 from trol.errors import UsageError, unknown
 from trol.family.presets import TEMPLATES
 from trol.strict import built, plain

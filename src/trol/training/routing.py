@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from trol.data.pair_files import Pair
+from trol.data.own_files import Pair
 from trol.depth import Plan, attach, attached, depth, detach
 from trol.depth.attachment import gates_of
 from trol.errors import DataError, TrainingError, UsageError, unknown

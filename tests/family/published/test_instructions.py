@@ -2,14 +2,14 @@
 
 import pytest
 
-from trol.errors import UsageError
-from trol.family.instructions import (
+from golden.instructions import (
     INSTRUCTIONS,
     answer_of,
     instruct,
     max_new_tokens,
     user_message,
 )
+from trol.errors import UsageError
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 PHRASE = "\nAnswer the question using a single word or phrase."

@@ -9,8 +9,8 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, Phi3Confi
 from family.published.tokens import internlm2_tokenizer, phi3_tokenizer
 from trol.errors import DataError, UsageError
 from trol.family import TrolConfig, TrolProcessor
-from trol.family.image_processors import TiledImageProcessor
 from trol.family.internlm2 import InternLM2Config
+from trol.family.processing import TiledImageProcessor
 from trol.family.published.processors import published_processor
 from trol.family.published.templates import chat_template
 

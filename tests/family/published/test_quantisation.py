@@ -13,9 +13,9 @@ from family.published.test_loading import image_inputs
 from trol.errors import HostError, UsageError
 from trol.family import TrolForConditionalGeneration
 from trol.family.loading import load_model
-from trol.family.published import quantisation
+from trol.family.published import configs as quantisation
+from trol.family.published.configs import check_blocks, quantised, spare_parts
 from trol.family.published.opening import Lazy, open_published
-from trol.family.published.quantisation import check_blocks, quantised, spare_parts
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")

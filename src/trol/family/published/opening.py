@@ -24,7 +24,6 @@ from transformers.utils.hub import cached_file
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
 from trol.family.memory import check_opening
-from trol.family.published.config_reader import added_tokens, end_token
 from trol.family.published.configs import position_grid, trol_config
 from trol.family.published.files import (
     CONFIG,
@@ -33,7 +32,9 @@ from trol.family.published.files import (
     MARKER,
     STEMS,
     Checkpoint,
+    added_tokens,
     check_source,
+    end_token,
     read_json,
     read_pickled,
     unreachable,

@@ -18,11 +18,14 @@ from transformers.tokenization_utils_base import generate_merges
 
 from trol.errors import DataError, HostError, unknown
 from trol.family.configuration import TrolConfig
-from trol.family.image_processors import SquareImageProcessor, TiledImageProcessor
-from trol.family.processing import IMAGE_TOKEN, TrolProcessor
-from trol.family.published.config_reader import IMAGE_TOKEN as PHI3_IMAGE_TOKEN
-from trol.family.published.config_reader import added_tokens
-from trol.family.published.files import CURE, read_json
+from trol.family.processing import (
+    IMAGE_TOKEN,
+    SquareImageProcessor,
+    TiledImageProcessor,
+    TrolProcessor,
+)
+from trol.family.published.files import CURE, added_tokens, read_json
+from trol.family.published.files import IMAGE_TOKEN as PHI3_IMAGE_TOKEN
 from trol.family.published.opening import HUB_SETTINGS, find_published
 from trol.family.published.templates import MARKS, chat_template
 

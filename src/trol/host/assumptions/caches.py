@@ -189,7 +189,7 @@ class _StandIn:
         return self.layer.update(*args, **kwargs)
 
 
-@CACHES.row("host/cache_layers.py: slots that merge what a visit stores", at_attach=True)
+@CACHES.row("host/cache.py: slots that merge what a visit stores", at_attach=True)
 def stands_in() -> str | None:
     """A cache calls `update` of a layer and reads its attributes; an object may stand in for it."""
     cache: Any = DynamicCache(config=tiny_config())
@@ -216,7 +216,7 @@ def records() -> str | None:
     return differs("keys while recording, length and keys after", found, (4, 5, 2))
 
 
-@CACHES.row("host/cache_layers.py KeysWritten: a layer that is left at its cache", at_attach=True)
+@CACHES.row("host/cache.py KeysWritten: a layer that is left at its cache", at_attach=True)
 def survives_an_error() -> str | None:
     """An error out of `update` leaves the cache as it was."""
     cache: Any = DynamicCache(config=tiny_config())
@@ -233,7 +233,7 @@ def survives_an_error() -> str | None:
     return "Cache.update swallowed an error of its layer"
 
 
-@CACHES.row("depth/planes.py adopt, compact.py: live caches gain planes", at_attach=True)
+@CACHES.row("depth/planes.py adopt, visits.py: live caches gain planes", at_attach=True)
 def change_class() -> str | None:
     """A live cache and its layers may change their class to a subclass."""
     cache: Any = DynamicCache(config=tiny_config())
