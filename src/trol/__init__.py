@@ -65,6 +65,19 @@ _HOMES = {
 }
 """Public name -> the module that defines it."""
 
+POLICIES = {
+    "plain": "Plain",
+    "plan": "Planned",
+    "trol_mixer": "TrolMixer",
+    "early_exit": "EarlyExit",
+    "layer_dropout": "LayerDropout",
+    "replay": "Replay",
+    "controller": "Controller",
+    "router": "Router",
+    "random_tokens": "RandomTokens",
+}
+"""The name of each policy, as `trol.attach(model, name)` takes it -> its class, a public name."""
+
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

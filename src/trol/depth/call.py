@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from trol.depth.planes import ALONG, HOLES, PlanedCache
+from trol.depth.planes import HOLES, TOKEN_STATE, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.roles import Context, Prompt, Roles
@@ -27,7 +27,7 @@ from trol.host.runtime import CompileableContextVar
 
 
 @dataclass(frozen=True)
-class Step:
+class PassInfo:
     """What the caller of the model knows about the tokens of one forward pass."""
 
     roles: Roles
@@ -56,17 +56,19 @@ Kernel = Literal["auto", "operators", "triton"]
 """`triton` makes gate and mixture in one launch, where there is one; `auto` on CUDA devices."""
 
 
-UNTOLD = Step(Roles())
+NO_INFO = PassInfo(Roles())
 """The step of a forward pass that was told nothing: questions only."""
 
 
-def told(assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None) -> Step:
+def pass_info(
+    assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None
+) -> PassInfo:
     """The step of a forward pass whose caller gave these, each [B, T], or None."""
     if assistant_masks is not None:
-        return Step(Roles.of_assistant_masks(assistant_masks), real=real)
+        return PassInfo(Roles.of_assistant_masks(assistant_masks), real=real)
     if labels is not None:
-        return Step(Roles.of_labels(labels), real=real)
-    return UNTOLD if real is None else Step(Roles(), real=real)
+        return PassInfo(Roles.of_labels(labels), real=real)
+    return NO_INFO if real is None else PassInfo(Roles(), real=real)
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Call:
     """The stack's configuration."""
     costs: Callable[[], StackCost]
     """What visits of the layers cost."""
-    applied: list[int | None]
+    times_applied: list[int | None]
     """How often each layer was applied; written by the layers, None where none was called."""
     cache: Any = None
     """The cache that the layers were handed; written by them."""
@@ -125,11 +127,11 @@ class Call:
         if self.recorder is not None or self.bounds.layers[layer] != PLAIN:
             return False
         planes = cache.planes if isinstance(cache, PlanedCache) else ()
-        return not any((layer, plane) in planes for plane in (2, HOLES, ALONG))
+        return not any((layer, plane) in planes for plane in (2, HOLES, TOKEN_STATE))
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
-        asked = self.last_only if layer == len(self.applied) - 1 else None
+        asked = self.last_only if layer == len(self.times_applied) - 1 else None
         return asked is not None and self.parts and self.looks and asked()
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
@@ -148,7 +150,7 @@ Decoding = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Ambience:
+class Overrides:
     """What blocks such as `trol.depth` put in force on one stack, in one thread, for a while."""
 
     policy: AbstractPolicy | None = None
@@ -163,15 +165,15 @@ class Ambience:
         return self.kernel == "triton" or (self.kernel == "auto" and self.executor != "dense")
 
 
-NOTHING = Ambience()
+NO_OVERRIDES = Overrides()
 """Where no such block is open."""
 
 # Compileable: a set and its get that lie in one compiled graph see each other, also in dynamo.
 CALL = CompileableContextVar("trol_call")
-STEP = CompileableContextVar("trol_step")
+PASS_INFO = CompileableContextVar("trol_step")
 
 _PROMPTS: ContextVar[tuple[tuple[int, Prompt], ...]] = ContextVar("trol_prompts", default=())
-_AMBIENCES: ContextVar[dict[int, Ambience]] = ContextVar("trol_ambiences")
+_OVERRIDES: ContextVar[dict[int, Overrides]] = ContextVar("trol_ambiences")
 
 
 def prompt_of(host: object) -> Prompt | None:
@@ -195,9 +197,9 @@ def generating(host: object, prompt: Prompt) -> Generator[None]:
         _PROMPTS.reset(token)
 
 
-def ambience_of(stack: object) -> Ambience:
+def overrides_of(stack: object) -> Overrides:
     """What is in force on `stack` in this thread."""
-    return _AMBIENCES.get({}).get(id(stack), NOTHING)
+    return _OVERRIDES.get({}).get(id(stack), NO_OVERRIDES)
 
 
 _THREADS: dict[int, list[set[Thread]]] = {}
@@ -212,27 +214,27 @@ def started_inside(stack: object) -> bool:
 
 
 @contextmanager
-def open_on(stack: Any, ambience: Ambience) -> Generator[None]:
+def open_on(stack: Any, overrides: Overrides) -> Generator[None]:
     """A block on `stack`: counted there, and in force in this thread."""
     threads = set(enumerate_threads())
     with _COUNTING:
-        stack.depth_ambiences += 1
+        stack.depth_blocks += 1
         _THREADS.setdefault(id(stack), []).append(threads)
     try:
-        with in_force(stack, ambience):
+        with in_force(stack, overrides):
             yield
     finally:
         with _COUNTING:
-            stack.depth_ambiences -= 1
+            stack.depth_blocks -= 1
             there = _THREADS[id(stack)]
             del there[next(i for i, one in enumerate(there) if one is threads)]
 
 
 @contextmanager
-def in_force(stack: object, ambience: Ambience) -> Generator[None]:
-    """Puts `ambience` in force on `stack`."""
-    token = _AMBIENCES.set({**_AMBIENCES.get({}), id(stack): ambience})
+def in_force(stack: object, overrides: Overrides) -> Generator[None]:
+    """Puts `overrides` in force on `stack`."""
+    token = _OVERRIDES.set({**_OVERRIDES.get({}), id(stack): overrides})
     try:
         yield
     finally:
-        _AMBIENCES.reset(token)
+        _OVERRIDES.reset(token)

@@ -33,14 +33,14 @@ class LayerRun:
         self.attention = attention
         self.layer, self.forward, self.site = layer, forward, site
         self.given, self.cache = given, cache
-        self.lasts = cache is not None
+        self.persists = cache is not None
         """Whether later calls read what this one leaves."""
         self.planes: LayerPlanes | None = None
         self.holes: Holes | None = None
-        self.digs = False
+        self.leaves_holes = False
         """Whether tokens that skip leave holes; a cache may hold some of an earlier policy's."""
-        self.rest: tuple[Any, ...] | None = None
-        self.applied = 0
+        self.extra_outputs: tuple[Any, ...] | None = None
+        self.times_applied = 0
 
     def apply(
         self,
@@ -64,8 +64,8 @@ class LayerRun:
         """
         args, kwargs = inputs or (self.given if self.holes is None else self.inputs(state))
         if self.planes is not None:
-            cache = self.planes.opened(plane, leaves=leaves)
-            if cache is not self.cache or not self.lasts:
+            cache = self.planes.enter_visit(plane, leaves=leaves)
+            if cache is not self.cache or not self.persists:
                 args, kwargs = self.site.with_cache(args, kwargs, cache)
         if going is None:
             out = self.forward(state, *args, **kwargs)
@@ -73,13 +73,13 @@ class LayerRun:
             layer = with_parts(self.layer, self.site.parts, going.computing)
             with attending or nullcontext():
                 out = self.forward.__func__(layer, state, *args, **kwargs)
-        self.applied += 1
+        self.times_applied += 1
         if self.planes is not None:
-            self.planes.close()
+            self.planes.exit_visit()
         if not isinstance(out, tuple):
             return out
-        if self.rest is None:  # what comes beside the hidden states is the first visit's
-            self.rest = out[1:]
+        if self.extra_outputs is None:  # what comes beside the hidden states is the first visit's
+            self.extra_outputs = out[1:]
         return out[0]
 
     def leave(self, state: Tensor, plane: int) -> bool:
@@ -88,7 +88,7 @@ class LayerRun:
             return False
         with suppress(KeysWritten):
             self.apply(state, plane, leaves=True)
-        self.planes.close()
+        self.planes.exit_visit()
         return True
 
     def inputs(self, state: Tensor) -> Inputs:
@@ -107,4 +107,4 @@ class LayerRun:
 
     def wrap(self, state: Tensor) -> Any:
         """The layer's output in the form that its family returns; the layer has run."""
-        return state if self.rest is None else (state, *self.rest)
+        return state if self.extra_outputs is None else (state, *self.extra_outputs)

@@ -44,7 +44,7 @@ from trol.host.cache import (
 from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
 
-HOLES, ALONG = 0, -1
+HOLES, TOKEN_STATE = 0, -1
 """The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
 lie beside its planes."""
 
@@ -123,7 +123,7 @@ class PlanedCache(Specialised):
         return next(iter(same or present), layer)
 
 
-def adopt(cache: Any, absent: frozenset[int] | None = None) -> Any:
+def install_planes(cache: Any, absent: frozenset[int] | None = None) -> Any:
     """Makes a live cache a `PlanedCache`, in place, and tells it, if asked, which layers never run.
 
     Raises:
@@ -152,7 +152,7 @@ def prepare(cache: Any, visits: Sequence[int], absent: frozenset[int]) -> None:
 
     A new plane starts as a copy of the one below: at every position, the newest plane so far.
     """
-    adopt(cache, absent)
+    install_planes(cache, absent)
     for layer, most in enumerate(visits):
         grow(cache, layer)
         below = cache.layers[layer]
@@ -220,7 +220,7 @@ class LayerPlanes:
         slot = self.slots[plane - 1]
         return has_keys(slot) and not is_recurrent(slot) and not is_indexed(slot)
 
-    def opened(self, plane: int, *, leaves: bool = False) -> Any:
+    def enter_visit(self, plane: int, *, leaves: bool = False) -> Any:
         """The cache to hand to the layer for its visit number `plane`, as of `LayerRun.apply`."""
         self._slot = slot = self.slots[plane - 1]
         if self.cache.offloading:
@@ -233,7 +233,7 @@ class LayerPlanes:
         layers[self.layer] = slot
         return with_layers(self.cache, layers)
 
-    def close(self) -> None:
+    def exit_visit(self) -> None:
         """Ends a visit: its keys and values become the fallback of the next."""
         if self._open is not None:
             self.fresh = self._open.written or self.fresh
@@ -241,7 +241,7 @@ class LayerPlanes:
         if self.cache.offloading:  # a visit that was left at its keys has not done so
             offload(self.cache, self._slot)
 
-    def finish(self, visited: int) -> None:
+    def commit(self, visited: int) -> None:
         """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
         for plane in range(visited + 1, self.held + 2):
             if self.keep and plane > 1 and self.fresh is not None:
@@ -252,12 +252,12 @@ class LayerPlanes:
             if isinstance(self.cache, PlanedCache):
                 drop_planes(self.cache, self.layer)
         elif visited > self.held + 1:
-            adopt(self.cache)
+            install_planes(self.cache)
             for plane in range(self.held + 2, visited + 1):
                 self.cache.planes[self.layer, plane] = self.slots[plane - 1]
 
 
-def forked(cache: Any, *, planes: bool) -> Any:
+def fork_cache(cache: Any, *, planes: bool) -> Any:
     """A cache that starts from what `cache` holds and goes its own way; nothing is copied before.
 
     `planes`: whether it also starts from the planes above 1, the holes and what is kept along.
@@ -298,7 +298,7 @@ class Holes:
         self.keys, self.offset = (tokens, 0) if slot is None else slot.get_mask_sizes(tokens)
         self.holes: Tensor | None = None
 
-    def dig(self, need: Mask, state: Tensor) -> None:
+    def mark_skipped(self, need: Mask, state: Tensor) -> None:
         """Notes who skips: the tokens not in `need`. Shape of state: [B, T, D]."""
         rows, tokens, _ = state.shape
         if isinstance(need, bool):
@@ -313,7 +313,7 @@ class Holes:
             kept.values.index_copy_(1, here, ~need)
         self.holes = kept.values
         if self.cache is not None:
-            adopt(self.cache)
+            install_planes(self.cache)
             self.cache.planes[self.layer, HOLES] = kept
 
     def hidden_from(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,13 +327,13 @@ class Holes:
         return hidden[:, None, None, :] & (keys != queries), keys <= queries
 
 
-def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
+def append_token_state(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
     """Appends what a policy keeps of each position; gives all. [B, T, ...] -> [B, S, ...].
 
     Raises:
         HostError: the cache holds tokens that were not remembered.
     """
-    kept = getattr(cache, "planes", {}).get((layer, ALONG))
+    kept = getattr(cache, "planes", {}).get((layer, TOKEN_STATE))
     if kept is not None:
         values = torch.cat([kept.values, values], dim=1)
     if cache is not None:
@@ -342,6 +342,6 @@ def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
                 f"this cache holds {start} tokens that the policy in force never looked at; start "
                 "a new cache with it."
             )
-        adopt(cache)
-        cache.planes[layer, ALONG] = PositionSlot(values)
+        install_planes(cache)
+        cache.planes[layer, TOKEN_STATE] = PositionSlot(values)
     return values

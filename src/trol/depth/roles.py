@@ -1,17 +1,18 @@
-"""Roles: which tokens of a call are question and which are answer, and who is in scope.
+"""Roles: which tokens are question and which are answer, and what a policy may know of a call.
 
-What a policy may know of one call beyond the state it is asked about.
+`Prompt` lasts for one `generate` and gives the `Roles` of each forward pass in it; `Context` is
+what a policy may ask about the tokens of one pass: their scope, position, padding and logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from trol.depth.readout import Readout
 from trol.errors import HostError, UsageError, unknown
 
 Scope = Literal["question", "answer", "all"]
@@ -79,7 +80,7 @@ class Prompt:
     """Assistant turns inside the prompt, where there are any. Shape: [B, length]."""
     cache_is_the_callers: bool = False
     """Whether the cache lives on after `generate`, so that later questions may read it."""
-    said: Tensor | None = None
+    ids_so_far: Tensor | None = None
     """All ids so far, as `generate` prepared its last pass from them. Shape: [R, n]."""
 
     @classmethod
@@ -136,14 +137,16 @@ class Prompt:
         It holds all ids so far, and candidates behind them; or it ends with as many of the new
         ones as it has room for, behind a prompt of its own. None where it holds something else.
         """
-        said, tokens = self.said, ids.shape[1]
-        if said is None or said.shape[0] != ids.shape[0]:
+        ids_so_far, tokens = self.ids_so_far, ids.shape[1]
+        if ids_so_far is None or ids_so_far.shape[0] != ids.shape[0]:
             return None
-        end = self.columns + said.shape[1] - self.ids
-        if tokens >= said.shape[1] > 0 and torch.equal(ids[:, : said.shape[1]], said):
-            return self.roles(end - said.shape[1], tokens, len(ids), ids.device)
+        end = self.columns + ids_so_far.shape[1] - self.ids
+        if tokens >= ids_so_far.shape[1] > 0 and torch.equal(
+            ids[:, : ids_so_far.shape[1]], ids_so_far
+        ):
+            return self.roles(end - ids_so_far.shape[1], tokens, len(ids), ids.device)
         new = min(max(end - self.length, 0), tokens)
-        if not torch.equal(ids[:, tokens - new :], said[:, said.shape[1] - new :]):
+        if not torch.equal(ids[:, tokens - new :], ids_so_far[:, ids_so_far.shape[1] - new :]):
             return None
         answer = torch.arange(tokens, device=ids.device) >= tokens - new
         return Roles(answer.expand(ids.shape) if 0 < new < tokens else new > 0)
@@ -183,7 +186,7 @@ class Context:
     """Columns before these tokens, if the policy reads it (`reads_start`), else 0."""
     padding: Tensor | None = None
     """The padding mask as the caller gave it: 1 at tokens that are none. Shape: [B, S]."""
-    readout: Readout | None = None
+    readout: Callable[[Tensor], Tensor] | None = None
     """The host's final norm and head; None where the stack is called without its host."""
     training: bool = False
     """Whether the stack is in training mode."""

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from trol.depth.call import (
     CALL,
-    NOTHING,
-    STEP,
-    UNTOLD,
-    Ambience,
+    NO_INFO,
+    NO_OVERRIDES,
+    PASS_INFO,
     Call,
-    Step,
-    ambience_of,
+    Overrides,
+    PassInfo,
+    overrides_of,
     started_inside,
 )
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import HOLES, PlanedCache, adopt, check_cache, drop_planes
+from trol.depth.planes import HOLES, PlanedCache, check_cache, drop_planes, install_planes
 from trol.depth.policy import AbstractPolicy, StackBounds
 from trol.depth.roles import INPUT, Context
 from trol.depth.trace import StackCost, stack_cost
@@ -64,20 +64,20 @@ class LayerMixin(Specialised):
         if layer == 0 and call.policy.reads_input:
             call.context.notes[INPUT] = state
         if layer in call.absent:
-            call.applied[layer] = 0
+            call.times_applied[layer] = 0
             if call.recorder is not None:
                 call.recorder.skipped(layer, state)
             return self._passed_by(state, args, kwargs)
         if call.runs_once(layer, cache):
-            call.applied[layer] = 1
+            call.times_applied[layer] = 1
             return self._shown(forward(state, *args, **kwargs))
         given, attention = (args, kwargs), attention_of(call.config)
         run = LayerRun(
             cast(nn.Module, self), forward, self.depth_site, given, cache, attention=attention
         )
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
-        call.applied[layer] = run.applied
-        if not run.applied:
+        call.times_applied[layer] = run.times_applied
+        if not run.times_applied:
             return self._passed_by(out, args, kwargs)
         out = run.wrap(out)
         return out if self.depth_beside is not None else self._shown(out)
@@ -108,7 +108,7 @@ class StackMixin(Specialised):
     """Whether some layer keeps a recurrent state, which every token must advance."""
     depth_readers: tuple[nn.Module, ...]
     """Its last layer, and what is handed the output of that."""
-    depth_ambiences: int = 0
+    depth_blocks: int = 0
     """How many `trol.depth` and `trol.trace` blocks are open on this stack, in all threads."""
     depth_costs: StackCost | None = None
     """What visits of the layers cost, once it was asked for."""
@@ -123,14 +123,14 @@ class StackMixin(Specialised):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward pass, with a `Call` for its layers to read."""
-        ambience = self._ambience() if self.depth_ambiences else NOTHING
-        step = STEP.get() or UNTOLD
-        call = self._open(step, ambience, args, kwargs)
+        overrides = self._overrides() if self.depth_blocks else NO_OVERRIDES
+        info = PASS_INFO.get() or NO_INFO
+        call = self._open(info, overrides, args, kwargs)
         if call is None and not torch.compiler.is_compiling() and CALL.get() is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         token = CALL.set(call)
         try:
-            with self._recorded(ambience, step, args, kwargs):
+            with self._recorded(overrides, info, args, kwargs):
                 out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             CALL.reset(token)
@@ -146,7 +146,7 @@ class StackMixin(Specialised):
 
     def depth_policy_in_force(self) -> AbstractPolicy:
         """The attached policy, or the one that `trol.depth` put in its place for a while."""
-        return self._ambience().policy or self.depth_policy
+        return self._overrides().policy or self.depth_policy
 
     def depth_bounds_of(self, policy: AbstractPolicy) -> StackBounds:
         """What a policy says of the layers beforehand."""
@@ -162,16 +162,16 @@ class StackMixin(Specialised):
         everywhere = policy.scope_in(training=self.training) == "all"
         return self.depth_bounds_of(policy).never if everywhere else frozenset()
 
-    def _ambience(self) -> Ambience:
-        if not self.depth_ambiences:
-            return NOTHING
+    def _overrides(self) -> Overrides:
+        if not self.depth_blocks:
+            return NO_OVERRIDES
         if torch.compiler.is_compiling():
             raise HostError(
                 "trol.depth and trol.trace cannot reach into a compiled model; attach the policy "
                 "before torch.compile, or run the model uncompiled."
             )
-        found = ambience_of(self)
-        if found is NOTHING and started_inside(self):
+        found = overrides_of(self)
+        if found is NO_OVERRIDES and started_inside(self):
             warnings.warn(
                 "a trol.depth, trol.trace or trol.speculate block is open on this model, but not "
                 "in this thread, which was started inside it; if it should be, start the thread by "
@@ -180,9 +180,9 @@ class StackMixin(Specialised):
             )
         return found
 
-    def _open(self, step: Step, ambience: Ambience, args: Any, kwargs: Any) -> Call | None:
+    def _open(self, info: PassInfo, overrides: Overrides, args: Any, kwargs: Any) -> Call | None:
         """The call for this pass, or None where every token visits every layer once."""
-        policy = ambience.policy or self.depth_policy
+        policy = overrides.policy or self.depth_policy
         scope = policy.scope_in(training=self.training)
         cache = self._cache(args, kwargs)
         bounds = self.depth_bounds_of(policy)
@@ -193,26 +193,26 @@ class StackMixin(Specialised):
             if planed:
                 check_rows(cache, policy, bounds, everywhere=scope == "all")
         if cache is not None and (absent or (planed and cache.absent)):
-            adopt(cache, absent)
-        in_scope = step.roles.in_scope(scope)
-        keep = scope != "question" or step.keep
-        if ambience.recorder is None and self._all_plain(policy, bounds, in_scope, keep, cache):
+            install_planes(cache, absent)
+        in_scope = info.roles.in_scope(scope)
+        keep = scope != "question" or info.keep
+        if overrides.recorder is None and self._all_plain(policy, bounds, in_scope, keep, cache):
             return None
         # Kernels have no gradients, and compilers make their own.
         alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        start = step.start
+        start = info.start
         if start is None:
             # Without a cache, nothing comes before these tokens.
             start = 0 if cache is None or not policy.reads_start else int(cache.get_seq_length())
         context = Context(
             in_scope,
             start,
-            self._padding(step, args, kwargs),
-            step.readout,
+            self._padding(info, args, kwargs),
+            info.readout,
             training=self.training,
             layers=self.depth_layers,
-            fuses=alone and ambience.fuses,
-            notes={} if step.notes is None else step.notes,
+            fuses=alone and overrides.fuses,
+            notes={} if info.notes is None else info.notes,
         )
         return Call(
             policy,
@@ -220,14 +220,14 @@ class StackMixin(Specialised):
             context,
             keep,
             everywhere=scope == "all",
-            recorder=ambience.recorder,
+            recorder=overrides.recorder,
             config=self.config,
-            applied=[None] * self.depth_layers,
+            times_applied=[None] * self.depth_layers,
             absent=absent,
-            last_only=step.last_only if ambience.recorder is None else None,
+            last_only=info.last_only if overrides.recorder is None else None,
             # Where dropout draws, some tokens alone are not what they are among all others.
             free=alone and not self.training,
-            executor=ambience.executor,
+            executor=overrides.executor,
             parts=not self.depth_entangled,
             asked=kwargs,
             costs=self._costs,
@@ -240,11 +240,11 @@ class StackMixin(Specialised):
             self.depth_costs = stack_cost(layers, [None] * len(layers), self.config)
         return self.depth_costs
 
-    def _padding(self, step: Step, args: Any, kwargs: Any) -> Tensor | None:
+    def _padding(self, info: PassInfo, args: Any, kwargs: Any) -> Tensor | None:
         """The padding mask [B, S], as far as one is to be had."""
         # Some hosts hand their decoder ready masks of 4 dimensions: then only the caller's tells.
         own = self._argument("attention_mask", args, kwargs)
-        mask = own if step.real is None else step.real
+        mask = own if info.real is None else info.real
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _all_plain(
@@ -260,13 +260,13 @@ class StackMixin(Specialised):
             return policy.skipped_kv != "hole"
         return bounds.plain
 
-    def _recorded(self, ambience: Ambience, step: Step, args: Any, kwargs: Any) -> Any:
-        if ambience.recorder is None:
+    def _recorded(self, overrides: Overrides, info: PassInfo, args: Any, kwargs: Any) -> Any:
+        if overrides.recorder is None:
             return nullcontext()
         cache = self._cache(args, kwargs)
-        real = self._padding(step, args, kwargs)
+        real = self._padding(info, args, kwargs)
         images = kwargs.get("image_tokens") is not None
-        return ambience.recorder.one_pass(cache, real, images=images)
+        return overrides.recorder.one_pass(cache, real, images=images)
 
     def _close(self, call: Call, out: Any) -> Any:
         cache: Any = call.cache
@@ -277,13 +277,15 @@ class StackMixin(Specialised):
                 "run `trol info`, which checks what is assumed of this transformers."
             )
         if cache is not None and call.absent:
-            adopt(cache, call.absent)  # so that whoever asks for its length next is told the truth
+            install_planes(
+                cache, call.absent
+            )  # so that whoever asks for its length next is told the truth
         if call.recorder is not None:
             call.recorder.holding(cache)
         attentions = getattr(out, "attentions", None)
         if attentions and not torch.compiler.is_compiling():
             layers = list(layer_list(cast(nn.Module, self)) or ())
-            out.attentions = by_layer(attentions, layers, call.applied, "attentions")
+            out.attentions = by_layer(attentions, layers, call.times_applied, "attentions")
         return out
 
     def _cache(self, args: Any, kwargs: Any) -> Any:

@@ -273,7 +273,7 @@ class Recorder:
         rows, tokens = visit.state.shape[:2]
         self._beside += flops * rows * tokens
 
-    def spared_pairs(self, layer: int, pairs: int) -> None:
+    def skipped_pairs(self, layer: int, pairs: int) -> None:
         """So many pairs of a query and a key did not attend in one visit."""
         cost = self.trace.stack_cost.layers[layer]
         self._beside -= 0 if cost is None else cost.per_key * pairs

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trol.depth.call import Call
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, adopt
+from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, install_planes
 from trol.depth.policy import AbstractPolicy, Answer, StackBounds, Visit, mixture
 from trol.depth.roles import Mask
 from trol.errors import UsageError
@@ -69,7 +69,7 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
         return None
     rows, device = torch.tensor(going), visit.state.device
     if slot is not None:
-        adopt(run.cache)  # whoever comes next is asked
+        install_planes(run.cache)  # whoever comes next is asked
         keep_rows(slot, rows, len(fixed), device)
     return rows.to(device)
 
@@ -140,7 +140,7 @@ def make_visit(
         visited = run.apply(state, plane, going, attending=attending)
         out = _selected(visited, state, need if going.count else False)
         if call.recorder is not None and attending is not None:
-            call.recorder.spared_pairs(visit.layer, attending.spared)
+            call.recorder.skipped_pairs(visit.layer, attending.spared)
     else:
         # What a token does not take weighs 0, but the gradient of that choice is made of it.
         shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
@@ -204,7 +204,7 @@ def traverse(
         if mixes and (again is None or isinstance(again, Tensor) or again != 1):
             left.append((visit, again))
         if number == 0 and run.holes is not None:
-            run.holes.dig(need if run.digs else True, state)
+            run.holes.mark_skipped(need if run.leaves_holes else True, state)
         last = number + 1 == limit
         if need is True and call.recorder is None and not (last and number and call.last_only):
             state = run.apply(state, number + 1)
@@ -216,7 +216,7 @@ def traverse(
     else:
         number = limit
     if run.planes is not None:
-        run.planes.finish(number)
+        run.planes.commit(number)
     if call.recorder is not None:
         call.recorder.answers(layer, answers, ended=number == limit)
     return _mixed(left, state, call)
@@ -250,10 +250,10 @@ def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, ca
     if run.cache is None and most > 1 and isinstance(in_scope, Tensor):
         run.cache = call.scratch()
     if run.cache is not None:
-        keep = call.keep and run.lasts
+        keep = call.keep and run.persists
         run.planes = LayerPlanes(run.cache, layer, bounds=bounds, in_scope=in_scope, keep=keep)
-    run.digs = least == 0 and call.policy.skipped_kv == "hole"
-    if run.digs or (layer, HOLES) in getattr(run.cache, "planes", ()):
+    run.leaves_holes = least == 0 and call.policy.skipped_kv == "hole"
+    if run.leaves_holes or (layer, HOLES) in getattr(run.cache, "planes", ()):
         run.holes = Holes(run.cache, layer, tokens)
 
 
@@ -284,7 +284,7 @@ def _again(visit: Visit, most: int, call: Call) -> Answer:
 
 def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
     """Whether the layer runs although nobody goes again: for the keys and values it leaves."""
-    if not run.lasts or run.planes is None:
+    if not run.persists or run.planes is None:
         return False
     # Somebody could have gone: whether others do in this chunk must not change what is left.
     possible = isinstance(need, Tensor)
