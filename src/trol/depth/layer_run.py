@@ -1,4 +1,4 @@
-"""One layer in one call: what it is handed, and what it gives back."""
+"""`LayerRun`: the host's own layer, its inputs and its cache, during one forward pass."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trol.host.layers import LayerSite, hiding, is_causal
 from trol.host.names import with_parts
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer takes beside the hidden states."""
+"""A layer's arguments beside the hidden states."""
 
 
 class LayerRun:
-    """One layer, one call: applies the host's own layer as often as the visit loop asks."""
+    """Applies the host's own layer as often as the visit loop asks, during one forward pass."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class LayerRun:
         self.layer, self.forward, self.site = layer, forward, site
         self.given, self.cache = given, cache
         self.persists = cache is not None
-        """Whether later calls read what this one leaves."""
+        """Whether later calls read the keys and values that this one leaves."""
         self.planes: LayerPlanes | None = None
         self.holes: Holes | None = None
         self.leaves_holes = False
@@ -55,12 +55,12 @@ class LayerRun:
         """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out.
 
         Args:
-            state: what enters it.
-            plane: which keys and values.
-            going: who goes, if the layer's token-wise parts shall compute no others.
-            attending: the same for its attention.
-            inputs: its arguments beside the state, if they are not the call's.
-            leaves: whether it is left once keys and values are stored (`KeysWritten`).
+            state: the hidden states that enter the layer.
+            plane: the plane whose keys and values it reads and writes.
+            going: the tokens that the layer's token-wise parts compute; None for all.
+            attending: attention over these tokens' queries alone.
+            inputs: arguments beside the state, where they are not those of the call.
+            leaves: whether to stop once keys and values are stored (raises `KeysWritten`).
         """
         args, kwargs = inputs or (self.given if self.holes is None else self.inputs(state))
         if self.planes is not None:
@@ -78,12 +78,12 @@ class LayerRun:
             self.planes.exit_visit()
         if not isinstance(out, tuple):
             return out
-        if self.extra_outputs is None:  # what comes beside the hidden states is the first visit's
+        if self.extra_outputs is None:  # a family's other outputs are those of the first visit
             self.extra_outputs = out[1:]
         return out[0]
 
     def leave(self, state: Tensor, plane: int) -> bool:
-        """Enters the layer for its keys and values alone; says whether it can be left there."""
+        """Runs the layer up to its keys and values; False where it cannot be stopped there."""
         if self.planes is None or not self.planes.stores_keys(plane):
             return False
         with suppress(KeysWritten):
