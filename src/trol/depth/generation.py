@@ -164,7 +164,7 @@ class HostMixin(Specialised):
         )
         if cache is not None and cache.is_compileable:
             _ready_for_compiled(stack, cache, info)
-        inputs["depth_step"] = info
+        inputs["depth_info"] = info
         return inputs
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
