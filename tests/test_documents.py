@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -123,3 +124,8 @@ def _reaches(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "callback", lambda **given: reached.append(given))
     command.main(words[1:], standalone_mode=False)
     assert len(reached) == 1
+
+
+def test_the_picture_of_the_rooms_is_what_the_imports_are() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "rooms.py"))["drawing"]()
+    assert (ROOT / "docs" / "rooms.svg").read_text() == drawn, "run python docs/rooms.py"
