@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from trol.axes import States
 from trol.depth.planes import Holes, LayerPlanes
 from trol.execution.token_wise import Attending, Going
 from trol.host.cache import KeysWritten
@@ -44,14 +45,14 @@ class LayerRun:
 
     def apply(
         self,
-        state: Tensor,
+        state: States,
         plane: int,
         going: Going | None = None,
         *,
         attending: Attending | None = None,
         inputs: Inputs | None = None,
         leaves: bool = False,
-    ) -> Tensor:
+    ) -> States:
         """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out.
 
         Args:
@@ -82,7 +83,7 @@ class LayerRun:
             self.extra_outputs = out[1:]
         return out[0]
 
-    def leave(self, state: Tensor, plane: int) -> bool:
+    def leave(self, state: States, plane: int) -> bool:
         """Runs the layer up to its keys and values; False where it cannot be stopped there."""
         if self.planes is None or not self.planes.stores_keys(plane):
             return False
@@ -91,7 +92,7 @@ class LayerRun:
         self.planes.exit_visit()
         return True
 
-    def inputs(self, state: Tensor) -> Inputs:
+    def inputs(self, state: States) -> Inputs:
         """The layer's arguments beside `state` [B, T, D], with a mask that hides its holes."""
         if self.holes is None:
             return self.given
@@ -105,6 +106,6 @@ class LayerRun:
         )
         return self.site.with_mask(args, kwargs, mask)
 
-    def wrap(self, state: Tensor) -> Any:
+    def wrap(self, state: States) -> Any:
         """The layer's output in the form that its family returns; the layer has run."""
         return state if self.extra_outputs is None else (state, *self.extra_outputs)

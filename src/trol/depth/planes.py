@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from trol.axes import States
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
@@ -296,7 +298,7 @@ class Holes:
         self.keys, self.offset = (tokens, 0) if slot is None else slot.get_mask_sizes(tokens)
         self.holes: Tensor | None = None
 
-    def mark_skipped(self, need: Mask, state: Tensor) -> None:
+    def mark_skipped(self, need: Mask, state: States) -> None:
         """Records the tokens not in `need` as holes. Shape of state: [B, T, D]."""
         rows, tokens, _ = state.shape
         if isinstance(need, bool):
@@ -314,7 +316,7 @@ class Holes:
             install_planes(self.cache)
             self.cache.planes[self.layer, HOLES] = kept
 
-    def hidden_from(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_from(self, state: States) -> tuple[Bool[Tensor, "B 1 T S"], Bool[Tensor, "T S"]]:
         """Which keys are holes to each query, and which come no later: [B, 1, T, S], [T, S]."""
         assert self.holes is not None
         keys = torch.arange(self.offset, self.offset + self.keys, device=state.device)
@@ -325,7 +327,9 @@ class Holes:
         return hidden[:, None, None, :] & (keys != queries), keys <= queries
 
 
-def append_token_state(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
+def append_token_state(
+    cache: Any, layer: int, values: Shaped[Tensor, "B T *rest"], start: int
+) -> Shaped[Tensor, "B S *rest"]:
     """Appends to a policy's record of each token; returns all of it: [B, T, ...] -> [B, S, ...].
 
     Raises:

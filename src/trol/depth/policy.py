@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 import trol
+from trol.axes import States
 from trol.depth.plan import Plan
 from trol.depth.planes import append_token_state
 from trol.depth.roles import Context, Scope, check_scope
 from trol.errors import UsageError, unknown
 from trol.host.head import matrix_flops
 
-Answer = float | Tensor
+Answer = float | Float[Tensor, "B T"]
 """a_r: one number for all tokens, known without looking at the device, or FloatTensor [B, T]."""
 
 SKIPPED_KV = ("project", "hole")
@@ -48,7 +50,7 @@ class Visit(NamedTuple):
     """l, counted from 0."""
     number: int
     """r: how many visits the tokens have made so far; 0 before the first."""
-    state: Tensor
+    state: States
     """x_r. Shape: [B, T, D]."""
     gate: nn.Module | None
     """The parameters that this policy placed on layer l, if any."""
@@ -62,7 +64,7 @@ class Visit(NamedTuple):
         """How many tokens of each row came before these, padding included."""
         return self.context.start
 
-    def keep_with_cache(self, values: Tensor) -> Tensor:
+    def keep_with_cache(self, values: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, "B S *rest"]:
         """Appends `values` of these tokens to what the cache keeps of all tokens so far.
 
         A cache keeps one such record for each layer, and crops, reorders and repeats it with its
@@ -78,7 +80,7 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """The type of states -> the wider type that they are mixed in."""
 
 
-def mixture(state: Tensor, further: Tensor, again: Answer) -> Tensor:
+def mixture(state: States, further: States, again: Answer) -> States:
     """(1 - a) x + a y, made in float32 at least. Shape: [B, T, D] each, a [B, T] or one number."""
     weight = again[..., None] if isinstance(again, Tensor) else again
     wide = WIDE.get(state.dtype, state.dtype)
@@ -159,7 +161,7 @@ class AbstractPolicy(ABC):
     def again(self, visit: Visit) -> Answer:
         """a_r for the tokens of this visit; asked for r = 0 .. bounds.most - 1."""
 
-    def mix(self, visit: Visit, further: Tensor) -> Tensor:
+    def mix(self, visit: Visit, further: States) -> States:
         """(1 - a_r) x_r + a_r `further`, where all tokens went again whatever a_r is.
 
         For policies that can do so in fewer steps than by answering first. Shape: [B, T, D].
@@ -174,11 +176,11 @@ class AbstractPolicy(ABC):
         del layer, number, rows
         return None
 
-    def enter(self, visit: Visit) -> Tensor:
+    def enter(self, visit: Visit) -> States:
         """x_0 of a layer, for policies that translate states. Shape: [B, T, D]."""
         return visit.state
 
-    def penalty(self, notes: Mapping[Any, Any]) -> Tensor | None:
+    def penalty(self, notes: Mapping[Any, Any]) -> Float[Tensor, ""] | None:
         """What is added to the training loss, from the notes of the call; None for nothing."""
         del notes
         return None

@@ -12,17 +12,16 @@ is needed, one more pass compares FLOPs predicted from shapes with FLOPs counted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trol.depth.call import Executor
-from trol.depth.policy import AbstractPolicy, Answer, Bounds, PolicyLike, Visit
+from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.trace import StackCost
 from trol.errors import HostError
@@ -46,12 +45,8 @@ TINY = 100_000_000
 """Parameters below which a model is so small that all its layers are tried."""
 
 
-class Under(Protocol):
-    """Puts a policy, and an executor, in force on the probed model for a while."""
-
-    def __call__(
-        self, policy: PolicyLike, *, by: Executor = "dense"
-    ) -> AbstractContextManager[None]: ...
+Under = Callable[..., AbstractContextManager[None]]
+"""`under(policy, by=executor)` puts both in force on the probed model for a while."""
 
 
 class EveryOther(AbstractPolicy):

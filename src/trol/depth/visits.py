@@ -13,8 +13,10 @@ state. *Dense* computes all tokens and selects, and is the readable reference; *
 from __future__ import annotations
 
 import torch
+from jaxtyping import Integer
 from torch import Tensor, nn
 
+from trol.axes import States
 from trol.depth.call import Call
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, install_planes
@@ -27,8 +29,8 @@ from trol.host.cache import is_growing_and_empty
 
 
 def traverse(
-    run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, call: Call
-) -> Tensor:
+    run: LayerRun, state: States, layer: int, gate: nn.Module | None, call: Call
+) -> States:
     """Passes the tokens through layer `layer` as the policy says. Shape: [B, T, D], in and out."""
     policy, context, in_scope = call.policy, call.context, call.context.in_scope
     least, most = call.bounds.layers[layer]
@@ -85,7 +87,7 @@ def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, ca
         run.holes = Holes(run.cache, layer, tokens)
 
 
-def _entering(visit: Visit, call: Call) -> Tensor:
+def _entering(visit: Visit, call: Call) -> States:
     """x_0 as the policy translates it in its scope. Shape: [B, T, D]."""
     in_scope = call.context.in_scope
     if call.recorder is not None:
@@ -134,7 +136,7 @@ def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
     return number == 0 or possible or (run.planes.keep and run.planes.recurrent)
 
 
-def _mixed(left: list[tuple[Visit, Answer | None]], state: Tensor, call: Call) -> Tensor:
+def _mixed(left: list[tuple[Visit, Answer | None]], state: States, call: Call) -> States:
     """sum_r w_r x_r from behind: out_r = (1 - a_r) x_r + a_r out_{r+1}. Shape: [B, T, D]."""
     mix = call.policy.mix
     for visit, again in reversed(left):
@@ -162,7 +164,7 @@ def none_go(need: Mask, going: Going | None) -> bool:
 
 def make_visit(
     run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
-) -> Tensor:
+) -> States:
     """One more visit; `going` and `last` as in `tokens_going`. Shape: [B, T, D].
 
     Where no token goes, the layer runs up to its keys and values only.
@@ -190,7 +192,7 @@ def make_visit(
     return out
 
 
-def _selected(visited: Tensor, state: Tensor, need: Mask) -> Tensor:
+def _selected(visited: States, state: States, need: Mask) -> States:
     """`visited` for the tokens in `need`, `state` for the others. Shape: [B, T, D]."""
     if isinstance(need, bool):
         return visited if need else state
@@ -227,7 +229,7 @@ def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
     return Attending(going) if saved >= LEAST_SAVED_ATTENTION else None
 
 
-def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
+def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Integer[Tensor, " rows"] | None:
     """The rows that a plan sends through this visit alone; None where all rows go. Shape: [b].
 
     Raises:
@@ -251,7 +253,7 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
     return rows.to(device)
 
 
-def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tensor:
+def visit_alone(run: LayerRun, state: States, plane: int, rows: Integer[Tensor, " rows"]) -> States:
     """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
     args, kwargs = run.inputs(state)
     batch = len(state)
