@@ -17,6 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+if os.environ.get("TROL_SHAPES"):  # before trol is imported; tests/test_axes.py sets it
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["trol.depth", "trol.execution", "trol.family"], "beartype.beartype")
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "trol", deadline=None, derandomize=True, print_blob=False, max_examples=20

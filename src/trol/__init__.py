@@ -11,7 +11,12 @@ classes open it as well.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,6 +70,19 @@ _HOMES = {
 }
 """Public name -> the module that defines it."""
 
+POLICIES = {
+    "plain": "Plain",
+    "plan": "Planned",
+    "trol_mixer": "TrolMixer",
+    "early_exit": "EarlyExit",
+    "layer_dropout": "LayerDropout",
+    "replay": "Replay",
+    "controller": "Controller",
+    "router": "Router",
+    "random_tokens": "RandomTokens",
+}
+"""The name of each policy, as `trol.attach(model, name)` takes it -> its class, a public name."""
+
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -73,3 +91,34 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'trol' has no attribute {name!r}")
     home = import_module(f"trol.{_HOMES[name]}")
     return home if name == "depth" else getattr(home, name)
+
+
+_MOVED = {
+    "depth.cost": "depth.trace",
+    "depth.host": "depth.attachment",
+    "depth.registry": "depth.policy",
+    "policies.adapter": "checkpoints.adapter",
+    "policies.export": "checkpoints.export",
+    "policies.layer_dropout": "policies.chance",
+    "policies.plain": "depth.policy",
+    "policies.random_tokens": "policies.chance",
+    "policies.replay": "policies.planned",
+    "policies.speculation": "speculation",
+}
+"""Public modules: the old name -> the new one. The old ones work, with a warning."""
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Imports a module by its old name."""
+
+    def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname.removeprefix("trol.") in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"trol.{_MOVED[module.__name__.removeprefix('trol.')]}"
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        target = import_module(new)
+        vars(module)["__getattr__"] = lambda name: getattr(target, name)
+
+
+sys.meta_path.append(_Moved())

@@ -54,7 +54,9 @@ class Watcher(AbstractPolicy):
         if visit.layer == self.layer:
             context = visit.context
             self.positions.append(context.positions(visit.state))
-            self.kept.append(visit.along(self.positions[-1].expand(visit.state.shape[:2])))
+            self.kept.append(
+                visit.keep_with_cache(self.positions[-1].expand(visit.state.shape[:2]))
+            )
             entered = context.notes[INPUT].shape == visit.state.shape
             self.told.append((context.training, context.layers, entered))
         return 1.0

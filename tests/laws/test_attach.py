@@ -268,7 +268,7 @@ def test_an_error_inside_a_call_leaves_no_trace_of_it() -> None:
     expected = model(**inputs).logits
     with pytest.raises(IndexError), depth(model, "exit@1"):
         model(input_ids=torch.tensor([[10_000]]))
-    assert attached(model)[1].depth_ambiences == 0
+    assert attached(model)[1].depth_blocks == 0
     assert torch.equal(model(**inputs).logits, expected)
     assert cost_of(model).gate_per_token == (64,) * 4
 
@@ -319,7 +319,7 @@ def test_blocks_that_threads_open_and_leave_are_counted_rightly() -> None:
             thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert stack.depth_ambiences == 0
+    assert stack.depth_blocks == 0
     plain = model(**inputs).logits
     with depth(model, "0"):
         assert gap(model(**inputs).logits, plain) > 1e-3

@@ -16,7 +16,7 @@ from transformers import (
 import trol
 from hosts import HOSTS
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attach, detach, is_attached, trace
-from trol.depth.planes import adopt
+from trol.depth.planes import install_planes
 from trol.depth.policy import from_settings, names, to_settings
 from trol.errors import HostError, UsageError
 from trol.host.names import CACHE
@@ -113,7 +113,7 @@ def test_a_cache_that_misses_tokens_is_refused(llama) -> None:
     with trol.depth(llama, "0 2-3"):
         assert llama(ids[:, :1], **{CACHE: cache}).logits.isfinite().all()
     with pytest.raises(HostError, match="got a list as the cache"):
-        adopt([])
+        install_planes([])
 
 
 @pytest.mark.parametrize("name", NO_HOLES)

@@ -194,7 +194,7 @@ class Products(TorchFunctionMode):
 @pytest.mark.parametrize("name", ["some_twice", "some_skip", "trol_tau"])
 def test_queries_that_attend_alone(host: Host, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In stretches, of which none sees keys behind its last; in chunks, and padded, too."""
-    monkeypatch.setattr(executors, "STRETCHES", 0)
+    monkeypatch.setattr(executors, "LEAST_SAVED_ATTENTION", 0)
     monkeypatch.setattr(attending_, "STRETCH", 4)
     model = attach_settled(host.build("sdpa"), ALL[name]())
     ids, more = (host.inputs(length=n, seed=n)["input_ids"] for n in (5, 40))

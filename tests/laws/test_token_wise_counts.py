@@ -107,8 +107,8 @@ def test_auto_takes_it_where_more_is_left_out_than_it_takes(
     host = HOSTS["llama"]
     model, inputs = attach(host.build(), RandomTokens(0.5)), host.inputs(batch=2, length=16)
     for worth, few, alone in ((1, 1, True), (10**9, 1, False), (1, 33, False)):
-        monkeypatch.setattr(executors, "WORTH", worth)
-        monkeypatch.setitem(executors.FEW, "cpu", few)
+        monkeypatch.setattr(executors, "LEAST_SAVED", worth)
+        monkeypatch.setitem(executors.LEAST_TOKENS, "cpu", few)
         with entered(model) as counts:
             model(**inputs)
         assert (sum(counts) < 4 * 64) == alone

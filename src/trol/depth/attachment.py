@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args
 import torch
 from torch import nn
 
-from trol.depth.call import Decoding, Executor, Kernel, ambience_of, open_on
+from trol.depth.call import Decoding, Executor, Kernel, open_on, overrides_of
 from trol.depth.generation import HostMixin, make_ready
 from trol.depth.policy import AbstractPolicy, PolicyLike, StackBounds, from_settings, resolve
 from trol.depth.probe import Under, findings, miscounts
@@ -166,7 +166,7 @@ def detach(model: Model) -> Model:
 
 def _detach(model: Model) -> Model:
     host, stack = attached(model)
-    if stack.depth_ambiences:
+    if stack.depth_blocks:
         raise UsageError(
             "a trol.depth, trol.trace or trol.depth.executor block is open on this model, in some "
             "thread; leave it before trol.detach(model)."
@@ -184,7 +184,7 @@ def _detach(model: Model) -> Model:
         "depth_bounds",
     ):
         delattr(stack, name)
-    for name in ("depth_ambiences", "depth_costs", "depth_unreadable", "depth_entangled"):
+    for name in ("depth_blocks", "depth_costs", "depth_unreadable", "depth_entangled"):
         stack.__dict__.pop(name, None)
     del host.depth_stack
     restore(stack)
@@ -278,7 +278,7 @@ def trace(model: nn.Module) -> Generator[Trace]:
         _, stack = attached(model)
         made = Trace(cost_of(model))
         with open_on(
-            stack, replace(ambience_of(stack), recorder=Recorder(made, stack.depth_layers))
+            stack, replace(overrides_of(stack), recorder=Recorder(made, stack.depth_layers))
         ):
             yield made
 
@@ -300,7 +300,7 @@ def depth(model: nn.Module, policy: PolicyLike) -> Generator[None]:
         check(stack, wanted)
         _check_gates(stack, wanted)
         _check_readable(stack, wanted)
-        with open_on(stack, replace(ambience_of(stack), policy=wanted)):
+        with open_on(stack, replace(overrides_of(stack), policy=wanted)):
             yield
 
 
@@ -332,7 +332,7 @@ def executor(model: nn.Module, which: str = "auto", *, kernel: str = "auto") -> 
             f"{stack.config.model_type} has no token-wise executor: {stack.depth_entangled}; take "
             "'auto' or 'dense'."
         )
-    own = replace(ambience_of(stack), executor=cast(Executor, which), kernel=cast(Kernel, kernel))
+    own = replace(overrides_of(stack), executor=cast(Executor, which), kernel=cast(Kernel, kernel))
     with open_on(stack, own):
         yield
 
@@ -352,7 +352,7 @@ def decoding(model: nn.Module, loop: Decoding, policy: AbstractPolicy) -> Genera
         _, stack = attached(model)
         check(stack, policy)
         _check_gates(stack, policy)
-        with open_on(stack, replace(ambience_of(stack), decoding=loop)):
+        with open_on(stack, replace(overrides_of(stack), decoding=loop)):
             yield
 
 

@@ -1,6 +1,8 @@
-"""What belongs to one forward call: who is in scope, what is kept, who watches.
+"""`Call`: what the layers need to know during one forward pass of their stack.
 
-Nothing of this lives on the model, so two threads on one model cannot mix their calls up.
+It is made from `PassInfo`, what the caller knows of the tokens, and `Overrides`, what blocks such
+as `trol.depth` put in force. None of them lives on the model, so two threads on one model cannot
+mix their calls up.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from trol.depth.planes import ALONG, HOLES, PlanedCache
+from trol.depth.planes import HOLES, TOKEN_STATE, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.roles import Context, Prompt, Roles
@@ -27,7 +29,7 @@ from trol.host.runtime import CompileableContextVar
 
 
 @dataclass(frozen=True)
-class Step:
+class PassInfo:
     """What the caller of the model knows about the tokens of one forward pass."""
 
     roles: Roles
@@ -36,37 +38,39 @@ class Step:
     start: int | None = None
     """Columns before these tokens, where the caller knows and the policy reads it."""
     last_only: Callable[[], bool] | None = None
-    """Whether nobody reads what comes out above any token but the last of each row; None: no."""
+    """Whether only the output of each row's last token is read; None where all of it is."""
     tokens: int | None = None
     """How many tokens of each row the caller knew of; a wrapper may put its own before them."""
     real: Tensor | None = None
-    """1 at tokens that are no padding, as the caller says. Shape: [B, S]."""
+    """The caller's padding mask, 1 at real tokens. Shape: [B, S]."""
     readout: Readout | None = None
     """The host's final norm and head."""
     notes: dict[Any, Any] | None = None
-    """Where the policy's notes go, for the host to read when the pass is over."""
+    """The policy's notes, which the host reads when the pass is over."""
 
 
 Executor = Literal["auto", "dense", "token-wise"]
-"""`dense` computes all tokens, `token-wise` has a layer's parts compute those that go, `auto`
-where that saves more than it takes."""
+"""`dense` computes all tokens, `token-wise` those that make the visit, `auto` the latter where
+that saves time."""
 
 
 Kernel = Literal["auto", "operators", "triton"]
-"""`triton` makes gate and mixture in one launch, where there is one; `auto` on CUDA devices."""
+"""`triton` computes gate and mixture in one kernel; `auto` does so on CUDA devices."""
 
 
-UNTOLD = Step(Roles())
-"""The step of a forward pass that was told nothing: questions only."""
+NO_INFO = PassInfo(Roles())
+"""A forward pass whose caller says nothing of its tokens: all are question."""
 
 
-def told(assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None) -> Step:
-    """The step of a forward pass whose caller gave these, each [B, T], or None."""
+def pass_info(
+    assistant_masks: Tensor | None, labels: Tensor | None, real: Tensor | None
+) -> PassInfo:
+    """What a caller says of a pass by these tensors, each [B, T] or None."""
     if assistant_masks is not None:
-        return Step(Roles.of_assistant_masks(assistant_masks), real=real)
+        return PassInfo(Roles.of_assistant_masks(assistant_masks), real=real)
     if labels is not None:
-        return Step(Roles.of_labels(labels), real=real)
-    return UNTOLD if real is None else Step(Roles(), real=real)
+        return PassInfo(Roles.of_labels(labels), real=real)
+    return NO_INFO if real is None else PassInfo(Roles(), real=real)
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Call:
 
     policy: AbstractPolicy
     bounds: StackBounds
-    """What the policy says of the layers beforehand."""
+    """The policy's bounds on visits of each layer."""
     context: Context
     """What the policy may know of the call."""
     keep: bool
@@ -87,50 +91,50 @@ class Call:
     """The stack's configuration."""
     costs: Callable[[], StackCost]
     """What visits of the layers cost."""
-    applied: list[int | None]
-    """How often each layer was applied; written by the layers, None where none was called."""
+    times_applied: list[int | None]
+    """How often each layer was applied; written by the layers, None before they are called."""
     cache: Any = None
     """The cache that the layers were handed; written by them."""
     entered: bool = False
     """Whether some layer has seen this call; written by the layers."""
     absent: frozenset[int] = frozenset()
-    """Layers that the whole batch, always, skips: they have no keys and values."""
+    """Layers that every token of the batch skips: they have no keys and values."""
     last_only: Callable[[], bool] | None = None
-    """Whether only the last token's output of the last layer is read; None where it is watched."""
+    """Whether only the last token's output of the last layer is read; None while it is traced."""
     free: bool = False
-    """Whether neither gradients nor a compiler follow the program, and no dropout draws."""
+    """Whether this runs without gradients, a compiler and dropout."""
     executor: Executor = "dense"
-    """Who makes visits that not all tokens make."""
+    """How visits are computed that only some tokens make."""
     parts: bool = False
     """Whether the layers' token-wise parts can compute some tokens alone."""
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the stack."""
 
     @property
     def looks(self) -> bool:
-        """Whether who goes may be looked at, to leave the others out.
+        """Whether the policy's answers may be read from the device, to leave tokens out.
 
-        Neither where gradients or a compiler follow, nor where something of all tokens is shown.
+        Not with gradients or a compiler, and not where an output shows every token.
         """
-        return self.free and self._looks  # compiled code, never free, cannot read what is cached
+        return self.free and self._looks  # compiled code cannot read a cached property
 
     @cached_property
     def _looks(self) -> bool:
-        # Hidden states are shown between layers, whole in either way.
-        asked = {**self.asked, "output_hidden_states": False}
-        return self.executor != "dense" and not shows_all(self.config, asked)
+        # Hidden states are shown between layers, where both executors give all tokens.
+        arguments = {**self.arguments, "output_hidden_states": False}
+        return self.executor != "dense" and not shows_all(self.config, arguments)
 
     def runs_once(self, layer: int, cache: Any) -> bool:
-        """Whether this layer does what the plain model's does, and nobody watches."""
+        """Whether this layer runs as in the plain model, and is not traced."""
         if self.recorder is not None or self.bounds.layers[layer] != PLAIN:
             return False
         planes = cache.planes if isinstance(cache, PlanedCache) else ()
-        return not any((layer, plane) in planes for plane in (2, HOLES, ALONG))
+        return not any((layer, plane) in planes for plane in (2, HOLES, TOKEN_STATE))
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
-        asked = self.last_only if layer == len(self.applied) - 1 else None
-        return asked is not None and self.parts and self.looks and asked()
+        last_only = self.last_only if layer == len(self.times_applied) - 1 else None
+        return last_only is not None and self.parts and self.looks and last_only()
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
         """Which rows make the next visit, where a plan settles it for whole sequences."""
@@ -139,7 +143,7 @@ class Call:
         return self.policy.rows_going(visit.layer, visit.number, visit.state.shape[0])
 
     def scratch(self) -> Any:
-        """A cache for one layer's pass, where keys and values are merged but none is kept."""
+        """A cache for one layer and one pass, for keys and values that are merged but not kept."""
         return new_cache(self.config)
 
 
@@ -148,7 +152,7 @@ Decoding = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Ambience:
+class Overrides:
     """What blocks such as `trol.depth` put in force on one stack, in one thread, for a while."""
 
     policy: AbstractPolicy | None = None
@@ -159,19 +163,19 @@ class Ambience:
 
     @property
     def fuses(self) -> bool:
-        """Whether kernels may run in the place of operators; the reference is made of operators."""
+        """Whether fused kernels may run; the dense reference is made of torch operators."""
         return self.kernel == "triton" or (self.kernel == "auto" and self.executor != "dense")
 
 
-NOTHING = Ambience()
-"""Where no such block is open."""
+NO_OVERRIDES = Overrides()
+"""In force where no such block is open."""
 
 # Compileable: a set and its get that lie in one compiled graph see each other, also in dynamo.
 CALL = CompileableContextVar("trol_call")
-STEP = CompileableContextVar("trol_step")
+PASS_INFO = CompileableContextVar("trol_pass_info")
 
 _PROMPTS: ContextVar[tuple[tuple[int, Prompt], ...]] = ContextVar("trol_prompts", default=())
-_AMBIENCES: ContextVar[dict[int, Ambience]] = ContextVar("trol_ambiences")
+_OVERRIDES: ContextVar[dict[int, Overrides]] = ContextVar("trol_overrides")
 
 
 def prompt_of(host: object) -> Prompt | None:
@@ -181,7 +185,7 @@ def prompt_of(host: object) -> Prompt | None:
 
 
 def prompts() -> list[Prompt]:
-    """The prompts of all `generate` calls open in this thread: assistants are called inside."""
+    """The prompts of all open `generate` calls of this thread; an assistant's is the inner one."""
     return [prompt for _, prompt in _PROMPTS.get()]
 
 
@@ -195,15 +199,15 @@ def generating(host: object, prompt: Prompt) -> Generator[None]:
         _PROMPTS.reset(token)
 
 
-def ambience_of(stack: object) -> Ambience:
+def overrides_of(stack: object) -> Overrides:
     """What is in force on `stack` in this thread."""
-    return _AMBIENCES.get({}).get(id(stack), NOTHING)
+    return _OVERRIDES.get({}).get(id(stack), NO_OVERRIDES)
 
 
 _THREADS: dict[int, list[set[Thread]]] = {}
-"""Stack -> the threads that there were when each of the blocks open on it was opened."""
+"""Stack -> for each block open on it, the threads that were running when it was opened."""
 _COUNTING = Lock()
-"""Held while open blocks are counted, which threads do together."""
+"""Held while blocks are counted: several threads open them."""
 
 
 def started_inside(stack: object) -> bool:
@@ -212,27 +216,27 @@ def started_inside(stack: object) -> bool:
 
 
 @contextmanager
-def open_on(stack: Any, ambience: Ambience) -> Generator[None]:
-    """A block on `stack`: counted there, and in force in this thread."""
+def open_on(stack: Any, overrides: Overrides) -> Generator[None]:
+    """Opens a block: it is counted on `stack`, and in force in this thread."""
     threads = set(enumerate_threads())
     with _COUNTING:
-        stack.depth_ambiences += 1
+        stack.depth_blocks += 1
         _THREADS.setdefault(id(stack), []).append(threads)
     try:
-        with in_force(stack, ambience):
+        with in_force(stack, overrides):
             yield
     finally:
         with _COUNTING:
-            stack.depth_ambiences -= 1
-            there = _THREADS[id(stack)]
-            del there[next(i for i, one in enumerate(there) if one is threads)]
+            stack.depth_blocks -= 1
+            blocks = _THREADS[id(stack)]
+            del blocks[next(i for i, one in enumerate(blocks) if one is threads)]
 
 
 @contextmanager
-def in_force(stack: object, ambience: Ambience) -> Generator[None]:
-    """Puts `ambience` in force on `stack`."""
-    token = _AMBIENCES.set({**_AMBIENCES.get({}), id(stack): ambience})
+def in_force(stack: object, overrides: Overrides) -> Generator[None]:
+    """Puts `overrides` in force on `stack`."""
+    token = _OVERRIDES.set({**_OVERRIDES.get({}), id(stack): overrides})
     try:
         yield
     finally:
-        _AMBIENCES.reset(token)
+        _OVERRIDES.reset(token)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from trol.depth.call import (
-    STEP,
-    Step,
-    ambience_of,
+    PASS_INFO,
+    PassInfo,
     generating,
+    overrides_of,
+    pass_info,
     prompt_of,
     prompts,
-    told,
 )
 from trol.depth.planes import prepare
 from trol.depth.policy import settings_to_save
@@ -42,7 +42,7 @@ class HostMixin(Specialised):
     def forward(
         self,
         *args: Any,
-        depth_step: Step | None = None,
+        depth_info: PassInfo | None = None,
         assistant_masks: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -51,22 +51,22 @@ class HostMixin(Specialised):
         labels, mask = given("labels"), given("attention_mask")
         tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
         # A classifier's tell nothing of who speaks.
-        said = labels if labels is not None and predicts_tokens(self) else None
-        if depth_step is not None:
-            depth_step = self._behind_virtual(depth_step, tokens, mask, cache_among(kwargs))
-        elif said is None and assistant_masks is None and not torch.compiler.is_compiling():
-            depth_step = self._step_beside(tokens, mask)
+        targets = labels if labels is not None and predicts_tokens(self) else None
+        if depth_info is not None:
+            depth_info = self._with_virtual_tokens(depth_info, tokens, mask, cache_among(kwargs))
+        elif targets is None and assistant_masks is None and not torch.compiler.is_compiling():
+            depth_info = self._info_inside_generate(tokens, mask)
         else:
-            depth_step = told(assistant_masks, said, mask)
+            depth_info = pass_info(assistant_masks, targets, mask)
         notes: dict[Any, Any] = {}
         last_only = partial(reads_last_only, self.config, kwargs, self.depth_stack[0].depth_readers)
-        token = STEP.set(
-            replace(depth_step, last_only=last_only, readout=Readout(self), notes=notes)
+        token = PASS_INFO.set(
+            replace(depth_info, last_only=last_only, readout=Readout(self), notes=notes)
         )
         try:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            STEP.reset(token)
+            PASS_INFO.reset(token)
         if not notes or labels is None:
             return out
         stack = self.depth_stack[0]
@@ -77,38 +77,38 @@ class HostMixin(Specialised):
             else _penalised(out, penalty, labels, kwargs.get("num_items_in_batch"))
         )
 
-    def _behind_virtual(self, step: Step, tokens: Any, mask: Any, cache: Any) -> Step:
+    def _with_virtual_tokens(self, info: PassInfo, tokens: Any, mask: Any, cache: Any) -> PassInfo:
         """The step of tokens [B, T, ...], before which PEFT may have put virtual ones: question.
 
         Raises:
             HostError: they are put before tokens that follow others in the cache.
         """
-        more = 0 if step.tokens is None or tokens is None else tokens.shape[1] - step.tokens
+        more = 0 if info.tokens is None or tokens is None else tokens.shape[1] - info.tokens
         if more <= 0:
-            return step
+            return info
         if not torch.compiler.is_compiling() and cache is not None and cache.get_seq_length():
             raise HostError(
                 f"{more} virtual tokens were put before a token in the middle of a text: this PEFT "
                 "does not see the cache of this transformers, and answers wrongly without trol as "
                 "well; pass use_cache=False to generate, or install releases that go together."
             )
-        real = step.real if step.real is None else mask
-        return replace(step, roles=step.roles.behind(more), real=real)
+        real = info.real if info.real is None else mask
+        return replace(info, roles=info.roles.behind(more), real=real)
 
-    def _step_beside(self, tokens: Tensor | None, mask: Tensor | None) -> Step:
+    def _info_inside_generate(self, tokens: Tensor | None, mask: Tensor | None) -> PassInfo:
         """What is known of a pass that nobody told its roles: a question, outside `generate`.
 
         Raises:
             HostError: it is made inside `generate`, and cannot be told from what it holds.
         """
-        step = told(None, None, mask)
+        info = pass_info(None, None, mask)
         open_prompts = prompts()
         if not open_prompts:
-            return step
+            return info
         stack = self.depth_stack[0]
         scope = stack.depth_policy_in_force().scope_in(training=stack.training)
         if scope == "all":
-            return step
+            return info
         ids = tokens is not None and not tokens.is_floating_point()
         roles = open_prompts[-1].roles_beside(cast(Tensor, tokens)) if ids else None
         if roles is None:
@@ -118,7 +118,7 @@ class HostMixin(Specialised):
                 "are question; pass assistant_masks in that call, or give the policy scope='all' "
                 f"(it has {scope!r})."
             )
-        return replace(step, roles=roles)
+        return replace(info, roles=roles)
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, assistant_masks: Any = None, **kwargs: Any
@@ -132,7 +132,7 @@ class HostMixin(Specialised):
         prompt = Prompt.of(
             length, assistant_masks, columns=columns, ids=ids, cache_is_the_callers=callers
         )
-        decoding = ambience_of(self.depth_stack[0]).decoding
+        decoding = overrides_of(self.depth_stack[0]).decoding
         if decoding is not None and outer is None:
             kwargs = decoding(self, kwargs)
         with generating(self, prompt):
@@ -145,7 +145,7 @@ class HostMixin(Specialised):
         if prompt is None:
             return inputs
         prepare = self.trol_original.prepare_inputs_for_generation
-        all_ids = prompt.said = argument(prepare, "input_ids", args, kwargs)
+        all_ids = prompt.ids_so_far = argument(prepare, "input_ids", args, kwargs)
         mask = argument(prepare, "attention_mask", args, kwargs)
         ids = inputs.get("input_ids")
         tokens = inputs["inputs_embeds"] if ids is None else ids
@@ -159,10 +159,12 @@ class HostMixin(Specialised):
         stack = self.depth_stack[0]
         # Compiled code would be compiled anew for each start: only policies that read it are told.
         reads_start = stack.depth_policy_in_force().reads_start
-        step = Step(roles, keep=keep, start=start if reads_start else None, tokens=count, real=mask)
+        info = PassInfo(
+            roles, keep=keep, start=start if reads_start else None, tokens=count, real=mask
+        )
         if cache is not None and cache.is_compileable:
-            _ready_for_compiled(stack, cache, step)
-        inputs["depth_step"] = step
+            _ready_for_compiled(stack, cache, info)
+        inputs["depth_info"] = info
         return inputs
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -204,13 +206,13 @@ for _name in CONTINUOUS:
     setattr(HostMixin, _name, _refuse_continuous_batching)
 
 
-def _ready_for_compiled(stack: Any, cache: Any, step: Step) -> None:
+def _ready_for_compiled(stack: Any, cache: Any, info: PassInfo) -> None:
     """Puts into the cache what compiled code could not."""
     policy = stack.depth_policy_in_force()
     scope = policy.scope_in(training=stack.training)
-    keep = step.keep or scope != "question"
+    keep = info.keep or scope != "question"
     # A recurrent state has no positions to copy: its planes begin where the row begins.
-    visits = step.roles.in_scope(scope) is not False or stack.depth_recurrent
+    visits = info.roles.in_scope(scope) is not False or stack.depth_recurrent
     make_ready(stack, cache, planes=keep and visits)
 
 

@@ -1,12 +1,13 @@
-"""One layer in one call: what it is handed, and what it gives back."""
+"""`LayerRun`: the host's own layer, its inputs and its cache, during one forward pass."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from trol.axes import States
 from trol.depth.planes import Holes, LayerPlanes
 from trol.execution.token_wise import Attending, Going
 from trol.host.cache import KeysWritten
@@ -14,11 +15,11 @@ from trol.host.layers import LayerSite, hiding, is_causal
 from trol.host.names import with_parts
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer takes beside the hidden states."""
+"""A layer's arguments beside the hidden states."""
 
 
 class LayerRun:
-    """One layer, one call: applies the host's own layer as often as the visit loop asks."""
+    """Applies the host's own layer as often as the visit loop asks, during one forward pass."""
 
     def __init__(
         self,
@@ -33,39 +34,39 @@ class LayerRun:
         self.attention = attention
         self.layer, self.forward, self.site = layer, forward, site
         self.given, self.cache = given, cache
-        self.lasts = cache is not None
-        """Whether later calls read what this one leaves."""
+        self.persists = cache is not None
+        """Whether later calls read the keys and values that this one leaves."""
         self.planes: LayerPlanes | None = None
         self.holes: Holes | None = None
-        self.digs = False
+        self.leaves_holes = False
         """Whether tokens that skip leave holes; a cache may hold some of an earlier policy's."""
-        self.rest: tuple[Any, ...] | None = None
-        self.applied = 0
+        self.extra_outputs: tuple[Any, ...] | None = None
+        self.times_applied = 0
 
     def apply(
         self,
-        state: Tensor,
+        state: States,
         plane: int,
         going: Going | None = None,
         *,
         attending: Attending | None = None,
         inputs: Inputs | None = None,
         leaves: bool = False,
-    ) -> Tensor:
+    ) -> States:
         """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out.
 
         Args:
-            state: what enters it.
-            plane: which keys and values.
-            going: who goes, if the layer's token-wise parts shall compute no others.
-            attending: the same for its attention.
-            inputs: its arguments beside the state, if they are not the call's.
-            leaves: whether it is left once keys and values are stored (`KeysWritten`).
+            state: the hidden states that enter the layer.
+            plane: the plane whose keys and values it reads and writes.
+            going: the tokens that the layer's token-wise parts compute; None for all.
+            attending: attention over these tokens' queries alone.
+            inputs: arguments beside the state, where they are not those of the call.
+            leaves: whether to stop once keys and values are stored (raises `KeysWritten`).
         """
         args, kwargs = inputs or (self.given if self.holes is None else self.inputs(state))
         if self.planes is not None:
-            cache = self.planes.opened(plane, leaves=leaves)
-            if cache is not self.cache or not self.lasts:
+            cache = self.planes.enter_visit(plane, leaves=leaves)
+            if cache is not self.cache or not self.persists:
                 args, kwargs = self.site.with_cache(args, kwargs, cache)
         if going is None:
             out = self.forward(state, *args, **kwargs)
@@ -73,25 +74,25 @@ class LayerRun:
             layer = with_parts(self.layer, self.site.parts, going.computing)
             with attending or nullcontext():
                 out = self.forward.__func__(layer, state, *args, **kwargs)
-        self.applied += 1
+        self.times_applied += 1
         if self.planes is not None:
-            self.planes.close()
+            self.planes.exit_visit()
         if not isinstance(out, tuple):
             return out
-        if self.rest is None:  # what comes beside the hidden states is the first visit's
-            self.rest = out[1:]
+        if self.extra_outputs is None:  # a family's other outputs are those of the first visit
+            self.extra_outputs = out[1:]
         return out[0]
 
-    def leave(self, state: Tensor, plane: int) -> bool:
-        """Enters the layer for its keys and values alone; says whether it can be left there."""
+    def leave(self, state: States, plane: int) -> bool:
+        """Runs the layer up to its keys and values; False where it cannot be stopped there."""
         if self.planes is None or not self.planes.stores_keys(plane):
             return False
         with suppress(KeysWritten):
             self.apply(state, plane, leaves=True)
-        self.planes.close()
+        self.planes.exit_visit()
         return True
 
-    def inputs(self, state: Tensor) -> Inputs:
+    def inputs(self, state: States) -> Inputs:
         """The layer's arguments beside `state` [B, T, D], with a mask that hides its holes."""
         if self.holes is None:
             return self.given
@@ -105,6 +106,6 @@ class LayerRun:
         )
         return self.site.with_mask(args, kwargs, mask)
 
-    def wrap(self, state: Tensor) -> Any:
+    def wrap(self, state: States) -> Any:
         """The layer's output in the form that its family returns; the layer has run."""
-        return state if self.rest is None else (state, *self.rest)
+        return state if self.extra_outputs is None else (state, *self.extra_outputs)

@@ -5,9 +5,8 @@ has. That choice is made when keys and values are written: whoever does not make
 its plane r - 1 entry into plane r, so reading needs no choice and any cache class serves.
 Plane 1 is the host's own cache.
 
-Holes: positions that left no keys and values in a layer because they skipped it.
-
-What is kept for each position along with a cache: holes, and what policies remember.
+Beside its planes a layer may have `Holes`, the positions that skipped it and left no keys and
+values, and a record that its policy keeps of each token (`append_token_state`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from trol.axes import States
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
@@ -44,9 +45,8 @@ from trol.host.cache import (
 from trol.host.classes import Specialised, specialised
 from trol.host.names import CACHE
 
-HOLES, ALONG = 0, -1
-"""The "plane" numbers under which a layer's holes, and what its policy keeps for each position,
-lie beside its planes."""
+HOLES, TOKEN_STATE = 0, -1
+"""The numbers under which a layer's holes and its policy's record stand among its planes."""
 
 
 class PlanedCache(Specialised):
@@ -62,7 +62,7 @@ class PlanedCache(Specialised):
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.offloading:  # transformers fetched the next one, which may never run
+        if self.offloading:  # transformers prefetches the next layer, which may never run
             prefetch(self, self.layers[layer_idx])
         return super().update(keys, values, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
@@ -82,7 +82,7 @@ class PlanedCache(Specialised):
         # Not super().crop: an empty sliding layer, one that never ran, cannot crop itself.
         present = [slot for i, slot in enumerate(self.layers) if i not in self.absent]
         for slot in (*present, *self.planes.values()):
-            if not is_growing_and_empty(slot):  # a draft of fewer layers never ran the others
+            if not is_growing_and_empty(slot):  # a draft never ran the layers that it skips
                 slot.crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -104,7 +104,7 @@ class PlanedCache(Specialised):
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         for key, slot in list(self.planes.items()):
-            if is_static(slot):  # compiled code knows where it lies
+            if is_static(slot):  # compiled code holds its address
                 slot.reset()
             else:
                 del self.planes[key]
@@ -123,8 +123,8 @@ class PlanedCache(Specialised):
         return next(iter(same or present), layer)
 
 
-def adopt(cache: Any, absent: frozenset[int] | None = None) -> Any:
-    """Makes a live cache a `PlanedCache`, in place, and tells it, if asked, which layers never run.
+def install_planes(cache: Any, absent: frozenset[int] | None = None) -> Any:
+    """Makes a live cache a `PlanedCache`, in place; `absent` are its layers that never run.
 
     Raises:
         HostError: it is no transformers cache, or layers that will run missed tokens before.
@@ -148,11 +148,11 @@ def adopt(cache: Any, absent: frozenset[int] | None = None) -> Any:
 
 
 def prepare(cache: Any, visits: Sequence[int], absent: frozenset[int]) -> None:
-    """Adopts a cache and gives layer l its planes up to visits[l], so that none is made later.
+    """Gives layer l of a cache its planes up to visits[l] at once, so that none is made later.
 
     A new plane starts as a copy of the one below: at every position, the newest plane so far.
     """
-    adopt(cache, absent)
+    install_planes(cache, absent)
     for layer, most in enumerate(visits):
         grow(cache, layer)
         below = cache.layers[layer]
@@ -203,7 +203,7 @@ class LayerPlanes:
         for plane in range(2, max(most, self.held + 1) + 1):
             # Taken before plane 1 grows: a plane that starts now copies what came before this call.
             self.slots.append(held.get((layer, plane)) or copy_on_write(self.slots[-1]))
-        # Some copy a lower plane, or may leave one to be completed.
+        # Tokens outside the scope copy a lower plane, or leave a higher one to be completed.
         some = in_scope is not True
         self.remembers = (most > 1 and some) or (keep and self.held >= (1 if some else least))
         self.fresh: Written | None = None
@@ -220,7 +220,7 @@ class LayerPlanes:
         slot = self.slots[plane - 1]
         return has_keys(slot) and not is_recurrent(slot) and not is_indexed(slot)
 
-    def opened(self, plane: int, *, leaves: bool = False) -> Any:
+    def enter_visit(self, plane: int, *, leaves: bool = False) -> Any:
         """The cache to hand to the layer for its visit number `plane`, as of `LayerRun.apply`."""
         self._slot = slot = self.slots[plane - 1]
         if self.cache.offloading:
@@ -233,16 +233,16 @@ class LayerPlanes:
         layers[self.layer] = slot
         return with_layers(self.cache, layers)
 
-    def close(self) -> None:
+    def exit_visit(self) -> None:
         """Ends a visit: its keys and values become the fallback of the next."""
         if self._open is not None:
             self.fresh = self._open.written or self.fresh
             self._open = None
-        if self.cache.offloading:  # a visit that was left at its keys has not done so
+        if self.cache.offloading:  # a visit that stopped at its keys has not
             offload(self.cache, self._slot)
 
-    def finish(self, visited: int) -> None:
-        """Ends the call: keeps or drops the planes above 1, completing those nobody visited."""
+    def commit(self, visited: int) -> None:
+        """Ends the call: keeps planes above 1, completed where no token visited, or drops them."""
         for plane in range(visited + 1, self.held + 2):
             if self.keep and plane > 1 and self.fresh is not None:
                 prefetch(self.cache, self.slots[plane - 1])
@@ -252,15 +252,15 @@ class LayerPlanes:
             if isinstance(self.cache, PlanedCache):
                 drop_planes(self.cache, self.layer)
         elif visited > self.held + 1:
-            adopt(self.cache)
+            install_planes(self.cache)
             for plane in range(self.held + 2, visited + 1):
                 self.cache.planes[self.layer, plane] = self.slots[plane - 1]
 
 
-def forked(cache: Any, *, planes: bool) -> Any:
-    """A cache that starts from what `cache` holds and goes its own way; nothing is copied before.
+def fork_cache(cache: Any, *, planes: bool) -> Any:
+    """A cache that starts from the entries of `cache` and copies them on its first write.
 
-    `planes`: whether it also starts from the planes above 1, the holes and what is kept along.
+    `planes`: whether it also has the planes above 1, the holes and the policies' records.
     """
     twin = with_layers(cache, [copy_on_write(slot) for slot in cache.layers])
     if isinstance(cache, PlanedCache):
@@ -284,8 +284,8 @@ def cache_bytes(cache: Any) -> int:
 class Holes:
     """The holes of one layer during one call, and the mask that hides them.
 
-    A position is never hidden from itself: a token that runs has no hole, and the output of one
-    that skips is not used, but a row of nothing would make its softmax undefined.
+    A position is never hidden from itself: a token that runs has no hole, and one that skips has
+    an output that is not used, but a mask that hides every key would make its softmax undefined.
     """
 
     def __init__(self, cache: Any, layer: int, tokens: int) -> None:
@@ -293,13 +293,13 @@ class Holes:
         slot = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
         self.room = None if slot is None else capacity(slot)
         self.start: int | Tensor = 0 if slot is None else slot.get_seq_length()
-        if isinstance(self.start, Tensor):  # which the first visit advances
+        if isinstance(self.start, Tensor):  # the first visit advances it in place
             self.start = self.start.clone()
         self.keys, self.offset = (tokens, 0) if slot is None else slot.get_mask_sizes(tokens)
         self.holes: Tensor | None = None
 
-    def dig(self, need: Mask, state: Tensor) -> None:
-        """Notes who skips: the tokens not in `need`. Shape of state: [B, T, D]."""
+    def mark_skipped(self, need: Mask, state: States) -> None:
+        """Records the tokens not in `need` as holes. Shape of state: [B, T, D]."""
         rows, tokens, _ = state.shape
         if isinstance(need, bool):
             need = torch.full((rows, tokens), need, device=state.device)
@@ -313,10 +313,10 @@ class Holes:
             kept.values.index_copy_(1, here, ~need)
         self.holes = kept.values
         if self.cache is not None:
-            adopt(self.cache)
+            install_planes(self.cache)
             self.cache.planes[self.layer, HOLES] = kept
 
-    def hidden_from(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_from(self, state: States) -> tuple[Bool[Tensor, "B 1 T S"], Bool[Tensor, "T S"]]:
         """Which keys are holes to each query, and which come no later: [B, 1, T, S], [T, S]."""
         assert self.holes is not None
         keys = torch.arange(self.offset, self.offset + self.keys, device=state.device)
@@ -327,13 +327,15 @@ class Holes:
         return hidden[:, None, None, :] & (keys != queries), keys <= queries
 
 
-def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
-    """Appends what a policy keeps of each position; gives all. [B, T, ...] -> [B, S, ...].
+def append_token_state(
+    cache: Any, layer: int, values: Shaped[Tensor, "B T *rest"], start: int
+) -> Shaped[Tensor, "B S *rest"]:
+    """Appends to a policy's record of each token; returns all of it: [B, T, ...] -> [B, S, ...].
 
     Raises:
-        HostError: the cache holds tokens that were not remembered.
+        HostError: the cache holds tokens that are not in the record.
     """
-    kept = getattr(cache, "planes", {}).get((layer, ALONG))
+    kept = getattr(cache, "planes", {}).get((layer, TOKEN_STATE))
     if kept is not None:
         values = torch.cat([kept.values, values], dim=1)
     if cache is not None:
@@ -342,6 +344,6 @@ def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
                 f"this cache holds {start} tokens that the policy in force never looked at; start "
                 "a new cache with it."
             )
-        adopt(cache)
-        cache.planes[layer, ALONG] = PositionSlot(values)
+        install_planes(cache)
+        cache.planes[layer, TOKEN_STATE] = PositionSlot(values)
     return values

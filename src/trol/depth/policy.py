@@ -1,11 +1,8 @@
-"""A policy: the answer to "after r visits to layer l, does this token go again?".
+"""A policy answers whether, after r visits to layer l, a token goes again.
 
-The plain model: every token visits every layer once.
-
-Policies by name: the one list that attach, adapters, recipes and commands read.
-
-The table holds addresses, not classes: a policy's file is imported when it is first asked for, so
-this room knows every policy without importing any.
+`AbstractPolicy` asks this one question and has a few hooks beside it; `Visit` is what it may look
+at, and `Plain` is the policy of the host itself. Below them, policies are looked up by name: the
+package root (`trol.POLICIES`) lists them all, and each is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -15,33 +12,35 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+import trol
+from trol.axes import States
 from trol.depth.plan import Plan
-from trol.depth.planes import remembered
+from trol.depth.planes import append_token_state
 from trol.depth.roles import Context, Scope, check_scope
 from trol.errors import UsageError, unknown
 from trol.host.head import matrix_flops
 
-Answer = float | Tensor
+Answer = float | Float[Tensor, "B T"]
 """a_r: one number for all tokens, known without looking at the device, or FloatTensor [B, T]."""
 
 SKIPPED_KV = ("project", "hole")
 
 
 class Bounds(NamedTuple):
-    """How often a token in scope visits a layer, as far as the host knows beforehand."""
+    """The least and most visits to a layer that a token in scope makes."""
 
     least: int
     most: int
 
 
 PLAIN = Bounds(1, 1)
-"""Of a layer that every token visits exactly once."""
+"""The bounds of a layer that every token visits exactly once."""
 
 
 class Visit(NamedTuple):
@@ -51,37 +50,37 @@ class Visit(NamedTuple):
     """l, counted from 0."""
     number: int
     """r: how many visits the tokens have made so far; 0 before the first."""
-    state: Tensor
+    state: States
     """x_r. Shape: [B, T, D]."""
     gate: nn.Module | None
     """The parameters that this policy placed on layer l, if any."""
     context: Context
     """The call that this visit belongs to."""
     cache: Any = None
-    """The host's cache, if there is one."""
+    """The host's cache; None where the model runs without one."""
 
     @property
     def start(self) -> int:
         """How many tokens of each row came before these, padding included."""
         return self.context.start
 
-    def along(self, values: Tensor) -> Tensor:
-        """Keeps `values` of these tokens with the cache, and gives those of all so far.
+    def keep_with_cache(self, values: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, "B S *rest"]:
+        """Appends `values` of these tokens to what the cache keeps of all tokens so far.
 
-        They are cropped, reordered and repeated with the cache; one such record for each layer.
-        Only for policies that read the start. Shape: [B, T, ...] -> [B, S, ...].
+        A cache keeps one such record for each layer, and crops, reorders and repeats it with its
+        keys. The policy must set `reads_start`. Shape: [B, T, ...] -> [B, S, ...].
 
         Raises:
             HostError: the cache holds tokens that this policy never saw.
         """
-        return remembered(self.cache, self.layer, values, self.start)
+        return append_token_state(self.cache, self.layer, values, self.start)
 
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-"""What states of few bits are mixed in."""
+"""The type of states -> the wider type that they are mixed in."""
 
 
-def mixture(state: Tensor, further: Tensor, again: Answer) -> Tensor:
+def mixture(state: States, further: States, again: Answer) -> States:
     """(1 - a) x + a y, made in float32 at least. Shape: [B, T, D] each, a [B, T] or one number."""
     weight = again[..., None] if isinstance(again, Tensor) else again
     wide = WIDE.get(state.dtype, state.dtype)
@@ -97,8 +96,25 @@ class AbstractPolicy(ABC):
         x_0 = what enters layer l      x_r = layer_l(x_{r-1})      out = sum_r w_r x_r
         w_r = (1 - a_r) * prod_{j<r} a_j
 
-    A policy is a value: what it decides follows from its settings and the tokens alone, and
-    `settings()` written as JSON makes the same policy again.
+    A policy is a value: what it answers follows from its settings and the tokens alone, and
+    `settings()` written as JSON makes the same policy again. A new one needs `name`, `bounds`,
+    `again` and `settings`. The other hooks have a default, and these policies use them:
+
+    - `gate`, parameters on each layer: trol_mixer, early_exit, controller, router
+    - `tied`, one set of them for all layers: trol_mixer
+    - `learns`, which of them the model's own loss trains: trol_mixer, early_exit, router
+    - `penalty`, a term added to the training loss: controller
+    - `check`, refusing a stack that does not fit: trol_mixer, early_exit, controller, router, plan,
+      replay
+    - `rows_going`, visits that are settled for whole rows beforehand: plan
+    - `mix`, mixing in fewer steps than by answering first: trol_mixer
+    - `look_flops`, what answering costs: early_exit, controller, router
+    - `translates` and `enter`, another input for a layer: early_exit
+    - `reads_start`, positions, or a record of all tokens: controller, router, replay, random_tokens
+    - `reads_input`, what entered layer 0: controller
+    - `reads_predictions`, the logits of states between layers: early_exit
+    - `observes`, tokens outside the scope: router
+    - `decides`, answers of 0 and 1 alone: all but trol_mixer, replay
     """
 
     name: ClassVar[str]
@@ -108,13 +124,13 @@ class AbstractPolicy(ABC):
     reads_input: bool = False
     """Whether `again` reads the note `INPUT`: what entered layer 0."""
     observes: ClassVar[bool] = False
-    """Whether `again` is also asked where no token is in scope, to look at them."""
+    """Whether `again` is also asked in a pass with no token in scope, to look at its tokens."""
     reads_predictions: ClassVar[bool] = False
     """Whether `again` reads the logits of states between layers."""
     translates: bool = False
     """Whether `enter` changes states."""
     decides: ClassVar[bool] = False
-    """Whether every answer is 0 or 1, so that nothing is mixed."""
+    """Whether every answer is 0 or 1, so that no states are mixed."""
 
     scope: Scope
     training_scope: Scope
@@ -145,7 +161,7 @@ class AbstractPolicy(ABC):
     def again(self, visit: Visit) -> Answer:
         """a_r for the tokens of this visit; asked for r = 0 .. bounds.most - 1."""
 
-    def mix(self, visit: Visit, further: Tensor) -> Tensor:
+    def mix(self, visit: Visit, further: States) -> States:
         """(1 - a_r) x_r + a_r `further`, where all tokens went again whatever a_r is.
 
         For policies that can do so in fewer steps than by answering first. Shape: [B, T, D].
@@ -160,11 +176,11 @@ class AbstractPolicy(ABC):
         del layer, number, rows
         return None
 
-    def enter(self, visit: Visit) -> Tensor:
+    def enter(self, visit: Visit) -> States:
         """x_0 of a layer, for policies that translate states. Shape: [B, T, D]."""
         return visit.state
 
-    def penalty(self, notes: Mapping[Any, Any]) -> Tensor | None:
+    def penalty(self, notes: Mapping[Any, Any]) -> Float[Tensor, ""] | None:
         """What is added to the training loss, from the notes of the call; None for nothing."""
         del notes
         return None
@@ -268,19 +284,6 @@ class Plain(AbstractPolicy):
         return {}
 
 
-POLICIES = {
-    "plain": "trol.depth.policy:Plain",
-    "plan": "trol.policies.planned:Planned",
-    "trol_mixer": "trol.policies.mixer:TrolMixer",
-    "early_exit": "trol.policies.exits:EarlyExit",
-    "layer_dropout": "trol.policies.chance:LayerDropout",
-    "replay": "trol.policies.planned:Replay",
-    "controller": "trol.policies.controller:Controller",
-    "router": "trol.policies.router:Router",
-    "random_tokens": "trol.policies.chance:RandomTokens",
-}
-"""Registered name -> module:class."""
-
 _REGISTERED: dict[str, type[AbstractPolicy]] = {}
 """Policies of other packages and scripts, which registered them."""
 
@@ -292,7 +295,7 @@ PolicyLike = AbstractPolicy | Plan | str
 
 def names() -> list[str]:
     """All registered names."""
-    return sorted({*POLICIES, *_REGISTERED})
+    return sorted({*trol.POLICIES, *_REGISTERED})
 
 
 def register(policy: Policy) -> Policy:
@@ -303,16 +306,16 @@ def register(policy: Policy) -> Policy:
     Raises:
         UsageError: it is no policy, has no name, or another policy has that name.
     """
-    made: Any = policy
-    if not (isinstance(made, type) and issubclass(made, AbstractPolicy)):
-        raise UsageError(f"got {made!r:.60}; register a subclass of trol.AbstractPolicy.")
-    name: Any = getattr(made, "name", None)
+    cls: Any = policy
+    if not (isinstance(cls, type) and issubclass(cls, AbstractPolicy)):
+        raise UsageError(f"got {cls!r:.60}; register a subclass of trol.AbstractPolicy.")
+    name: Any = getattr(cls, "name", None)
     if not isinstance(name, str):
-        raise UsageError(f"{made.__name__} has no name; write name = 'my_policy' in the class.")
-    before: Any = _REGISTERED.get(name, made)
-    same = (before.__module__, before.__qualname__) == (made.__module__, made.__qualname__)
-    if name in POLICIES or not same:
-        raise UsageError(f"another policy is called {name!r}; give {made.__name__} another name.")
+        raise UsageError(f"{cls.__name__} has no name; write name = 'my_policy' in the class.")
+    before: Any = _REGISTERED.get(name, cls)
+    same = (before.__module__, before.__qualname__) == (cls.__module__, cls.__qualname__)
+    if name in trol.POLICIES or not same:
+        raise UsageError(f"another policy is called {name!r}; give {cls.__name__} another name.")
     _REGISTERED[name] = policy
     return policy
 
@@ -321,13 +324,12 @@ def policy_class(name: str) -> type[AbstractPolicy]:
     """The class registered under `name`; raises `UsageError` with "did you mean"."""
     if name in _REGISTERED:
         return _REGISTERED[name]
-    if name not in POLICIES:
+    if name not in trol.POLICIES:
         raise UsageError(
             f"{unknown('policy', name, names())} One of your own is known once its class was given "
             "to trol.register: import the module that does so first."
         )
-    module, _, attribute = POLICIES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return getattr(trol, trol.POLICIES[name])
 
 
 def from_settings(settings: dict[str, Any]) -> AbstractPolicy:

@@ -1,28 +1,27 @@
-"""Finding out at attach what no table knows: whether this family can be traversed, and read.
+"""Tries a family at attach: whether its layers can be traversed, and its states read as logits.
 
 On five random ids, one layer of each kind visited twice and all others skipped:
 
     cached     four tokens, then one, on a cache        ==  uncached
-    readout    head(norm(state behind the last layer))  ==  the logits
+    readout    head(norm(state after the last layer))  ==  the logits
     parts      every other token alone                  ==  among all others, in the same visit
 
-That is some passes over a few layers, once for each class of model; and where its cost is asked
-for, one more: FLOPs predicted from shapes == FLOPs counted.
+This takes a few passes over a few layers, once for each class of model. Where the cost of a model
+is needed, one more pass compares FLOPs predicted from shapes with FLOPs counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trol.depth.call import Executor
-from trol.depth.policy import AbstractPolicy, Answer, Bounds, PolicyLike, Visit
+from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.trace import StackCost
 from trol.errors import HostError
@@ -41,17 +40,13 @@ from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
 
 TOKENS = 5
 NOISE = 8
-"""How much more than a bare layer a traversed one may differ: it runs twice, on what differs."""
+"""How many times the difference of a bare layer is allowed to a layer that is visited twice."""
 TINY = 100_000_000
-"""Parameters of a model that is so small that time does not count."""
+"""Parameters below which a model is so small that all its layers are tried."""
 
 
-class Under(Protocol):
-    """Puts a policy, and an executor, in force on the probed model for a while."""
-
-    def __call__(
-        self, policy: PolicyLike, *, by: Executor = "dense"
-    ) -> AbstractContextManager[None]: ...
+Under = Callable[..., AbstractContextManager[None]]
+"""`under(policy, by=executor)` puts both in force on the probed model for a while."""
 
 
 class EveryOther(AbstractPolicy):
@@ -80,12 +75,12 @@ class EveryOther(AbstractPolicy):
 
 @dataclass(frozen=True)
 class Findings:
-    """What the probe saw; empty texts where all is well."""
+    """Why a class of models cannot be treated rightly; empty texts where it can."""
 
     wrong: str = ""
     """Why cached and uncached decoding differ, or cannot be."""
     broken: str = ""
-    """In what the model itself ends, with no policy in force."""
+    """The error in which the model itself ends, without a policy."""
     unreadable: str = ""
     """Why its logits cannot be read off a state."""
     entangled: str = ""
@@ -93,17 +88,17 @@ class Findings:
 
 
 _FINDINGS: dict[tuple[Any, ...], Findings] = {}
-"""Of every class of model that was probed in this process."""
+"""The findings on each class of models that was probed in this process."""
 
 _MISCOUNTS: dict[tuple[Any, ...], bool] = {}
-"""The same of its FLOPs."""
+"""Whether FLOPs were predicted wrongly, for each class of models."""
 
 
 def findings(host: Any, stack: Any, under: Under) -> Findings:
-    """What the probe of this class of model sees, or saw before; nothing where it cannot run.
+    """The findings on this class of model, probed once; none where the probe cannot run.
 
-    Weights that are quantised, sharded or not in memory, and stacks of fewer positions than the
-    probe has tokens, are left alone. The model's parameters, mode and random state stay as before.
+    It cannot where weights are quantised, sharded or not in memory, and where the stack has fewer
+    positions than the probe has tokens. The model's parameters, mode and random state stay.
 
     Args:
         host: the attached model.
@@ -117,17 +112,17 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     if key in _FINDINGS:
         return _FINDINGS[key]
     with at_rest(host, layers):
-        found = _probed(host, stack, layers, which, under)
-    if not found.broken:  # what breaks a model may be mended
-        _FINDINGS[key] = found
-    return found
+        result = _probed(host, stack, layers, which, under)
+    if not result.broken:  # the user may mend what breaks the model
+        _FINDINGS[key] = result
+    return result
 
 
 def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
     """Whether layers of this class of model take other FLOPs than `cost` predicts from shapes.
 
-    Not known, and so not found, of weights that are not at hand, and under attentions with
-    operators of their own. Arguments as of `findings`.
+    False where the probe cannot run, and under attentions whose operators torch does not count.
+    Arguments as of `findings`.
     """
     if not can_run(host, stack.config, TOKENS) or attention_of(stack.config) not in COUNTED:
         return False
@@ -148,7 +143,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
 
 
 def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], tuple[Any, ...]]:
-    """One layer of each kind, as many as there is time for; and what names this class of model."""
+    """One layer of each kind, fewer of a large model; and a key for this class of models."""
     kinds = kinds_of(layers, stack.config)
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     size = sum(parameter.numel() for parameter in host.parameters())
@@ -163,13 +158,13 @@ def _probed(
     host: Any, stack: Any, layers: list[nn.Module], which: list[int], under: Under
 ) -> Findings:
     ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
-    seen: list[Any] = []
+    outputs: list[Any] = []
 
     def keep(_module: Any, _given: Any, out: Any) -> None:
-        seen.append(out[0])
+        outputs.append(out[0])
 
     def keep_layer(_module: Any, _given: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
+        outputs.append(out[0] if isinstance(out, tuple) else out)
 
     layers[-1].register_forward_hook(keep_layer)
     stack.register_forward_hook(keep)
@@ -179,14 +174,14 @@ def _probed(
         with torch.no_grad():
             with under(plan):
                 logits = host(ids, use_cache=False)
-            state, whole = seen[0], seen[-1]
-            if len(seen) < 2 or state.ndim != 3 or state.shape[:2] != ids.shape:
+            state, whole = outputs[0], outputs[-1]
+            if len(outputs) < 2 or state.ndim != 3 or state.shape[:2] != ids.shape:
                 shape = _SEVERAL.format(list(state.shape))
-                return Findings(wrong=shape if len(seen) > 1 else _NOT_CALLED)
+                return Findings(wrong=shape if len(outputs) > 1 else _NOT_CALLED)
             with under(plan):
                 apart = difference(last_on_cache(stack, ids), whole[:, -1])
             if apart > allowed(whole):
-                # Some families cannot be had more exactly: then the bare layers differ as much.
+                # Some families are no more exact than this: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
                 with under(bare):
                     noise = difference(
@@ -200,7 +195,7 @@ def _probed(
             entangled = _entangled(stack, ids, EveryOther(which, visits), under)
             return Findings(unreadable=_unreadable(host, state, logits), entangled=entangled)
     except Exception as error:  # whatever a family raises here is the finding
-        shape = seen[0].shape if seen else ()
+        shape = outputs[0].shape if outputs else ()
         if len(shape) > 3:
             return Findings(wrong=_SEVERAL.format(list(shape)))
         if bare := _fails_bare(host, stack, ids, under):
@@ -209,7 +204,7 @@ def _probed(
 
 
 def _fails_bare(host: Any, stack: Any, ids: Tensor, under: Under) -> str:
-    """In what the same passes end where every token visits every layer once."""
+    """The error in which the same passes end where every token visits every layer once."""
     try:
         with torch.no_grad(), under("all"):
             host(ids, use_cache=False)

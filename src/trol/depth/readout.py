@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trol.axes import Logits, States
 from trol.host.head import behind_the_stack, finished, head_of
 from trol.host.layers import find_decoder
 
@@ -25,12 +26,12 @@ class Readout:
     def __init__(self, host: Any) -> None:
         self.host = host
 
-    def __call__(self, state: Tensor) -> Tensor:
+    def __call__(self, state: States) -> Logits:
         """The logits of states that leave the stack here. Shape: [..., D] -> [..., V]."""
         stack: Any = find_decoder(self.host)
         return finished(self.head(behind_the_stack(stack, state)), stack.config)
 
-    def behind_norm(self, state: Tensor) -> Tensor:
+    def behind_norm(self, state: States) -> States:
         """The logits of what the head is about to read: `unread` kept it. [..., D] -> [..., V]."""
         return finished(self.head(state), find_decoder(self.host).config)
 

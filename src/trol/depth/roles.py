@@ -1,23 +1,26 @@
-"""Roles: which tokens of a call are question and which are answer, and who is in scope.
+"""Roles: which tokens are question and which are answer, and what a policy may know of a call.
 
-What a policy may know of one call beyond the state it is asked about.
+`Prompt` lasts for one `generate` and gives the `Roles` of each forward pass in it; `Context` is
+what a policy may ask about the tokens of one pass: their scope, position, padding and logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Integer, Shaped
 from torch import Tensor
 
-from trol.depth.readout import Readout
+from trol.axes import Logits, States, TokenIds, TokenMask
 from trol.errors import HostError, UsageError, unknown
 
 Scope = Literal["question", "answer", "all"]
 """The roles a policy applies to; all other tokens pass as in the plain model."""
 
-Mask = bool | Tensor
+Mask = bool | TokenMask
 """One truth for all tokens of a call, known without looking at the device, or BoolTensor [B, T]."""
 
 IGNORED_LABEL = -100
@@ -55,12 +58,12 @@ class Roles:
         return Roles(torch.nn.functional.pad(self.answer, (more, 0)))
 
     @classmethod
-    def of_labels(cls, labels: Tensor) -> Roles:
+    def of_labels(cls, labels: TokenIds) -> Roles:
         """Training labels [B, T]: what the loss looks at is answer."""
         return cls(labels != IGNORED_LABEL)
 
     @classmethod
-    def of_assistant_masks(cls, masks: Tensor) -> Roles:
+    def of_assistant_masks(cls, masks: Shaped[Tensor, "B T"]) -> Roles:
         """A chat template's `assistant_masks` [B, T]: 1 where the assistant speaks."""
         return cls(masks.bool())
 
@@ -75,11 +78,11 @@ class Prompt:
     """Columns that `generate` starts from; as an assistant of another, more than the prompt."""
     ids: int
     """How many of these columns were given as ids: not embeddings, nor in a cache alone."""
-    answers: Tensor | None = None
+    answers: TokenMask | None = None
     """Assistant turns inside the prompt, where there are any. Shape: [B, length]."""
     cache_is_the_callers: bool = False
     """Whether the cache lives on after `generate`, so that later questions may read it."""
-    said: Tensor | None = None
+    ids_so_far: Tensor | None = None
     """All ids so far, as `generate` prepared its last pass from them. Shape: [R, n]."""
 
     @classmethod
@@ -130,20 +133,22 @@ class Prompt:
             answer[:, :known] = expand_rows(here, rows)
         return Roles(answer)
 
-    def roles_beside(self, ids: Tensor) -> Roles | None:
+    def roles_beside(self, ids: TokenIds) -> Roles | None:
         """Roles of a pass over `ids` [R, T] that `generate` did not prepare: a processor's own.
 
         It holds all ids so far, and candidates behind them; or it ends with as many of the new
         ones as it has room for, behind a prompt of its own. None where it holds something else.
         """
-        said, tokens = self.said, ids.shape[1]
-        if said is None or said.shape[0] != ids.shape[0]:
+        ids_so_far, tokens = self.ids_so_far, ids.shape[1]
+        if ids_so_far is None or ids_so_far.shape[0] != ids.shape[0]:
             return None
-        end = self.columns + said.shape[1] - self.ids
-        if tokens >= said.shape[1] > 0 and torch.equal(ids[:, : said.shape[1]], said):
-            return self.roles(end - said.shape[1], tokens, len(ids), ids.device)
+        end = self.columns + ids_so_far.shape[1] - self.ids
+        if tokens >= ids_so_far.shape[1] > 0 and torch.equal(
+            ids[:, : ids_so_far.shape[1]], ids_so_far
+        ):
+            return self.roles(end - ids_so_far.shape[1], tokens, len(ids), ids.device)
         new = min(max(end - self.length, 0), tokens)
-        if not torch.equal(ids[:, tokens - new :], said[:, said.shape[1] - new :]):
+        if not torch.equal(ids[:, tokens - new :], ids_so_far[:, ids_so_far.shape[1] - new :]):
             return None
         answer = torch.arange(tokens, device=ids.device) >= tokens - new
         return Roles(answer.expand(ids.shape) if 0 < new < tokens else new > 0)
@@ -181,9 +186,9 @@ class Context:
     """Where the policy applies. Shape: [B, T]."""
     start: int = 0
     """Columns before these tokens, if the policy reads it (`reads_start`), else 0."""
-    padding: Tensor | None = None
+    padding: Shaped[Tensor, "B S"] | None = None
     """The padding mask as the caller gave it: 1 at tokens that are none. Shape: [B, S]."""
-    readout: Readout | None = None
+    readout: Callable[[Tensor], Tensor] | None = None
     """The host's final norm and head; None where the stack is called without its host."""
     training: bool = False
     """Whether the stack is in training mode."""
@@ -195,14 +200,14 @@ class Context:
     """What the policy itself writes down for its later layers. Key a note by its layer: a layer
     runs again in the backward pass of gradient checkpointing, and must find what it found."""
 
-    def real(self, state: Tensor) -> Tensor:
+    def real(self, state: States) -> TokenMask:
         """Which of these tokens are no padding. Shape: [B, T, D] -> BoolTensor [B, T]."""
         rows, tokens = state.shape[:2]
         if self.padding is None:
             return torch.ones(rows, tokens, dtype=torch.bool, device=state.device)
         return self.padding[:, -tokens:].bool().to(state.device)
 
-    def positions(self, state: Tensor) -> Tensor:
+    def positions(self, state: States) -> Integer[Tensor, "#B T"]:
         """How many tokens of its row came before each, padding not counted: [B, T, D] -> [B, T]."""
         tokens = state.shape[1]
         if self.padding is None:
@@ -210,11 +215,11 @@ class Context:
         counted = self.padding.long().cumsum(-1) - 1
         return counted.clamp(min=0)[:, -tokens:].to(state.device)
 
-    def scope(self, state: Tensor) -> Tensor:
+    def scope(self, state: States) -> TokenMask:
         """The real tokens in scope. Shape: [B, T, D] -> BoolTensor [B, T]."""
         return self.real(state) & self.in_scope
 
-    def read(self, state: Tensor) -> Tensor:
+    def read(self, state: States) -> Logits:
         """The logits that these states would give if they left now. Shape: [B, T, D] -> [B, T, V].
 
         Raises:

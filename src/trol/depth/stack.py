@@ -1,4 +1,4 @@
-"""The two mixins that make a decoder traverse: layer, and stack of layers."""
+"""The two mixins that make a decoder traverse: one for its layers, one for their stack."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from trol.depth.call import (
     CALL,
-    NOTHING,
-    STEP,
-    UNTOLD,
-    Ambience,
+    NO_INFO,
+    NO_OVERRIDES,
+    PASS_INFO,
     Call,
-    Step,
-    ambience_of,
+    Overrides,
+    PassInfo,
+    overrides_of,
     started_inside,
 )
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import HOLES, PlanedCache, adopt, check_cache, drop_planes
+from trol.depth.planes import HOLES, PlanedCache, check_cache, drop_planes, install_planes
 from trol.depth.policy import AbstractPolicy, StackBounds
 from trol.depth.roles import INPUT, Context
 from trol.depth.trace import StackCost, stack_cost
@@ -40,13 +40,13 @@ class LayerMixin(Specialised):
     depth: nn.Module
     """The policy's parameters on this layer; present only where the policy has any."""
     depth_beside: int | None = None
-    """How many things the family returns beside the hidden states, -1 where it returns a bare
-    tensor; None until a layer of the class ran."""
+    """How many outputs the family returns beside the hidden states, -1 where it returns a bare
+    tensor; None until a layer of the class has run."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = CALL.get()
         if call is not None:
-            # An argument, because gradient checkpointing runs forward again when the call is over.
+            # As an argument: gradient checkpointing runs forward again after the call has ended.
             kwargs["depth_call"] = call
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -58,43 +58,43 @@ class LayerMixin(Specialised):
         call, layer = depth_call, self.depth_index
         if call is None:
             out = forward(state, *args, **kwargs)
-            return out if self.depth_beside is not None else self._shown(out)
+            return out if self.depth_beside is not None else self._form_noted(out)
         cache = self.depth_site.cache_in(args, kwargs)
         call.cache, call.entered = cache, True
         if layer == 0 and call.policy.reads_input:
             call.context.notes[INPUT] = state
         if layer in call.absent:
-            call.applied[layer] = 0
+            call.times_applied[layer] = 0
             if call.recorder is not None:
                 call.recorder.skipped(layer, state)
-            return self._passed_by(state, args, kwargs)
+            return self._skipped(state, args, kwargs)
         if call.runs_once(layer, cache):
-            call.applied[layer] = 1
-            return self._shown(forward(state, *args, **kwargs))
+            call.times_applied[layer] = 1
+            return self._form_noted(forward(state, *args, **kwargs))
         given, attention = (args, kwargs), attention_of(call.config)
         run = LayerRun(
             cast(nn.Module, self), forward, self.depth_site, given, cache, attention=attention
         )
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
-        call.applied[layer] = run.applied
-        if not run.applied:
-            return self._passed_by(out, args, kwargs)
+        call.times_applied[layer] = run.times_applied
+        if not run.times_applied:
+            return self._skipped(out, args, kwargs)
         out = run.wrap(out)
-        return out if self.depth_beside is not None else self._shown(out)
+        return out if self.depth_beside is not None else self._form_noted(out)
 
-    def _shown(self, out: Any) -> Any:
-        """Remembers, for layers that will be skipped, the form of a real output."""
+    def _form_noted(self, out: Any) -> Any:
+        """Notes the form of an output of this class, which a skipped layer must return as well."""
         if self.depth_beside is None and not torch.compiler.is_compiling():
             type(self).depth_beside = len(out) - 1 if isinstance(out, tuple) else -1
         return out
 
-    def _passed_by(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _skipped(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The skipped layer's output, in the form that its family returns."""
         if self.depth_beside is None:
-            # The form shows only in a real output: one run on a cache of nothing, then remembered.
+            # Seen by the probe at attach; without the probe, by one run without a cache.
             args, kwargs = self.depth_site.with_cache(args, kwargs, None)
             with torch.no_grad():
-                self._shown(super().forward(state, *args, **kwargs))  # type: ignore[misc]
+                self._form_noted(super().forward(state, *args, **kwargs))  # type: ignore[misc]
         beside = self.depth_beside
         return state if beside is None or beside < 0 else (state, *(None,) * beside)
 
@@ -107,37 +107,37 @@ class StackMixin(Specialised):
     depth_recurrent: bool
     """Whether some layer keeps a recurrent state, which every token must advance."""
     depth_readers: tuple[nn.Module, ...]
-    """Its last layer, and what is handed the output of that."""
-    depth_ambiences: int = 0
+    """Its last layer, and the modules that read the output of that layer."""
+    depth_blocks: int = 0
     """How many `trol.depth` and `trol.trace` blocks are open on this stack, in all threads."""
     depth_costs: StackCost | None = None
-    """What visits of the layers cost, once it was asked for."""
+    """What visits of the layers cost; None until it is needed."""
     depth_unreadable: str = ""
     """Why logits cannot be read off its states, as far as that was probed."""
     depth_entangled: str = ""
     """Why its layers' parts cannot compute some tokens alone, as far as that was probed."""
     depth_bounds: tuple[AbstractPolicy, StackBounds]
-    """A policy and what it says of the layers: that of the last one asked."""
+    """The last policy in force, and its bounds."""
     training: bool
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward pass, with a `Call` for its layers to read."""
-        ambience = self._ambience() if self.depth_ambiences else NOTHING
-        step = STEP.get() or UNTOLD
-        call = self._open(step, ambience, args, kwargs)
+        overrides = self._overrides() if self.depth_blocks else NO_OVERRIDES
+        info = PASS_INFO.get() or NO_INFO
+        call = self._open(info, overrides, args, kwargs)
         if call is None and not torch.compiler.is_compiling() and CALL.get() is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         token = CALL.set(call)
         try:
-            with self._recorded(ambience, step, args, kwargs):
+            with self._recorded(overrides, info, args, kwargs):
                 out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             CALL.reset(token)
         return out if call is None else self._close(call, out)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The host's own first values; a policy's modules that a checkpoint lacks have theirs."""
+        """Initial values of weights that a checkpoint lacks: the host's own, or the policy's."""
         start_over = getattr(module, "start_over", None)
         if start_over is None:
             super()._init_weights(module)  # type: ignore[misc]
@@ -146,12 +146,12 @@ class StackMixin(Specialised):
 
     def depth_policy_in_force(self) -> AbstractPolicy:
         """The attached policy, or the one that `trol.depth` put in its place for a while."""
-        return self._ambience().policy or self.depth_policy
+        return self._overrides().policy or self.depth_policy
 
     def depth_bounds_of(self, policy: AbstractPolicy) -> StackBounds:
-        """What a policy says of the layers beforehand."""
-        asked, bounds = self.depth_bounds
-        if asked is not policy:
+        """The bounds of a policy on all layers."""
+        last, bounds = self.depth_bounds
+        if last is not policy:
             bounds = StackBounds.of(policy, self.depth_layers)
             if not torch.compiler.is_compiling():
                 self.depth_bounds = policy, bounds
@@ -162,27 +162,27 @@ class StackMixin(Specialised):
         everywhere = policy.scope_in(training=self.training) == "all"
         return self.depth_bounds_of(policy).never if everywhere else frozenset()
 
-    def _ambience(self) -> Ambience:
-        if not self.depth_ambiences:
-            return NOTHING
+    def _overrides(self) -> Overrides:
+        if not self.depth_blocks:
+            return NO_OVERRIDES
         if torch.compiler.is_compiling():
             raise HostError(
                 "trol.depth and trol.trace cannot reach into a compiled model; attach the policy "
                 "before torch.compile, or run the model uncompiled."
             )
-        found = ambience_of(self)
-        if found is NOTHING and started_inside(self):
+        overrides = overrides_of(self)
+        if overrides is NO_OVERRIDES and started_inside(self):
             warnings.warn(
                 "a trol.depth, trol.trace or trol.speculate block is open on this model, but not "
                 "in this thread, which was started inside it; if it should be, start the thread by "
                 "Thread(target=contextvars.copy_context().run, args=(function, ...)).",
                 stacklevel=2,
             )
-        return found
+        return overrides
 
-    def _open(self, step: Step, ambience: Ambience, args: Any, kwargs: Any) -> Call | None:
+    def _open(self, info: PassInfo, overrides: Overrides, args: Any, kwargs: Any) -> Call | None:
         """The call for this pass, or None where every token visits every layer once."""
-        policy = ambience.policy or self.depth_policy
+        policy = overrides.policy or self.depth_policy
         scope = policy.scope_in(training=self.training)
         cache = self._cache(args, kwargs)
         bounds = self.depth_bounds_of(policy)
@@ -193,26 +193,26 @@ class StackMixin(Specialised):
             if planed:
                 check_rows(cache, policy, bounds, everywhere=scope == "all")
         if cache is not None and (absent or (planed and cache.absent)):
-            adopt(cache, absent)
-        in_scope = step.roles.in_scope(scope)
-        keep = scope != "question" or step.keep
-        if ambience.recorder is None and self._all_plain(policy, bounds, in_scope, keep, cache):
+            install_planes(cache, absent)
+        in_scope = info.roles.in_scope(scope)
+        keep = scope != "question" or info.keep
+        if overrides.recorder is None and self._all_plain(policy, bounds, in_scope, keep, cache):
             return None
         # Kernels have no gradients, and compilers make their own.
         alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        start = step.start
+        start = info.start
         if start is None:
             # Without a cache, nothing comes before these tokens.
             start = 0 if cache is None or not policy.reads_start else int(cache.get_seq_length())
         context = Context(
             in_scope,
             start,
-            self._padding(step, args, kwargs),
-            step.readout,
+            self._padding(info, args, kwargs),
+            info.readout,
             training=self.training,
             layers=self.depth_layers,
-            fuses=alone and ambience.fuses,
-            notes={} if step.notes is None else step.notes,
+            fuses=alone and overrides.fuses,
+            notes={} if info.notes is None else info.notes,
         )
         return Call(
             policy,
@@ -220,31 +220,31 @@ class StackMixin(Specialised):
             context,
             keep,
             everywhere=scope == "all",
-            recorder=ambience.recorder,
+            recorder=overrides.recorder,
             config=self.config,
-            applied=[None] * self.depth_layers,
+            times_applied=[None] * self.depth_layers,
             absent=absent,
-            last_only=step.last_only if ambience.recorder is None else None,
-            # Where dropout draws, some tokens alone are not what they are among all others.
+            last_only=info.last_only if overrides.recorder is None else None,
+            # Dropout draws other numbers for some tokens alone than for these among all others.
             free=alone and not self.training,
-            executor=ambience.executor,
+            executor=overrides.executor,
             parts=not self.depth_entangled,
-            asked=kwargs,
+            arguments=kwargs,
             costs=self._costs,
         )
 
     def _costs(self) -> StackCost:
-        """What visits of the layers cost, read off their modules once."""
+        """What visits of the layers cost, computed from their modules once."""
         if self.depth_costs is None:
             layers = list(layer_list(cast(nn.Module, self)) or ())
             self.depth_costs = stack_cost(layers, [None] * len(layers), self.config)
         return self.depth_costs
 
-    def _padding(self, step: Step, args: Any, kwargs: Any) -> Tensor | None:
-        """The padding mask [B, S], as far as one is to be had."""
-        # Some hosts hand their decoder ready masks of 4 dimensions: then only the caller's tells.
+    def _padding(self, info: PassInfo, args: Any, kwargs: Any) -> Tensor | None:
+        """The padding mask [B, S]; None where there is none."""
+        # Some hosts hand their decoder masks of 4 dimensions: then the caller's own is needed.
         own = self._argument("attention_mask", args, kwargs)
-        mask = own if step.real is None else step.real
+        mask = own if info.real is None else info.real
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _all_plain(
@@ -260,13 +260,13 @@ class StackMixin(Specialised):
             return policy.skipped_kv != "hole"
         return bounds.plain
 
-    def _recorded(self, ambience: Ambience, step: Step, args: Any, kwargs: Any) -> Any:
-        if ambience.recorder is None:
+    def _recorded(self, overrides: Overrides, info: PassInfo, args: Any, kwargs: Any) -> Any:
+        if overrides.recorder is None:
             return nullcontext()
         cache = self._cache(args, kwargs)
-        real = self._padding(step, args, kwargs)
+        real = self._padding(info, args, kwargs)
         images = kwargs.get("image_tokens") is not None
-        return ambience.recorder.one_pass(cache, real, images=images)
+        return overrides.recorder.one_pass(cache, real, images=images)
 
     def _close(self, call: Call, out: Any) -> Any:
         cache: Any = call.cache
@@ -277,18 +277,18 @@ class StackMixin(Specialised):
                 "run `trol info`, which checks what is assumed of this transformers."
             )
         if cache is not None and call.absent:
-            adopt(cache, call.absent)  # so that whoever asks for its length next is told the truth
+            install_planes(cache, call.absent)  # so that it gives its true length from now on
         if call.recorder is not None:
             call.recorder.holding(cache)
         attentions = getattr(out, "attentions", None)
         if attentions and not torch.compiler.is_compiling():
             layers = list(layer_list(cast(nn.Module, self)) or ())
-            out.attentions = by_layer(attentions, layers, call.applied, "attentions")
+            out.attentions = by_layer(attentions, layers, call.times_applied, "attentions")
         return out
 
     def _cache(self, args: Any, kwargs: Any) -> Any:
-        found = cache_among(kwargs)
-        return self._argument(CACHE, args, kwargs) if found is None else found
+        cache = cache_among(kwargs)
+        return self._argument(CACHE, args, kwargs) if cache is None else cache
 
     def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
         return argument(self.trol_original.forward, name, args, kwargs)

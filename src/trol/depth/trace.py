@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from trol.axes import States, TokenMask
 from trol.depth.planes import cache_bytes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
@@ -153,7 +155,7 @@ class Trace:
         """Whether the policy changed states on their way, which no weight of a visit tells."""
 
     @property
-    def visits(self) -> Tensor:
+    def visits(self) -> Integer[Tensor, "L B T"]:
         """How often each token visited each layer; of padding (`real`) it says nothing.
 
         Shape: [L, B, T].
@@ -161,7 +163,7 @@ class Trace:
         return torch.cat(self._some(self._visits), dim=-1)
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "L shares B T"]:
         """w_r: the share of the r-th visit's output in the layer's output; sums to 1 over r.
 
         Shape: [L, R + 1, B, T]; TroL's gate is `weights[:, 2]`.
@@ -173,7 +175,7 @@ class Trace:
         return torch.cat(padded, dim=-1)
 
     @property
-    def real(self) -> Tensor:
+    def real(self) -> TokenMask:
         """Which tokens are no padding. Shape: [B, T]."""
         return torch.cat(self._some(self._real), dim=-1)
 
@@ -196,9 +198,9 @@ class Trace:
     def add(
         self,
         *,
-        visits: Tensor,
-        weights: Tensor,
-        real: Tensor,
+        visits: Integer[Tensor, "L B T"],
+        weights: Float[Tensor, "L shares B T"],
+        real: TokenMask,
         flops: int | None,
         milliseconds: float,
     ) -> None:
@@ -249,7 +251,7 @@ class Recorder:
         self._end(start, mask, images, 1000 * (time.perf_counter() - began))
 
     def visit(
-        self, layer: int, need: Mask, state: Tensor, computed: int, *, stayed: int, left: int
+        self, layer: int, need: Mask, state: States, computed: int, *, stayed: int, left: int
     ) -> None:
         """One visit was made by the tokens in `need`. Shape of state: [B, T, D].
 
@@ -273,7 +275,7 @@ class Recorder:
         rows, tokens = visit.state.shape[:2]
         self._beside += flops * rows * tokens
 
-    def spared_pairs(self, layer: int, pairs: int) -> None:
+    def skipped_pairs(self, layer: int, pairs: int) -> None:
         """So many pairs of a query and a key did not attend in one visit."""
         cost = self.trace.stack_cost.layers[layer]
         self._beside -= 0 if cost is None else cost.per_key * pairs
@@ -293,7 +295,7 @@ class Recorder:
             alive = alive * known
         self._shares[layer] = [*shares, alive] if ended else shares
 
-    def skipped(self, layer: int, state: Tensor) -> None:
+    def skipped(self, layer: int, state: States) -> None:
         """The whole batch skipped a layer."""
         self._shape = state.shape[0], state.shape[1]
         self._shares[layer] = [1.0]

@@ -3,27 +3,23 @@
     x_0 = what enters layer l      x_r = layer_l(x_{r-1})      a_r = policy.again(l, r, x_r)
     out = sum_r w_r x_r            w_r = (1 - a_r) * prod_{j<r} a_j
 
-Every method in trol runs through `traverse`; each visit is made by an executor (`executors.py`).
-
-Rows that a fixed plan lets visit a layer enter it, and lie in its cache, without the others.
-
-Executors: one visit of one layer, by whichever does least for it.
-
-Contract: an executor is told which tokens go and which plane they read and write. (1) It writes
-that plane exactly once, for all T positions; (2) where a token does not go it returns its state
-unchanged. The dense executor computes all tokens and selects: the readable reference. The
-token-wise one (`token_wise.py`) has parts of the layer compute those that go; rows that a fixed
-plan keeps out of a layer do not enter it (`compact.py`).
+Every method in trol runs through `traverse`. Each visit is made by `make_visit`: it writes the keys
+and values of all T positions into one plane, exactly once, and a token that does not go keeps its
+state. *Dense* computes all tokens and selects, and is the readable reference; *token-wise*
+(`trol.execution.token_wise`) has the parts of the layer compute the tokens that go; *rows*
+(`trol.execution.rows`) lets only the rows enter the layer that a fixed plan sends there.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Integer
 from torch import Tensor, nn
 
+from trol.axes import States
 from trol.depth.call import Call
 from trol.depth.layer_run import LayerRun
-from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, adopt
+from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, install_planes
 from trol.depth.policy import AbstractPolicy, Answer, StackBounds, Visit, mixture
 from trol.depth.roles import Mask
 from trol.errors import UsageError
@@ -32,152 +28,9 @@ from trol.execution.token_wise import Attending, Going
 from trol.host.cache import is_growing_and_empty
 
 
-def check_rows(
-    cache: PlanedCache, policy: AbstractPolicy, bounds: StackBounds, *, everywhere: bool
-) -> None:
-    """Raises `HostError` where `policy` has other rows visit a layer than those that it holds.
-
-    `everywhere`: whether its scope is `all`.
-    """
-    places = [((layer, 1), slot) for layer, slot in enumerate(cache.layers)]
-    for (layer, plane), slot in [*places, *cache.planes.items()]:
-        if "kept" not in vars(slot):  # which only a RowsKept has
-            continue
-        most = bounds.layers[layer].most
-        if most:  # else the layer is left alone
-            fixed = policy.rows_going(layer, plane - 1, slot.batch) if everywhere else None
-            going = [most >= plane] * slot.batch if fixed is None else fixed
-            slot.check([row for row, goes in enumerate(going) if goes])
-
-
-def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
-    """Rows that make this visit without the others, as a plan settled; None for all. Shape: [b].
-
-    Raises:
-        HostError: the cache holds other rows in this layer.
-    """
-    fixed = call.rows_going(visit)
-    if fixed is None:
-        return None
-    slot = None if run.planes is None else run.planes.slots[visit.number]
-    going = [row for row, goes in enumerate(fixed) if goes]
-    if isinstance(slot, RowsKept):
-        slot.check(going)
-        return slot.kept
-    fresh = slot is None or is_growing_and_empty(slot)
-    if not (call.looks and fresh and _understood(run, len(fixed))):
-        return None
-    rows, device = torch.tensor(going), visit.state.device
-    if slot is not None:
-        adopt(run.cache)  # whoever comes next is asked
-        keep_rows(slot, rows, len(fixed), device)
-    return rows.to(device)
-
-
-def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tensor:
-    """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
-    args, kwargs = run.inputs(state)
-    batch = len(state)
-    given = {name: rows_taken(one, name, rows, batch) for name, one in kwargs.items()}
-    names = run.site.names[: len(args)]
-    placed = [rows_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
-    visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
-    return state.index_copy(0, rows, visited)
-
-
-def _understood(run: LayerRun, batch: int) -> bool:
-    """Whether it is known of every side input of a layer what belongs to which row."""
-    args, kwargs = run.given
-    placed = zip(run.site.names[: len(args)], args, strict=True)
-    return all(rows_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
-
-
-WORTH = 10_000_000
-"""FLOPs that gathering must leave out of a visit: as long as the operators that it takes."""
-
-STRETCHES = 100_000_000
-"""The same for attention in stretches, each of which is some operators."""
-
-FEW = {"cpu": 8, "cuda": 128}
-"""Tokens of a call from which on fewer take less time: products of less wait for the weights."""
-
-
-def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | None:
-    """Who goes, if that can be used and is not everybody.
-
-    `last`: nobody goes again after this visit.
-    """
-    fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
-    if fixed is not None:
-        return Going.of_rows(fixed, visit.state)
-    if last and visit.number and call.only_last_of(visit.layer):
-        return Going.last(visit.state)
-    return Going.of(need) if isinstance(need, Tensor) and call.looks else None
-
-
-def nobody_goes(need: Mask, going: Going | None) -> bool:
-    """Whether it is known that nobody makes the visit."""
-    return need is False or (going is not None and not going.count)
-
-
-def make_visit(
-    run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
-) -> Tensor:
-    """One more visit; `going` and `last` as in `going_of`. Shape: [B, T, D].
-
-    Where nobody goes, the layer is entered for its keys and values alone.
-    """
-    state, plane = visit.state, visit.number + 1
-    computed, stayed, left = state.shape[0] * state.shape[1], 0, 0
-    rows = rows_alone(run, visit, call) if isinstance(need, Tensor) else None
-    if rows is not None:
-        computed = len(rows) * state.shape[1]
-        out = visit_alone(run, state, plane, rows)
-    elif nobody_goes(need, going) and call.looks and run.leave(state, plane):
-        computed, left, out = 0, computed, state
-    elif going is not None and _pays(going, visit, call):
-        stayed, attending = going.staying, _attending(going, visit, call)
-        visited = run.apply(state, plane, going, attending=attending)
-        out = _selected(visited, state, need if going.count else False)
-        if call.recorder is not None and attending is not None:
-            call.recorder.spared_pairs(visit.layer, attending.spared)
-    else:
-        # What a token does not take weighs 0, but the gradient of that choice is made of it.
-        shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
-        out = _selected(run.apply(state, plane), state, shown)
-    if call.recorder is not None:
-        call.recorder.visit(visit.layer, need, state, computed, stayed=stayed, left=left)
-    return out
-
-
-def _selected(visited: Tensor, state: Tensor, need: Mask) -> Tensor:
-    """What was visited where it is in `need`, and the state elsewhere. Shape: [B, T, D]."""
-    if isinstance(need, bool):
-        return visited if need else state
-    return torch.where(need[..., None], visited, state)
-
-
-def _pays(going: Going, visit: Visit, call: Call) -> bool:
-    """Whether the token-wise executor is taken: where it can be, and saves more than it takes."""
-    if call.executor == "token-wise" or not call.parts:
-        return call.parts
-    device, total = visit.state.device, going.staying + going.count
-    saved = going.staying * call.costs().token_wise[visit.layer]
-    return saved >= WORTH and total >= FEW.get(device.type, FEW["cuda"])
-
-
-def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
-    """Attention of those that go alone, where that pays: not on a device that launches kernels."""
-    cost = call.costs().layers[visit.layer]
-    if visit.state.device.type != "cpu" or cost is None:
-        return None
-    saved = going.staying * going.shape[1] * cost.per_key // 2
-    return Attending(going) if saved >= STRETCHES else None
-
-
 def traverse(
-    run: LayerRun, state: Tensor, layer: int, gate: nn.Module | None, call: Call
-) -> Tensor:
+    run: LayerRun, state: States, layer: int, gate: nn.Module | None, call: Call
+) -> States:
     """Passes the tokens through layer `layer` as the policy says. Shape: [B, T, D], in and out."""
     policy, context, in_scope = call.policy, call.context, call.context.in_scope
     least, most = call.bounds.layers[layer]
@@ -185,9 +38,9 @@ def traverse(
     _prepare(run, layer, (least, limit), state.shape[1], call)
     if policy.translates and in_scope is not False:
         state = _entering(Visit(layer, 0, state, gate, context, run.cache), call)
-    # Where every answer is 0 or 1, a token's state is its output once it goes no more.
+    # Where every answer is 0 or 1, a token that stops keeps its state as its output: no mixing.
     mixes = not policy.decides or torch.is_grad_enabled()
-    # All go again there, whatever a_r is: then the policy need not answer before they do.
+    # Below `least`, all tokens go again whatever a_r is, so the answer can wait for `mix`.
     later = mixes and in_scope is True and call.recorder is None and not policy.observes
     need: Mask = True
     left: list[tuple[Visit, Answer | None]] = []
@@ -204,45 +57,22 @@ def traverse(
         if mixes and (again is None or isinstance(again, Tensor) or again != 1):
             left.append((visit, again))
         if number == 0 and run.holes is not None:
-            run.holes.dig(need if run.digs else True, state)
+            run.holes.mark_skipped(need if run.leaves_holes else True, state)
         last = number + 1 == limit
         if need is True and call.recorder is None and not (last and number and call.last_only):
             state = run.apply(state, number + 1)
             continue
-        going = going_of(visit, need, call, last=last)
-        if nobody_goes(need, going) and not _must_run(run, number, need):
+        going = tokens_going(visit, need, call, last=last)
+        if none_go(need, going) and not _must_run(run, number, need):
             break
         state = make_visit(run, visit, need, going, call, last=last)
     else:
         number = limit
     if run.planes is not None:
-        run.planes.finish(number)
+        run.planes.commit(number)
     if call.recorder is not None:
         call.recorder.answers(layer, answers, ended=number == limit)
     return _mixed(left, state, call)
-
-
-def _mixed(left: list[tuple[Visit, Answer | None]], state: Tensor, call: Call) -> Tensor:
-    """sum_r w_r x_r from behind: out_r = (1 - a_r) x_r + a_r out_{r+1}. Shape: [B, T, D]."""
-    mix = call.policy.mix
-    for visit, again in reversed(left):
-        state = mix(visit, state) if again is None else mixture(visit.state, state, again)
-    return state
-
-
-def _and(need: Mask, more: Mask) -> Mask:
-    if need is False or more is True:
-        return need
-    return more if need is True or more is False else need & more
-
-
-def _entering(visit: Visit, call: Call) -> Tensor:
-    """x_0 as the policy translates it in its scope. Shape: [B, T, D]."""
-    in_scope = call.context.in_scope
-    if call.recorder is not None:
-        call.recorder.translated()
-    own = call.policy.enter(visit)
-    return own if isinstance(in_scope, bool) else torch.where(in_scope[..., None], own, visit.state)
 
 
 def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, call: Call) -> None:
@@ -250,11 +80,20 @@ def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, ca
     if run.cache is None and most > 1 and isinstance(in_scope, Tensor):
         run.cache = call.scratch()
     if run.cache is not None:
-        keep = call.keep and run.lasts
+        keep = call.keep and run.persists
         run.planes = LayerPlanes(run.cache, layer, bounds=bounds, in_scope=in_scope, keep=keep)
-    run.digs = least == 0 and call.policy.skipped_kv == "hole"
-    if run.digs or (layer, HOLES) in getattr(run.cache, "planes", ()):
+    run.leaves_holes = least == 0 and call.policy.skipped_kv == "hole"
+    if run.leaves_holes or (layer, HOLES) in getattr(run.cache, "planes", ()):
         run.holes = Holes(run.cache, layer, tokens)
+
+
+def _entering(visit: Visit, call: Call) -> States:
+    """x_0 as the policy translates it in its scope. Shape: [B, T, D]."""
+    in_scope = call.context.in_scope
+    if call.recorder is not None:
+        call.recorder.translated()
+    own = call.policy.enter(visit)
+    return own if isinstance(in_scope, bool) else torch.where(in_scope[..., None], own, visit.state)
 
 
 def _again(visit: Visit, most: int, call: Call) -> Answer:
@@ -282,10 +121,169 @@ def _again(visit: Visit, most: int, call: Call) -> Answer:
     return torch.where(in_scope, own, plain)
 
 
+def _and(need: Mask, more: Mask) -> Mask:
+    if need is False or more is True:
+        return need
+    return more if need is True or more is False else need & more
+
+
 def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
-    """Whether the layer runs although nobody goes again: for the keys and values it leaves."""
-    if not run.lasts or run.planes is None:
+    """Whether the layer runs although no token goes: for the keys and values that it leaves."""
+    if not run.persists or run.planes is None:
         return False
-    # Somebody could have gone: whether others do in this chunk must not change what is left.
+    # Some token could have gone: the keys left must not depend on which tokens of a chunk do.
     possible = isinstance(need, Tensor)
     return number == 0 or possible or (run.planes.keep and run.planes.recurrent)
+
+
+def _mixed(left: list[tuple[Visit, Answer | None]], state: States, call: Call) -> States:
+    """sum_r w_r x_r from behind: out_r = (1 - a_r) x_r + a_r out_{r+1}. Shape: [B, T, D]."""
+    mix = call.policy.mix
+    for visit, again in reversed(left):
+        state = mix(visit, state) if again is None else mixture(visit.state, state, again)
+    return state
+
+
+def tokens_going(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | None:
+    """The tokens that make this visit; None where all do, or the executor cannot leave any out.
+
+    `last`: no token goes again after this visit.
+    """
+    fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
+    if fixed is not None:
+        return Going.of_rows(fixed, visit.state)
+    if last and visit.number and call.only_last_of(visit.layer):
+        return Going.last(visit.state)
+    return Going.of(need) if isinstance(need, Tensor) and call.looks else None
+
+
+def none_go(need: Mask, going: Going | None) -> bool:
+    """Whether it is known that no token makes the visit."""
+    return need is False or (going is not None and not going.count)
+
+
+def make_visit(
+    run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
+) -> States:
+    """One more visit; `going` and `last` as in `tokens_going`. Shape: [B, T, D].
+
+    Where no token goes, the layer runs up to its keys and values only.
+    """
+    state, plane = visit.state, visit.number + 1
+    computed, stayed, left = state.shape[0] * state.shape[1], 0, 0
+    rows = rows_alone(run, visit, call) if isinstance(need, Tensor) else None
+    if rows is not None:
+        computed = len(rows) * state.shape[1]
+        out = visit_alone(run, state, plane, rows)
+    elif none_go(need, going) and call.looks and run.leave(state, plane):
+        computed, left, out = 0, computed, state
+    elif going is not None and _is_worth(going, visit, call):
+        stayed, attending = going.staying, _attending(going, visit, call)
+        visited = run.apply(state, plane, going, attending=attending)
+        out = _selected(visited, state, need if going.count else False)
+        if call.recorder is not None and attending is not None:
+            call.recorder.skipped_pairs(visit.layer, attending.spared)
+    else:
+        # A skipped visit weighs 0, but the gradient of the choice to skip needs its output.
+        shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
+        out = _selected(run.apply(state, plane), state, shown)
+    if call.recorder is not None:
+        call.recorder.visit(visit.layer, need, state, computed, stayed=stayed, left=left)
+    return out
+
+
+def _selected(visited: States, state: States, need: Mask) -> States:
+    """`visited` for the tokens in `need`, `state` for the others. Shape: [B, T, D]."""
+    if isinstance(need, bool):
+        return visited if need else state
+    return torch.where(need[..., None], visited, state)
+
+
+LEAST_SAVED = 10_000_000
+"""FLOPs that a token-wise visit must save: gathering its tokens takes about as long."""
+
+
+LEAST_SAVED_ATTENTION = 100_000_000
+"""FLOPs that attention over some queries must save: it runs in stretches of several operators."""
+
+
+LEAST_TOKENS = {"cpu": 8, "cuda": 128}
+"""Fewest tokens of a call for which fewer take less time: below, products wait for the weights."""
+
+
+def _is_worth(going: Going, visit: Visit, call: Call) -> bool:
+    """Whether the token-wise executor can run, and saves more than gathering takes."""
+    if call.executor == "token-wise" or not call.parts:
+        return call.parts
+    device, total = visit.state.device, going.staying + going.count
+    saved = going.staying * call.costs().token_wise[visit.layer]
+    return saved >= LEAST_SAVED and total >= LEAST_TOKENS.get(device.type, LEAST_TOKENS["cuda"])
+
+
+def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
+    """Attention for the queries that go, where it saves time: on CPUs, for long inputs."""
+    cost = call.costs().layers[visit.layer]
+    if visit.state.device.type != "cpu" or cost is None:
+        return None
+    saved = going.staying * going.shape[1] * cost.per_key // 2
+    return Attending(going) if saved >= LEAST_SAVED_ATTENTION else None
+
+
+def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Integer[Tensor, " rows"] | None:
+    """The rows that a plan sends through this visit alone; None where all rows go. Shape: [b].
+
+    Raises:
+        HostError: the cache holds other rows in this layer.
+    """
+    fixed = call.rows_going(visit)
+    if fixed is None:
+        return None
+    slot = None if run.planes is None else run.planes.slots[visit.number]
+    going = [row for row, goes in enumerate(fixed) if goes]
+    if isinstance(slot, RowsKept):
+        slot.check(going)
+        return slot.kept
+    fresh = slot is None or is_growing_and_empty(slot)
+    if not (call.looks and fresh and _rows_of_all_inputs_known(run, len(fixed))):
+        return None
+    rows, device = torch.tensor(going), visit.state.device
+    if slot is not None:
+        install_planes(run.cache)  # so that `check_rows` sees the next policy
+        keep_rows(slot, rows, len(fixed), device)
+    return rows.to(device)
+
+
+def visit_alone(run: LayerRun, state: States, plane: int, rows: Integer[Tensor, " rows"]) -> States:
+    """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
+    args, kwargs = run.inputs(state)
+    batch = len(state)
+    given = {name: rows_taken(one, name, rows, batch) for name, one in kwargs.items()}
+    names = run.site.names[: len(args)]
+    placed = [rows_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
+    visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
+    return state.index_copy(0, rows, visited)
+
+
+def _rows_of_all_inputs_known(run: LayerRun, batch: int) -> bool:
+    """Whether each input of the layer beside its states says which part belongs to which row."""
+    args, kwargs = run.given
+    placed = zip(run.site.names[: len(args)], args, strict=True)
+    return all(rows_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
+
+
+def check_rows(
+    cache: PlanedCache, policy: AbstractPolicy, bounds: StackBounds, *, everywhere: bool
+) -> None:
+    """Raises `HostError` where `policy` sends rows to a layer whose keys the cache does not hold.
+
+    `everywhere`: whether its scope is `all`.
+    """
+    places = [((layer, 1), slot) for layer, slot in enumerate(cache.layers)]
+    for (layer, plane), slot in [*places, *cache.planes.items()]:
+        if "kept" not in vars(slot):  # only a `RowsKept` has it
+            continue
+        most = bounds.layers[layer].most
+        if most:  # else the layer is left alone
+            fixed = policy.rows_going(layer, plane - 1, slot.batch) if everywhere else None
+            going = [most >= plane] * slot.batch if fixed is None else fixed
+            slot.check([row for row, goes in enumerate(going) if goes])

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor
 
 from trol.checkpoints.adapter import weights_digest
 from trol.depth import Plan, attached, depth, is_attached
-from trol.depth.planes import forked
+from trol.depth.planes import fork_cache
 from trol.errors import UsageError
 from trol.evaluation import metrics
 from trol.evaluation.kept import items_digest
@@ -82,7 +82,7 @@ class Batch:
         if noise is not None:
             settings["logits_processor"] = [noise]
         if self._prefix is not None:
-            settings[CACHE] = forked(self._prefix, planes=True)
+            settings[CACHE] = fork_cache(self._prefix, planes=True)
         with depth(self.model, Planned(plan, scope=self.scope)), torch.inference_mode():
             tokens = self.model.generate(**self.inputs, **settings, max_new_tokens=self.new_tokens)
         new = tokens[:, self.inputs["input_ids"].shape[1] :]

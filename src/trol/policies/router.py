@@ -194,7 +194,7 @@ class Router(AbstractPolicy):
             asks = context.real(state) & ~torch.as_tensor(context.in_scope, device=state.device)
             votes = torch.nn.functional.pad(ballot.votes(state), (0, 1), value=1.0)
             counted = votes * asks[..., None]  # a token's vote, and 1 for the token itself
-        kept = visit.along(counted)
+        kept = visit.keep_with_cache(counted)
         if context.in_scope is False:
             return None
         before = kept[:, : kept.shape[1] - tokens].sum(1, keepdim=True)

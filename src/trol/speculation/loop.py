@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from trol.depth import AbstractPolicy
-from trol.depth.call import ambience_of, in_force
-from trol.depth.planes import PlanedCache, forked
+from trol.depth.call import in_force, overrides_of
+from trol.depth.planes import PlanedCache, fork_cache
 from trol.host.cache import record_past
 from trol.host.generation import (
     SLICES_LOGITS,
@@ -82,7 +82,7 @@ class Passes:
     def fork(self, *, planes: bool) -> Passes:
         """The same passes on a cache of their own, which starts from what this one holds."""
         twin = Passes(self.model, dict(self.kwargs))
-        cache = twin.kwargs[CACHE] = forked(self.cache, planes=planes)
+        cache = twin.kwargs[CACHE] = fork_cache(self.cache, planes=planes)
         recording(cache, on=False)  # nothing is cut off a fork
         twin.outputs = with_cache(self.outputs, twin.cache)
         return twin
@@ -102,8 +102,8 @@ def recording(cache: Any, *, on: bool) -> None:
 @contextmanager
 def under(stack: Any, policy: AbstractPolicy) -> Generator[None]:
     """Puts `policy` in force inside a block of `attachment.decoding`, without its checks."""
-    assert stack.depth_ambiences  # or the stack would not look
-    with in_force(stack, replace(ambience_of(stack), policy=policy)):
+    assert stack.depth_blocks  # or the stack would not look
+    with in_force(stack, replace(overrides_of(stack), policy=policy)):
         yield
 
 
