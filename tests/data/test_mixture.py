@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from data.samples import asked, jpeg, lines, opened, said, shared, texts
-from trol.data import row_files as indexing
+from trol.data import mixture as mixtures
 from trol.data.conversations import ConversationCollator, SoundRows
 from trol.data.formats import RowError, read_row
 from trol.data.mixture import Damaged, open_mixture, read_quarantine, write_quarantine
@@ -42,7 +42,7 @@ def two(tmp_path: Path) -> dict[str, Any]:
 def test_sources_follow_each_other(two: dict[str, Any], tmp_path: Path) -> None:
     mixture = opened(tmp_path, two)
     assert asked(mixture) == ["w0", "w1", "w2", "p0", "p1", "p2"]
-    assert mixture.counts() == {"words": 3, "pictures": 3}
+    assert [len(part.index) for part in mixture.parts] == [3, 3]
     assert mixture[3][0]["content"][0]["image"].size == (16, 16)
     assert asked(pickle.loads(pickle.dumps(mixture))) == asked(mixture)
     with pytest.raises(IndexError, match="conversation 6"):
@@ -53,7 +53,7 @@ def test_filters_choose_rows(two: dict[str, Any], tmp_path: Path) -> None:
     chosen = {**two["pictures"], "where": {"image": ["ai2d/*", "dvqa/*"]}}
     mixture = opened(tmp_path, {"pictures": chosen})
     assert asked(mixture) == ["p0", "p2"]
-    assert [mixture.parts[0].index.rows[place] for place in range(2)] == [0, 2]
+    assert [mixture.parts[0].index["row"][place] for place in range(2)] == [0, 2]
     rest = {**two["pictures"], "unless": {"image": ["ai2d/*"]}}
     assert asked(opened(tmp_path, {"pictures": rest})) == ["p1"]
 
@@ -73,8 +73,8 @@ def test_the_index_is_kept_until_something_changes(
 ) -> None:
     opened(tmp_path, two)
     built: list[Any] = []
-    build = indexing.build
-    monkeypatch.setattr(indexing, "build", lambda c, **k: built.append(c) or build(c, **k))
+    entries = mixtures._entries
+    monkeypatch.setattr(mixtures, "_entries", lambda c, s: built.append(c) or entries(c, s))
     opened(tmp_path, two)
     assert not built
     path = lines(tmp_path / "words.jsonl", [said("new")])
@@ -93,7 +93,7 @@ def test_an_index_is_written_whole_or_not_at_all(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(indexing.np, "savez", interrupted)
+    monkeypatch.setattr(mixtures.np, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, two)
     assert not list((tmp_path / "cache").iterdir())
@@ -111,9 +111,9 @@ def test_the_index_equals_a_plain_read(tmp_path_factory: Any, rows: list[Any]) -
     lines(folder / "a.jsonl", rows)
     index = opened(folder, {"a": {"path": "a.jsonl"}}).parts[0].index
     text = (folder / "a.jsonl").read_bytes()
-    found = [text[start:end] for start, end in zip(index.starts, index.ends, strict=True)]
+    found = [text[start:end] for start, end in zip(index["start"], index["end"], strict=True)]
     assert found == text.splitlines(keepends=True)
-    assert index.images.tolist() == [images_in(line) for line in text.splitlines()]
+    assert index["images"].tolist() == [images_in(line) for line in text.splitlines()]
 
 
 def images_in(line: bytes) -> int:
@@ -200,4 +200,5 @@ def test_the_example_mixture_is_sound(tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "examples" / "mixture" / "mixture.yaml"
     mixture = open_mixture(path, cache=tmp_path)
     assert len([mixture[i] for i in range(len(mixture))]) == 4
-    assert yaml.safe_load(path.read_text())["sources"].keys() == mixture.counts().keys()
+    names = [part.source.name for part in mixture.parts]
+    assert list(yaml.safe_load(path.read_text())["sources"]) == names

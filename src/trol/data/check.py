@@ -99,7 +99,7 @@ def _summed(part: Part, kinds: Counter[tuple[str, str]]) -> SourceReport:
     return SourceReport(
         source=name,
         rows=len(part.index),
-        images=int(part.index.images.sum()),
+        images=int(part.index["images"].sum()),
         expected=part.source.count,
         damaged={kind: kinds[name, kind] for kind in KINDS if kinds[name, kind]},
     )
@@ -122,7 +122,7 @@ class _Reader:
                     if self.collate is not None:
                         self.collate([messages])
             except RowError as error:
-                row = int(part.index.rows[place])
+                row = int(part.index["row"][place])
                 damaged.append(Damaged(part.source.name, row, error.kind, str(error)))
         return damaged
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -24,10 +26,13 @@ import yaml
 
 from trol.data.formats import FORMATS, KINDS, Messages, RowError, read_row, row_errors
 from trol.data.images import open_picture
-from trol.data.row_files import JSON_FILES, Container, Index, Table, cache_folder, indexed
+from trol.data.row_files import JSON_FILES, Container, Table
 from trol.errors import DataError, UsageError, unknown
 from trol.files import whole_file
 from trol.strict import built
+
+DECIDING = ("format", "columns", "placeholder", "where", "unless")
+"""Settings of a source that decide which rows it has and how they are read."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,6 @@ class Source:
     def read(self, row: Mapping[str, Any]) -> Messages:
         """The row's messages; `RowError` where they are not of the source's format."""
         return read_row(row, self.format, self.columns, self.placeholder)
-
-    def index_settings(self) -> dict[str, Any]:
-        """The settings that decide which rows there are and how they are read."""
-        deciding = ("format", "columns", "placeholder", "where", "unless")
-        return {key: value for key, value in asdict(self).items() if key in deciding}
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,51 @@ def quarantine_path(described: MixtureFile) -> Path:
     return cache_folder() / "quarantine" / f"{described.path.stem}-{mark}.jsonl"
 
 
+def cache_folder() -> Path:
+    """Where trol keeps what it can make again: $XDG_CACHE_HOME/trol, or ~/.cache/trol."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol"
+
+
 def _stale(path: Path, why: str) -> DataError:
     return DataError(f"{path} {why}; delete it and run `trol data check` again.")
+
+
+ENTRY = np.dtype([("row", "i8"), ("start", "i8"), ("end", "i8"), ("images", "i2")])
+"""Of a row: its number in the source, first byte (number, in a table) and end, and its pictures."""
+
+INDEX_VERSION = 2
+"""An index of another version is not used."""
+
+
+def indexed(container: Container, source: Source, folder: Path) -> np.ndarray:
+    """The index kept in `folder`, or a new one if files or settings have changed. Shape: [R]."""
+    settings = asdict(source)
+    deciding = {key: settings[key] for key in sorted(DECIDING)}
+    states = [
+        (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
+        for path in container.files
+    ]
+    described = json.dumps([INDEX_VERSION, states, deciding])
+    file = folder / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.npy"
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    index = np.fromiter(_entries(container, source), ENTRY)
+    with whole_file(file) as draft, draft.open("wb") as stream:
+        np.save(stream, index)
+    return index
+
+
+def _entries(container: Container, source: Source) -> Iterator[tuple[int, int, int, int]]:
+    """An entry for each row from one reading, also for damaged ones, which the check will name."""
+    for number, (start, end, row) in enumerate(container.rows()):
+        if isinstance(row, RowError):
+            yield number, start, end, 0
+        elif source.passes(row):
+            images = 0
+            with suppress(RowError):
+                parts = (part for message in source.read(row) for part in message["content"])
+                images = sum(part["type"] == "image" for part in parts)
+            yield number, start, end, images
 
 
 @dataclass(frozen=True)
@@ -231,7 +274,8 @@ class Part:
     container: Container
     images: Path
     """The folder that relative image paths begin at."""
-    index: Index
+    index: np.ndarray
+    """The rows that the source's filter lets through, damaged ones too. Shape: [R], `ENTRY`."""
 
     @property
     def size(self) -> int:
@@ -241,7 +285,8 @@ class Part:
     def messages(self, place: int) -> Messages:
         """The row's messages with opened RGB pictures; `RowError` where it is damaged."""
         with row_errors():
-            row = self.container.read(int(self.index.starts[place]), int(self.index.ends[place]))
+            entry = self.index[place]
+            row = self.container.read(int(entry["start"]), int(entry["end"]))
             messages = self.source.read(row)
             for message in messages:
                 for part in message["content"]:
@@ -275,9 +320,9 @@ class Mixture:
 
     def _places_of(self, part: Part, listed: Mapping[int, str]) -> np.ndarray:
         """Places of the source's rows in an epoch, weights applied. Shape: [N], int32."""
-        bad = np.isin(part.index.rows, np.fromiter(listed, np.int64, len(listed)))
+        bad = np.isin(part.index["row"], np.fromiter(listed, np.int64, len(listed)))
         if bad.any():
-            reasons = Counter(listed[int(row)] for row in part.index.rows[bad])
+            reasons = Counter(listed[int(row)] for row in part.index["row"][bad])
             self.skipped[part.source.name] = dict(reasons)
         return _weighted(np.flatnonzero(~bad).astype(np.int32), part.source)
 
@@ -306,16 +351,11 @@ class Mixture:
     def where(self, number: int) -> str:
         """File (or name on the hub) and row of conversation `number`."""
         part, place = self.place(number)
-        return f"{part.source.path}, row {part.index.rows[place]}"
+        return f"{part.source.path}, row {part.index['row'][place]}"
 
     def sizes(self) -> dict[str, int]:
         """Source -> bytes of its files, which a quarantine list keeps."""
         return {part.source.name: part.size for part in self.parts}
-
-    def counts(self) -> dict[str, int]:
-        """Source -> conversations in an epoch."""
-        pairs = zip(self.parts, self._places, strict=True)
-        return {part.source.name: len(places) for part, places in pairs}
 
 
 def open_mixture(
@@ -345,13 +385,7 @@ def open_mixture(
     for source in described.sources:
         opening(source.name)
         container = _container(source, described.root)
-        index = indexed(
-            container,
-            source.index_settings(),
-            folder=folder,
-            passes=source.passes,
-            read=source.read,
-        )
+        index = indexed(container, source, folder)
         parts.append(Part(source, container, described.root / source.images, index))
     place = quarantine or quarantine_path(described)
     listed = read_quarantine(place, {part.source.name: part.size for part in parts})

@@ -1,29 +1,22 @@
-"""Rows of JSON files and tables, read one at a time, and the index of where each row lies.
+"""Rows of JSON files and tables, read one at a time by their place.
 
-JSON lines and JSON arrays are read as bytes from their place. Parquet files, and whatever else the
-`datasets` library opens, are mapped into memory by that library, so a table of any size needs next
-to no memory; parquet is converted to Arrow once, in the library's own cache. A source is read
-through once for its index, which is kept on disk until its files or settings change.
+JSON lines and JSON arrays are read as bytes. Parquet files, and whatever else the `datasets`
+library opens, are mapped into memory by that library, so a table of any size needs next to no
+memory; parquet is converted to Arrow once, in the library's own cache.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import weakref
-from array import array
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-import numpy as np
-
-from trol.data.formats import Messages, RowError
+from trol.data.formats import RowError
 from trol.errors import DataError
-from trol.files import whole_file
 
 WINDOW = 1 << 22
 """Bytes of an array that are read at once."""
@@ -33,23 +26,6 @@ LONGEST_ROW = 1 << 26
 
 PlacedRow = tuple[int, int, "dict[str, Any] | RowError"]
 """First byte (number, in a table), end, and the row there or what is wrong with it."""
-
-
-class Container(Protocol):
-    """A file or table that holds rows."""
-
-    @property
-    def files(self) -> list[Path]:
-        """The files on disk."""
-        ...
-
-    def rows(self) -> Iterator[PlacedRow]:
-        """All rows in order."""
-        ...
-
-    def read(self, start: int, end: int) -> dict[str, Any]:
-        """One row; `RowError` where it is broken."""
-        ...
 
 
 class JsonLines:
@@ -271,84 +247,5 @@ def _holds_bytes(kind: Any, pyarrow: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def cache_folder() -> Path:
-    """Where trol keeps what it can make again: $XDG_CACHE_HOME/trol, or ~/.cache/trol."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol"
-
-
-VERSION = 2
-"""Version of `Index`; one of another version is made anew."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """The R rows that a source's filter lets through."""
-
-    rows: np.ndarray
-    """Number of the row in its source, from 0. Shape: [R], int64."""
-    starts: np.ndarray
-    """First byte (of a file) or number (of a table). Shape: [R], int64."""
-    ends: np.ndarray
-    """The place behind it. Shape: [R], int64."""
-    images: np.ndarray
-    """Pictures of the row; 0 for a damaged row. Shape: [R], int16."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def indexed(
-    container: Container,
-    settings: Mapping[str, Any],
-    *,
-    folder: Path,
-    passes: Callable[[Mapping[str, Any]], bool],
-    read: Callable[[Mapping[str, Any]], Messages],
-) -> Index:
-    """The index kept in `folder`, or a new one if the files or the settings have changed.
-
-    `passes` says whether a row belongs to the source, `read` makes its messages; both follow
-    from `settings`, which name the index together with path, size and time of the files.
-    """
-    file = folder / f"{_key(container, settings)}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            return Index(**{field.name: arrays[field.name] for field in fields(Index)})
-    index = build(container, passes=passes, read=read)
-    with whole_file(file) as draft, draft.open("wb") as stream:
-        np.savez(stream, **{field.name: getattr(index, field.name) for field in fields(Index)})
-    return index
-
-
-def build(
-    container: Container,
-    *,
-    passes: Callable[[Mapping[str, Any]], bool],
-    read: Callable[[Mapping[str, Any]], Messages],
-) -> Index:
-    """The index from one reading; damaged rows stay in it, for the check to name them."""
-    columns = array("q"), array("q"), array("q"), array("h")
-    for number, (start, end, row) in enumerate(container.rows()):
-        if not isinstance(row, RowError) and not passes(row):
-            continue
-        images = 0 if isinstance(row, RowError) else _images_in(row, read)
-        for column, value in zip(columns, (number, start, end, images), strict=True):
-            column.append(value)
-    return Index(*(np.array(column) for column in columns))
-
-
-def _images_in(row: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Messages]) -> int:
-    try:
-        messages = read(row)
-    except RowError:
-        return 0
-    return sum(part["type"] == "image" for m in messages for part in m["content"])
-
-
-def _key(container: Container, settings: Mapping[str, Any]) -> str:
-    states = [
-        (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
-        for path in container.files
-    ]
-    described = json.dumps([VERSION, states, settings], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:32]
+Container = JsonLines | Table
+"""A file or table that holds rows."""

@@ -79,7 +79,7 @@ def _files(mixture: Mixture | None) -> list[str]:
     small = sum(part.size for part in mixture.parts) <= READ_WHOLE
     found: list[str] = []
     for part in mixture.parts:
-        columns = (part.index.rows, part.index.starts, part.index.ends)
+        columns = (part.index[name] for name in ("row", "start", "end"))
         found += [_numbers(torch.from_numpy(column.copy())) for column in columns]
         if small:
             found += [hashlib.sha256(p.read_bytes()).hexdigest() for p in part.container.files]
