@@ -159,13 +159,13 @@ def _scans_by_split() -> dict[str, dict[int, tuple[int, ...]]]:
     """Split -> digit -> scan numbers, every digit cut by the same shares."""
     digits = _digits()[1]
     rng = np.random.default_rng(_SPLIT_SEED)
-    owned: dict[str, dict[int, tuple[int, ...]]] = {split: {} for split in SPLITS}
+    scans: dict[str, dict[int, tuple[int, ...]]] = {split: {} for split in SPLITS}
     for digit in range(10):
         numbers = rng.permutation(np.flatnonzero(digits == digit))
         ends = np.round(np.cumsum(list(SPLITS.values())) * len(numbers)).astype(int)
         for split, part in zip(SPLITS, np.split(numbers, ends[:-1]), strict=True):
-            owned[split][digit] = tuple(int(n) for n in part)
-    return owned
+            scans[split][digit] = tuple(int(n) for n in part)
+    return scans
 
 
 @cache
@@ -241,17 +241,17 @@ def questions(
     if count < 1:
         raise UsageError(f"a board needs at least 1 question, got count={count}.")
     rng = random.Random(f"questions/{board.split}/{board.seed}/{salt}")
-    wanted = list(ASKERS if kinds is None else kinds)
-    asked: list[Question] = []
-    for attempt in range(20 * count * len(wanted)):
-        if attempt % len(wanted) == 0:
-            rng.shuffle(wanted)
-        question = ask(board, wanted[attempt % len(wanted)], rng)
+    types = list(ASKERS if kinds is None else kinds)
+    results: list[Question] = []
+    for attempt in range(20 * count * len(types)):
+        if attempt % len(types) == 0:
+            rng.shuffle(types)
+        question = ask(board, types[attempt % len(types)], rng)
         if question is not None:
-            asked.append(question)
-            if len(asked) == count:
-                return asked
-    raise UsageError(f"board {board.split}/{board.seed} allows no question of {wanted}; add types.")
+            results.append(question)
+            if len(results) == count:
+                return results
+    raise UsageError(f"board {board.split}/{board.seed} allows no question of {types}; add types.")
 
 
 def chance_by_type(*, boards: int = 2000, split: str = "validation") -> dict[str, float]:
@@ -278,7 +278,8 @@ def _chance(boards: int, split: str) -> tuple[tuple[str, float], ...]:
             guesses = [(tile.colour, str(tile.digit), tile.name) for tile in tiles]
             lucky[kind] += sum(question.answer in guess for guess in guesses) / len(guesses)
     return tuple(
-        (kind, max(*seen.values(), lucky[kind]) / seen.total()) for kind, seen in answers.items()
+        (kind, max(*counts.values(), lucky[kind]) / counts.total())
+        for kind, counts in answers.items()
     )
 
 
@@ -333,17 +334,17 @@ def _ask_count(board: Board, rng: random.Random) -> tuple[str, str] | None:
 def _evenly(counts: dict[str, int], rng: random.Random) -> str:
     """A name, such that each number that occurs is equally likely."""
     number = rng.choice(sorted(set(counts.values())))
-    return rng.choice([name for name, seen in counts.items() if seen == number])
+    return rng.choice([name for name, count in counts.items() if count == number])
 
 
 def _ask_compare(board: Board, rng: random.Random) -> tuple[str, str] | None:
-    seen = Counter(tile.colour for tile in board.tiles.values())
+    counts = Counter(tile.colour for tile in board.tiles.values())
     yes = rng.random() < 0.5
     pairs = [
         (a, b)
         for a in COLOURS
         for b in COLOURS
-        if a != b and (seen[a] or seen[b]) and (seen[a] > seen[b]) == yes
+        if a != b and (counts[a] or counts[b]) and (counts[a] > counts[b]) == yes
     ]
     if not pairs:
         return None

@@ -141,11 +141,11 @@ class SoundRows(Dataset[int]):
 
     def _without_the_odd(self, numbers: Sequence[int]) -> Any:
         """The batch of those rows that go with the first."""
-        kept = [numbers[0]]
+        fitting = [numbers[0]]
         for number in numbers[1:]:
-            if self._is_sound([*kept, number]):
-                kept.append(number)
-        return self.collate([self.rows[number] for number in kept])
+            if self._is_sound([*fitting, number]):
+                fitting.append(number)
+        return self.collate([self.rows[number] for number in fitting])
 
     def _is_sound(self, numbers: Sequence[int]) -> bool:
         """Whether these rows make a batch; if not, the last of them is left out."""
@@ -167,26 +167,26 @@ class SoundRows(Dataset[int]):
             warnings.warn(f"left out {self.left_out[number]}{more}", stacklevel=2)
 
 
-def read_template(given: str, known: Sequence[str] = ()) -> str:
+def read_template(template: str, known: Sequence[str] = ()) -> str:
     """A chat template by its text in Jinja, or by the file that holds it.
 
     Raises:
         UsageError: it is neither, nor one of the names `known`, or its syntax is wrong.
     """
-    if "{" not in given and not Path(given).is_file():
+    if "{" not in template and not Path(template).is_file():
         if known:
-            raise unknown("chat_template", given, (*known, "FILE"))
+            raise unknown("chat_template", template, (*known, "FILE"))
         raise UsageError(
-            f"there is no file {given!r} to read a chat template from, and it is no template "
+            f"there is no file {template!r} to read a chat template from, and it is no template "
             "itself: that is Jinja, with {{ }} and {% %}."
         )
-    text = given
-    if "{" not in given:
+    text = template
+    if "{" not in template:
         try:
-            text = Path(given).read_text(encoding="utf-8")
+            text = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read a chat template from {given!r}: {error}") from error
+            raise UsageError(f"cannot read a chat template from {template!r}: {error}") from error
     fault = template_fault(text)
     if fault is not None:
-        raise UsageError(f"the chat template {given!r} is not well formed: {fault}.")
+        raise UsageError(f"the chat template {template!r} is not well formed: {fault}.")
     return text

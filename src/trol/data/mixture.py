@@ -83,8 +83,8 @@ class Source:
 
     def passes(self, row: Mapping[str, Any]) -> bool:
         """Whether the row belongs to the source: any `where` pattern, and no `unless` pattern."""
-        wanted = all(_matches(row, column, globs) for column, globs in self.where.items())
-        return wanted and not any(_matches(row, column, g) for column, g in self.unless.items())
+        chosen = all(_matches(row, column, globs) for column, globs in self.where.items())
+        return chosen and not any(_matches(row, column, g) for column, g in self.unless.items())
 
     def read(self, row: Mapping[str, Any]) -> Messages:
         """The row's messages; `RowError` where they are not of the source's format."""
@@ -188,35 +188,35 @@ def read_quarantine(path: Path, sizes: Mapping[str, int]) -> dict[str, dict[int,
     """
     if not path.exists():
         return {}
-    listed: dict[str, dict[int, str]] = {}
+    reasons: dict[str, dict[int, str]] = {}
     with path.open(encoding="utf-8") as lines:
         try:
-            known = json.loads(next(lines))["sizes"]
+            sizes_then = json.loads(next(lines))["sizes"]
             for line in lines:
                 one = Damaged(**json.loads(line))
-                listed.setdefault(one.source, {})[int(one.row)] = one.reason
+                reasons.setdefault(one.source, {})[int(one.row)] = one.reason
         except (ValueError, TypeError, KeyError, StopIteration) as broken:
             raise _stale(path, "is no quarantine list") from broken
     for source, size in sizes.items():
-        if source in known and known[source] != size:
+        if sizes_then.get(source, size) != size:
             raise _stale(path, f"was written when {source} had another size")
-    if strange := {reason for rows in listed.values() for reason in rows.values()} - set(KINDS):
-        raise _stale(path, f"has the unknown reason {sorted(strange)[0]!r}")
-    return listed
+    if strange := {reason for rows in reasons.values() for reason in rows.values()} - set(KINDS):
+        raise _stale(path, f"has the unknown reason {min(strange)!r}")
+    return reasons
 
 
-def quarantine_path(described: MixtureFile) -> Path:
+def quarantine_path(mixture: MixtureFile) -> Path:
     """The default place of a mixture's quarantine list.
 
     A list beside the data is used where there is one. Otherwise it is kept in trol's cache, named
     by the mixture's file and root, because the data's folder may be read-only.
     """
-    beside = described.root / f"{described.path.stem}.quarantine.jsonl"
+    beside = mixture.root / f"{mixture.path.stem}.quarantine.jsonl"
     if beside.exists():
         return beside
-    places = f"{described.path.resolve()}\n{described.root.resolve()}"
+    places = f"{mixture.path.resolve()}\n{mixture.root.resolve()}"
     mark = hashlib.sha256(places.encode()).hexdigest()[:16]
-    return cache_folder() / "quarantine" / f"{described.path.stem}-{mark}.jsonl"
+    return cache_folder() / "quarantine" / f"{mixture.path.stem}-{mark}.jsonl"
 
 
 def cache_folder() -> Path:
@@ -243,8 +243,8 @@ def indexed(container: Container, source: Source, folder: Path) -> np.ndarray:
         (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
         for path in container.files
     ]
-    described = json.dumps([INDEX_VERSION, states, deciding])
-    file = folder / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.npy"
+    key = json.dumps([INDEX_VERSION, states, deciding])
+    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if file.exists():
         return np.load(file, allow_pickle=False)
     index = np.fromiter(_entries(container, source), ENTRY)
@@ -379,17 +379,17 @@ def open_mixture(
         UsageError: the mixture file is malformed.
         DataError: a file is missing or broken as a whole, or the quarantine list is stale.
     """
-    described = mixture if isinstance(mixture, MixtureFile) else read_mixture(mixture, root=root)
+    file = mixture if isinstance(mixture, MixtureFile) else read_mixture(mixture, root=root)
     folder = cache or cache_folder() / "index"
     parts = []
-    for source in described.sources:
+    for source in file.sources:
         opening(source.name)
-        container = _container(source, described.root)
+        container = _container(source, file.root)
         index = indexed(container, source, folder)
-        parts.append(Part(source, container, described.root / source.images, index))
-    place = quarantine or quarantine_path(described)
-    listed = read_quarantine(place, {part.source.name: part.size for part in parts})
-    return Mixture(parts, listed, place)
+        parts.append(Part(source, container, file.root / source.images, index))
+    place = quarantine or quarantine_path(file)
+    reasons = read_quarantine(place, {part.source.name: part.size for part in parts})
+    return Mixture(parts, reasons, place)
 
 
 def _container(source: Source, root: Path) -> Container:

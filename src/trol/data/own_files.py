@@ -42,7 +42,7 @@ class Chat:
         """The text of the user's last message."""
         return text_of(self.turns[-1])
 
-    def shown(self, folder: Path) -> Messages:
+    def with_pictures(self, folder: Path) -> Messages:
         """The turns with their pictures opened; relative paths begin at `folder`."""
         return [
             {**turn, "content": [_open(p, folder) for p in turn["content"]]} for turn in self.turns

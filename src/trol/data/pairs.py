@@ -168,9 +168,9 @@ def _signature(node: Definition, in_class: bool) -> str:
     return next((text for text in signatures if len(text) <= LONGEST_SIGNATURE), "(...)")
 
 
-def _arguments(given: ast.arguments, *, bound: bool, defaults: bool) -> str:
+def _arguments(arguments: ast.arguments, *, bound: bool, defaults: bool) -> str:
     """The arguments as Python writes them, those of a bound method without the first."""
-    plain = copy.deepcopy(given)
+    plain = copy.deepcopy(arguments)
     if bound:
         (plain.posonlyargs or plain.args or [None]).pop(0)
     positional = plain.posonlyargs + plain.args
