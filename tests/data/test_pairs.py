@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         (f"alpaca:{other}", "train", "has no instruction and no output, but prompt, completion"),
         (f"alpaca:{few}", "test", "too few for a test split"),
         (f"alpaca:{tmp_path / 'train.jsonl'}", "test", "no file of the test split"),
-        (f"alpaca:{tmp_path / 'notes.txt'}", "test", "is none of .jsonl"),
+        (f"alpaca:{tmp_path / 'notes.txt'}", "test", "is none of .json"),
     ):
         with pytest.raises(DataError, match=told):
             pairs_of(name, split)

@@ -91,7 +91,7 @@ class JsonArray(JsonLines):
                 number += 1
 
 
-JSON_FILES = {".jsonl": JsonLines, ".json": JsonArray}
+JSON_FILES = {".json": JsonArray, ".jsonl": JsonLines}
 """Ending of a JSON file of rows -> its reader."""
 
 _OPENING = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")  # UTF-8 may begin with a mark of 3 bytes
