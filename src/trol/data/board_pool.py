@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from trol.data.boards import ASKERS, COLOURS, Board, draw_array, make_board, questions
@@ -83,7 +82,8 @@ class BoardPool(Dataset[int]):
 
 def _padded(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
     """Rows of integers as one tensor, padded on the right. Shape: [B, T]."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *(fill,) * (width - len(row))] for row in rows])
 
 
 def board_pool(

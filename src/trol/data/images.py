@@ -97,12 +97,9 @@ def _upright(picture: Image.Image, name: str, most_pixels: int) -> Image.Image:
 
 def _is_opened(picture: Image.Image) -> bool:
     """Whether this is what `open_image` gives: in memory, RGB, opaque and upright."""
-    rgb = type(picture) is Image.Image and picture.mode == "RGB"
-    return (
-        rgb
-        and not picture.has_transparency_data
-        and picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    )
+    if type(picture) is not Image.Image or picture.mode != "RGB" or picture.has_transparency_data:
+        return False
+    return picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def _stretched(picture: Image.Image, name: str) -> Image.Image:

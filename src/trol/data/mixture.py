@@ -31,9 +31,6 @@ from trol.errors import DataError, UsageError, unknown
 from trol.files import whole_file
 from trol.strict import built
 
-DECIDING = ("format", "columns", "placeholder", "where", "unless")
-"""Settings of a source that decide which rows it has and how they are read."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -234,16 +231,18 @@ ENTRY = np.dtype([("row", "i8"), ("start", "i8"), ("end", "i8"), ("images", "i2"
 INDEX_VERSION = 2
 """An index of another version is not used."""
 
+INDEX_SETTINGS = ("format", "columns", "placeholder", "where", "unless")
+"""Settings of a source that decide which rows it has and how they are read."""
+
 
 def indexed(container: Container, source: Source, folder: Path) -> np.ndarray:
     """The index kept in `folder`, or a new one if files or settings have changed. Shape: [R]."""
-    settings = asdict(source)
-    deciding = {key: settings[key] for key in sorted(DECIDING)}
+    settings = [getattr(source, name) for name in INDEX_SETTINGS]
     states = [
         (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
         for path in container.files
     ]
-    key = json.dumps([INDEX_VERSION, states, deciding])
+    key = json.dumps([INDEX_VERSION, states, settings])
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if file.exists():
         return np.load(file, allow_pickle=False)
