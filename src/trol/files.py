@@ -1,11 +1,16 @@
-"""Result files that are there whole or not at all."""
+"""Files and folders that are on disk whole or not at all, whenever the power goes.
+
+Both are written under another name beside their place, flushed to the disk, and then renamed.
+After an error the draft is gone, and what had the name before is as it was.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +27,81 @@ def folder(path: str | Path) -> Path:
     return path
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write `content` beside `path` and move it there, so that no reader ever sees half a file."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def whole_file(path: Path) -> Generator[Path]:
+    """The name of a draft to write, which becomes the file `path` when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own for each process: several may write the same file at once.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
+        yield draft
+        _sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def whole_folder(
+    place: Path,
+    *,
+    draft: Path | None = None,
+    first: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> Generator[Path]:
+    """An empty folder to fill, which replaces the folder `place` when the block ends.
+
+    Args:
+        place: where the folder belongs.
+        draft: where it is filled, on the same disk; by default beside `place`.
+        first: whether this process is the one that makes and renames folders, of several that
+            fill one together.
+        wait: returns once all these processes have called it.
+    """
+    draft = draft or place.with_name(f".{place.name}.draft")
+    old = draft.with_name(f"{draft.name}.old")
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    wait()
+    try:
+        yield draft
+        wait()
+        if first:
+            for path in [*draft.rglob("*"), draft]:
+                _sync(path)
+            if place.exists():
+                place.replace(old)
+            draft.replace(place)
+            _sync(place.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
-        os.unlink(draft)
+        if first:
+            if old.exists() and not place.exists():
+                old.replace(place)
+            shutil.rmtree(draft, ignore_errors=True)
         raise
+    wait()
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Writes `content`, text as UTF-8, and gives back the path."""
+    with whole_file(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write `content` as JSON, keys in their own order; a NaN is an error, not a file."""
+    """Writes `content` as JSON, keys in their own order; a NaN is an error, not a file."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     return write_whole(path, text + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

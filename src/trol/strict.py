@@ -11,22 +11,25 @@ from typing import Any
 from trol.errors import UsageError, unknown
 
 
-def built(cls: Any, data: Any, where: str) -> Any:
+def built(cls: Any, data: Any, where: str, **fixed: Any) -> Any:
     """The dataclass `cls` with the values of `data`; `where` is what messages call the place.
+
+    Fields in `fixed` are set by the caller, and are no keys of `data`.
 
     Raises:
         UsageError: an unknown key ("did you mean"), a missing one, or a value of a wrong kind.
     """
     if not isinstance(data, Mapping):
         raise UsageError(f"{where} holds {data!r}; give keys and values.")
-    hints = typing.get_type_hints(cls)
+    hints = {key: hint for key, hint in typing.get_type_hints(cls).items() if key not in fixed}
     for key in data:
         if key not in hints:
             raise unknown(f"key in {where}", key, hints)
     required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
-    if missing := sorted(required - set(data)):
+    if missing := sorted(required - set(data) - set(fixed)):
         raise UsageError(f"{where} lacks {', '.join(missing)}.")
-    return cls(**{key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    values = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    return cls(**values, **fixed)
 
 
 def plain(value: Any) -> Any:
@@ -41,6 +44,8 @@ def _is_required(field_: Any) -> bool:
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):  # X | None: leaving the key out means None
+        kind = typing.get_args(kind)[0]
     origin = typing.get_origin(kind) or kind
     inner = typing.get_args(kind)[-1:]
     if origin is dict and inner and dataclasses.is_dataclass(inner[0]):
@@ -51,22 +56,33 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         value = tuple(value)
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _number(value, where)  # YAML 1.1 reads 1e-3 as a string
-    if (
-        origin is types.UnionType
-        or not isinstance(value, origin)
-        or (isinstance(value, bool) and origin is not bool)
-    ):
-        raise UsageError(f"{where} is {value!r}, but must be {_KINDS.get(origin, str(kind))}.")
+    if not _fits(kind, value):
+        must = _KINDS.get(kind) or _KINDS.get(origin, str(kind))
+        raise UsageError(f"{where} is {value!r}, but must be {must}.")
     return value
 
 
-_KINDS = {
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether the value, and each in it if it is a list or has keys, is of the kind."""
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)[-1:]
+    if origin is Any:
+        return True
+    if isinstance(value, bool) or not isinstance(value, origin):
+        return origin is bool and isinstance(value, bool)
+    if origin is dict and inner:
+        return all(isinstance(key, str) and _fits(inner[0], v) for key, v in value.items())
+    return origin is not list or not inner or all(_fits(inner[0], one) for one in value)
+
+
+_KINDS: dict[Any, str] = {
     tuple: "a list, such as [decoder]",
     dict: "keys and values, such as {policy: plain}",
+    dict[str, str]: "names and names, such as {instruction: question}",
+    dict[str, list[str]]: "columns and lists of patterns, such as {image: [ai2d/*]}",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a word",
+    str: "a text",
 }
 
 

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from trol.errors import UsageError
-from trol.files import write_json, write_whole
 from trol.reports import demo_report as report
 
 TYPES = ("digit", "hop1")
@@ -95,14 +94,6 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
     del short["gates"], short["chance"]
     with pytest.raises(UsageError, match="lack chance, gates"):
         report.render(short, tmp_path)
-
-
-def test_files_are_whole_or_absent(tmp_path: Path) -> None:
-    path = write_whole(tmp_path / "a.txt", "first")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(path, {"loss": float("nan")})
-    assert path.read_text() == "first"
-    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ def test_orientation_is_respected(tmp_path: Path) -> None:
     assert open_image(Image.new("RGB", (4, 2))).size == (4, 2)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_opened_picture_is_not_opened_again(suffix: str, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 2))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / f"turned.{suffix}", exif=exif)
+    opened = open_image(tmp_path / f"turned.{suffix}")
+    assert open_image(opened) is opened
+
+
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         open_image(tmp_path / "none.png")

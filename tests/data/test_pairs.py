@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trol.data.pairs import SPLITS, Pair, is_pairs, pairs_of, shortened
+from trol.data.own_files import SPLITS, Pair, shortened
+from trol.data.pairs import is_pairs, pairs_of
 from trol.errors import DataError, UsageError
 
 
@@ -136,7 +137,7 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         (f"alpaca:{other}", "train", "has no instruction and no output, but prompt, completion"),
         (f"alpaca:{few}", "test", "too few for a test split"),
         (f"alpaca:{tmp_path / 'train.jsonl'}", "test", "no file of the test split"),
-        (f"alpaca:{tmp_path / 'notes.txt'}", "test", "is none of .jsonl"),
+        (f"alpaca:{tmp_path / 'notes.txt'}", "test", "is none of .json"),
     ):
         with pytest.raises(DataError, match=told):
             pairs_of(name, split)

@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import nn
 
+from trol import files
 from trol.cli import main
 from trol.errors import TrainingError, UsageError
 from trol.training import processes, resolve, run, trainer
 from trol.training import run as stage
-from trol.training import run_folder as whole
 from trol.training.losses import BoardReader
 from trol.training.run_folder import newest_checkpoint, whole_folder
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(
             raise SystemExit
 
     real = Path.replace
-    monkeypatch.setattr(whole, "_sync", dies)
+    monkeypatch.setattr(files, "_sync", dies)
     monkeypatch.setattr(Path, "replace", lambda path, to: (dies(), real(path, to))[1])
     with contextlib.suppress(SystemExit), whole_folder(tmp_path / "checkpoint-7") as draft:
         (draft / "a").write_text("one", encoding="utf-8")

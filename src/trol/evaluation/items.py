@@ -77,7 +77,7 @@ def chat_items(path: Path, count: int, seed: int, split: str = "test") -> list[I
 
 
 def _asked(chat: Chat, folder: Path) -> Item:
-    turns = tuple(chat.shown(folder))
+    turns = tuple(chat.with_pictures(folder))
     plain = len(turns) == 1 and all(part["type"] == "text" for part in turns[0]["content"])
     return Item(None, chat.question, chat.answer, chat.type, turns=() if plain else turns)
 

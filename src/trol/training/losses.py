@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from trol.data.board_pool import EMPTY
 from trol.data.boards import COLOURS
-from trol.data.pools import EMPTY
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.depth.readout import Readout

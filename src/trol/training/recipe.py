@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from trol.data import mixture_file
+from trol.data import mixture
 from trol.data.conversations import read_template
 from trol.data.pairs import NAMES, is_pairs
 from trol.depth.policy import from_settings
@@ -133,7 +133,7 @@ def _check_stage(name: str, stage: Stage, recipe: Recipe) -> None:
 
 def _check_data(name: str, stage: Stage) -> None:
     pairs = is_pairs(stage.data)
-    known = (*DATA, *mixture_file.names())
+    known = (*DATA, *mixture.names())
     if not pairs and stage.data not in known and Path(stage.data).suffix not in FILES:
         raise unknown(f"data of stage {name}", stage.data, (*known, *NAMES))
     if stage.prompt_share and not (pairs and stage.max_tokens):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Generator, Mapping
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trol import files
 from trol.checkpoints.adapter import numbers_digest, text_digest, weights_digest
 from trol.data.mixture import Mixture
 from trol.errors import TrainingError, UsageError
@@ -79,7 +79,7 @@ def _files(mixture: Mixture | None) -> list[str]:
     small = sum(part.size for part in mixture.parts) <= READ_WHOLE
     found: list[str] = []
     for part in mixture.parts:
-        columns = (part.index.rows, part.index.starts, part.index.ends)
+        columns = (part.index[name] for name in ("row", "start", "end"))
         found += [_numbers(torch.from_numpy(column.copy())) for column in columns]
         if small:
             found += [hashlib.sha256(p.read_bytes()).hexdigest() for p in part.container.files]
@@ -126,64 +126,16 @@ DRAFTS = ".writing"
 
 @contextmanager
 def whole_folder(place: Path) -> Generator[Path]:
-    """A folder to write into, which becomes `place` when the block ends; all processes take part.
-
-    What is written is on the disk before it gets its name. After an error nothing of it is left,
-    and an earlier folder of that name is as it was.
-    """
-    draft = place.parent / DRAFTS / place.name
-    if processes.is_first():
-        shutil.rmtree(draft.parent, ignore_errors=True)
-        draft.mkdir(parents=True)
-    processes.wait()
+    """`trol.files.whole_folder`, filled in `DRAFTS`; all processes take part."""
+    drafts, first = place.parent / DRAFTS, processes.is_first()
     try:
-        yield draft
-        processes.wait()
-        if processes.is_first():
-            _sync_tree(draft)
-            _put(draft, place)
-    except BaseException:
-        if processes.is_first():
-            shutil.rmtree(draft.parent, ignore_errors=True)
-        raise
-    processes.wait()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` beside `path` and moves it there."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
+        with files.whole_folder(
+            place, draft=drafts / place.name, first=first, wait=processes.wait
+        ) as draft:
+            yield draft
     finally:
-        draft.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _put(draft: Path, place: Path) -> None:
-    """Gives the draft its name; the folder that had it is removed afterwards."""
-    old = draft.with_name(f"{place.name}.old")
-    if place.exists():
-        place.replace(old)
-    draft.replace(place)
-    _sync(place.parent)
-    shutil.rmtree(draft.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        if first:
+            shutil.rmtree(drafts, ignore_errors=True)
 
 
 RECIPE, RUN, WEIGHTS, FOUND, RANDOM = (
@@ -309,8 +261,7 @@ class WorkingFolder:
 
     def _note(self, name: str, text: str) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / name, text)
+            files.write_whole(self.path / name, text)
         except OSError as error:
             raise not_written(name, self.path, error) from error
 

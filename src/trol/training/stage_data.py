@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import nn
 
-from trol.data.chat import Collator, MixtureRows, PairMessages, PairRows
-from trol.data.conversations import ConversationCollator, Conversations
+from trol.data.board_pool import BoardPool, board_pool
+from trol.data.conversations import ConversationCollator, SoundRows
 from trol.data.mixture import Mixture, open_mixture
-from trol.data.pairs import Pair, is_pairs, pairs_of, shortened
-from trol.data.pools import BoardPool, SoundRows, board_pool
+from trol.data.own_files import Pair, shortened
+from trol.data.pairs import is_pairs, pairs_of
 from trol.errors import DataError, UsageError
 from trol.family import TrolProcessor
 from trol.host.weights import is_quantised
@@ -167,24 +167,15 @@ def _conversations(learner: Any, processor: Any, stage: Stage) -> Material:
     for source, reasons in mixture.skipped.items():
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         warnings.warn(f"rows of {source} left out as quarantined: {left}", stacklevel=2)
-    reader = ConversationReader(learner)
-    if isinstance(processor, TrolProcessor):
-        rows, collate = MixtureRows(mixture, processor, most), _collator(processor)
-    else:
-        rows = Conversations(mixture)
-        collate = ConversationCollator(processor, most_tokens=most)
-    sound = SoundRows(rows, collate, mixture.where)
-    return Material(reader, sound, sound.batch)
+    collate = ConversationCollator(processor, most_tokens=most)
+    sound = SoundRows(mixture, collate, mixture.where)
+    return Material(ConversationReader(learner), sound, sound.batch)
 
 
 def _most_tokens(learner: Any, stage: Stage) -> int | None:
     """Tokens that a conversation may have: the stage's limit, and the positions of the host."""
     positions = getattr(learner.config.get_text_config(), "max_position_embeddings", None)
     return min((most for most in (stage.max_tokens, positions) if most), default=None)
-
-
-def _collator(tokenizer: Any) -> Collator:
-    return Collator(getattr(tokenizer, "tokenizer", tokenizer).pad_token_id)
 
 
 TEMPLATE_TOKENS = 8
@@ -197,14 +188,10 @@ def _pairs(learner: Any, processor: Any, stage: Stage, seed: int) -> Material:
     pairs = pairs_of(stage.data, "train", seed=seed)
     if stage.prompt_share:
         pairs = [_cut(pair, tokenizer, stage) for pair in pairs]
-    reader, most = ConversationReader(learner), _most_tokens(learner, stage)
-    if processor is tokenizer and tokenizer.pad_token is not None:
-        rows, collate = PairRows(pairs, tokenizer, most), _collator(tokenizer)
-    else:
-        rows = PairMessages(pairs)
-        collate = ConversationCollator(processor, most_tokens=most)
+    collate = ConversationCollator(processor, most_tokens=_most_tokens(learner, stage))
+    rows = [pair.messages() for pair in pairs]
     sound = SoundRows(rows, collate, lambda number: f"{stage.data}, pair {number} of the seed's")
-    return Material(reader, sound, sound.batch)
+    return Material(ConversationReader(learner), sound, sound.batch)
 
 
 def _cut(pair: Pair, tokenizer: Any, stage: Stage) -> Pair:
