@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trol.family.processing import SquareImageProcessor, TiledImageProcessor
 from trol.family.published.layouts import resize_position_table
+from trol.family.published.processors import SquareImageProcessor, TiledImageProcessor
 
 from .report import Report
 from .sets import GoldenSet

@@ -17,7 +17,7 @@ from golden.instructions import INSTRUCTIONS, user_message
 from trol.depth.planes import drop_planes
 from trol.family import TrolForConditionalGeneration
 from trol.family.generation import RowRotaryEmbedding
-from trol.family.published.templates import MARKS, chat_template
+from trol.family.published.processors import MARKS, chat_template
 from trol.host.names import CACHE
 
 from .folder import publish

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from trol.family.generation import BY_LENGTH, RowRotaryEmbedding
-from trol.family.published.configs import internlm2_rope, phi3_rope
-from trol.family.published.files import Stated
+from trol.family.published.configs import ConfigReader, internlm2_rope, phi3_rope
 
 from .report import Report
 
@@ -39,11 +38,11 @@ def check_internlm2(units: Units, report: Report) -> None:
         found = KIND.search(group)
         assert found
         scaling = {"type": found[1], "factor": float(found[2] or 1)}
-        stated = Stated({"rope_theta": table["base"], "rope_scaling": scaling}, "units.json")
+        reader = ConfigReader({"rope_theta": table["base"], "rope_scaling": scaling}, "units.json")
         config = LlamaConfig(
             head_dim=table["dim"],
             max_position_embeddings=table["max_position_embeddings"],
-            rope_parameters=internlm2_rope(stated),
+            rope_parameters=internlm2_rope(reader),
         )
         want, note = units.part(group), ""
         count = want["cos"].shape[0]
@@ -76,14 +75,14 @@ def check_phi3(units: Units, report: Report) -> None:
 
 def _phi3(table: dict[str, Any], kind: str) -> Phi3Config:
     scaling = {"type": kind, **{name: table[name] for name in FACTORS}}
-    stated = {**table, "rope_theta": table["base"], "rope_scaling": scaling}
+    values = {**table, "rope_theta": table["base"], "rope_scaling": scaling}
     return Phi3Config(
         hidden_size=table["dim"],
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=table["max_position_embeddings"],
         original_max_position_embeddings=table["original_max_position_embeddings"],
-        rope_parameters=phi3_rope(Stated(stated, "units.json")),
+        rope_parameters=phi3_rope(ConfigReader(values, "units.json")),
     )
 
 

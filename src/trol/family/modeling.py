@@ -2,8 +2,6 @@
 
 Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images in the batch, each
 [3, H, W] pixels and P = `config.tokens_per_image` image tokens.
-
-The projector: vision features into the decoder's embedding space.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from trol.depth import attach, attached, is_attached
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
 from trol.family.generation import TrolGenerationMixin, by_row, check_length
-from trol.family.published.configs import spare_parts
+from trol.family.memory import quiet_bitsandbytes, skip_parts
 from trol.family.published.opening import open_published
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
 from trol.policies import from_settings, to_settings
@@ -78,7 +76,7 @@ Encoded = dict[str, BaseModelOutputWithPooling]
 
 
 class TrolPreTrainedModel(PreTrainedModel):
-    """What all TroL models tell transformers about themselves; the parts refuse what they lack."""
+    """What all TroL models declare to transformers; their parts refuse what they cannot do."""
 
     config_class = TrolConfig
     base_model_prefix = "model"
@@ -160,8 +158,8 @@ class TrolModel(TrolPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Image tokens: tower -> without class tokens -> pixel shuffle -> projector.
 
-        `pixel_values` [N, 3, H, W] -> `last_hidden_state`, what the projector read, and
-        `pooler_output` [N, P, D], what it made of it. Raises as `get_vision_features`.
+        `pixel_values` [N, 3, H, W] -> `last_hidden_state`, the projector's inputs, and
+        `pooler_output` [N, P, D], its outputs. Raises as `get_vision_features`.
         """
         features = self.get_vision_features(pixel_values)
         return BaseModelOutputWithPooling(features, self.projector(features))
@@ -236,8 +234,8 @@ class TrolModel(TrolPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        kept = {name: outputs.get(name) for name in BaseModelOutputWithPast.__annotations__}
-        return TrolModelOutput(**kept, image_hidden_states=features)
+        fields = {name: outputs.get(name) for name in BaseModelOutputWithPast.__annotations__}
+        return TrolModelOutput(**fields, image_hidden_states=features)
 
 
 class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
@@ -266,7 +264,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         `DataError` for a damaged checkpoint, `HostError` for one that cannot be had. Whatever a
         `quantization_config` says, tower, projector, head and gates are not quantised.
         """
-        kwargs = spare_parts(kwargs)
+        quiet_bitsandbytes()
+        kwargs = skip_parts(kwargs)
         opened = open_published(cls, source, **kwargs)
         return super().from_pretrained(source, *args, **kwargs) if opened is None else opened
 
@@ -324,14 +323,14 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        whole = isinstance(logits_to_keep, int)
-        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        last = isinstance(logits_to_keep, int)
+        positions = slice(-logits_to_keep, None) if last else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            # Whoever copies the ids for labels does not mean the image tokens: nobody says them.
-            said = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
-            loss = self.loss_function(logits=logits, labels=said, vocab_size=vocab_size, **kwargs)
+            # Labels may be a copy of the ids, but image tokens are never to be predicted.
+            learnt = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
+            loss = self.loss_function(logits=logits, labels=learnt, vocab_size=vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return TrolCausalLMOutput(loss=loss, logits=logits, **rest)

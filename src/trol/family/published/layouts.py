@@ -1,11 +1,15 @@
 """What the published checkpoints call their weights, and what becomes of each in a TroL model.
 
 InternLM2 fuses queries, keys and values group by group, one group for each key head; InternViT
-fuses them as three blocks. Phi-3's fused maps stay as they are.
+fuses them as three blocks. Phi-3's fused maps stay as they are. The gates lie in a file of their
+own or among the weights: L entries, which may all be the same one. Tensors are read when they are
+asked for.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trol.errors import DataError
 from trol.family.configuration import TrolConfig
+from trol.family.published.configs import position_grid
+from trol.family.published.files import CURE, GATING, Checkpoint, read_pickled
 
 Part = Callable[[Tensor], Tensor]
 """Makes a tensor of the model from one of the checkpoint."""
@@ -96,12 +103,12 @@ def _internlm2_layer(text: Any, name: str, target: str) -> Iterator[Source]:
     for old, (out, into), parts in maps:
         # A fused map's A is read by all its parts; each then trains a copy of its own.
         own = _whole if len(parts) == 1 else torch.clone
-        for kind, shape, made, part in (
+        for kind, shape, inner_name, part in (
             ("ffn", [out, into], "base", None),
             ("lora_A", [rank, into], "image_down", own),
             ("lora_B", [out, rank], "image_up", None),
         ):
-            targets = {f"{target}.{new}.{made}.weight": part or p for new, p in parts.items()}
+            targets = {f"{target}.{n}.{inner_name}.weight": part or p for n, p in parts.items()}
             yield Source(f"{name}.{old}.{kind}.weight", shape, targets)
     for old, new in (
         ("attention_norm", "input_layernorm"),
@@ -230,3 +237,152 @@ def _of_groups(tensor: Tensor, *, which: str, group: int, size: int) -> Tensor:
     groups = tensor.unflatten(0, (-1, group + 2, size))
     part = {"q": groups[:, :group], "k": groups[:, group], "v": groups[:, group + 1]}[which]
     return part.reshape(-1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor of the model that is read from its file when `[...]` is asked of it.
+
+    transformers asks just this of the values of a state dict, one after the other.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    part: Part
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.part(self.checkpoint.read(self.name))[index]
+
+
+Weights = Mapping[str, Lazy | Tensor]
+"""Name in the model -> the tensor, or what reads it."""
+
+
+def mapped(checkpoint: Checkpoint, family: str, config: TrolConfig) -> dict[str, Lazy]:
+    """All weights but the gates.
+
+    Raises:
+        DataError: a tensor is missing, has another shape, or does not belong there.
+    """
+    positions = position_grid(checkpoint, family) ** 2 + 1
+    expected = {source.name: source for source in sources(family, config, positions)}
+    missing = [name for name in expected if name not in checkpoint]
+    if missing:
+        files = ", ".join(file.name for file in checkpoint.files())
+        raise DataError(
+            f"{checkpoint.folder} lacks {len(missing)} of the {len(expected)} tensors of a "
+            f"{family} checkpoint, first {missing[0]!r}: in none of {files}; {CURE}."
+        )
+    surplus = [n for n in checkpoint.names() if n not in expected and not n.endswith(IGNORED)]
+    surplus = [name for name in surplus if not name.startswith(GATES[family])]
+    if surplus:
+        raise DataError(
+            f"{checkpoint.file(surplus[0])} holds {surplus[0]!r}, one of {len(surplus)} tensors "
+            f"that a {family} checkpoint of this size does not have; check that config.json and "
+            "the weight files come from the same checkpoint."
+        )
+    for name, source in expected.items():
+        if (shape := checkpoint.shape(name)) != source.shape:
+            raise DataError(
+                f"{checkpoint.file(name)}: {name!r} has the shape {shape}, expected "
+                f"{source.shape} by config.json and the other tensors; {CURE}."
+            )
+    return {
+        target: Lazy(checkpoint, name, part)
+        for name, source in expected.items()
+        for target, part in source.targets.items()
+    }
+
+
+def gates(
+    checkpoint: Checkpoint, family: str, layers: int, width: int
+) -> tuple[str, dict[str, Tensor]]:
+    """'shared' or 'per_layer', and the gates by their names in the model; of shared ones one.
+
+    They come from their own file, or from among the weights where there is no such file. Gates
+    that differ are 'per_layer', with a warning.
+
+    Raises:
+        DataError: there are none, the file is damaged, or they do not fit the decoder's layers.
+    """
+    file, prefix, place = checkpoint.folder / GATING, GATES[family], str(checkpoint.folder)
+    if file.is_file():
+        place, entries = str(file), read_pickled(file, mmap=False)
+    else:
+        names = [name for name in checkpoint.names() if name.startswith(prefix)]
+        entries = {name.removeprefix(prefix): checkpoint.read(name) for name in names}
+        if not entries:
+            raise DataError(
+                f"{checkpoint.folder} is no TroL checkpoint: it has neither {GATING} nor tensors "
+                f"called {prefix}0.weight and so on; put {GATING} beside its weights."
+            )
+    _check_gates(entries, place, layers, width)
+    sharing = _sharing(entries, place, layers)
+    return sharing, {
+        f"{TEXT}.layers.{layer}.depth.{kind}": entries[f"{layer}.{kind}"]
+        for layer in range(1 if sharing == "shared" else layers)
+        for kind in ("weight", "bias")
+    }
+
+
+def _check_gates(entries: dict[str, Tensor], place: str, layers: int, width: int) -> None:
+    """`DataError` unless '{layer}.weight' [1, D] and '{layer}.bias' [1] are finite, and all."""
+    kinds = {"weight": [1, width], "bias": [1]}
+    expected = {f"{i}.{kind}": shape for i in range(layers) for kind, shape in kinds.items()}
+    missing, surplus = expected.keys() - entries.keys(), entries.keys() - expected.keys()
+    cure = f"take the {GATING} that was published with these weights"
+    if missing or surplus:
+        raise DataError(
+            f"{place} holds gates for {len(entries) / 2:g} layers, the decoder has {layers}: "
+            f"missing {_few(missing)}, surplus {_few(surplus)}; {cure}."
+        )
+    for name, shape in expected.items():
+        if list(entries[name].shape) != shape:
+            raise DataError(
+                f"{place}: {name!r} has the shape {list(entries[name].shape)}, expected {shape}, "
+                f"the width of the decoder; {cure}."
+            )
+        if not entries[name].isfinite().all():
+            raise DataError(
+                f"{place}: {name!r} has values that are infinite or no numbers, expected finite "
+                f"ones; {CURE}."
+            )
+
+
+def _sharing(entries: dict[str, Tensor], place: str, layers: int) -> str:
+    distances = {
+        layer: max(
+            float((entries[f"{layer}.{kind}"].float() - entries[f"0.{kind}"].float()).abs().max())
+            for kind in ("weight", "bias")
+        )
+        for layer in range(1, layers)
+    }
+    others = [layer for layer, distance in distances.items() if distance > 0]
+    if not others:
+        return "shared"
+    warnings.warn(
+        f"the gates in {place} differ: those of the layers {_few(others)} are not layer 0's (by up "
+        f"to {max(distances.values()):.3g}). Each layer gets its own; the official code would use "
+        f"the last one, number {layers - 1}, in all layers.",
+        UserWarning,
+        stacklevel=_callers_level(),
+    )
+    return "per_layer"
+
+
+def _callers_level() -> int:
+    """The `stacklevel`, for a warning of the calling function, of the code that called trol."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] not in ("trol", "functools"):
+            return level
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _few(items: object) -> str:
+    """At most four of them, in order."""
+    ordered = sorted(items)  # type: ignore[call-overload]
+    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(map(str, ordered[:4])) + more if ordered else "none"
