@@ -118,7 +118,7 @@ def _check_answers(model: Any, golden: GoldenSet, case: Case, report: Report) ->
 
 
 def _written_out(text: str) -> str:
-    return RUN.sub(lambda found: found[1] * int(found[2]), text)
+    return RUN.sub(lambda match: match[1] * int(match[2]), text)
 
 
 def _check_benchmark(

@@ -35,9 +35,9 @@ def check_internlm2(units: Units, report: Report) -> None:
     table = units.tables["rope.internlm2"]
     report.tick("rope.internlm2")
     for group in units.groups("rope.internlm2", 2):
-        found = KIND.search(group)
-        assert found
-        scaling = {"type": found[1], "factor": float(found[2] or 1)}
+        match = KIND.search(group)
+        assert match
+        scaling = {"type": match[1], "factor": float(match[2] or 1)}
         reader = ConfigReader({"rope_theta": table["base"], "rope_scaling": scaling}, "units.json")
         config = LlamaConfig(
             head_dim=table["dim"],
@@ -46,7 +46,7 @@ def check_internlm2(units: Units, report: Report) -> None:
         )
         want, note = units.part(group), ""
         count = want["cos"].shape[0]
-        if found[1] == "dynamic" and "_after_" in group:
+        if match[1] == "dynamic" and "_after_" in group:
             want, note = _stateless(units, group, count), STATELESS
         for name, got in zip(
             ("cos", "sin"), cos_and_sin(config, torch.arange(count)[None]), strict=True

@@ -83,8 +83,8 @@ def test_internlm2_maps_are_split_row_by_row(tmp_path):
                 parts["k"].append(rows.pop(0))
                 parts["v"].append(rows.pop(0))
             for name, blocks in parts.items():
-                found = state[f"{new}.self_attn.{name}_proj.{made}.weight"]
-                assert torch.equal(found, torch.cat(blocks))
+                block_rows = state[f"{new}.self_attn.{name}_proj.{made}.weight"]
+                assert torch.equal(block_rows, torch.cat(blocks))
         down = [state[f"{new}.self_attn.{name}_proj.image_down.weight"] for name in "qkv"]
         assert all(torch.equal(held[f"{old}.wqkv.lora_A.weight"], one) for one in down)
         assert len({one.data_ptr() for one in down}) == 3, "each trains its own copy"

@@ -191,8 +191,8 @@ def test_it_is_saved_and_opened_again(processors, family, tmp_path):
         assert getattr(again, name) == getattr(processor, name), name
     talk = [*asks("is it 東京?", drawn(64, 32)), says("no")]
     for name, values in encode(processor, talk, return_assistant_tokens_mask=True).items():
-        found = encode(again, talk, return_assistant_tokens_mask=True)[name]
-        assert torch.equal(values, found), name
+        reread = encode(again, talk, return_assistant_tokens_mask=True)[name]
+        assert torch.equal(values, reread), name
 
 
 def test_the_image_token_itself_is_no_text(processors):

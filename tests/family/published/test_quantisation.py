@@ -49,8 +49,8 @@ def test_only_the_decoders_own_maps_are_quantised(folder, bits):
     assert kinds.keys() == plain.keys()
     for name, kind in kinds.items():
         in_layers = name.startswith("model.language_model.layers.")
-        spared = name.endswith(("depth", "image_down", "image_up"))
-        assert (kind == KINDS[bits]) == (in_layers and not spared), name
+        skipped = name.endswith(("depth", "image_down", "image_up"))
+        assert (kind == KINDS[bits]) == (in_layers and not skipped), name
 
 
 @pytest.mark.parametrize("bits", KINDS)
@@ -83,8 +83,8 @@ def test_it_computes_what_its_rounded_weights_say(folder, bits):
         for name, module in model.named_modules():
             if type(module).__name__ == KINDS[bits]:
                 full.get_submodule(name).weight.copy_(values(module, bits))
-        rounded, found = full(**inputs).logits, model(**inputs).logits.float()
-    assert (found - rounded).abs().max() < 0.1 * rounded.std()
+        rounded, computed = full(**inputs).logits, model(**inputs).logits.float()
+    assert (computed - rounded).abs().max() < 0.1 * rounded.std()
     if bits == 4:  # eight bits round the states as well, by about as much as the weights
         assert (own - rounded).abs().max() > 0.5 * rounded.std()
 

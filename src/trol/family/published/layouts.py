@@ -294,7 +294,7 @@ def mapped(checkpoint: Checkpoint, family: str, config: TrolConfig) -> dict[str,
     }
 
 
-def gates(
+def read_gates(
     checkpoint: Checkpoint, family: str, layers: int, width: int
 ) -> tuple[str, dict[str, Tensor]]:
     """'shared' or 'per_layer', and the gates by their names in the model; of shared ones one.

@@ -33,7 +33,7 @@ from trol.family.published.files import (
     read_json,
     unreachable,
 )
-from trol.family.published.layouts import SIGNATURES, Weights, gates, mapped
+from trol.family.published.layouts import SIGNATURES, Weights, mapped, read_gates
 from trol.family.published.processors import MARKS, published_processor
 
 HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -55,6 +55,9 @@ class Published:
     checkpoint: Checkpoint
     family: str
     """"internlm2" or "phi3"."""
+    config: TrolConfig
+    gates: dict[str, Tensor]
+    """By their names in the model; of shared ones the first layer's."""
 
     @property
     def folder(self) -> Path:
@@ -62,25 +65,9 @@ class Published:
         return self.checkpoint.folder
 
     @cached_property
-    def config(self) -> TrolConfig:
-        """The TroL configuration; raises `DataError` as `trol_config` and `gates` do."""
-        return self._parts[0]
-
-    @cached_property
     def weights(self) -> Weights:
         """All weights by their names in the model; raises `DataError` as `mapped` does."""
-        config, gate_tensors = self._parts
-        return {**mapped(self.checkpoint, self.family, config), **gate_tensors}
-
-    @cached_property
-    def _parts(self) -> tuple[TrolConfig, dict[str, Tensor]]:
-        config = trol_config(self.family, self.checkpoint)
-        text = config.text_config
-        sharing, gate_tensors = gates(
-            self.checkpoint, self.family, text.num_hidden_layers, text.hidden_size
-        )
-        config.depth = {"policy": "trol_mixer", "sharing": sharing}
-        return config, gate_tensors
+        return {**mapped(self.checkpoint, self.family, self.config), **self.gates}
 
     def open_model(self, cls: Any, settings: dict[str, Any]) -> Any:
         """What `cls.from_pretrained` gives with these settings, of the model's class `cls`.
@@ -157,9 +144,14 @@ def find_published(source: str | Path, **settings: Any) -> Published | None:
     if folder is None:
         return None
     checkpoint = Checkpoint(folder)
-    for family, tensors in SIGNATURES.items():
-        if all(name in checkpoint for name in tensors):
-            return Published(str(source), checkpoint, family)
+    for family, names in SIGNATURES.items():
+        if all(name in checkpoint for name in names):
+            config = trol_config(family, checkpoint)
+            text = config.text_config
+            layers, width = text.num_hidden_layers, text.hidden_size
+            sharing, tensors = read_gates(checkpoint, family, layers, width)
+            config.depth = {"policy": "trol_mixer", "sharing": sharing}
+            return Published(str(source), checkpoint, family, config, tensors)
     if not (folder / GATING).is_file():
         return None
     known = "; ".join(f"{family}: {', '.join(t)}" for family, t in SIGNATURES.items())
