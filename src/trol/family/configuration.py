@@ -35,7 +35,7 @@ DEFAULT_DEPTH = {"policy": "trol_mixer"}
 """Published TroL: each layer's gate decides per token how much of a second visit counts."""
 
 DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
-"""The model type of a part whose dict names none."""
+"""Part -> its model type where its dict names none."""
 
 
 @strict

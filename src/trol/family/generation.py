@@ -80,7 +80,7 @@ class RowRotaryEmbedding(nn.Module):
 
 
 def by_row(decoder: nn.Module, config: Any) -> None:
-    """Gives a decoder whose RoPE depends on the length one that looks at each row by itself."""
+    """Makes a decoder's RoPE, where it depends on the length, look at each row by itself."""
     if goes_by_length(config):
         decoder.rotary_emb = RowRotaryEmbedding(config)
 

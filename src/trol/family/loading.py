@@ -227,7 +227,7 @@ HEADED: dict[Any, Any] = {
 def auto_class(config: PretrainedConfig) -> Any:
     """The Auto class for a model of this configuration: of the class that was saved, if it says.
 
-    Otherwise that of models that see, where there is one, or that of causal language models.
+    Otherwise that of image-text-to-text models, if the host is one, or of causal language models.
     """
     host = config.host if isinstance(config, SavedHostConfig) else config
     fitting = {auto: table[type(host)] for auto, table in HEADED.items() if type(host) in table}

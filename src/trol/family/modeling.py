@@ -34,25 +34,19 @@ class TrolProjector(nn.Module):
     the tower's features do not say.
     """
 
-    def __init__(
-        self,
-        vision_size: int,
-        hidden_size: int,
-        text_size: int,
-        *,
-        act: str,
-        positions: int,
-        norm: bool = False,
-    ) -> None:
+    def __init__(self, config: TrolConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(vision_size) if norm else None
-        self.linear_1 = nn.Linear(vision_size, hidden_size)
-        self.act = ACT2FN[act]
-        self.linear_2 = nn.Linear(hidden_size, text_size)
-        self.positions = nn.Embedding(positions, text_size) if positions else None
+        width = round(config.vision_config.hidden_size / config.downsample_ratio**2)
+        hidden, positions = config.text_config.hidden_size, config.projector_positions
+        inner = config.projector_hidden_size or hidden
+        self.norm = nn.LayerNorm(width) if config.projector_norm else None
+        self.linear_1 = nn.Linear(width, inner)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(inner, hidden)
+        self.positions = nn.Embedding(positions, hidden) if positions else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [N, P, vision_size] -> [N, P, text_size]."""
+        """Features [N, P, width of the tower / downsample_ratio²] -> [N, P, D]."""
         features = features if self.norm is None else self.norm(features)
         projected = self.linear_2(self.act(self.linear_1(features)))
         return projected if self.positions is None else projected + self.positions.weight
@@ -95,16 +89,8 @@ class TrolModel(TrolPreTrainedModel):
 
     def __init__(self, config: TrolConfig) -> None:
         super().__init__(config)
-        text_size = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.projector = TrolProjector(
-            round(config.vision_config.hidden_size / config.downsample_ratio**2),
-            config.projector_hidden_size or text_size,
-            text_size,
-            act=config.projector_hidden_act,
-            positions=config.projector_positions,
-            norm=config.projector_norm,
-        )
+        self.projector = TrolProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         by_row(self.language_model, config.text_config)
         self.post_init()

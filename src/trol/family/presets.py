@@ -217,7 +217,7 @@ def byte_level_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> PreTra
     It reads any text (no unknown token), pads on the left and has the chat template `SEPARATED`.
 
     Raises:
-        UsageError: the vocabulary does not even hold the bytes and the special tokens.
+        UsageError: the vocabulary is too small for the bytes and the special tokens.
     """
     least = BYTES + len(BYTE_LEVEL_TOKENS)
     if vocabulary < least:
@@ -239,10 +239,10 @@ def separate(model: Any, tokenizer: Any) -> None:
     """Gives a text decoder and its tokenizer the form `SEPARATED`, in place.
 
     A tokenizer without a separator learns `<SEP>`; the embeddings grow where its number is beyond
-    them. Where there is no padding token, the end stands for it.
+    them. Without a padding token, the token that ends a text pads.
 
     Raises:
-        HostError: this is a processor's, whose template must know pictures; or nothing ends a text.
+        HostError: the tokenizer is a processor, which reads pictures; or it has no end token.
     """
     if hasattr(tokenizer, "tokenizer"):
         raise HostError(
@@ -270,12 +270,12 @@ def composed(
     """The model of a published size and its processor, in float32.
 
     `preset` names the size, a `vision` tower and a `text` decoder (folders or hub names), whose
-    own dimensions go before the published ones. What no checkpoint has is drawn: the projector,
-    the gates, without `vision` the tower, and without `text` the decoder, whose tokenizer then
-    knows these `words`.
+    own dimensions replace the published ones. Weights that no checkpoint has are random: projector,
+    gates, the tower without `vision`, and the decoder without `text`. The tokenizer of such a
+    decoder knows these `words`.
 
     Raises:
-        UsageError: no such size, or a key that is none of a preset's.
+        UsageError: the size or a key is unknown.
         HostError: a checkpoint cannot be opened, or is of another kind than the published part.
     """
     keys = ("name", "vision", "text")
@@ -385,7 +385,7 @@ def _internlm2(
 
 
 def _internlm2_weights(config: TrolConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The published layout's weights, as far as a plain InternLM2 has them."""
+    """The weights that a plain InternLM2 has, by their names in the TroL model."""
     for source in sources(RAW, config, positions=0):
         if not source.name.startswith(("model.", "output.")) or ".lora_" in source.name:
             continue

@@ -101,7 +101,7 @@ class TrolProcessor(ProcessorMixin):
         return encoded
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `ProcessorMixin.apply_chat_template`; `DataError` for a user who says nothing."""
+        """As `ProcessorMixin.apply_chat_template`; `DataError` for an empty user message."""
         for message in _messages(conversation):
             if message.get("role") == "user" and not _says_something(message.get("content")):
                 raise DataError(
@@ -280,7 +280,7 @@ def _messages(conversation: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _says_something(content: Any) -> bool:
-    """Whether a message's content has any text or anything else than text."""
+    """Whether a message's content has any text, or a part that is no text."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return bool(content and content.strip())
     return any(part.get("type") != "text" or part.get("text", "").strip() for part in content)
