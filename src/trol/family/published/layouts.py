@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from trol.errors import DataError
 from trol.family.configuration import TrolConfig
@@ -124,7 +124,9 @@ def _shapes(config: TrolConfig) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     with torch.device("meta"):
         for name, part in ((TEXT, text), (VISION, vision)):
-            weights = AutoModel.from_config(copy.deepcopy(part)).state_dict()
+            # By its class: AutoModel.from_config would shard the weights under ZeRO-3.
+            cls: Any = MODEL_MAPPING[type(part)]
+            weights = cls(copy.deepcopy(part)).state_dict()
             shapes |= {f"{name}.{key}": list(tensor.shape) for key, tensor in weights.items()}
     width, hidden = round(vision.hidden_size / config.downsample_ratio**2), text.hidden_size
     inner = config.projector_hidden_size or hidden
