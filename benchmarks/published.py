@@ -26,8 +26,8 @@ from trol.bench.load import PeakMemory, write_published
 from trol.cli.terminal import run_record
 from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
 from trol.family import TrolForConditionalGeneration
-from trol.family.presets import PUBLISHED
-from trol.family.published.configs import quantised
+from trol.family.configuration import PUBLISHED
+from trol.family.memory import quantised
 
 TEXT_TOKENS, NEW_TOKENS, ROUNDS = 40, 16, 3
 

@@ -17,9 +17,9 @@ def greedy(model, inputs, **kwargs):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_row_of_a_batch_is_generated_as_alone(model, encode, beams):
-    together = greedy(model, encode(rows()), num_beams=beams)
+    batched = greedy(model, encode(rows()), num_beams=beams)
     for number, row in enumerate(rows()):
-        assert torch.equal(together[number], greedy(model, encode(row), num_beams=beams)[0])
+        assert torch.equal(batched[number], greedy(model, encode(row), num_beams=beams)[0])
 
 
 def test_raw_pixels_follow_their_row_when_rows_are_repeated(model, encode):

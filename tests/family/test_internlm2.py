@@ -92,10 +92,10 @@ def test_only_image_tokens_are_updated(model):
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_a_row_of_a_batch_is_the_row_alone(model, how):
     inputs = batch(model, IMAGES, WORDS)
-    together = model.generate(**inputs, **NEW, **how)[:, -5:]
+    batched = model.generate(**inputs, **NEW, **how)[:, -5:]
     for row in range(len(IMAGES)):
         ids = model.generate(**alone(inputs, row, IMAGES), **NEW, **how)
-        assert torch.equal(together[row], ids[0, -5:])
+        assert torch.equal(batched[row], ids[0, -5:])
 
 
 @pytest.mark.skipif(OLDEST, reason=WHOLE_PROMPTS["chunked_prefill"])

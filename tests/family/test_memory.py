@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_missing_is_told(folder: Path) -> None:
+def test_the_missing_memory_is_named(folder: Path) -> None:
     with pytest.raises(HostError, match=r"x needs 1\.0 .* 0\.2 .* on cpu: 0\.8 .* missing; run"):
         check_fits("x", VALUES, "cpu", "run")
     check_fits("x", VALUES // 4, "cpu", "run")

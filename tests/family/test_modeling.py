@@ -27,12 +27,12 @@ CLOSE = {"atol": 5e-5, "rtol": 0}
 def test_a_row_of_a_batch_is_the_row_alone(model, encode, side):
     with torch.no_grad():
         batch = encode(rows(), side)
-        together = model(**batch).logits
+        batched = model(**batch).logits
         for number, row in enumerate(rows()):
             inputs = encode(row)
             alone = model(**inputs).logits[0]
             real = batch["attention_mask"][number].bool()
-            torch.testing.assert_close(together[number, real], alone, **CLOSE)
+            torch.testing.assert_close(batched[number, real], alone, **CLOSE)
 
 
 def test_images_matter_and_their_order_too(model, encode):

@@ -38,11 +38,11 @@ def test_rows_of_other_lengths_do_not_choose_a_rows_factors(model):
     images, words = [0, 3], [7, 12]
     inputs = batch(model, images, words)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together = model(**inputs, position_ids=positions).logits
+    batched = model(**inputs, position_ids=positions).logits
     for row in range(2):
         real = inputs["attention_mask"][row].bool()
         single = model(**alone(inputs, row, images)).logits[0]
-        torch.testing.assert_close(together[row, real], single, **CLOSE)
+        torch.testing.assert_close(batched[row, real], single, **CLOSE)
 
 
 @pytest.mark.parametrize("images", [IMAGES, [0, 0, 0]])

@@ -54,9 +54,9 @@ def check_generation(model: Any, golden: GoldenSet, case: Case, report: Report) 
         if f"{alone.name}.gen_ids" in golden.expected:
             _check_greedy(model, golden, alone, report)
     for name in list(golden.expected):
-        found = BEAMS.search(name)
-        if found and name.startswith(f"{case.name}.beam"):
-            _check_beams(model, golden, case, int(found[1]), report)
+        match = BEAMS.search(name)
+        if match and name.startswith(f"{case.name}.beam"):
+            _check_beams(model, golden, case, int(match[1]), report)
     for name in [n for n in golden.expected if n.startswith(f"{case.name}.flash_path.")]:
         report.add(name, None, "own: see the rows alone", passed=True)
     if f"{case.name}_early_stop" in golden.facts:

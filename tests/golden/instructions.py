@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from trol.errors import unknown
-from trol.family.processing import IMAGE_TOKEN
-from trol.family.published.templates import MARKS
+from trol.family.configuration import IMAGE_TOKEN
+from trol.family.published.processors import MARKS
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 PHRASE = "\nAnswer the question using a single word or phrase."

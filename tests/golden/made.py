@@ -109,8 +109,8 @@ def weights_of(model: Any, arch: str) -> dict[str, Tensor]:
 
 
 def _is_grouped(name: str) -> bool:
-    found = WQKV.match(name)
-    return found is not None and found[2] != "lora_A"
+    match = WQKV.match(name)
+    return match is not None and match[2] != "lora_A"
 
 
 def _case(model: Any, name: str, inputs: dict[str, Tensor]) -> Case:

@@ -49,11 +49,11 @@ def reader(model: Any, read: Read) -> Callable[[str], Tensor | None]:
 
 def ours_of(name: str, *, norm: bool) -> str:
     """trol's name of an unfused parameter, or "" where upstream's is unknown."""
-    if found := GATE.match(name):
-        return f"model.language_model.layers.{found[1]}.depth.{found[2]}"
-    if found := PROJECTOR.match(name):
+    if match := GATE.match(name):
+        return f"model.language_model.layers.{match[1]}.depth.{match[2]}"
+    if match := PROJECTOR.match(name):
         parts = ("norm", "linear_1", "", "linear_2") if norm else ("linear_1", "", "linear_2")
-        return f"model.projector.{parts[int(found[1])]}.{found[2]}"
+        return f"model.projector.{parts[int(match[1])]}.{match[2]}"
     if name.startswith("language_model."):  # Phi-3: transformers' names, within another prefix
         rest = name.removeprefix("language_model.")
         if rest.startswith("model."):
@@ -64,8 +64,8 @@ def ours_of(name: str, *, norm: bool) -> str:
         "model.norm.weight": "model.language_model.norm.weight",
         "output.weight": "lm_head.weight",
     }
-    found = LAYER.match(name)
-    return plain.get(name, "") if found is None else _in_layer(found[1], found[2])
+    match = LAYER.match(name)
+    return plain.get(name, "") if match is None else _in_layer(match[1], match[2])
 
 
 def _in_layer(number: str, rest: str) -> str:

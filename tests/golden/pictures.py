@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trol.family.processing import SquareImageProcessor, TiledImageProcessor
 from trol.family.published.layouts import resize_position_table
+from trol.family.published.processors import SquareImageProcessor, TiledImageProcessor
 
 from .report import Report
 from .sets import GoldenSet
@@ -81,8 +81,8 @@ def seen(model: Any, golden: GoldenSet, pixels: list[Tensor]) -> Tensor:
 
 
 def _check_pixels(model: Any, golden: GoldenSet, case: str, report: Report) -> None:
-    together, name = golden.inputs.get(f"{case}.images_u8"), f"{case}.pixel_values"
-    pictures = list(pictures_of(golden, case).values()) if together is None else list(together)
+    stacked, name = golden.inputs.get(f"{case}.images_u8"), f"{case}.pixel_values"
+    pictures = list(pictures_of(golden, case).values()) if stacked is None else list(stacked)
     want = golden.expected.get(name, golden.inputs.get(name))
     if pictures and want is not None:
         report.close(name, seen(model, golden, pictures), want)

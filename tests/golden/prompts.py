@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from golden.instructions import user_message
-from trol.family import modeling
+from trol.family import TrolProcessor, modeling
 from trol.family.published import processors
 
 from .generation import clean_steps, generate, own
@@ -33,7 +33,7 @@ def check_prompts(model: Any, golden: GoldenSet, report: Report) -> None:
     tokenizer = toy_tokenizer(golden)
     report.tick("eval.tokenizer")
     with patch.object(processors, "published_tokenizer", lambda folder: tokenizer):
-        processor = processors.published_processor(golden.folder, model.config)
+        processor = processors.published_processor(TrolProcessor, golden.folder, model.config)
     # trol refuses prompts beyond the decoder's positions; upstream does not count, and a tiny
     # decoder has fewer than the letters of a system prompt.
     with patch.object(modeling, "check_length", lambda config, tokens: None):
@@ -118,7 +118,7 @@ def _check_answers(model: Any, golden: GoldenSet, case: Case, report: Report) ->
 
 
 def _written_out(text: str) -> str:
-    return RUN.sub(lambda found: found[1] * int(found[2]), text)
+    return RUN.sub(lambda match: match[1] * int(match[2]), text)
 
 
 def _check_benchmark(

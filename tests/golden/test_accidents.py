@@ -17,7 +17,7 @@ from golden.instructions import INSTRUCTIONS, user_message
 from trol.depth.planes import drop_planes
 from trol.family import TrolForConditionalGeneration
 from trol.family.generation import RowRotaryEmbedding
-from trol.family.published.templates import MARKS, chat_template
+from trol.family.published.processors import MARKS, chat_template
 from trol.host.names import CACHE
 
 from .folder import publish
@@ -110,8 +110,8 @@ def test_padding_stays_padding_after_the_prompt(model):
     forgotten = decoded(torch.ones_like(grown), torch.full_like(step, mask.shape[1]))
     assert distance(forgotten, own) > FAR
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    together, apart = model.generate(**inputs, **how), model.generate(**single, **how)
-    assert torch.equal(together[0, -6:], apart[0, -6:])
+    batched, apart = model.generate(**inputs, **how), model.generate(**single, **how)
+    assert torch.equal(batched[0, -6:], apart[0, -6:])
 
 
 @torch.no_grad()
@@ -122,12 +122,12 @@ def test_a_rows_rope_factors_are_its_own(switching):
     """
     rows = [0, 0]
     inputs = batch(switching, rows, [SWITCH - 4, SWITCH + 4])
-    told = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
+    inputs_with_positions = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
     single, real = alone(inputs, 0, rows), inputs["attention_mask"][0].bool()
     own = switching(**single).logits[0]
-    torch.testing.assert_close(switching(**told).logits[0, real], own, **CLOSE)
+    torch.testing.assert_close(switching(**inputs_with_positions).logits[0, real], own, **CLOSE)
     twin = enlarged(Phi3ForCausalLM(switching.config.text_config))
-    assert distance(twin(**told).logits[0, real], twin(**single).logits[0]) > FAR
+    assert distance(twin(**inputs_with_positions).logits[0, real], twin(**single).logits[0]) > FAR
 
 
 @torch.no_grad()
@@ -159,10 +159,10 @@ def test_each_beam_gets_the_images_of_its_row(model):
     images = [2, 0]
     inputs = batch(model, images, [5, 3])
     how = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    together = model.generate(**inputs, **how)
+    batched = model.generate(**inputs, **how)
     for row in range(2):
         apart = model.generate(**alone(inputs, row, images), **how)
-        assert torch.equal(together[row, -4:], apart[0, -4:])
+        assert torch.equal(batched[row, -4:], apart[0, -4:])
     single = alone(inputs, 0, images)
     beams = single["input_ids"].repeat(2, 1)
     upstream = model(beams, pixel_values=single["pixel_values"].repeat_interleave(2, 0)).logits

@@ -18,15 +18,15 @@ RULE = re.compile(
 
 def toy_tokenizer(golden: GoldenSet) -> ToyTokenizer:
     """The tokenizer of a set; `NotGolden` where it states a rule of another kind."""
-    stated = golden.facts["eval.tokenizer"]
-    rule = RULE.fullmatch(stated["rule"])
+    facts = golden.facts["eval.tokenizer"]
+    rule = RULE.fullmatch(facts["rule"])
     if rule is None:
         raise NotGolden(
-            f"{golden.folder} states the tokenizer {stated['rule']!r}, which the checker does not "
+            f"{golden.folder} states the tokenizer {facts['rule']!r}, which the checker does not "
             f"know; it knows {RULE.pattern!r}."
         )
     config = golden.config
-    return ToyTokenizer(int(rule[1]), config["text_hi"], stated["specials"], config["pad_token_id"])
+    return ToyTokenizer(int(rule[1]), config["text_hi"], facts["specials"], config["pad_token_id"])
 
 
 class ToyTokenizer(PreTrainedTokenizer):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from trol.family.processing import TiledImageProcessor
+from trol.family.published.processors import TiledImageProcessor
 
 from .pictures import ROUNDING, compare_resize, picture, resized
 from .report import Report

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from trol.family.generation import BY_LENGTH, RowRotaryEmbedding
-from trol.family.published.configs import internlm2_rope, phi3_rope
-from trol.family.published.files import Stated
+from trol.family.published.configs import ConfigReader, internlm2_rope, phi3_rope
 
 from .report import Report
 
@@ -36,18 +35,18 @@ def check_internlm2(units: Units, report: Report) -> None:
     table = units.tables["rope.internlm2"]
     report.tick("rope.internlm2")
     for group in units.groups("rope.internlm2", 2):
-        found = KIND.search(group)
-        assert found
-        scaling = {"type": found[1], "factor": float(found[2] or 1)}
-        stated = Stated({"rope_theta": table["base"], "rope_scaling": scaling}, "units.json")
+        match = KIND.search(group)
+        assert match
+        scaling = {"type": match[1], "factor": float(match[2] or 1)}
+        reader = ConfigReader({"rope_theta": table["base"], "rope_scaling": scaling}, "units.json")
         config = LlamaConfig(
             head_dim=table["dim"],
             max_position_embeddings=table["max_position_embeddings"],
-            rope_parameters=internlm2_rope(stated),
+            rope_parameters=internlm2_rope(reader),
         )
         want, note = units.part(group), ""
         count = want["cos"].shape[0]
-        if found[1] == "dynamic" and "_after_" in group:
+        if match[1] == "dynamic" and "_after_" in group:
             want, note = _stateless(units, group, count), STATELESS
         for name, got in zip(
             ("cos", "sin"), cos_and_sin(config, torch.arange(count)[None]), strict=True
@@ -76,14 +75,14 @@ def check_phi3(units: Units, report: Report) -> None:
 
 def _phi3(table: dict[str, Any], kind: str) -> Phi3Config:
     scaling = {"type": kind, **{name: table[name] for name in FACTORS}}
-    stated = {**table, "rope_theta": table["base"], "rope_scaling": scaling}
+    values = {**table, "rope_theta": table["base"], "rope_scaling": scaling}
     return Phi3Config(
         hidden_size=table["dim"],
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=table["max_position_embeddings"],
         original_max_position_embeddings=table["original_max_position_embeddings"],
-        rope_parameters=phi3_rope(Stated(stated, "units.json")),
+        rope_parameters=phi3_rope(ConfigReader(values, "units.json")),
     )
 
 

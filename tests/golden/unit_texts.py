@@ -10,9 +10,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from golden.instructions import answer_of, max_new_tokens, user_message
 from trol.family import TrolProcessor
-from trol.family.processing import IMAGE_TOKEN
-from trol.family.published.processors import SIGHTS, Sight
-from trol.family.published.templates import MARKS, chat_template
+from trol.family.configuration import IMAGE_TOKEN
+from trol.family.published.processors import IMAGE_SETTINGS, MARKS, ImageSettings, chat_template
 
 from .pictures import picture
 from .report import Report
@@ -82,23 +81,23 @@ def _rules(name: str, families: dict[str, Any], report: Report) -> None:
 def _bundles(name: str, rows: list[Any], report: Report) -> None:
     """[text, image token, tokens of an image, text with as many]."""
     for number, (text, token, count, want) in enumerate(rows):
-        sight = next(sight for sight in SIGHTS.values() if sight.image_token == token)
-        report.exact(f"{name}[{number}]", _expanded(sight, text, count), want)
+        look = next(look for look in IMAGE_SETTINGS.values() if look.image_token == token)
+        report.exact(f"{name}[{number}]", _expanded(look, text, count), want)
 
 
-def _expanded(sight: Sight, text: str, count: int) -> str:
+def _expanded(look: ImageSettings, text: str, count: int) -> str:
     """The text that the processor hands to its tokenizer."""
-    around = (sight.image_prefix, sight.image_token, sight.image_suffix)
+    around = (look.image_prefix, look.image_token, look.image_suffix)
     text = text.replace("".join(around), IMAGE_TOKEN)
     specials = {token: number for number, token in enumerate(sorted({*around} - {""}), start=1)}
     tokenizer = ToyTokenizer(8, 100, specials, 0)
     processor = TrolProcessor(
-        sight.image_processor(size={"height": 4, "width": 4}),
+        look.image_processor(size={"height": 4, "width": 4}),
         tokenizer,
         tokens_per_image=count,
-        image_token=sight.image_token,
-        image_prefix=sight.image_prefix,
-        image_suffix=sight.image_suffix,
+        image_token=look.image_token,
+        image_prefix=look.image_prefix,
+        image_suffix=look.image_suffix,
     )
     images = [picture(torch.zeros(3, 4, 4, dtype=torch.uint8))] * text.count(IMAGE_TOKEN)
     processor(images=images or None, text=text)

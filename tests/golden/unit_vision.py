@@ -105,12 +105,12 @@ def check_internvit(units: Units, report: Report) -> None:
         weights = units.part(f"{group}.w")
         tower = _internvit(units.tables["internvit"], weights)
         for name, want in part.items():
-            found = re.fullmatch(r"(\w+)\.last_hidden_state", name)
-            if found:
-                pixels = part[f"{found[1]}.pixel_values"]
+            match = re.fullmatch(r"(\w+)\.last_hidden_state", name)
+            if match:
+                pixels = part[f"{match[1]}.pixel_values"]
                 got = tower(pixel_values=pixels).last_hidden_state
                 report.close(f"{group}.{name}", got, want)
-                report.tick(f"{group}.{found[1]}.pixel_values")
+                report.tick(f"{group}.{match[1]}.pixel_values")
         for name in weights:
             report.tick(f"{group}.w.{name}")
 

@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import trol.family
 from hosts import HOSTS
 from trol import depth, load, save, speculate
 from trol.depth import attach, attached
 from trol.depth.attachment import gates_of
 from trol.errors import UsageError
-from trol.family import saved_host
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.router import Router
@@ -74,7 +74,7 @@ def test_parameters_that_learn_have_a_gradient(name: str) -> None:
             assert parameter.requires_grad == (parameter.grad is not None)
 
 
-assert saved_host  # importing the family tells the Auto classes how such folders are opened
+assert trol.family  # importing it tells the Auto classes how such folders are opened
 
 
 def places() -> dict[str, str]:

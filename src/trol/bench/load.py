@@ -31,9 +31,8 @@ from trol.checkpoints.adapter import save as save_adapter
 from trol.depth import attach
 from trol.evaluation.timing import interleaved
 from trol.family import TrolConfig, TrolForConditionalGeneration
-from trol.family.presets import PUBLISHED
-from trol.family.published.configs import quantised
-from trol.family.published.files import trim_memory
+from trol.family.configuration import PUBLISHED
+from trol.family.memory import quantised, trim_memory
 from trol.family.published.layouts import sources
 from trol.policies.mixer import TrolMixer
 

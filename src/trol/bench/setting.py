@@ -28,9 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trol.errors import UsageError, unknown
 from trol.evaluation.timing import Timing, ratio_and_spread
-from trol.family.memory import check_fits
-from trol.family.presets import PUBLISHED
-from trol.family.published.configs import BLOCK, quantised
+from trol.family.configuration import PUBLISHED
+from trol.family.memory import BLOCK, check_fits, quantised
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The TroL models: configuration, model, processor and presets, known to the Auto classes.
+"""The TroL models: configuration, model, processor, presets, opening; imports `data` and lower.
 
 Importing this package registers them: `AutoModelForImageTextToText.from_pretrained(folder)`,
 `AutoProcessor.from_pretrained(folder)` and `pipeline("image-text-to-text", ...)` work after it.
@@ -18,10 +18,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trol.family.configuration import TrolConfig
 from trol.family.internlm2 import InternLM2Config, InternLM2Model
+from trol.family.loading import register_saved_hosts
 from trol.family.modeling import TrolForConditionalGeneration, TrolModel
 from trol.family.presets import tiny, tiny_processor, word_tokenizer
-from trol.family.processing import SquareImageProcessor, TiledImageProcessor, TrolProcessor
-from trol.family.saved_host import register as register_saved_hosts
+from trol.family.processing import TrolProcessor
+from trol.family.published.processors import SquareImageProcessor, TiledImageProcessor
 
 AutoConfig.register(InternLM2Config.model_type, InternLM2Config)
 AutoModel.register(InternLM2Config, InternLM2Model)

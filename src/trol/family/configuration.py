@@ -1,32 +1,41 @@
-"""TrolConfig: any vision tower, any decoder, the projector between them, and the depth policy.
+"""TrolConfig and those of the published sizes, what TroL models return, and the count of images.
 
-What TroL models return: transformers' outputs, and the image features.
-
-Image placeholders: how many there must be, and whose images are whose.
-
-Images are consumed in reading order: row by row, and within a row from left to right.
+A TroL model is any vision tower, any decoder, the projector between them, and a depth policy. The
+images of a batch are consumed in reading order: row by row, within a row from left to right.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    CLIPVisionConfig,
+    InternVLVisionConfig,
+    Phi3Config,
+    PretrainedConfig,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from trol.errors import DataError, UsageError, unknown
+from trol.family.internlm2 import InternLM2Config
+
+IMAGE_TOKEN = "<image>"
+"""Stands for one image in every text and template, whatever the tokenizer's image token is."""
 
 DEFAULT_DEPTH = {"policy": "trol_mixer"}
 """Published TroL: each layer's gate decides per token how much of a second visit counts."""
 
 DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
-"""The model type of a part whose dict names none."""
+"""Part -> its model type where its dict names none."""
 
 
 @strict
@@ -83,8 +92,8 @@ class TrolConfig(PretrainedConfig):
         return int(rows * self.downsample_ratio) * int(columns * self.downsample_ratio)
 
     def _check_projector(self) -> None:
-        fewer = 1 / self.downsample_ratio if 0 < self.downsample_ratio <= 1 else 0.5
-        if not fewer.is_integer() or any(side % fewer for side in self.patch_grid):
+        block = 1 / self.downsample_ratio if 0 < self.downsample_ratio <= 1 else 0.5
+        if not block.is_integer() or any(patches % block for patches in self.patch_grid):
             raise UsageError(
                 f"downsample_ratio is {self.downsample_ratio}, but must be 1, 1/2, 1/3, ... and "
                 f"divide the grid of {self.patch_grid} patches evenly."
@@ -98,13 +107,13 @@ class TrolConfig(PretrainedConfig):
             )
 
 
-def _part(name: str, given: Any) -> PretrainedConfig:
-    """The config of one part, from a config, its dict, or nothing (the default type's default)."""
-    if isinstance(given, PretrainedConfig):
-        return given
-    if given is not None and not isinstance(given, dict):
-        raise UsageError(f"{name} is {given!r}; give a transformers config, or its dict.")
-    settings = dict(given or {})
+def _part(name: str, value: Any) -> PretrainedConfig:
+    """The config of one part, from a config, its dict, or None (the default type's default)."""
+    if isinstance(value, PretrainedConfig):
+        return value
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{name} is {value!r}; give a transformers config, or its dict.")
+    settings = dict(value or {})
     model_type = settings.pop("model_type", DEFAULT_PARTS[name])
     if model_type not in CONFIG_MAPPING:
         raise unknown(f"model_type of {name}", model_type, CONFIG_MAPPING.keys())
@@ -112,7 +121,7 @@ def _part(name: str, given: Any) -> PretrainedConfig:
 
 
 def _pair(config: Any, name: str) -> tuple[int, int]:
-    """`config.name` as (height, width) in pixels; one number stands for both."""
+    """`config.name` as (height, width) in pixels; one number is both."""
     value = getattr(config, name, None)
     if isinstance(value, int):
         return value, value
@@ -124,18 +133,18 @@ def _pair(config: Any, name: str) -> tuple[int, int]:
     )
 
 
-def _depth(given: Any) -> dict[str, Any]:
-    """The depth settings, checked as far as can be without knowing the policies."""
+def _depth(settings: Any) -> dict[str, Any]:
+    """A copy of the depth settings, checked as far as is possible without knowing the policies."""
     cure = 'give {"policy": name, ...settings}, for example {"policy": "trol_mixer"}.'
-    if not isinstance(given, dict) or not isinstance(given.get("policy"), str):
-        raise UsageError(f"depth names no policy, got {given!r}; {cure}")
+    if not isinstance(settings, dict) or not isinstance(settings.get("policy"), str):
+        raise UsageError(f"depth names no policy, got {settings!r}; {cure}")
     try:
-        json.dumps(given, allow_nan=False)
+        json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"depth cannot be written as JSON ({error}), got {given!r}; {cure}"
+            f"depth cannot be written as JSON ({error}), got {settings!r}; {cure}"
         ) from error
-    return copy.deepcopy(given)
+    return copy.deepcopy(settings)
 
 
 @dataclass
@@ -176,3 +185,86 @@ def repeat_images(
     """
     rows = pixel_values.split((mask.sum(-1) // tokens_per_image).tolist())
     return torch.cat([row.repeat(times, 1, 1, 1) for row in rows])
+
+
+PUBLISHED_DEPTH = {"policy": "trol_mixer", "sharing": "shared"}
+"""The released checkpoints have one gate for all layers."""
+
+
+def trol_1_8b() -> TrolConfig:
+    """TroL-1.8B: InternLM2-1.8B, CLIP-L/14 at 490 pixels, 1,225 image tokens."""
+    return _internlm2_size(hidden_size=2048, layers=24, heads=16, intermediate_size=8192)
+
+
+def trol_3_8b() -> TrolConfig:
+    """TroL-3.8B: Phi-3-mini, InternViT-300M on tiles of 448 pixels, 256 image tokens a tile."""
+    vision = InternVLVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=448,
+        patch_size=14,
+        attention_bias=True,
+        use_mean_pooling=True,  # InternViT has no norm after its last layer
+    )
+    text = Phi3Config(
+        vocab_size=32064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    )
+    return TrolConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=32012,
+        downsample_ratio=0.5,
+        projector_norm=True,
+        depth=PUBLISHED_DEPTH,
+    )
+
+
+def trol_7b() -> TrolConfig:
+    """TroL-7B: InternLM2-7B, CLIP-L/14 at 490 pixels, 1,225 image tokens."""
+    return _internlm2_size(hidden_size=4096, layers=32, heads=32, intermediate_size=14336)
+
+
+PUBLISHED: dict[str, Callable[[], TrolConfig]] = {
+    "trol-1.8b": trol_1_8b,
+    "trol-3.8b": trol_3_8b,
+    "trol-7b": trol_7b,
+}
+"""The dimensions of the released models; without weights."""
+
+
+def _internlm2_size(
+    hidden_size: int, layers: int, heads: int, intermediate_size: int
+) -> TrolConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=490,
+        patch_size=14,
+    )
+    text = InternLM2Config(
+        vocab_size=92544,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        pad_token_id=2,
+    )
+    return TrolConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=text.vocab_size,
+        depth=PUBLISHED_DEPTH,
+    )

@@ -1,11 +1,9 @@
-"""Generation with images and with RoPE that switches: what transformers' own cannot know.
-
-Rotary position embeddings that depend on a row's length, chosen row by row.
+"""Generation with images, and rotary position embeddings chosen by the length of each row.
 
 Two kinds of RoPE look at the length n of what they embed: `longrope` (Phi-3's "su") has other
 factors beyond the length that the model was first trained for, and `dynamic` (NTK) stretches its
 base. transformers takes the longest row of the batch for n, and `dynamic` remembers past calls,
-so that a row's result depends on its batch mates. Here n is a row's own.
+so a row's result depends on its batch mates. Here n is a row's own.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from trol.host.names import generation_cache
 from trol.host.runtime import CompileableContextVar
 
 _AT_LEAST = CompileableContextVar("trol_row_lengths")
-"""What each row will be long when its prompt is read [B, 1]; None where its positions tell."""
+"""Each row's length once its whole prompt is read [B, 1]; None where its positions tell."""
 
 BY_LENGTH = ("longrope", "dynamic")
 
@@ -82,7 +80,7 @@ class RowRotaryEmbedding(nn.Module):
 
 
 def by_row(decoder: nn.Module, config: Any) -> None:
-    """Gives a decoder whose RoPE depends on the length one that looks at each row by itself."""
+    """Makes a decoder's RoPE, where it depends on the length, look at each row by itself."""
     if goes_by_length(config):
         decoder.rotary_emb = RowRotaryEmbedding(config)
 
@@ -95,11 +93,6 @@ def rows_known(lengths: Tensor) -> Generator[None]:
         yield
     finally:
         _AT_LEAST.reset(token)
-
-
-def rows_are_known() -> bool:
-    """Whether a prompt is being read."""
-    return _AT_LEAST.get() is not None
 
 
 def switch_length(config: Any) -> int | None:
@@ -137,13 +130,12 @@ class TrolGenerationMixin(GenerationMixin):
     ) -> Any:
         """As transformers does; every chunk of a prompt is rotated as the whole prompt is."""
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
-        held = _held(input_ids, embeds)
+        at_hand = _tokens_at_hand(input_ids, embeds)
         # A mask of nothing but ones may be taken away beforehand, and only its length kept.
-        known = prompt_columns(generation_config, held) if mask is None else mask.shape[-1]
-        total = max(held, known)
-        self._start_anew_where_rope_switches(
-            generation_cache(model_kwargs), mask, held=held, total=total
-        )
+        columns = prompt_columns(generation_config, at_hand) if mask is None else mask.shape[-1]
+        total = max(at_hand, columns)
+        cache = generation_cache(model_kwargs)
+        self._restart_where_rope_switches(cache, mask, at_hand, total=total)
         tokens = input_ids if embeds is None else embeds
         lengths = tokens.new_full(tokens.shape[:1], total) if mask is None else mask.sum(-1)
         with rows_known(lengths):
@@ -160,14 +152,15 @@ class TrolGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers does; all tokens again where a row outgrows its short RoPE factors."""
-        held, cache = _held(input_ids, inputs_embeds), generation_cache(kwargs)
-        if not rows_are_known() and self._start_anew_where_rope_switches(
-            cache, attention_mask, held=held, new=next_sequence_length or 0
+        at_hand, cache = _tokens_at_hand(input_ids, inputs_embeds), generation_cache(kwargs)
+        prefilling = _AT_LEAST.get() is not None
+        if not prefilling and self._restart_where_rope_switches(
+            cache, attention_mask, at_hand, new=next_sequence_length or 0
         ):
             next_sequence_length, kwargs["is_first_iteration"] = None, True
             if inputs_embeds is not None:
-                made = self.model.get_input_embeddings()(input_ids)
-                inputs_embeds = torch.cat([inputs_embeds, made.to(inputs_embeds)], dim=1)
+                new = self.model.get_input_embeddings()(input_ids)
+                inputs_embeds = torch.cat([inputs_embeds, new.to(inputs_embeds)], dim=1)
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -176,12 +169,12 @@ class TrolGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _start_anew_where_rope_switches(
+    def _restart_where_rope_switches(
         self,
         cache: Cache | None,
         mask: torch.Tensor | None,
+        at_hand: int,
         *,
-        held: int,
         total: int = 0,
         new: int = 0,
     ) -> bool:
@@ -189,17 +182,17 @@ class TrolGenerationMixin(GenerationMixin):
 
         Keys made with the short factors do not fit queries made with the long ones, so the whole
         batch is computed again, every row by its own length, as transformers' Phi-3 does for one.
-        `DataError` where fewer tokens are at hand (`held`) than there are: `total`, or `new` ones
-        more than in the cache.
+        `DataError` where fewer tokens are at hand than there are: `total`, or `new` ones more than
+        in the cache.
         """
         limit = switch_length(self.config.text_config)
         if limit is None or cache is None:
             return False
         past = int(cache.get_seq_length())
-        total = max(held, total, past + new)
+        total = max(at_hand, total, past + new)
         if not _switches(limit, past, total, mask):
             return False
-        if held < total:
+        if at_hand < total:
             raise DataError(
                 f"the cache holds {past} tokens whose keys were made for texts of at most {limit} "
                 f"tokens, and the conversation now has {total}; pass all of its tokens, not only "
@@ -232,8 +225,8 @@ class TrolGenerationMixin(GenerationMixin):
         return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
 
 
-def _held(ids: torch.Tensor, embeds: torch.Tensor | None) -> int:
-    """How many tokens are at hand: embeddings come before the ids made since."""
+def _tokens_at_hand(ids: torch.Tensor, embeds: torch.Tensor | None) -> int:
+    """Those of the embeddings, and those of the ids that were generated after them."""
     return ids.shape[1] + (0 if embeds is None else embeds.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""InternLM2 as the TroL checkpoints have it: a Llama whose linear maps also know image tokens.
+"""InternLM2 as in the TroL checkpoints: a Llama whose linear maps treat image tokens differently.
 
 InternLM2's weights fit transformers' Llama once its fused maps are split. What Llama lacks is
 partial LoRA, a low-rank update on image tokens only, and embedding rows beyond the vocabulary.

@@ -2,8 +2,6 @@
 
 Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images in the batch, each
 [3, H, W] pixels and P = `config.tokens_per_image` image tokens.
-
-The projector: vision features into the decoder's embedding space.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
 from trol.family.generation import TrolGenerationMixin, by_row, check_length
-from trol.family.published.configs import spare_parts
+from trol.family.memory import quiet_bitsandbytes, skip_parts
 from trol.family.published.opening import open_published
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
 from trol.policies import from_settings, to_settings
@@ -36,25 +34,19 @@ class TrolProjector(nn.Module):
     the tower's features do not say.
     """
 
-    def __init__(
-        self,
-        vision_size: int,
-        hidden_size: int,
-        text_size: int,
-        *,
-        act: str,
-        positions: int,
-        norm: bool = False,
-    ) -> None:
+    def __init__(self, config: TrolConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(vision_size) if norm else None
-        self.linear_1 = nn.Linear(vision_size, hidden_size)
-        self.act = ACT2FN[act]
-        self.linear_2 = nn.Linear(hidden_size, text_size)
-        self.positions = nn.Embedding(positions, text_size) if positions else None
+        width = round(config.vision_config.hidden_size / config.downsample_ratio**2)
+        hidden, positions = config.text_config.hidden_size, config.projector_positions
+        inner = config.projector_hidden_size or hidden
+        self.norm = nn.LayerNorm(width) if config.projector_norm else None
+        self.linear_1 = nn.Linear(width, inner)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(inner, hidden)
+        self.positions = nn.Embedding(positions, hidden) if positions else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [N, P, vision_size] -> [N, P, text_size]."""
+        """Features [N, P, width of the tower / downsample_ratio²] -> [N, P, D]."""
         features = features if self.norm is None else self.norm(features)
         projected = self.linear_2(self.act(self.linear_1(features)))
         return projected if self.positions is None else projected + self.positions.weight
@@ -78,7 +70,7 @@ Encoded = dict[str, BaseModelOutputWithPooling]
 
 
 class TrolPreTrainedModel(PreTrainedModel):
-    """What all TroL models tell transformers about themselves; the parts refuse what they lack."""
+    """What all TroL models declare to transformers; their parts refuse what they cannot do."""
 
     config_class = TrolConfig
     base_model_prefix = "model"
@@ -97,16 +89,8 @@ class TrolModel(TrolPreTrainedModel):
 
     def __init__(self, config: TrolConfig) -> None:
         super().__init__(config)
-        text_size = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.projector = TrolProjector(
-            round(config.vision_config.hidden_size / config.downsample_ratio**2),
-            config.projector_hidden_size or text_size,
-            text_size,
-            act=config.projector_hidden_act,
-            positions=config.projector_positions,
-            norm=config.projector_norm,
-        )
+        self.projector = TrolProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         by_row(self.language_model, config.text_config)
         self.post_init()
@@ -160,8 +144,8 @@ class TrolModel(TrolPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Image tokens: tower -> without class tokens -> pixel shuffle -> projector.
 
-        `pixel_values` [N, 3, H, W] -> `last_hidden_state`, what the projector read, and
-        `pooler_output` [N, P, D], what it made of it. Raises as `get_vision_features`.
+        `pixel_values` [N, 3, H, W] -> `last_hidden_state`, the projector's inputs, and
+        `pooler_output` [N, P, D], its outputs. Raises as `get_vision_features`.
         """
         features = self.get_vision_features(pixel_values)
         return BaseModelOutputWithPooling(features, self.projector(features))
@@ -236,8 +220,8 @@ class TrolModel(TrolPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        kept = {name: outputs.get(name) for name in BaseModelOutputWithPast.__annotations__}
-        return TrolModelOutput(**kept, image_hidden_states=features)
+        fields = {name: outputs.get(name) for name in BaseModelOutputWithPast.__annotations__}
+        return TrolModelOutput(**fields, image_hidden_states=features)
 
 
 class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
@@ -266,7 +250,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         `DataError` for a damaged checkpoint, `HostError` for one that cannot be had. Whatever a
         `quantization_config` says, tower, projector, head and gates are not quantised.
         """
-        kwargs = spare_parts(kwargs)
+        quiet_bitsandbytes()
+        kwargs = skip_parts(kwargs)
         opened = open_published(cls, source, **kwargs)
         return super().from_pretrained(source, *args, **kwargs) if opened is None else opened
 
@@ -324,14 +309,14 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        whole = isinstance(logits_to_keep, int)
-        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        last = isinstance(logits_to_keep, int)
+        positions = slice(-logits_to_keep, None) if last else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            # Whoever copies the ids for labels does not mean the image tokens: nobody says them.
-            said = labels.masked_fill(labels == self.config.image_token_id, IGNORED_LABEL)
-            loss = self.loss_function(logits=logits, labels=said, vocab_size=vocab_size, **kwargs)
+            # Labels may be a copy of the ids, but image tokens are never to be predicted.
+            targets = labels.masked_fill(labels == self.config.image_token_id, IGNORED_LABEL)
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return TrolCausalLMOutput(loss=loss, logits=logits, **rest)

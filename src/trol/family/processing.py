@@ -1,9 +1,4 @@
-"""TrolProcessor: conversations and pictures to token ids and pixels.
-
-The image processor of TroL-1.8B and -7B: one square picture, resized as torch does it.
-
-The image processor of TroL-3.8B: one to six square tiles, and the whole picture once more.
-"""
+"""TrolProcessor: conversations and pictures to token ids and pixels."""
 
 from __future__ import annotations
 
@@ -12,26 +7,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
-from transformers import BatchFeature, GotOcr2ImageProcessorPil, ProcessorMixin
-from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.utils.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
 
 from trol.data.images import open_image
 from trol.errors import DataError, UsageError
-
-IMAGE_TOKEN = "<image>"
-"""Stands for one image in every text and template, whatever the tokenizer's image token is."""
+from trol.family.configuration import IMAGE_TOKEN
+from trol.family.published.opening import find_published
 
 CHAT_TEMPLATE = """\
 {%- macro say(content) -%}
@@ -90,10 +74,10 @@ class TrolProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; opens the published TroL checkpoints' processors too."""
-        from trol.family.published.processors import open_published_processor  # noqa: PLC0415 - a circle
-
-        opened = open_published_processor(source, **kwargs)
-        return super().from_pretrained(source, *args, **kwargs) if opened is None else opened
+        published = find_published(source, **kwargs)
+        if published is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        return published.open_processor(cls)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Token ids and attention mask [B, T], and pixels [N, 3, H, W] of all tiles of all images.
@@ -117,7 +101,7 @@ class TrolProcessor(ProcessorMixin):
         return encoded
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `ProcessorMixin.apply_chat_template`; `DataError` for a user who says nothing."""
+        """As `ProcessorMixin.apply_chat_template`; `DataError` for an empty user message."""
         for message in _messages(conversation):
             if message.get("role") == "user" and not _says_something(message.get("content")):
                 raise DataError(
@@ -138,7 +122,7 @@ class TrolProcessor(ProcessorMixin):
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
-        rendered: Any = render_jinja_template(
+        texts_and_spans: Any = render_jinja_template(
             [_without_pixels(getattr(one, "messages", one)) for one in conversations],
             chat_template=self._template(settings.get("chat_template")),
             return_assistant_tokens_mask=True,
@@ -150,19 +134,19 @@ class TrolProcessor(ProcessorMixin):
         rows = rows if batched else [rows]
         left = self.tokenizer.padding_side == "left"
         masks = [
-            _stretched(*self._told(text, said), row, self.image_token_id, left=left)
-            for text, said, row in zip(*rendered, rows, strict=True)
+            _stretched(*self._encoded(text, spans), row, self.image_token_id, left=left)
+            for text, spans, row in zip(*texts_and_spans, rows, strict=True)
         ]
         masks = masks if batched else masks[0]
         return torch.tensor(masks) if isinstance(ids, torch.Tensor) else masks
 
-    def _template(self, given: str | None) -> str | None:
-        """The template of this name, or the given one itself, or the default."""
+    def _template(self, template: str | None) -> str | None:
+        """The template of this name, or this template itself, or the default."""
         if isinstance(self.chat_template, dict):
-            return self.chat_template.get(given or "default", given)
-        return given or self.chat_template
+            return self.chat_template.get(template or "default", template)
+        return template or self.chat_template
 
-    def _told(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    def _encoded(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Token ids of a rendered text, one image token per image, and 1 inside the spans."""
         image = self._image(1)
         longer = len(image) - len(IMAGE_TOKEN)
@@ -204,17 +188,17 @@ class TrolProcessor(ProcessorMixin):
         wanted = [text.count(IMAGE_TOKEN) for text in texts]
         rows = [] if images is None else images if isinstance(images, list | tuple) else [images]
         nested = bool(rows) and all(row is None or isinstance(row, list | tuple) for row in rows)
-        pictures = [picture for row in rows for picture in row or ()] if nested else list(rows)
         if nested and len(rows) != len(texts):
             raise DataError(
                 f"got images for {len(rows)} texts, expected {len(texts)}; "
                 "give one list of images for each text, empty for a text without."
             )
-        given = [len(row or ()) for row in rows] if nested else [len(pictures)]
-        if given != wanted if nested else len(pictures) != sum(wanted):
-            noun = "image" if sum(given) == 1 else "images"
+        pictures = [picture for row in rows for picture in row or ()] if nested else list(rows)
+        counts = [len(row or ()) for row in rows] if nested else [len(pictures)]
+        if counts != (wanted if nested else [sum(wanted)]):
+            noun = "image" if sum(counts) == 1 else "images"
             raise DataError(
-                f"got {_listed(given)} {noun}, expected {_listed(wanted)}, one for each "
+                f"got {_listed(counts)} {noun}, expected {_listed(wanted)}, one for each "
                 f"{IMAGE_TOKEN!r} in the texts; give an image for every placeholder, "
                 "and a placeholder for every image."
             )
@@ -233,42 +217,44 @@ class TrolProcessor(ProcessorMixin):
 
 def _token_id(tokenizer: Any, token: str) -> int:
     """The id of the image token; `UsageError` for a tokenizer that lacks it."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
+    number = tokenizer.convert_tokens_to_ids(token)
+    if number is None or number == tokenizer.unk_token_id:
         raise UsageError(
             f"the tokenizer does not know the image token {token!r}; add it with "
             f"tokenizer.add_tokens([{token!r}], special_tokens=True), or name its own image token."
         )
-    return found
+    return number
 
 
 def _without_pixels(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as far as a template reads them: whatever is not text is an image."""
+    """The messages as far as a template reads them: a part that is no text is an image."""
     return [
-        {**message, "content": [_part(part) for part in message["content"]]}
-        if not isinstance(message.get("content"), str | None)
-        else dict(message)
+        dict(message)
+        if isinstance(message.get("content"), str | None)
+        else {
+            **message,
+            "content": [
+                dict(part) if part["type"] == "text" else {"type": "image"}
+                for part in message["content"]
+            ],
+        }
         for message in messages
     ]
 
 
-def _part(part: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(part) if part["type"] == "text" else {"type": "image"}
-
-
 def _stretched(
-    told: list[int], masks: list[int], row: list[int], image_token_id: int, *, left: bool
+    tokens: list[int], masks: list[int], row: list[int], image_token_id: int, *, left: bool
 ) -> list[int]:
-    """The masks of `told` for `row`: the same tokens with longer runs of image tokens, padded."""
-    others = [mask for token, mask in zip(told, masks, strict=True) if token != image_token_id]
+    """The masks of `tokens` for `row`: the same with longer runs of image tokens, and padded."""
+    others = [mask for token, mask in zip(tokens, masks, strict=True) if token != image_token_id]
     padding = [0] * (sum(token != image_token_id for token in row) - len(others))
-    if len(row) < len(told):
+    if len(row) < len(tokens):
         raise DataError(
-            f"the conversation was cut from at least {len(told)} tokens to {len(row)}, so its "
+            f"the conversation was cut from at least {len(tokens)} tokens to {len(row)}, so its "
             "answers cannot be marked; leave truncation and max_length out."
         )
     rest = iter(padding + others if left else others + padding)
-    runs = groupby(zip(told, masks, strict=True), key=lambda pair: pair[0] == image_token_id)
+    runs = groupby(zip(tokens, masks, strict=True), key=lambda pair: pair[0] == image_token_id)
     images = iter([next(run)[1] for is_image, run in runs if is_image])
     stretched: list[int] = []
     for is_image, run in groupby(row, key=lambda token: token == image_token_id):
@@ -294,7 +280,7 @@ def _messages(conversation: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _says_something(content: Any) -> bool:
-    """Whether a message's content has any text or anything else than text."""
+    """Whether a message's content has any text, or a part that is no text."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return bool(content and content.strip())
     return any(part.get("type") != "text" or part.get("text", "").strip() for part in content)
@@ -302,47 +288,3 @@ def _says_something(content: Any) -> bool:
 
 def _listed(counts: list[int]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{sum(counts)} (text by text: {counts})"
-
-
-class SquareImageProcessor(PilBackend):
-    """Resizes to `size` whatever the aspect ratio, then normalises: (x/255 - mean) / std.
-
-    The resize is torch's bicubic interpolation of the 8-bit pixels, not antialiased: the published
-    models were evaluated so, and Pillow's bicubic differs from it wherever a picture shrinks.
-    """
-
-    size = {"height": 490, "width": 490}  # noqa: RUF012  # as in every image processor
-    resample = PILImageResampling.BICUBIC
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
-
-    def resize(self, image: np.ndarray, size: SizeDict, *_: Any, **__: Any) -> np.ndarray:
-        """The picture [3, H, W] at the given height and width; `DataError` unless it is 8-bit."""
-        if image.dtype != np.uint8:
-            raise DataError(
-                f"the picture has {image.dtype} values; give 8-bit ones (uint8, 0 to 255), "
-                "which is what the model's way of resizing is defined on."
-            )
-        pixels = torch.from_numpy(np.ascontiguousarray(image))[None]
-        target = (int(size["height"]), int(size["width"]))
-        resized = functional.interpolate(pixels, size=target, mode="bicubic", align_corners=False)
-        return resized[0].numpy()
-
-
-class TiledImageProcessor(GotOcr2ImageProcessorPil):
-    """Cuts a picture into the grid of tiles [3, H, W] nearest its aspect ratio, row by row.
-
-    Of more than one tile a thumbnail comes last. A class of its own, so that a saved processor is
-    opened as this one: under the parent's name torchvision's, which resizes differently, would be
-    taken wherever torchvision is installed.
-    """
-
-    size = {"height": 448, "width": 448}  # noqa: RUF012  # as in every image processor
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    crop_to_patches = True
-    max_patches = 6

@@ -23,9 +23,8 @@ from trol.family import (
     tiny,
     tiny_processor,
 )
-from trol.family.composing import composed
 from trol.family.loading import load_model
-from trol.family.presets import TEMPLATES, byte_level_tokenizer, separate, text_decoder
+from trol.family.presets import TEMPLATES, byte_level_tokenizer, composed, separate, text_decoder
 from trol.family.published.files import CONFIG, read_json
 from trol.host.trainer import checkpoint_activations
 from trol.training.losses import NOTHING

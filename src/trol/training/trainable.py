@@ -28,7 +28,7 @@ from trol.checkpoints import adapter
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import Plain
 from trol.errors import AdapterError, HostError
-from trol.family.published.configs import quantised
+from trol.family.memory import quantised
 from trol.host.layers import find_decoder, layer_list
 from trol.host.weights import four_bit_maps, is_quantised, keep_differentiable
 from trol.training.low_rank import ADAPTER, AGAIN, merged, only_again

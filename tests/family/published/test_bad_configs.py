@@ -79,15 +79,15 @@ def test_the_factors_of_a_rope(tmp_path):
         _ = find_published(folder).config
 
 
-def test_null_is_not_stated(tmp_path):
+def test_null_counts_as_left_out(tmp_path):
     nothing = dict.fromkeys(("hidden_size", "vocab_size", "num_hidden_layers", "rms_norm_eps"))
     wanted = find_published(published_folder(tmp_path / "whole", "phi3")).config.text_config
-    found = find_published(stating(tmp_path, "phi3", "llm_config", nothing)).config.text_config
-    assert found.hidden_size == wanted.hidden_size
-    assert found.vocab_size == wanted.vocab_size
+    text = find_published(stating(tmp_path, "phi3", "llm_config", nothing)).config.text_config
+    assert text.hidden_size == wanted.hidden_size
+    assert text.vocab_size == wanted.vocab_size
 
 
-def test_a_vocabulary_may_be_stated_with_its_rows_for_images(tmp_path):
+def test_a_vocabulary_may_include_its_rows_for_images(tmp_path):
     vocab = find_published(published_folder(tmp_path / "it", "internlm2")).config.image_token_id
     folder = stating(tmp_path, "internlm2", None, {"vocab_size": vocab + 1})
     assert find_published(folder).config.text_config.vocab_size == vocab

@@ -13,7 +13,6 @@ from family.published.folders import FAMILIES, published_folder
 from trol.errors import DataError, HostError, UsageError
 from trol.family import TrolForConditionalGeneration
 from trol.family.published import conversion
-from trol.family.published import conversion as shards
 from trol.family.published.conversion import convert
 from trol.family.published.files import MARKER
 from trol.family.published.opening import open_published
@@ -52,7 +51,7 @@ def test_the_folder_opens_by_itself_as_the_same_model(source, tmp_path):
     first = open_published(TrolForConditionalGeneration, source)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
     state = again.state_dict()
-    assert all(shards.same_bits(state[name], held) for name, held in first.state_dict().items())
+    assert all(conversion.same_bits(state[name], held) for name, held in first.state_dict().items())
     assert again.generation_config.eos_token_id == first.generation_config.eos_token_id
     inputs = question(AutoProcessor.from_pretrained(tmp_path / "made"))
     settings = {"max_new_tokens": 4, "do_sample": False}
@@ -77,7 +76,7 @@ def test_another_type_and_gates_of_their_own(tmp_path):
 def test_a_broken_off_conversion_goes_on(source, tmp_path, monkeypatch):
     """Broken off in the third file: two are kept, but a damaged one of them is written again."""
     folder, written = tmp_path / "made", []
-    whole = shards.save_file
+    whole = conversion.save_file
 
     def broken_off(tensors, path, **settings):
         if len(written) == 2:
@@ -86,10 +85,10 @@ def test_a_broken_off_conversion_goes_on(source, tmp_path, monkeypatch):
         written.append(path)
         whole(tensors, path, **settings)
 
-    monkeypatch.setattr(shards, "save_file", broken_off)
+    monkeypatch.setattr(conversion, "save_file", broken_off)
     with pytest.raises(KeyboardInterrupt):
         convert(source, folder, shard_bytes=SMALL)
-    monkeypatch.setattr(shards, "save_file", whole)
+    monkeypatch.setattr(conversion, "save_file", whole)
     left = sorted(file.name for file in folder.iterdir())
     assert [name.split("-")[0] for name in left] == ["model", "model", MARKER]
     with pytest.raises(HostError, match="not finished"):
@@ -106,13 +105,13 @@ def test_a_broken_off_conversion_goes_on(source, tmp_path, monkeypatch):
 
 def test_what_was_written_is_compared(source, tmp_path, monkeypatch):
     """A disk that keeps other bits than it was given is found out, and the folder stays shut."""
-    whole = shards.save_file
+    whole = conversion.save_file
 
     def other_bits(tensors, path, **settings):
         tensors = {name: tensor + (name == "lm_head.weight") for name, tensor in tensors.items()}
         whole(tensors, path, **settings)
 
-    monkeypatch.setattr(shards, "save_file", other_bits)
+    monkeypatch.setattr(conversion, "save_file", other_bits)
     with pytest.raises(DataError, match=r"1 weights differ, first 'lm_head.weight'"):
         convert(source, tmp_path / "made")
     assert not (tmp_path / "made" / "config.json").exists()
@@ -161,7 +160,7 @@ def test_a_destination_that_cannot_be_made(source, tmp_path):
         convert(source, tmp_path / "letter.txt" / "made")
 
 
-def test_a_bad_tokenizer_is_found_before_anything_is_written(source, tmp_path):
+def test_a_bad_tokenizer_is_refused_before_anything_is_written(source, tmp_path):
     (source / "tokenizer_config.json").rename(tmp_path / "aside.json")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is missing"):
         convert(source, tmp_path / "made")
@@ -199,7 +198,7 @@ def test_a_damaged_marker(source, tmp_path):
         convert(source, tmp_path / "made")
 
 
-def test_a_disk_too_small_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_refused_before_anything_is_written(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match=r"needs 0\.05 GB more, but its disk has 0\.00 GB free"):
@@ -215,6 +214,6 @@ def test_a_saved_model_is_not_converted_again(source, tmp_path):
 
 def test_bits_are_compared_not_values():
     nan = torch.tensor([float("nan"), -0.0])
-    assert shards.same_bits(nan, nan.clone())
-    assert not shards.same_bits(nan, torch.tensor([float("nan"), 0.0]))
-    assert not shards.same_bits(nan, nan.half())
+    assert conversion.same_bits(nan, nan.clone())
+    assert not conversion.same_bits(nan, torch.tensor([float("nan"), 0.0]))
+    assert not conversion.same_bits(nan, nan.half())

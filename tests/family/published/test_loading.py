@@ -11,6 +11,7 @@ from family.published.shapes import HEADS, HIDDEN, KV_HEADS, LAYERS, PATCH, RANK
 from trol.depth import attached
 from trol.errors import HostError
 from trol.family import TrolForConditionalGeneration
+from trol.family.loading import load_model
 from trol.family.published.files import Checkpoint
 from trol.family.published.layouts import resize_position_table
 from trol.family.published.opening import find_published, open_published
@@ -83,8 +84,8 @@ def test_internlm2_maps_are_split_row_by_row(tmp_path):
                 parts["k"].append(rows.pop(0))
                 parts["v"].append(rows.pop(0))
             for name, blocks in parts.items():
-                found = state[f"{new}.self_attn.{name}_proj.{made}.weight"]
-                assert torch.equal(found, torch.cat(blocks))
+                block_rows = state[f"{new}.self_attn.{name}_proj.{made}.weight"]
+                assert torch.equal(block_rows, torch.cat(blocks))
         down = [state[f"{new}.self_attn.{name}_proj.image_down.weight"] for name in "qkv"]
         assert all(torch.equal(held[f"{old}.wqkv.lora_A.weight"], one) for one in down)
         assert len({one.data_ptr() for one in down}) == 3, "each trains its own copy"
@@ -120,6 +121,14 @@ def test_equal_gates_are_one_and_others_are_reported(tmp_path, family):
     for number, layer in enumerate(attached(own)[1].layers):
         assert torch.equal(layer.depth.weight, entries[f"{number}.weight"])
         assert torch.equal(layer.depth.bias, entries[f"{number}.bias"])
+
+
+def test_a_model_and_its_processor_are_recognised_once(tmp_path):
+    folder = published_folder(tmp_path / "own", "phi3", sharing="per_layer")
+    with pytest.warns(UserWarning, match="differ") as warned:
+        model, processor = load_model(folder)
+    assert [warning.filename for warning in warned] == [__file__]
+    assert processor.tokens_per_image == model.config.tokens_per_image
 
 
 def test_the_file_of_the_gates_counts_more_than_the_weights(tmp_path):
@@ -192,7 +201,7 @@ def test_phi3_settings(tmp_path, kind, factor):
 
 
 @pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
-def test_the_image_token_is_found_in_any_tokenizer_file(tmp_path, left):
+def test_the_image_token_is_read_from_any_tokenizer_file(tmp_path, left):
     folder = published_folder(tmp_path / "it", "phi3")
     wanted = json.loads((folder / "added_tokens.json").read_text())["<IMG_CONTEXT>"]
     for name in {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"} - {left}:

@@ -10,9 +10,7 @@ from family.published.tokens import internlm2_tokenizer, phi3_tokenizer
 from trol.errors import DataError, UsageError
 from trol.family import TrolConfig, TrolProcessor
 from trol.family.internlm2 import InternLM2Config
-from trol.family.processing import TiledImageProcessor
-from trol.family.published.processors import published_processor
-from trol.family.published.templates import chat_template
+from trol.family.published.processors import TiledImageProcessor, chat_template, published_processor
 
 PROMPT = (
     "You are AI model created by Byung-Kwan Lee, Ph.D. candidate, KAIST EE, of which AI model name "
@@ -55,7 +53,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def processors(folders):
     return {
-        family: published_processor(folder, configured(family, size))
+        family: published_processor(TrolProcessor, folder, configured(family, size))
         for family, (folder, size) in folders.items()
     }
 
@@ -193,8 +191,8 @@ def test_it_is_saved_and_opened_again(processors, family, tmp_path):
         assert getattr(again, name) == getattr(processor, name), name
     talk = [*asks("is it 東京?", drawn(64, 32)), says("no")]
     for name, values in encode(processor, talk, return_assistant_tokens_mask=True).items():
-        found = encode(again, talk, return_assistant_tokens_mask=True)[name]
-        assert torch.equal(values, found), name
+        reread = encode(again, talk, return_assistant_tokens_mask=True)[name]
+        assert torch.equal(values, reread), name
 
 
 def test_the_image_token_itself_is_no_text(processors):
@@ -211,13 +209,15 @@ def test_counts_that_differ_are_refused(processors):
 def test_another_image_token_id_is_named(folders, family):
     folder, size = folders[family]
     with pytest.raises(DataError, match=rf"the id \d+, expected {size - 3}; download"):
-        published_processor(folder, configured(family, size, image_token_id=size - 3))
+        published_processor(
+            TrolProcessor, folder, configured(family, size, image_token_id=size - 3)
+        )
 
 
 def test_a_tokenizer_of_the_other_family_is_named(folders):
     folder, size = folders["internlm2"]
     with pytest.raises(DataError, match="the token '<IMG_CONTEXT>' the id None"):
-        published_processor(folder, configured("phi3", size))
+        published_processor(TrolProcessor, folder, configured("phi3", size))
 
 
 def test_another_decoder_is_refused(folders):
@@ -225,7 +225,7 @@ def test_another_decoder_is_refused(folders):
     config = configured("phi3", size)
     config.text_config = LlamaConfig()
     with pytest.raises(UsageError, match="unknown decoder of a published checkpoint 'llama'"):
-        published_processor(folder, config)
+        published_processor(TrolProcessor, folder, config)
 
 
 def test_an_unknown_family_has_no_template():

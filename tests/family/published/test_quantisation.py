@@ -11,11 +11,11 @@ from transformers import BitsAndBytesConfig
 from family.published.folders import FAMILIES, published_folder
 from family.published.test_loading import image_inputs
 from trol.errors import HostError, UsageError
-from trol.family import TrolForConditionalGeneration
+from trol.family import TrolForConditionalGeneration, memory
 from trol.family.loading import load_model
-from trol.family.published import configs as quantisation
-from trol.family.published.configs import check_blocks, quantised, spare_parts
-from trol.family.published.opening import Lazy, open_published
+from trol.family.memory import check_blocks, quantised, skip_parts
+from trol.family.published.layouts import Lazy
+from trol.family.published.opening import open_published
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -49,8 +49,8 @@ def test_only_the_decoders_own_maps_are_quantised(folder, bits):
     assert kinds.keys() == plain.keys()
     for name, kind in kinds.items():
         in_layers = name.startswith("model.language_model.layers.")
-        spared = name.endswith(("depth", "image_down", "image_up"))
-        assert (kind == KINDS[bits]) == (in_layers and not spared), name
+        skipped = name.endswith(("depth", "image_down", "image_up"))
+        assert (kind == KINDS[bits]) == (in_layers and not skipped), name
 
 
 @pytest.mark.parametrize("bits", KINDS)
@@ -65,10 +65,10 @@ def test_a_configuration_of_the_callers_own_spares_them_too(folder, bits):
 
 
 def test_other_settings_are_left_alone():
-    assert spare_parts({"dtype": "auto"}) == {"dtype": "auto"}
+    assert skip_parts({"dtype": "auto"}) == {"dtype": "auto"}
     given = {"quantization_config": {"quant_method": "torchao"}}
-    assert spare_parts(given) is given
-    kept = spare_parts({"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=["x"])})
+    assert skip_parts(given) is given
+    kept = skip_parts({"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=["x"])})
     assert kept["quantization_config"].llm_int8_skip_modules[:2] == ["x", "model.vision_tower"]
 
 
@@ -83,8 +83,8 @@ def test_it_computes_what_its_rounded_weights_say(folder, bits):
         for name, module in model.named_modules():
             if type(module).__name__ == KINDS[bits]:
                 full.get_submodule(name).weight.copy_(values(module, bits))
-        rounded, found = full(**inputs).logits, model(**inputs).logits.float()
-    assert (found - rounded).abs().max() < 0.1 * rounded.std()
+        rounded, computed = full(**inputs).logits, model(**inputs).logits.float()
+    assert (computed - rounded).abs().max() < 0.1 * rounded.std()
     if bits == 4:  # eight bits round the states as well, by about as much as the weights
         assert (own - rounded).abs().max() > 0.5 * rounded.std()
 
@@ -159,7 +159,7 @@ def test_eight_bits_compute_in_float16(folder, caplog):
         model(**image_inputs(model))
     assert [record.message for record in caplog.records if "cast" in record.message] == []
     own = {"quantization_config": eight, "dtype": torch.float32}
-    assert spare_parts(own)["dtype"] == torch.float32
+    assert skip_parts(own)["dtype"] == torch.float32
 
 
 def test_bitsandbytes_asks_for_no_package(caplog):
@@ -172,6 +172,6 @@ def test_bitsandbytes_asks_for_no_package(caplog):
 def test_what_cannot_be(monkeypatch):
     with pytest.raises(UsageError, match="bits is 3; give 4 or 8"):
         quantised(3)
-    monkeypatch.setattr(quantisation, "find_spec", lambda name: None)
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
     with pytest.raises(HostError, match=r"pip install 'trol-vlm\[quant\]'"):
         quantised(4)

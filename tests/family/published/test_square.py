@@ -9,7 +9,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import trol.family  # noqa: F401  # registers the image processor
 from trol.errors import DataError
-from trol.family.processing import SquareImageProcessor
+from trol.family.published.processors import SquareImageProcessor
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]

@@ -4,78 +4,25 @@ What the shapes tell is taken from them, and `config.json` may leave it out or n
 contradict it; what they cannot tell (heads, RoPE, special ids) must be there. InternLM2's file is
 flat, like that of InternLM-XComposer2; Phi-3's has a part each for decoder and tower, like that of
 InternVL-Chat.
-
-Rotary position embeddings: what the published checkpoints state, in transformers' words.
-
-Which parts of a TroL model are quantised: the decoder's own linear maps, and nothing else.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-from importlib.util import find_spec
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import BitsAndBytesConfig, CLIPVisionConfig, InternVLVisionConfig, Phi3Config
+from transformers import CLIPVisionConfig, InternVLVisionConfig, Phi3Config
+from transformers.activations import ACT2FN
 
-from trol.errors import DataError, HostError, UsageError
+from trol.errors import DataError
 from trol.family.configuration import TrolConfig
 from trol.family.internlm2 import InternLM2Config
-from trol.family.published.files import CONFIG, CURE, Checkpoint, Stated, image_token_id, read_json
+from trol.family.published.files import CONFIG, CURE, Checkpoint, added_tokens, read_json
 
-
-def internlm2_rope(stated: Stated) -> dict[str, Any]:
-    """InternLM2's RoPE: plain, linear, or dynamic (NTK); `DataError` for another kind."""
-    scaling = stated.part("rope_scaling")
-    kind = scaling.get("type", "rope_type", default="default")
-    if kind not in ("default", "dynamic", "linear"):
-        raise DataError(
-            f"{stated.place} asks for RoPE scaling {kind!r}, but InternLM2 knows dynamic and "
-            f"linear; {CURE}."
-        )
-    made = {"rope_type": kind, "rope_theta": stated.get("rope_theta", default=10000.0)}
-    return made if kind == "default" else made | {"factor": scaling.need("factor")}
-
-
-def phi3_rope(stated: Stated, head_size: int | None = None) -> dict[str, Any]:
-    """Phi-3's RoPE: "su" is transformers' longrope, and "yarn" is it with another factor.
-
-    cos and sin are scaled by √(1 + ln s / ln original), or for "yarn" by 0.1 ln s + 1, where
-    s = longest / original. `DataError` for another kind, and for other than head_size / 2 factors
-    where the size of a head is given.
-    """
-    scaling = stated.part("rope_scaling")
-    kind = scaling.get("type", "rope_type", default="default")
-    made = {"rope_type": "default", "rope_theta": stated.get("rope_theta", default=10000.0)}
-    if kind == "default":
-        return made
-    if kind not in ("su", "longrope", "yarn"):
-        raise DataError(
-            f"{stated.place} asks for RoPE scaling {kind!r}, but Phi-3 knows su, longrope and "
-            f"yarn; {CURE}."
-        )
-    original = stated.need("original_max_position_embeddings")
-    scale = stated.need("max_position_embeddings") / original
-    if kind == "yarn":
-        made["attention_factor"] = 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
-    made |= {
-        "rope_type": "longrope",
-        "original_max_position_embeddings": original,
-        "factor": scale,
-    }
-    factors = {name: scaling.need(name) for name in ("short_factor", "long_factor")}
-    for name, found in factors.items():
-        if head_size is not None and len(found) != head_size // 2:
-            raise DataError(
-                f"{scaling.place} states {len(found)} numbers as {name}, expected "
-                f"{head_size // 2}, half the size of a head; {CURE}."
-            )
-    return made | factors
-
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
+"""Phi-3's image token; InternLM2's has the id after its vocabulary, and no name."""
 
 PUBLISHED_GRID = 35
 """Patches along each side that InternLM2's models see; their tower's own table has `CLIP_GRID`."""
@@ -97,6 +44,110 @@ _FIRST_LINEAR = {"internlm2": 0, "phi3": 1}
 """Family -> place of the first linear map in its projector."""
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _are_ids(value: Any) -> bool:
+    return _is_id(value) or (isinstance(value, list) and bool(value) and all(map(_is_id, value)))
+
+
+def _are_factors(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_positive, value))
+
+
+VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a whole number above 0": (
+        lambda value: _is_id(value) and value > 0,
+        "num_attention_heads max_position_embeddings original_max_position_embeddings "
+        "sliding_window img_size image_size force_image_size",
+    ),
+    "a number above 0": (
+        _is_positive,
+        "rope_theta factor rms_norm_eps layer_norm_eps initializer_range lora_alpha "
+        "downsample_ratio",
+    ),
+    "a number from 0 to 1": (
+        lambda value: _is_number(value) and 0 <= value <= 1,
+        "lora_dropout attention_dropout embd_pdrop resid_pdrop",
+    ),
+    "a whole number from 0": (
+        _is_id,
+        "bos_token_id pad_token_id image_token_index img_context_token_id",
+    ),
+    "a whole number from 0, or a list of them": (_are_ids, "eos_token_id"),
+    "a list of numbers above 0": (_are_factors, "short_factor long_factor"),
+    "an activation that transformers knows, such as 'silu'": (
+        lambda value: isinstance(value, str) and value in ACT2FN,
+        "hidden_act",
+    ),
+}
+"""What a value must be -> whether one is, and the keys of such values.
+
+transformers' own configurations refuse wrong types, but few wrong values, and name no file. Keys
+that are not listed are compared with the tensors, or checked where they are read.
+"""
+
+_EXPECTED = {key: words for words, (_, keys) in VALIDATORS.items() for key in keys.split()}
+
+
+class ConfigReader:
+    """The values of `config.json`, or of a part of it; `place` names it in errors.
+
+    Null counts as left out. A value that is not what its key needs (`VALIDATORS`) is a `DataError`
+    when it is read.
+    """
+
+    def __init__(self, values: Any, place: str) -> None:
+        if not isinstance(values, dict):
+            raise DataError(f"{place} is {values!r}, not an object; {CURE}.")
+        self._values, self.place = values, place
+
+    def part(self, name: str) -> ConfigReader:
+        """The reader of a part; of an empty one where it is left out."""
+        return ConfigReader(self.get(name, default={}), f"{self.place}: {name}")
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The value of the first of these keys that is there."""
+        return next(iter(self.optional(*names).values()), default)
+
+    def optional(self, *names: str) -> dict[str, Any]:
+        """Those of these keys that are there, with their values."""
+        values = {name: self._values[name] for name in names if self._values.get(name) is not None}
+        for name, value in values.items():
+            expected = _EXPECTED.get(name)
+            if expected is not None and not VALIDATORS[expected][0](value):
+                raise DataError(
+                    f"{self.place} states {name} {value!r}, expected {expected}; {CURE}."
+                )
+        return values
+
+    def required(self, name: str) -> Any:
+        """A value that must be there; `DataError` where it is not."""
+        value = self.get(name)
+        if value is None:
+            raise DataError(f"{self.place} does not state {name!r}; {CURE}.")
+        return value
+
+    def must_equal(self, **from_tensors: Any) -> dict[str, Any]:
+        """What the tensors tell; `DataError` where another value is given."""
+        for name, value in from_tensors.items():
+            if self.get(name, default=value) != value:
+                raise DataError(
+                    f"{self.place} states {name} {self.get(name)!r}, but the tensors are made for "
+                    f"{value!r}; {CURE}."
+                )
+        return from_tensors
+
+
 def trol_config(family: str, checkpoint: Checkpoint) -> TrolConfig:
     """The TroL configuration of a checkpoint, all but its depth policy.
 
@@ -104,24 +155,24 @@ def trol_config(family: str, checkpoint: Checkpoint) -> TrolConfig:
         DataError: `config.json` lacks what is needed or contradicts the tensors.
     """
     file = checkpoint.folder / CONFIG
-    stated = Stated(read_json(file), str(file))
-    made = {"internlm2": _internlm2, "phi3": _phi3}[family](stated, checkpoint)
+    reader = ConfigReader(read_json(file), str(file))
+    parts = {"internlm2": _internlm2, "phi3": _phi3}[family](reader, checkpoint)
     return TrolConfig(
-        **made,
+        **parts,
         projector_hidden_size=checkpoint.shape(f"vision_proj.{_FIRST_LINEAR[family]}.weight")[0],
         dtype=checkpoint.read(HEADS[family]).dtype,
     )
 
 
-def _internlm2(stated: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
+def _internlm2(reader: ConfigReader, checkpoint: Checkpoint) -> dict[str, Any]:
     vocab, hidden = checkpoint.shape(HEADS["internlm2"])
-    heads, layer = stated.need("num_attention_heads"), "model.layers.0"
+    heads, layer = reader.required("num_attention_heads"), "model.layers.0"
     rows = checkpoint.shape("model.tok_embeddings.weight")[0]
-    if stated.get("vocab_size") != rows:  # it may include the token table's rows for images
-        stated.agree(vocab_size=vocab)
+    if reader.get("vocab_size") != rows:  # it may include the token table's rows for images
+        reader.must_equal(vocab_size=vocab)
     rank = checkpoint.shape(f"{layer}.attention.wqkv.lora_A.weight")[0]
     text = InternLM2Config(
-        **stated.agree(
+        **reader.must_equal(
             hidden_size=hidden,
             intermediate_size=checkpoint.shape(f"{layer}.feed_forward.w1.ffn.weight")[0],
             num_hidden_layers=_count(checkpoint, "model.layers."),
@@ -129,49 +180,52 @@ def _internlm2(stated: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
                 checkpoint, f"{layer}.attention.wqkv.ffn.weight", heads, hidden
             ),
         ),
-        **stated.take("hidden_act", "initializer_range", "rms_norm_eps"),
+        **reader.optional("hidden_act", "initializer_range", "rms_norm_eps"),
         vocab_size=vocab,
         num_attention_heads=heads,
-        max_position_embeddings=stated.need("max_position_embeddings"),
-        rope_parameters=internlm2_rope(stated),
+        max_position_embeddings=reader.required("max_position_embeddings"),
+        rope_parameters=internlm2_rope(reader),
         image_lora_rank=rank,
-        image_lora_alpha=stated.get("lora_alpha", default=rank),
-        image_lora_dropout=stated.get("lora_dropout", default=0.05),
+        image_lora_alpha=reader.get("lora_alpha", default=rank),
+        image_lora_dropout=reader.get("lora_dropout", default=0.05),
         image_rows=rows - vocab,
-        **_special_ids(stated, vocab),
+        **_special_ids(reader, vocab),
     )
-    tower = "vit.vision_tower.vision_model"
-    vision = _clip(stated, stated.part("vision_config"), checkpoint, tower)
-    return {"text_config": text, "vision_config": vision, "image_token_id": vocab}
+    return {
+        "text_config": text,
+        "vision_config": _clip(reader, checkpoint),
+        "image_token_id": vocab,
+    }
 
 
-def _clip(whole: Stated, stated: Stated, checkpoint: Checkpoint, tower: str) -> CLIPVisionConfig:
+def _clip(whole: ConfigReader, checkpoint: Checkpoint) -> CLIPVisionConfig:
+    reader, tower = whole.part("vision_config"), "vit.vision_tower.vision_model"
     size, channels, patch, _ = checkpoint.shape(f"{tower}.embeddings.patch_embedding.weight")
     grid = position_grid(checkpoint, "internlm2")
     grid = PUBLISHED_GRID if grid == CLIP_GRID else grid
     pixels = whole.get("img_size", "image_size", default=grid * patch)
     return CLIPVisionConfig(
-        **stated.agree(
+        **reader.must_equal(
             hidden_size=size,
             intermediate_size=checkpoint.shape(f"{tower}.encoder.layers.0.mlp.fc1.weight")[0],
             num_hidden_layers=_count(checkpoint, f"{tower}.encoder.layers."),
             num_channels=channels,
             patch_size=patch,
         ),
-        num_attention_heads=_vision_heads(stated, size),
+        num_attention_heads=_vision_heads(reader, size),
         image_size=_whole_patches(whole, pixels, patch),
-        **stated.take("hidden_act", "layer_norm_eps"),
+        **reader.optional("hidden_act", "layer_norm_eps"),
     )
 
 
-def _phi3(whole: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
-    stated = whole.part("llm_config")
+def _phi3(whole: ConfigReader, checkpoint: Checkpoint) -> dict[str, Any]:
+    reader = whole.part("llm_config")
     vocab, hidden = checkpoint.shape("language_model.model.embed_tokens.weight")
-    heads, layers = stated.need("num_attention_heads"), "language_model.model.layers."
-    most = stated.need("max_position_embeddings")
-    window = stated.get("sliding_window")
+    heads, layers = reader.required("num_attention_heads"), "language_model.model.layers."
+    positions = reader.required("max_position_embeddings")
+    window = reader.get("sliding_window")
     text = Phi3Config(
-        **stated.agree(
+        **reader.must_equal(
             hidden_size=hidden,
             intermediate_size=checkpoint.shape(f"{layers}0.mlp.gate_up_proj.weight")[0] // 2,
             num_hidden_layers=_count(checkpoint, layers),
@@ -180,45 +234,99 @@ def _phi3(whole: Stated, checkpoint: Checkpoint) -> dict[str, Any]:
             ),
             vocab_size=vocab,
         ),
-        **stated.take("hidden_act", "initializer_range", "original_max_position_embeddings"),
-        **stated.take("rms_norm_eps", "attention_dropout", "embd_pdrop", "resid_pdrop"),
+        **reader.optional("hidden_act", "initializer_range", "original_max_position_embeddings"),
+        **reader.optional("rms_norm_eps", "attention_dropout", "embd_pdrop", "resid_pdrop"),
         num_attention_heads=heads,
-        max_position_embeddings=most,
+        max_position_embeddings=positions,
         # A window no shorter than the longest text hides nothing.
-        sliding_window=window if window and window < most else None,
-        rope_parameters=phi3_rope(stated, hidden // heads),
-        **_special_ids(stated, vocab),
+        sliding_window=window if window and window < positions else None,
+        rope_parameters=phi3_rope(reader, hidden // heads),
+        **_special_ids(reader, vocab),
     )
     return {
         "text_config": text,
         "vision_config": _internvit(whole, checkpoint),
-        "image_token_id": image_token_id(whole, checkpoint.folder, vocab),
+        "image_token_id": _image_token_id(whole, checkpoint.folder, vocab),
         "projector_norm": True,
         "downsample_ratio": whole.get("downsample_ratio", default=0.5),
     }
 
 
-def _internvit(whole: Stated, checkpoint: Checkpoint) -> InternVLVisionConfig:
-    stated = whole.part("vision_config")
+def _internvit(whole: ConfigReader, checkpoint: Checkpoint) -> InternVLVisionConfig:
+    reader = whole.part("vision_config")
     tower, layer = "vision_model.", "vision_model.encoder.layers.0"
     size, channels, *patch = checkpoint.shape(f"{tower}embeddings.patch_embedding.weight")
     pixels = whole.get("force_image_size", default=position_grid(checkpoint, "phi3") * patch[0])
     return InternVLVisionConfig(
-        **stated.agree(
+        **reader.must_equal(
             hidden_size=size,
             intermediate_size=checkpoint.shape(f"{layer}.mlp.fc1.weight")[0],
             num_hidden_layers=_count(checkpoint, f"{tower}encoder.layers."),
             num_channels=channels,
         ),
-        num_attention_heads=_vision_heads(stated, size),
+        num_attention_heads=_vision_heads(reader, size),
         patch_size=patch,
         image_size=_whole_patches(whole, pixels, patch[0]),
         attention_bias=f"{layer}.attn.qkv.bias" in checkpoint,
         use_qk_norm=f"{layer}.attn.q_norm.weight" in checkpoint,
         norm_type="layer_norm" if f"{layer}.norm1.bias" in checkpoint else "rms_norm",
         use_mean_pooling=True,  # the published tower has no final norm
-        **stated.take("hidden_act", "layer_norm_eps"),
+        **reader.optional("hidden_act", "layer_norm_eps"),
     )
+
+
+def internlm2_rope(reader: ConfigReader) -> dict[str, Any]:
+    """InternLM2's RoPE, in transformers' words: plain, linear, or dynamic (NTK).
+
+    `DataError` for another kind.
+    """
+    scaling = reader.part("rope_scaling")
+    kind = _rope_kind(reader, scaling, "InternLM2", ("dynamic", "linear"))
+    rope = {"rope_type": kind, "rope_theta": reader.get("rope_theta", default=10000.0)}
+    return rope if kind == "default" else rope | {"factor": scaling.required("factor")}
+
+
+def phi3_rope(reader: ConfigReader, head_size: int | None = None) -> dict[str, Any]:
+    """Phi-3's RoPE: "su" is transformers' longrope, and "yarn" is it with another factor.
+
+    cos and sin are scaled by √(1 + ln s / ln original), or for "yarn" by 0.1 ln s + 1, where
+    s = longest / original. `DataError` for another kind, and for other than head_size / 2 factors
+    where the size of a head is given.
+    """
+    scaling = reader.part("rope_scaling")
+    kind = _rope_kind(reader, scaling, "Phi-3", ("su", "longrope", "yarn"))
+    rope = {"rope_type": "default", "rope_theta": reader.get("rope_theta", default=10000.0)}
+    if kind == "default":
+        return rope
+    original = reader.required("original_max_position_embeddings")
+    scale = reader.required("max_position_embeddings") / original
+    rope |= {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "factor": scale,
+    }
+    if kind == "yarn":
+        rope["attention_factor"] = 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
+    factors = {name: scaling.required(name) for name in ("short_factor", "long_factor")}
+    for name, values in factors.items():
+        if head_size is not None and len(values) != head_size // 2:
+            raise DataError(
+                f"{scaling.place} states {len(values)} numbers as {name}, expected "
+                f"{head_size // 2}, half the size of a head; {CURE}."
+            )
+    return rope | factors
+
+
+def _rope_kind(
+    reader: ConfigReader, scaling: ConfigReader, decoder: str, kinds: tuple[str, ...]
+) -> str:
+    kind = scaling.get("type", "rope_type", default="default")
+    if kind not in ("default", *kinds):
+        raise DataError(
+            f"{reader.place} asks for RoPE scaling {kind!r}, but {decoder} knows "
+            f"{', '.join(kinds)}; {CURE}."
+        )
+    return kind
 
 
 def position_grid(checkpoint: Checkpoint, family: str) -> int:
@@ -233,21 +341,21 @@ def position_grid(checkpoint: Checkpoint, family: str) -> int:
     return grid
 
 
-def _vision_heads(stated: Stated, hidden: int) -> int:
-    heads = stated.get("num_attention_heads", default=max(1, hidden // HEAD_SIZE))
+def _vision_heads(reader: ConfigReader, hidden: int) -> int:
+    heads = reader.get("num_attention_heads", default=max(1, hidden // HEAD_SIZE))
     if hidden % heads:
         raise DataError(
-            f"{stated.place} states num_attention_heads {heads}, expected a divisor of the "
+            f"{reader.place} states num_attention_heads {heads}, expected a divisor of the "
             f"tower's width {hidden}; {CURE}."
         )
     return heads
 
 
-def _whole_patches(stated: Stated, pixels: int, patch: int) -> int:
+def _whole_patches(reader: ConfigReader, pixels: int, patch: int) -> int:
     """The largest side of whole patches within so many pixels."""
     if pixels < patch:
         raise DataError(
-            f"{stated.place} states an image size of {pixels} pixels, expected at least one patch "
+            f"{reader.place} states an image size of {pixels} pixels, expected at least one patch "
             f"of {patch}; {CURE}."
         )
     return pixels // patch * patch
@@ -262,97 +370,38 @@ def _count(checkpoint: Checkpoint, prefix: str) -> int:
 def _key_heads(checkpoint: Checkpoint, name: str, heads: int, hidden: int) -> int:
     """Key heads k, from a fused map of (heads + 2 k) · hidden / heads rows."""
     rows, size = checkpoint.shape(name)[0], hidden // heads
-    found = (rows // size - heads) // 2 if size else 0
-    if found < 1 or (heads + 2 * found) * size != rows or heads % found:
+    key_heads = (rows // size - heads) // 2 if size else 0
+    if key_heads < 1 or (heads + 2 * key_heads) * size != rows or heads % key_heads:
         raise DataError(
             f"{checkpoint.file(name)}: {name!r} has {rows} rows, which do not divide into {heads} "
             f"query heads of {size} and pairs of key and value heads; {CURE}."
         )
-    return found
+    return key_heads
 
 
-def _special_ids(stated: Stated, vocab: int) -> dict[str, Any]:
-    end = stated.get("eos_token_id", default=2)
+def _special_ids(reader: ConfigReader, vocab: int) -> dict[str, Any]:
+    end = reader.get("eos_token_id", default=2)
     ends = end if isinstance(end, list) else [end]
-    first = stated.get("bos_token_id", default=1)
-    pad = stated.get("pad_token_id", default=ends[0])
-    for name, found in {"bos": [first], "eos": ends, "pad": [pad]}.items():
-        if max(found) >= vocab:
+    first = reader.get("bos_token_id", default=1)
+    pad = reader.get("pad_token_id", default=ends[0])
+    for name, ids in {"bos": [first], "eos": ends, "pad": [pad]}.items():
+        if max(ids) >= vocab:
             raise DataError(
-                f"{stated.place} states {name}_token_id {max(found)}, expected one of the {vocab} "
+                f"{reader.place} states {name}_token_id {max(ids)}, expected one of the {vocab} "
                 f"in the vocabulary; {CURE}."
             )
     return {"bos_token_id": first, "eos_token_id": end, "pad_token_id": pad}
 
 
-NEVER = ("model.vision_tower", "model.projector", "lm_head", "depth", "image_down", "image_up")
-"""Modules that keep their type: tower, projector, head, gates, and the LoRA of image tokens."""
-
-BITS = (4, 8)
-
-BLOCK = 64
-"""Weights that share a scale in 4 bits; a map's rows must be made of whole blocks."""
-ROWS = 32
-"""Rows that bitsandbytes packs together for a CPU."""
-
-# bitsandbytes asks for a package that it does not need, in every process that imports it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "from kernels-community" not in str(record.msg)
-)
-
-
-def quantised(bits: int, compute_dtype: torch.dtype = torch.float16) -> BitsAndBytesConfig:
-    """As published: 4 bits (nf4, its scales quantised too) or 8 (int8, outliers above 6 apart).
-
-    Raises:
-        UsageError: another number of bits.
-        HostError: bitsandbytes is not installed.
-    """
-    if bits not in BITS:
-        raise UsageError(f"bits is {bits!r}; give 4 or 8, or leave it out for the full weights.")
-    if find_spec("bitsandbytes") is None:
-        raise HostError(
-            f"weights of {bits} bits need bitsandbytes, which is not installed; "
-            "run: pip install 'trol-vlm[quant]'"
+def _image_token_id(reader: ConfigReader, folder: Path, vocab: int) -> int:
+    """The id of `IMAGE_CONTEXT`, from `config.json`, or else from the tokenizer's files."""
+    number = reader.get("image_token_index", "img_context_token_id")
+    if number is None:
+        number = added_tokens(folder).get(IMAGE_CONTEXT)
+    if number is None or not 0 <= number < vocab:
+        raise DataError(
+            f"the tokenizer in {folder} gives the image token {IMAGE_CONTEXT!r} the id {number}, "
+            f"expected one of the {vocab} in the token table; put the checkpoint's own tokenizer "
+            "files (tokenizer.json, added_tokens.json, tokenizer_config.json) beside its weights."
         )
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        llm_int8_threshold=6.0,
-        llm_int8_skip_modules=list(NEVER),
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def spare_parts(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a `from_pretrained`, in whose bitsandbytes configuration `NEVER` is spared.
-
-    A configuration without a list of modules to skip would quantise tower, projector and gates.
-    Eight bits compute in float16, which is the others' type unless the settings say one.
-    """
-    given = settings.get("quantization_config")
-    if isinstance(given, dict) and given.get("quant_method", "bitsandbytes") == "bitsandbytes":
-        given = BitsAndBytesConfig.from_dict(given)
-    if not isinstance(given, BitsAndBytesConfig):
-        return settings
-    made = copy.deepcopy(given)
-    made.llm_int8_skip_modules = list(dict.fromkeys([*(given.llm_int8_skip_modules or []), *NEVER]))
-    own = {} if not made.load_in_8bit or "torch_dtype" in settings else {"dtype": torch.float16}
-    return {**own, **settings, "quantization_config": made}
-
-
-def check_blocks(model: nn.Module, name: str) -> None:
-    """`HostError` where a 4-bit map has not the widths that bitsandbytes can compute with."""
-    named: list[tuple[str, Any]] = list(model.named_modules())
-    for place, module in named:
-        if type(module).__name__ != "Linear4bit":
-            continue
-        rows, columns = module.out_features, module.in_features
-        if rows % ROWS or columns % BLOCK:
-            raise HostError(
-                f"{name} cannot be used in 4 bits: its map {place!r} has the shape "
-                f"[{rows}, {columns}], expected a multiple of {ROWS} rows and of {BLOCK} columns; "
-                "take 8 bits (--bits 8, bits=8), or its full weights."
-            )
+    return number
