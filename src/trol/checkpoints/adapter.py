@@ -22,7 +22,7 @@ from trol.depth.attachment import gates_of
 from trol.depth.policy import AbstractPolicy, from_settings, names, settings_to_save
 from trol.errors import AdapterError, UsageError, unwritable
 from trol.host.layers import find_decoder
-from trol.policies.parameters import Learnt
+from trol.policies.base import PolicyModule
 
 LOOKED_AT = 64
 """Numbers of a parameter that are looked at, from the first to the last."""
@@ -217,8 +217,8 @@ def _fill(stack: Any, weights: dict[str, Tensor], folder: str | Path) -> None:
             continue
         for name, parameter in gate.named_parameters():
             parameter.data.copy_(weights[f"{layer}.{name}"])
-        if isinstance(gate, Learnt):
-            gate.loaded()
+        if isinstance(gate, PolicyModule):
+            gate.mark_trained()
 
 
 def _write_whole(path: Path, write: Any) -> None:
