@@ -85,17 +85,17 @@ class NaiveRouter:
 
     def __init__(self, policy: Router, head: Sequence[Tensor]) -> None:
         self.policy, self.head = policy, head
-        self.votes: list[Tensor] = []
+        self.features: list[Tensor] = []
         self.plans: dict[int, Plan] = {}
 
     def reading(self, token: int, x: Tensor, *, answer: bool) -> None:
-        """Takes a question token's vote, or counts all votes so far for an answer token."""
+        """Reads a question token, or averages those read so far for an answer token."""
         vote_weight, vote_bias, verdict_weight, verdict_bias = self.head
         if not answer:
             normed = (x.flatten() - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
-            self.votes.append((vote_weight @ normed + vote_bias).relu())
+            self.features.append((vote_weight @ normed + vote_bias).relu())
             return
-        mean = sum(self.votes) / len(self.votes)
+        mean = sum(self.features) / len(self.votes)
         shares = torch.sigmoid(verdict_weight @ mean + verdict_bias).tolist()
         suffices = [share >= self.policy.dial for share in (*shares, 1.0)]
         self.plans[token] = self.policy.menu[suffices.index(True)]

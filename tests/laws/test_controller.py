@@ -237,9 +237,9 @@ def test_rows_take_different_plans_and_keep_them_in_beams() -> None:
     model, rows = host.build(), host.left_padded((5, 9, 7, 12, 6, 8))
     attach_settled(model, Router(["0 3", "0 2-3", "all"], hidden=8), seed=0)
     logits = []
-    verdict = gates_of(attached(model)[1])[1]
-    own = verdict.verdict
-    verdict.verdict = lambda means: logits.append(own(means)) or logits[-1]
+    head = gates_of(attached(model)[1])[1]
+    own = head.logits
+    head.logits = lambda means: logits.append(own(means)) or logits[-1]
     greedy(model, rows.batch, max_new_tokens=2)
     middle = torch.sigmoid(logits[-1][..., 0]).median().item()
     dial = Router(["0 3", "0 2-3", "all"], hidden=8, dial=middle)
