@@ -319,12 +319,12 @@ def _check_settings(
 ) -> None:
     """Raises `HostError` where a layer's settings depend on its number."""
     for new, old in enumerate(kept):
-        wanted, got = _settings(before[old]), _settings(after[new])
-        for name in sorted(wanted.keys() | got.keys()):
-            if wanted.get(name) != got.get(name):
+        own, baked = _settings(before[old]), _settings(after[new])
+        for name in sorted(own.keys() | baked.keys()):
+            if own.get(name) != baked.get(name):
                 raise HostError(
-                    f"{family} sets {name} by the layer's number: {wanted.get(name)} in layer "
-                    f"{old}, {got.get(name)} where the checkpoint has it as layer {new}; keep "
+                    f"{family} sets {name} by the layer's number: {own.get(name)} in layer "
+                    f"{old}, {baked.get(name)} where the checkpoint has it as layer {new}; keep "
                     "layers so that every kind stays at its number."
                 )
 
@@ -345,15 +345,15 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 def _compared(model: Any, baked: Any, plan: Plan, sample: Mapping[str, Tensor]) -> float:
     """Largest absolute difference of the logits; raises `HostError` where it is too large."""
     with depth(model, Planned(plan, scope="all")):
-        wanted = model(**sample).logits.float()
+        expected = model(**sample).logits.float()
     try:
-        got = baked(**sample).logits.float()
+        logits = baked(**sample).logits.float()
     except ValueError as error:  # a cache needs an attention layer, say
         raise HostError(
             f"{model.config.model_type} does not run with the plan's layers alone: {error}"
         ) from error
-    difference = (wanted - got).abs().max().item()
-    allowed = TOLERANCE * torch.finfo(model.dtype).eps * wanted.abs().max().item()
+    difference = (expected - logits).abs().max().item()
+    allowed = TOLERANCE * torch.finfo(model.dtype).eps * expected.abs().max().item()
     if not difference <= allowed:  # NaN as well
         raise HostError(
             f"a {model.config.model_type} of the plan's layers alone does not compute what the "

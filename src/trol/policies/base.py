@@ -37,7 +37,7 @@ WARNED = ("untrained",)
 class DataclassPolicy(AbstractPolicy):
     """A policy whose settings are its fields: decorate it with `@dataclass(eq=False, repr=False)`.
 
-    Not frozen, so that subclasses with an `__init__` of their own may set attributes.
+    Not frozen: `__post_init__` checks settings, and keeps them in one form (a list as a tuple).
     """
 
     def __post_init__(self) -> None:

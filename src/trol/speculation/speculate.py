@@ -106,8 +106,16 @@ def _decode(
     """
     _check_config(generation_config, model_kwargs, logits_processor)
     check_cache(cache_among(model_kwargs))
-    passes, given = ForwardPasses(model, model_kwargs), (logits_processor, stopping_criteria)
-    loop = Loop(passes, stack, stats, *given, generation_config, streamer, input_ids)
+    loop = Loop(
+        passes=ForwardPasses(model, model_kwargs),
+        stack=stack,
+        stats=stats,
+        processor=logits_processor,
+        criteria=stopping_criteria,
+        config=generation_config,
+        streamer=streamer,
+        ids=input_ids,
+    )
     with decoding(model):
         loop.run()
     if streamer is not None:
