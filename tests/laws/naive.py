@@ -81,7 +81,7 @@ class NaiveExits:
 
 
 class NaiveRouter:
-    """What the question tokens of one row voted for, and the plan of each answer token."""
+    """The features of one row's question tokens, and the plan of each answer token."""
 
     def __init__(self, policy: Router, head: Sequence[Tensor]) -> None:
         self.policy, self.head = policy, head
@@ -95,7 +95,7 @@ class NaiveRouter:
             normed = (x.flatten() - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
             self.features.append((vote_weight @ normed + vote_bias).relu())
             return
-        mean = sum(self.features) / len(self.votes)
+        mean = sum(self.features) / len(self.features)
         shares = torch.sigmoid(verdict_weight @ mean + verdict_bias).tolist()
         suffices = [share >= self.policy.dial for share in (*shares, 1.0)]
         self.plans[token] = self.policy.menu[suffices.index(True)]

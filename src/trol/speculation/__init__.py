@@ -4,8 +4,6 @@
 distribution where it samples. Only the time differs. Imports `depth`, `host` and `errors`.
 """
 
-from __future__ import annotations
-
 from trol.speculation.speculate import Speculation, speculate
 
 __all__ = ["Speculation", "speculate"]

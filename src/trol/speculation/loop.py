@@ -139,12 +139,6 @@ def with_policy(stack: Any, policy: AbstractPolicy) -> Generator[None]:
         yield
 
 
-def _reads_planes(policy: AbstractPolicy, layers: int) -> bool:
-    """Whether a policy looks at more of a cache than its first keys and values."""
-    deep = any(policy.bounds(layer).most > 1 for layer in range(layers))
-    return deep or policy.reads_start or policy.observes or policy.skipped_kv == "hole"
-
-
 @dataclass
 class Loop:
     """One `generate` call: `run` decodes until every row is finished."""
@@ -170,7 +164,11 @@ class Loop:
         self.records = self.config.return_dict_in_generate
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
-        self.fork_planes = _reads_planes(self.stats.draft, self.stack.depth_layers)
+        # Whether drafts read more of a cache than its first keys and values.
+        draft, layers = self.stats.draft, range(self.stack.depth_layers)
+        repeats = any(draft.bounds(layer).most > 1 for layer in layers)
+        holes = draft.skipped_kv == "hole"
+        self.fork_planes = repeats or holes or draft.reads_start or draft.observes
         # Tokens [B, any] verified behind the ids, as many of each row as its lead.
         self.ahead, self.lead = self.ids[:, :0], [0] * rows
         self.unfinished = torch.ones(rows, dtype=torch.bool, device=device)
@@ -222,10 +220,11 @@ class Loop:
                 logits = passes.run(ids, new, read=1)[:, 0]
                 passes.extend(1)
                 scores = self.draft_processor(ids, logits)
-                token = scores.argmax(-1, keepdim=True)
                 if self.config.do_sample:
                     chances.append(scores.softmax(-1))
                     token = torch.multinomial(chances[-1], 1)
+                else:
+                    token = scores.argmax(-1, keepdim=True)
                 tokens = known.over(torch.cat([tokens, token], 1))
                 if confidence is None:
                     continue
