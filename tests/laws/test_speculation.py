@@ -140,10 +140,10 @@ def test_processors_and_criteria_of_the_caller() -> None:
     runs = []
     for drafted in (False, True):
         noted = _Noted()
-        told = {"logits_processor": LogitsProcessorList([_Even()])}
-        told["stopping_criteria"] = StoppingCriteriaList([noted, MaxLengthCriteria(19)])
+        arguments = {"logits_processor": LogitsProcessorList([_Even()])}
+        arguments["stopping_criteria"] = StoppingCriteriaList([noted, MaxLengthCriteria(19)])
         with speculate(model, "exit@3", tokens=3) if drafted else depth(model, "all"):
-            tokens = model.generate(**inputs, max_new_tokens=30, do_sample=False, **told)
+            tokens = model.generate(**inputs, max_new_tokens=30, do_sample=False, **arguments)
         runs.append((tokens.tolist(), noted.lengths))
     assert runs[0] == runs[1]
     assert len(runs[0][1]) == 10
@@ -237,12 +237,12 @@ def test_samples_have_the_models_distribution(chunk: int) -> None:
     assert 0.02 < stats.acceptance < 0.98
     chances = _chances(model, inputs, 1.5, 4)
     statistic, cells = 0.0, 0
-    found = dict.fromkeys(chances, 0)
+    counts = dict.fromkeys(chances, 0)
     for row in drawn.tolist():
-        found[tuple(row)] += 1  # KeyError: the model can never say this
+        counts[tuple(row)] += 1  # KeyError: the model can never say this
     for said, chance in chances.items():
         if rows * chance >= 5:
-            statistic += (found[said] - rows * chance) ** 2 / (rows * chance)
+            statistic += (counts[said] - rows * chance) ** 2 / (rows * chance)
             cells += 1
     assert cells > 20
     assert statistic < cells + 3.5 * (2 * cells) ** 0.5  # 3.5 standard deviations
@@ -250,10 +250,10 @@ def test_samples_have_the_models_distribution(chunk: int) -> None:
 
 def _chances(model: Any, inputs: Any, temperature: float, top: int) -> dict[tuple[int, ...], float]:
     """The chance of each three tokens, from whole passes without a cache."""
-    found: dict[tuple[int, ...], float] = {(): 1.0}
+    chances: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
         longer = {}
-        for said, chance in found.items():
+        for said, chance in chances.items():
             ids = torch.cat([inputs["input_ids"], torch.tensor([said]).long()], 1)
             masks = torch.zeros_like(ids)
             masks[:, inputs["input_ids"].shape[1] :] = 1
@@ -263,8 +263,8 @@ def _chances(model: Any, inputs: Any, temperature: float, top: int) -> dict[tupl
                 best.indices.tolist(), best.values.softmax(0).tolist(), strict=True
             ):
                 longer[(*said, token)] = chance * p
-        found = longer
-    return found
+        chances = longer
+    return chances
 
 
 def test_samples_repeat_with_a_seed() -> None:

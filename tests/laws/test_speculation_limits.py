@@ -139,17 +139,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_drafted_is_refused(case: str) -> None:
     model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
-    settings, told = REFUSED[case]
+    settings, cure = REFUSED[case]
     with (
         speculate(model, "exit@1") as stats,
-        pytest.raises((UsageError, HostError), match=told),
+        pytest.raises((UsageError, HostError), match=cure),
     ):
         model.generate(**inputs, max_new_tokens=4, **settings)
     assert stats.rounds == 0
 
 
 @pytest.mark.parametrize(
-    ("draft", "settings", "told"),
+    ("draft", "settings", "cure"),
     [
         ("exit@9", {}, "4 layers"),
         (Plan([1] * 6), {}, "4 layers"),
@@ -161,10 +161,10 @@ def test_what_cannot_be_drafted_is_refused(case: str) -> None:
     ],
 )
 def test_a_draft_that_does_not_fit_is_refused(
-    draft: Any, settings: dict[str, Any], told: str
+    draft: Any, settings: dict[str, Any], cure: str
 ) -> None:
     model = HOSTS["llama"].build()
-    with pytest.raises(UsageError, match=told), speculate(model, draft, **settings):
+    with pytest.raises(UsageError, match=cure), speculate(model, draft, **settings):
         pass
     assert not is_attached(model)
 

@@ -33,7 +33,7 @@ from trol.policies.controller import Controller, ControllerNet, sinusoids
         ({"scope": "answers"}, "Did you mean 'answer'"),
     ],
 )
-def test_settings_out_of_range_are_told(settings: dict[str, Any], said: str) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Controller(**settings)
 
@@ -92,12 +92,12 @@ def test_nothing_that_looks_for_linear_maps_finds_one() -> None:
 @pytest.mark.parametrize("width", [6, 7])
 def test_sinusoids(width: int) -> None:
     """Sines, then cosines, of wavelengths from 2 pi to 10,000 times that; each place differs."""
-    found = sinusoids(torch.arange(50)[None], width)
-    assert found.shape == (1, 50, width)
+    waves = sinusoids(torch.arange(50)[None], width)
+    assert waves.shape == (1, 50, width)
     half = (width + 1) // 2
-    assert torch.allclose(found[0, :, 0], torch.arange(50.0).sin(), atol=1e-5)
-    assert torch.allclose(found[0, :, half], torch.arange(50.0).cos(), atol=1e-5)
-    assert torch.cdist(found[0], found[0]).fill_diagonal_(1).min() > 1e-2
+    assert torch.allclose(waves[0, :, 0], torch.arange(50.0).sin(), atol=1e-5)
+    assert torch.allclose(waves[0, :, half], torch.arange(50.0).cos(), atol=1e-5)
+    assert torch.cdist(waves[0], waves[0]).fill_diagonal_(1).min() > 1e-2
 
 
 @pytest.mark.parametrize("wish", [{"alpha": 0.3}, {"target": 0.75, "weight": 2.0}, {}])

@@ -33,7 +33,7 @@ MENU = ["0-1", "0-2", "all"]
         ({"menu": MENU, "scope": "question"}, "set scope='answer'"),
     ],
 )
-def test_settings_out_of_range_are_told(settings: dict[str, Any], said: str) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Router(**settings)
 
