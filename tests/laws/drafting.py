@@ -20,9 +20,9 @@ def settled(host: Host, name: str | None) -> Any:
 
 def greedily(model: Any, inputs: Any, **settings: Any) -> Any:
     """Greedy `generate` with everything that it returns."""
-    told = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
-    told |= {"output_logits": True, "output_scores": True}
-    return model.generate(**inputs, **told | settings)
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    arguments |= {"output_logits": True, "output_scores": True}
+    return model.generate(**inputs, **arguments | settings)
 
 
 def padded(host: Host) -> dict[str, Any]:

@@ -29,9 +29,9 @@ TWINS = """
             gate = Gate(width, None).to(dtype)
             x, y = (torch.randn(2, 3, width).to(dtype) for _ in range(2))
             with torch.no_grad():
-                found, twin = gated_mixture(x, y, gate.weight, gate.bias), mixture(x, y, gate(x))
-            assert found.dtype == dtype
-            apart = (found - twin).abs().max().item()
+                fused, twin = gated_mixture(x, y, gate.weight, gate.bias), mixture(x, y, gate(x))
+            assert fused.dtype == dtype
+            apart = (fused - twin).abs().max().item()
             assert apart <= 32 * torch.finfo(dtype).eps * twin.abs().max().item(), (dtype, width)
 """
 
@@ -71,9 +71,9 @@ def test_where_it_is_launched(launches: list[tuple[int, ...]]) -> None:
         expected = model(**inputs).logits
     assert not launches
     with torch.no_grad():
-        told = model(**inputs).logits
+        fused = model(**inputs).logits
         assert len(launches) == 4
-        torch.testing.assert_close(told, expected, atol=host.default_exact, rtol=0)
+        torch.testing.assert_close(fused, expected, atol=host.default_exact, rtol=0)
         launches.clear()
         with executor(model, kernel="operators"):
             model(**inputs)
@@ -99,10 +99,10 @@ def test_one_that_fails_is_replaced_once_with_a_warning(
         with pytest.warns(
             UserWarning, match=r"gated_mixture failed.*no compiler.*operators"
         ) as said:
-            told = model(**inputs).logits
+            fused = model(**inputs).logits
         assert len(said) == 1
         with executor(model, "dense"):
-            torch.testing.assert_close(told, model(**inputs).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(fused, model(**inputs).logits, atol=1e-5, rtol=0)
 
 
 def test_kernels_that_are_not_there_are_refused_by_name() -> None:

@@ -156,9 +156,9 @@ def test_a_mixer_that_answers_otherwise_is_asked() -> None:
     host = HOSTS["llama"]
     model, inputs = attach_settled(host.build(), TrolMixer(scope="all")), host.inputs()
     with depth(model, Half(scope="all")):
-        told = model(**inputs).logits
+        mixed = model(**inputs).logits
         with trace(model) as seen:
             watched = model(**inputs).logits
-    assert gap(told, watched) <= host.default_exact
-    assert gap(told, model(**inputs).logits) > 1e-3
+    assert gap(mixed, watched) <= host.default_exact
+    assert gap(mixed, model(**inputs).logits) > 1e-3
     assert seen.weights[:, 2].max() <= 0.5

@@ -1,4 +1,4 @@
-"""Parts that nobody has trained are told of when they are first used, and no others are."""
+"""Untrained parts give a warning when they are first used, and no others do."""
 
 import copy
 import pickle
@@ -42,8 +42,8 @@ def model() -> Any:
     return HOSTS["llama"].build("eager")
 
 
-def said(model: Any, *, training: bool = False) -> list[str]:
-    """What is warned of in two passes."""
+def warnings_of(model: Any, *, training: bool = False) -> list[str]:
+    """The warnings of two passes."""
     ids = torch.tensor([[5, 6, 7, 8]])
     answer = torch.tensor([[0, 0, 1, 1]])
     model.train(training)
@@ -56,38 +56,36 @@ def said(model: Any, *, training: bool = False) -> list[str]:
 
 
 @every
-def test_it_is_said_once_in_one_line_with_the_cure(model: Any, policy: AbstractPolicy) -> None:
+def test_one_warning_in_one_line_with_the_cure(model: Any, policy: AbstractPolicy) -> None:
     attach(model, policy)
-    (line,) = said(model)
+    (line,) = warnings_of(model)
     assert line.startswith(type(policy).__name__)
     assert "never trained" in line
     assert "Train them (`trol train`), or load them (trol.load, trol.load_model)." in line
     assert "\n" not in line
-    assert not said(model)
+    assert not warnings_of(model)
 
 
 @every
-def test_generating_says_it_as_well(model: Any, policy: AbstractPolicy) -> None:
+def test_generating_warns_as_well(model: Any, policy: AbstractPolicy) -> None:
     attach(model, policy)
     with pytest.warns(trol.UntrainedWarning, match="never trained"):
         model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, do_sample=False)
 
 
 @every
-def test_training_says_nothing_and_another_policy_neither(
-    model: Any, policy: AbstractPolicy
-) -> None:
+def test_no_warning_in_training_or_under_another_policy(model: Any, policy: AbstractPolicy) -> None:
     attach(model, policy)
-    assert not said(model, training=True)
+    assert not warnings_of(model, training=True)
     with depth(model, "plain"):
-        assert not said(model)
-    assert said(model)
+        assert not warnings_of(model)
+    assert warnings_of(model)
 
 
 @every
-def test_what_is_not_in_use_is_not_told(model: Any, policy: AbstractPolicy) -> None:
+def test_unused_parts_give_no_warning(model: Any, policy: AbstractPolicy) -> None:
     attach(model, TrolMixer(1, scope="all"))
-    assert not said(model)
+    assert not warnings_of(model)
 
 
 def stepped(model: Any, _: Path) -> Any:
@@ -127,11 +125,11 @@ CURES: dict[str, Callable[[Any, Path], Any]] = {
 
 @every
 @pytest.mark.parametrize("cure", CURES)
-def test_what_was_trained_or_loaded_is_not_told(
+def test_trained_or_loaded_parts_give_no_warning(
     model: Any, policy: AbstractPolicy, cure: str, tmp_path: Path
 ) -> None:
     attach(model, policy)
-    assert not said(CURES[cure](model, tmp_path))
+    assert not warnings_of(CURES[cure](model, tmp_path))
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -151,32 +149,32 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_a_copy_is_no_training(model: Any, policy: AbstractPolicy, change: str) -> None:
     if change == "PEFT's copies" and isinstance(policy, Router):
         pytest.skip("a router's methods are called past PEFT's wrapper")
-    assert len(said(COPIES[change](attach(model, policy)))) == 1
+    assert len(warnings_of(COPIES[change](attach(model, policy)))) == 1
 
 
-def test_a_first_value_that_was_chosen_is_not_told(model: Any) -> None:
+def test_a_chosen_first_value_gives_no_warning(model: Any) -> None:
     attach(model, TrolMixer(scope="all", initial_gate=0.01))
-    assert not said(model)
+    assert not warnings_of(model)
 
 
-def test_a_saved_model_is_not_told(model: Any, tmp_path: Path) -> None:
+def test_a_saved_model_gives_no_warning(model: Any, tmp_path: Path) -> None:
     stepped(attach(model, TrolMixer(scope="all")), tmp_path).save_pretrained(tmp_path)
     opened = trol.family.loading.load_host(tmp_path)
-    assert not said(opened)
+    assert not warnings_of(opened)
 
 
-def test_the_shipped_model_is_not_told() -> None:
+def test_the_shipped_model_gives_no_warning() -> None:
     opened, _ = load_model("trol-tiny")
-    assert not said(opened)
+    assert not warnings_of(opened)
 
 
-def test_a_run_of_adapters_is_not_told(model: Any, tmp_path: Path) -> None:
+def test_a_run_of_adapters_gives_no_warning(model: Any, tmp_path: Path) -> None:
     adapters.save_adapters(attach(model, TrolMixer(scope="all")), tmp_path)
-    assert not said(adapters.open_adapters(HOSTS["llama"].build("eager"), tmp_path))
+    assert not warnings_of(adapters.open_adapters(HOSTS["llama"].build("eager"), tmp_path))
 
 
 def test_parts_without_memory_are_left_alone(model: Any) -> None:
     attach(model, TrolMixer(scope="all"))
     for layer in attached(model)[1].layers:
         layer.depth = nn.Sequential(nn.Linear(model.config.hidden_size, 1), nn.Flatten(1))
-    assert not said(model)
+    assert not warnings_of(model)

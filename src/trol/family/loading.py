@@ -49,7 +49,7 @@ from trol.family.published.files import CONFIG, check_source
 from trol.family.published.opening import HUB_SETTINGS, Published, find_published_model
 from trol.host.classes import MODEL_TYPE, tied_names, unknown_setting
 from trol.host.weights import forget_quantisation, is_quantised
-from trol.policies.parameters import Learnt
+from trol.policies.base import PolicyModule
 
 SHIPPED = ("trol-tiny",)
 """Models that lie inside the package."""
@@ -298,8 +298,8 @@ class SavedHost:
                 f"{sorted(surplus)}; save the model again."
             )
         for gate in attachment.gates_of(attached(model)[1]):
-            if isinstance(gate, Learnt):
-                gate.loaded()
+            if isinstance(gate, PolicyModule):
+                gate.mark_trained()
         check_by_probe(model)
         return (model, info) if wants_info else model
 

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import can_return_tuple
 
 from trol.depth import attach, attached, is_attached
+from trol.depth.policy import from_settings, to_settings
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
@@ -23,7 +24,6 @@ from trol.family.generation import TrolGenerationMixin, by_row, check_length
 from trol.family.memory import quiet_bitsandbytes, skip_parts
 from trol.family.published.opening import open_published
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
-from trol.policies import from_settings, to_settings
 
 
 class TrolProjector(nn.Module):
@@ -317,6 +317,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
             vocab_size = self.config.text_config.vocab_size
             # Labels may be a copy of the ids, but image tokens are never to be predicted.
             targets = labels.masked_fill(labels == self.config.image_token_id, IGNORED_LABEL)
-            loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=targets, vocab_size=vocab_size, **kwargs
+            )
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return TrolCausalLMOutput(loss=loss, logits=logits, **rest)
