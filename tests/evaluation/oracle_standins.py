@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trol.evaluation.oracle_store import Menu, OracleRow
-from trol.evaluation.tasks import Item
+from trol.evaluation.items import Item
+from trol.evaluation.oracle import Menu
+from trol.evaluation.store import OracleRow
 from trol.family import word_tokenizer
 from trol.family.processing import CHAT_TEMPLATE
 

@@ -9,8 +9,8 @@ import torch
 from training import standins
 from trol.depth import is_attached
 from trol.errors import UsageError
+from trol.evaluation.items import Item
 from trol.evaluation.plan_search import CHOSEN, chosen_plan, plan_loss
-from trol.evaluation.tasks import Item
 from trol.family.loading import load_model
 from trol.policies.planned import plan_keeping
 

@@ -12,11 +12,12 @@ import trol
 from trol.data.boards import make_board, questions
 from trol.depth import attached, depth, is_attached
 from trol.errors import DataError, UsageError
+from trol.evaluation import answers, tasks, timing
 from trol.evaluation import curve as points
 from trol.evaluation import curve_methods as methods
-from trol.evaluation import metrics, tasks, timing
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request, check_methods, shares_of, with_adapter
+from trol.evaluation.items import Item
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.controller import Controller
@@ -29,12 +30,11 @@ LAYERS = 4
 WORDS = ["What is the colour of grass?", "Green as the sea.", "How many legs?", "Four or six."]
 
 
-def items(count: int, seed: int, split: str = "test") -> list[tasks.Item]:
+def items(count: int, seed: int, split: str = "test") -> list[Item]:
     """Questions of a seed: other words for each."""
     del split
     return [
-        tasks.Item(None, f"{WORDS[0]} {seed} {number}", WORDS[1], "colour")
-        for number in range(count)
+        Item(None, f"{WORDS[0]} {seed} {number}", WORDS[1], "colour") for number in range(count)
     ]
 
 
@@ -124,10 +124,10 @@ def test_metrics_are_those_of_the_plan(decoder: tuple[Any, Any]) -> None:
     half, full = points_of(drawn(decoder, "exit", seeds=1), "exit")
     some = items(3, 0)
     with depth(decoder[0], Planned("exit@2", scope="answer")):
-        expected = metrics.losses(*decoder, some)
-        given = tasks.answers(*decoder, some, new_tokens=4)
+        expected = answers.losses(*decoder, some)
+        given = answers.answers(*decoder, some, new_tokens=4)
     assert half["metrics"]["loss"]["values"] == [pytest.approx(sum(expected) / 3)]
-    rouge = metrics.scores("rougeL", given, some)
+    rouge = answers.scores("rougeL", given, some)
     assert half["metrics"]["rougeL"]["mean"] == pytest.approx(sum(rouge) / 3)
     assert half["metrics"]["loss"]["spread"] is None  # one seed has none
     assert full["metrics"]["loss"] != half["metrics"]["loss"]

@@ -8,11 +8,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trol.depth import Plan, attach, attached, depth, is_attached, trace
 from trol.errors import UsageError
-from trol.evaluation import draft_agreement as followed
 from trol.evaluation import plan_search as draft_plans
-from trol.evaluation.draft_agreement import Costs, tokens_per_round
-from trol.evaluation.plan_search import DraftChoice, chosen_plan, draft_plan, measured_speed
-from trol.evaluation.tasks import Item
+from trol.evaluation.items import Item
+from trol.evaluation.plan_search import (
+    Costs,
+    DraftChoice,
+    chosen_plan,
+    draft_plan,
+    tokens_per_round,
+)
+from trol.evaluation.timing import measured_speed
 from trol.family.presets import word_tokenizer
 from trol.policies.planned import Planned
 from trol.speculation import speculate
@@ -70,7 +75,7 @@ def test_speed_up_is_gain_over_cost() -> None:
 def test_layers_that_do_nothing_are_not_drafted_with(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fixed = Costs(0.2, 0.2, {k: 1.0 + 0.02 * k for k in range(1, followed.MOST_TOKENS + 1)})
+    fixed = Costs(0.2, 0.2, {k: 1.0 + 0.02 * k for k in range(1, draft_plans.MOST_TOKENS + 1)})
     monkeypatch.setattr(draft_plans, "costs_of", lambda *_: fixed)
     seen: list[tuple[int, int]] = []
     found = draft_plan(
@@ -79,7 +84,7 @@ def test_layers_that_do_nothing_are_not_drafted_with(
     assert found.plan == Plan("0-1 4")
     assert found.agreement == 1
     assert found.predicted_speedup == max(
-        fixed.speedup([[True] * 11], 3, k) for k in range(1, followed.MOST_TOKENS + 1)
+        fixed.speedup([[True] * 11], 3, k) for k in range(1, draft_plans.MOST_TOKENS + 1)
     )
     assert seen[-1] == (11, 11)  # the exit, the even layers, five of four layers, four of three
     assert not is_attached(model)
@@ -90,8 +95,8 @@ def test_agreement_is_what_speculation_accepts(model: Any, tokenizer: Any) -> No
     attach(model, "plain")
     _, stack = attached(model)
     with torch.no_grad(), depth(model, "plain"):
-        one = followed.follow(model, tokenizer, ITEMS[:1], 24)
-        (row,) = followed.agreement(stack, [one], (0, 1, 2))
+        one = draft_plans.generate_answers(model, tokenizer, ITEMS[:1], 24)
+        (row,) = draft_plans.agreement(stack, [one], (0, 1, 2))
     with speculate(model, "0-2", tokens=1) as spoken:
         said = model.generate(one.ids[:, : one.prompt], max_new_tokens=24, do_sample=False)
     assert said.tolist() == one.ids.tolist()
@@ -105,16 +110,16 @@ def test_a_model_with_a_plan_drafts_with_fewer_of_its_layers(model: Any, tokeniz
     found = draft_plan(model, tokenizer, ITEMS[:2], new_tokens=6, rounds=1)
     assert found.plan.for_layers(5)[2] == 0
     assert isinstance(found, DraftChoice)
-    assert 1 <= found.tokens <= followed.MOST_TOKENS
+    assert 1 <= found.tokens <= draft_plans.MOST_TOKENS
     assert chosen_plan("draft", model, tokenizer, ITEMS[:2], 0.4).for_layers(5).count(1) == 2
 
 
 def test_answers_end_where_the_model_ends_them(model: Any, tokenizer: Any) -> None:
     attach(model, "plain")
     with torch.no_grad():
-        free = followed.follow(model, tokenizer, ITEMS[:1], 8)
+        free = draft_plans.generate_answers(model, tokenizer, ITEMS[:1], 8)
         model.generation_config.eos_token_id = int(free.ids[0, free.prompt + 3])
-        ended = followed.follow(model, tokenizer, ITEMS[:2], 8)
+        ended = draft_plans.generate_answers(model, tokenizer, ITEMS[:2], 8)
     first = free.ids[0, free.prompt :].tolist().index(model.generation_config.eos_token_id)
     assert ended.counted[0].tolist() == [i < first for i in range(ended.counted.shape[1])]
 

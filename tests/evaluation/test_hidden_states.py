@@ -8,7 +8,7 @@ from training import standins
 from trol.depth import Plan, depth
 from trol.errors import DataError
 from trol.evaluation.hidden_states import influences, scoped, state_cosines, states
-from trol.evaluation.tasks import Item
+from trol.evaluation.items import Item
 from trol.family.loading import load_model
 from trol.policies.planned import Planned
 

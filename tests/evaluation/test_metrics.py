@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM
 from trol.depth import attach, detach, trace
 from trol.errors import HostError, UsageError
 from trol.evaluation import evaluate
-from trol.evaluation.measuring import validate
-from trol.evaluation.metrics import METRICS, check_metric, losses, scores
-from trol.evaluation.tasks import TASKS, Item, answers, fitted, messages, prompts, task_of
+from trol.evaluation.answers import METRICS, answers, losses, scores
+from trol.evaluation.items import Item, fitted, messages, prompts
+from trol.evaluation.tasks import TASKS, check_metric, task_of, validate
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.planned import Planned
 

@@ -14,21 +14,14 @@ from trol.depth import trace
 from trol.errors import DataError, UsageError
 from trol.evaluation import check_tasks, evaluate
 from trol.evaluation import curve as points
+from trol.evaluation.answers import answers
+from trol.evaluation.calibration import calibrate_exits
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request
-from trol.evaluation.exit_calibration import calibrate
-from trol.evaluation.metrics import labelled
+from trol.evaluation.items import fitted, labelled, messages, prompts
 from trol.evaluation.oracle import Batch
 from trol.evaluation.plan_search import chosen_plan
-from trol.evaluation.tasks import (
-    FORMS,
-    answers,
-    default_task,
-    fitted,
-    messages,
-    prompts,
-    questions_of,
-)
+from trol.evaluation.tasks import FORMS, default_task, questions_of
 from trol.family import tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.exits import EarlyExit
@@ -166,7 +159,7 @@ def test_the_last_answer_of_a_chat_is_the_reference(reader: tuple[Any, Any], cha
     begin = tokenizer.decode(tokenizer("")["input_ids"])
     (prompt,) = tokenizer.batch_decode(prompts(tokenizer, [items["chat"]])["input_ids"])
     assert prompt == begin + "Be brief.\nWhat?\nIt.\nSum of it?\n"
-    read = labelled(model, tokenizer, [items["chat"]], tokenizer)
+    read = labelled(model, tokenizer, [items["chat"]])
     said = read["input_ids"][read["labels"] != -100]
     assert tokenizer.decode(said) == "Return it.\n"  # and no earlier answer
     found = evaluate(*reader, [chats], new_tokens=3)["tasks"][chats]
@@ -220,7 +213,7 @@ def test_all_that_measures_takes_them_without_a_template(
     assert len(answers(*reader, items, new_tokens=2)) == len(items)
     batch = Batch(*reader, items, scope="answer", new_tokens=2)
     assert len(batch.answers(chosen_plan("influence", *reader, items, 0.67))) == len(items)
-    calibrate(*reader, items, EarlyExit("margin", 1.0), cost=0.9)
+    calibrate_exits(*reader, items, EarlyExit("margin", 1.0), cost=0.9)
     monkeypatch.setattr(points, "ROUNDS", 1)
     drawn = curve(*reader, [name], Request(("exit",), keeps=(0.67,), questions=2, seeds=1))
     assert "loss" in drawn["tasks"][name]["metrics"]
@@ -229,7 +222,7 @@ def test_all_that_measures_takes_them_without_a_template(
 def test_plain_text_is_answer_but_for_what_begins_it(reader: tuple[Any, Any], text: str) -> None:
     model, tokenizer = reader
     from trol.depth import attach, detach
-    from trol.evaluation.metrics import losses
+    from trol.evaluation.answers import losses
     from trol.policies.planned import Planned
 
     items = questions_of(*reader, text, 1, seed=0)
