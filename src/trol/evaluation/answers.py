@@ -22,14 +22,7 @@ from trol.depth import is_attached, trace
 from trol.depth.readout import Readout
 from trol.depth.trace import Trace
 from trol.errors import HostError, UsageError, unknown
-from trol.evaluation.items import (
-    BATCH,
-    Item,
-    batches,
-    fitted_prompts,
-    labelled,
-    tokenizer_of,
-)
+from trol.evaluation.items import BATCH, Item, batches, fitted_prompts, labelled, tokenizer_of
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 METRICS = (*ROUGE, "exact", "contains", "loss")

@@ -55,7 +55,6 @@ from trol.evaluation.curve_methods import (
 )
 from trol.evaluation.hidden_states import layers_of, state_cosines
 from trol.evaluation.items import Item, fitted_prompts
-from trol.evaluation.store import OracleResult
 from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
 from trol.evaluation.timing import (
     Timing,
@@ -236,9 +235,8 @@ def curve(
     check_tasks(tasks)
     check_methods(request.methods, request.oracle)
     check_adapters(request)
-    if request.oracle is not None:
-        OracleResult.read(request.oracle)
-        for name in tasks if ORACLE in request.methods else ():
+    if request.oracle is not None and ORACLE in request.methods:
+        for name in tasks:
             oracle_of(request.oracle, name, request.scope, layers_of(model))
     return {
         "scope": request.scope,

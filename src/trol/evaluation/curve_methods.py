@@ -23,6 +23,17 @@ from trol.evaluation.tasks import questions_of
 from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned, kept_count, static_plan
 
+STATIC = {"skip": "uniform", "exit": "exit", "random": "random", "middle": "middle"}
+"""Method -> the static plans that it draws."""
+
+SEARCHED = ("influence", "greedy")
+"""Methods whose plans are chosen by measuring."""
+
+TRAINED = ("controller", "router")
+"""Methods with trained parameters, which are registered policies of the same name."""
+
+METHODS = (*STATIC, *SEARCHED, EarlyExit.name, *TRAINED)
+
 ORACLE = "oracle"
 """A method that is not measured here: its curve is read from the folder of `trol oracle`."""
 
@@ -103,14 +114,21 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
 
 
 def check_methods(methods: Sequence[str], oracle: Path | None) -> None:
-    """Raises `UsageError` where no method is named, one is unknown, or the oracle is not there."""
+    """Raises where no method is named, one is unknown, or the oracle's folder holds none.
+
+    Raises:
+        UsageError: any of these.
+        DataError: the oracle's file is damaged.
+    """
     known = [*METHODS, ORACLE]
     if not methods:
         raise UsageError(f"no method named; choose among {', '.join(known)}.")
     for method in methods:
         if method not in known:
             raise unknown("method", method, known)
-    if ORACLE in methods and oracle is None:
+    if oracle is not None:
+        OracleResult.read(oracle)
+    elif ORACLE in methods:
         raise UsageError(
             "the method oracle is drawn from a finished oracle; run `trol oracle MODEL --out DIR` "
             "and give --oracle DIR."
@@ -142,7 +160,30 @@ def candidates(
     method: str, model: Any, processor: Any, task: str, request: Request
 ) -> list[Candidate]:
     """The points of one method on one task, the full model not among them."""
-    return METHODS[method](model, processor, task, request)
+    if method in STATIC:
+        return _plans(
+            model,
+            request,
+            lambda layers, keep: [
+                static_plan(STATIC[method], layers, keep, seed) for seed in range(request.seeds)
+            ],
+        )
+    if method in SEARCHED:
+        # Chosen once, by validation questions: the seeds differ in the questions they answer.
+        items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
+        kept = Measurements()  # shares have many of them in common
+        choose = partial(chosen_plan, method, model, processor, items, measured=kept)
+        return _plans(
+            model, request, lambda _, keep: [choose(keep, scope=request.scope)] * request.seeds
+        )
+    if method == EarlyExit.name:
+        return _exits(model, request)
+    values = {"dial": DIALS} if method == "router" else {}
+    return [
+        one
+        for name, other in request.carrying(method).items()
+        for one in _sweep(other, policy_of(other), {"adapter": name}, request.seeds, **values)
+    ]
 
 
 def _plans(
@@ -161,105 +202,41 @@ def _plans(
     return points
 
 
-def _static(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    del processor, task
-    return _plans(
-        model,
-        request,
-        lambda layers, keep: [
-            static_plan(name, layers, keep, seed) for seed in range(request.seeds)
-        ],
-    )
-
-
-def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    """Plans chosen once, by validation questions: the seeds differ in the questions they answer."""
-    items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
-    measured = Measurements()  # shares have many of them in common
-
-    def plans(_: int, keep: float) -> list[Plan]:
-        plan = chosen_plan(
-            name, model, processor, items, keep, scope=request.scope, measured=measured
-        )
-        return [plan] * request.seeds
-
-    return _plans(model, request, plans)
-
-
-def _exits(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+def _exits(model: Any, request: Request) -> list[Candidate]:
     """A sweep of thresholds without trained heads, and what each adapter adds to it.
 
     An adapter with its own heads, or with a host that was trained along, gives another sweep; one
     that only sets a threshold on this model gives the point of that threshold.
     """
-    del processor, task
     plain = EarlyExit(MEASURE, scope=request.scope)
     points = _sweep(model, plain, {"measure": MEASURE}, request.seeds, threshold=THRESHOLDS)
     for name, other in request.carrying(EarlyExit.name).items():
         own = policy_of(other)
         settings = to_settings(own)
-        about = {"adapter": name, "measure": settings["measure"]}
-        if not settings["heads"] and _shares_weights(model, other):
+        same_host = other.get_input_embeddings().weight is model.get_input_embeddings().weight
+        if same_host and not settings["heads"]:
             thresholds: Sequence[float] = (settings["threshold"],)
         else:
             thresholds = WAITS if settings["measure"] == "patience" else THRESHOLDS
+        about = {"adapter": name, "measure": settings["measure"]}
         points += _sweep(other, own, about, request.seeds, threshold=thresholds)
     return points
-
-
-def _shares_weights(model: Any, other: Any) -> bool:
-    """Whether both are the same model, one of them through `with_adapter`."""
-    return other.get_input_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _controllers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    del model, processor, task
-    return [
-        Candidate(None, {"adapter": name}, other, (policy_of(other),) * request.seeds)
-        for name, other in request.carrying("controller").items()
-    ]
-
-
-def _routers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    del model, processor, task
-    return [
-        one
-        for name, other in request.carrying("router").items()
-        for one in _sweep(other, policy_of(other), {"adapter": name}, request.seeds, dial=DIALS)
-    ]
 
 
 def _sweep(
     model: Any, policy: AbstractPolicy, about: dict[str, Any], seeds: int, **values: Sequence[float]
 ) -> list[Candidate]:
-    """One policy at several values of one of its settings."""
+    """One policy at several values of one of its settings; as it is, where none is named."""
+    several = [{name: value} for name, each in values.items() for value in each] or [{}]
     return [
         Candidate(
             None,
-            {**about, setting: value},
+            {**about, **setting},
             model,
-            (from_settings({**to_settings(policy), setting: value}),) * seeds,
+            (from_settings({**to_settings(policy), **setting}) if setting else policy,) * seeds,
         )
-        for setting, several in values.items()
-        for value in several
+        for setting in several
     ]
-
-
-METHODS: dict[str, Callable[[Any, Any, str, Request], list[Candidate]]] = {
-    "skip": partial(_static, "uniform"),
-    "exit": partial(_static, "exit"),
-    "random": partial(_static, "random"),
-    "middle": partial(_static, "middle"),
-    "influence": partial(_chosen, "influence"),
-    "greedy": partial(_chosen, "greedy"),
-    "early_exit": _exits,
-    "controller": _controllers,
-    "router": _routers,
-}
-"""Method -> (model, processor, task, request) -> its points."""
-
-TRAINED = ("controller", "router")
-"""Methods with trained parameters, which are registered policies of the same name."""
 
 
 def shares_of(text: str) -> list[float]:

@@ -333,11 +333,7 @@ def answer_all(
         for number, sample, level in questions.units(menu):
             if store.lacks(_keys(places, level, sample)):
                 batch = batch or Batch(
-                    model,
-                    processor,
-                    items,
-                    scope=questions.scope,
-                    new_tokens=questions.new_tokens,
+                    model, processor, items, scope=questions.scope, new_tokens=questions.new_tokens
                 )
                 noise = GumbelNoise(places, sample, questions.seed) if sample else None
                 given = batch.answers(level.plan, noise)

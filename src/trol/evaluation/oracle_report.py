@@ -126,12 +126,7 @@ class Table:
 
 
 def report(
-    rows: Sequence[OracleRow],
-    menu: Menu,
-    metric: str,
-    metrics: Sequence[str],
-    *,
-    seed: int = 0,
+    rows: Sequence[OracleRow], menu: Menu, metric: str, metrics: Sequence[str], *, seed: int = 0
 ) -> dict[str, Any]:
     """The report of finished rows, judged by `metric`; its keys are in the module's docstring.
 

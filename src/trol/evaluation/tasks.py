@@ -291,12 +291,7 @@ def measure_task(
 
 
 def accuracies(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    task: Task,
-    *,
-    progress: Progress = silent,
+    model: Any, processor: Any, items: Sequence[Item], task: Task, *, progress: Progress = silent
 ) -> list[float]:
     """1 for each item that is answered correctly, else 0."""
     texts = answers(
