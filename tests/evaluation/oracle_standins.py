@@ -69,14 +69,16 @@ def rows_of(
     metric: str = "rougeL",
 ) -> list[OracleRow]:
     """Rows with these scores, [N][J], and of the answers drawn at full depth, [N][S]."""
-    found = []
+    rows = []
     full = menu.levels[menu.full]
     for item, mine in enumerate(scores):
         kind = types[item] if types else "one"
-        told = [(0, level, score) for level, score in zip(menu.levels, mine, strict=True)]
-        told += [(n, full, score) for n, score in enumerate(drawn[item] if drawn else (), start=1)]
-        found += [
-            OracleRow(item, "q", "r", "a", kind, level.text, level.cost, sample, 3, {metric: score})
-            for sample, level, score in told
+        scored = [(0, level, score) for level, score in zip(menu.levels, mine, strict=True)]
+        scored += [
+            (n, full, score) for n, score in enumerate(drawn[item] if drawn else (), start=1)
         ]
-    return found
+        rows += [
+            OracleRow(item, "q", "r", "a", kind, level.text, level.cost, sample, 3, {metric: score})
+            for sample, level, score in scored
+        ]
+    return rows

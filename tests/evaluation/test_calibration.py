@@ -113,13 +113,13 @@ def test_an_outcome_by_hand(llama: tuple) -> None:
     """Token by token: the first look that is sure, its agreement, means over answers."""
     items, policy = _items(6, words=4), EarlyExit("margin", 1.0, first=2)
     record = record_exits(*llama, items, policy)
-    found: dict[int, list[tuple[float, float]]] = {}
+    by_answer: dict[int, list[tuple[float, float]]] = {}
     for token, answer in enumerate(record.answer.tolist()):
         looks = zip(record.confidence[:, token], record.agrees[:, token], (2, 3), strict=True)
         sure = [(float(agrees), layer / 4) for sure, agrees, layer in looks if sure >= 0.2]
-        found.setdefault(answer, []).append((sure or [(1.0, 1.0)])[0])
+        by_answer.setdefault(answer, []).append((sure or [(1.0, 1.0)])[0])
     qualities, shares = (
-        [sum(pair[place] for pair in pairs) / len(pairs) for pairs in found.values()]
+        [sum(pair[place] for pair in pairs) / len(pairs) for pairs in by_answer.values()]
         for place in (0, 1)
     )
     outcome = record.outcome(0.2)
@@ -133,34 +133,34 @@ def test_an_outcome_by_hand(llama: tuple) -> None:
 def test_the_cheapest_that_keeps_the_quality(llama: tuple) -> None:
     """It passes its test when run; the next more lenient threshold of the record does not."""
     items, policy = _items(60, words=3), EarlyExit("margin", 1.0)
-    found = calibrate_exits(*llama, items, policy, quality=0.6, confidence=0.8)
-    assert found.p_value is not None
-    assert found.p_value <= 0.2
-    assert found.ran.quality >= 0.6
-    assert found.ran.executed < 1
-    assert found.policy == with_threshold(policy, found.policy.thresholds[0])
+    calibrated = calibrate_exits(*llama, items, policy, quality=0.6, confidence=0.8)
+    assert calibrated.p_value is not None
+    assert calibrated.p_value <= 0.2
+    assert calibrated.ran.quality >= 0.6
+    assert calibrated.ran.executed < 1
+    assert calibrated.policy == with_threshold(policy, calibrated.policy.thresholds[0])
     record = record_exits(*llama, items, policy)
-    place = EXIT_THRESHOLDS.index(found.policy.thresholds[0])
+    place = EXIT_THRESHOLDS.index(calibrated.policy.thresholds[0])
     torch.testing.assert_close(
-        found.predicted.qualities, record.outcome(EXIT_THRESHOLDS[place]).qualities
+        calibrated.predicted.qualities, record.outcome(EXIT_THRESHOLDS[place]).qualities
     )
     tested = [p_value(1 - record.outcome(t).qualities, 0.4) <= 0.2 for t in EXIT_THRESHOLDS]
     assert all(tested[: place + 1])
     stricter = calibrate_exits(*llama, items, policy, quality=0.8, confidence=0.8)
-    assert stricter.ran.executed > found.ran.executed
-    told = found.json()
-    assert told["answers"] == 60
-    assert told["policy"]["threshold"] == found.policy.thresholds[0]
+    assert stricter.ran.executed > calibrated.ran.executed
+    as_json = calibrated.json()
+    assert as_json["answers"] == 60
+    assert as_json["policy"]["threshold"] == calibrated.policy.thresholds[0]
 
 
 @pytest.mark.parametrize("cost", [0.5, 0.8, 1.0])
 def test_the_best_within_a_cost(llama: tuple, cost: float) -> None:
     items, policy = _items(16, words=3), EarlyExit("entropy", 1.0)
-    found = calibrate_exits(*llama, items, policy, cost=cost)
-    assert found.ran.executed <= cost + 1e-9
-    assert found.p_value is None
+    calibrated = calibrate_exits(*llama, items, policy, cost=cost)
+    assert calibrated.ran.executed <= cost + 1e-9
+    assert calibrated.p_value is None
     if cost == 1.0:
-        assert found.ran.quality == 1
+        assert calibrated.ran.quality == 1
 
 
 def test_flops_have_the_looks_among_them(llama: tuple) -> None:
@@ -174,8 +174,8 @@ def test_flops_have_the_looks_among_them(llama: tuple) -> None:
     often, seldom, out = shares
     assert often > seldom > 1
     assert out < seldom
-    found = calibrate_exits(*llama, items, EarlyExit("margin", 1.0), cost=1.0)
-    assert found.json()["flops_share"] == flops_share(*llama, items, found.policy)
+    calibrated = calibrate_exits(*llama, items, EarlyExit("margin", 1.0), cost=1.0)
+    assert calibrated.json()["flops_share"] == flops_share(*llama, items, calibrated.policy)
 
 
 def test_calls_are_counted(llama: tuple) -> None:
@@ -200,10 +200,10 @@ def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None
         return ran if len(calls) > 2 else ExitOutcome(torch.zeros_like(ran.qualities), ran.shares)
 
     monkeypatch.setattr("trol.evaluation.calibration.run_exits", worse)
-    found = calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
+    calibrated = calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
     assert len(calls) == 3
     assert calls == sorted(set(calls))
-    assert found.policy.thresholds[0] == calls[-1]
+    assert calibrated.policy.thresholds[0] == calls[-1]
     calls.clear()
     monkeypatch.setattr(
         "trol.evaluation.calibration.run_exits",

@@ -125,7 +125,7 @@ def test_harmless_layers_go_first(llama: tuple) -> None:
     trial, record = scored(llama, (40, 2, 40, 0))
     order = search(trial, record, allowed=6)
     assert order[0] == (0.0,) * LAYERS
-    costs = [record.cost(taus) for taus in order]
+    costs = [record.cost(setting) for setting in order]
     assert costs == sorted(set(costs), reverse=True)
     for before, after in pairwise(order):
         pairs = zip(before, after, strict=True)
@@ -136,7 +136,7 @@ def test_harmless_layers_go_first(llama: tuple) -> None:
     assert last[2] is not None
     assert max(last[0], last[2]) > 0
     assert trial.changed(last) <= 6
-    first_gone = next(taus for taus in order if None in taus)
+    first_gone = next(setting for setting in order if None in setting)
     assert first_gone[3] is None
     assert first_gone[1] is not None
 
@@ -144,8 +144,8 @@ def test_harmless_layers_go_first(llama: tuple) -> None:
 def test_where_everything_is_needed_nothing_goes(llama: tuple) -> None:
     trial, record = scored(llama, (1e6,) * LAYERS)
     order = search(trial, record, allowed=0)
-    assert all(record.shares(taus) == [1] * LAYERS for taus in order)
-    assert all(None not in taus for taus in order)
+    assert all(record.shares(setting) == [1] * LAYERS for setting in order)
+    assert all(None not in setting for setting in order)
 
 
 def test_the_bisection_finds_the_last() -> None:
@@ -159,7 +159,7 @@ def test_a_random_model_is_calibrated(llama: tuple) -> None:
     model, processor = llama
     calls: list[tuple[int, int]] = []
     asked = items(120)
-    found = calibrate_gates(
+    calibrated = calibrate_gates(
         model,
         processor,
         asked,
@@ -168,28 +168,28 @@ def test_a_random_model_is_calibrated(llama: tuple) -> None:
         confidence=0.8,
         progress=lambda done, of: calls.append((done, of)),
     )
-    assert found.policy.threshold(3) is None  # its gates are all but shut
-    assert found.kept.questions == 60
-    assert found.p_value <= 0.2
-    assert 0.8 <= found.at_least <= found.kept.share
-    full, sparse = found.cost
-    assert (full, found.flops) == (pytest.approx(2), True)
+    assert calibrated.policy.threshold(3) is None  # its gates are all but shut
+    assert calibrated.kept.questions == 60
+    assert calibrated.p_value <= 0.2
+    assert 0.8 <= calibrated.at_least <= calibrated.kept.share
+    full, sparse = calibrated.cost
+    assert (full, calibrated.flops) == (pytest.approx(2), True)
     assert 1 <= sparse < full
-    assert found.shares[3] == 0
-    assert all(0 <= share <= 1 for share in found.shares)
+    assert calibrated.shares[3] == 0
+    assert all(0 <= share <= 1 for share in calibrated.shares)
     judged = asked[1::2]
-    with depth(model, found.policy):
+    with depth(model, calibrated.policy):
         given = answers(model, processor, judged, new_tokens=NEW)
     with depth(model, TrolMixer()):
         wanted = answers(model, processor, judged, new_tokens=NEW)
-    assert sum(a != b for a, b in zip(given, wanted, strict=True)) == found.kept.changed
+    assert sum(a != b for a, b in zip(given, wanted, strict=True)) == calibrated.kept.changed
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
     assert all(done <= of for done, of in calls)
-    assert [read.questions for read in found.prefill] == [1, 32]
-    assert all(read.ratio["plain"] == 1 for read in found.prefill)
-    told = found.json()
-    assert told["policy"]["tau"][3] is None
-    assert told["second_visits"] == list(found.shares)
+    assert [read.questions for read in calibrated.prefill] == [1, 32]
+    assert all(read.ratio["plain"] == 1 for read in calibrated.prefill)
+    as_json = calibrated.json()
+    assert as_json["policy"]["tau"][3] is None
+    assert as_json["second_visits"] == list(calibrated.shares)
     assert attached(model)[1].depth_policy == TrolMixer()  # what the model carries is as it was
 
 
@@ -200,13 +200,13 @@ def test_shut_gates_need_no_second_visit(folder: str) -> None:
         gate.weight.data.zero_()
     quality = 0.97
     count = questions_for(quality, 0.7)
-    found = calibrate_gates(
+    calibrated = calibrate_gates(
         model, processor, items(count), new_tokens=1, quality=quality, confidence=0.7
     )
-    assert found.policy.settings()["tau"] == [None] * LAYERS
-    assert found.kept.share == 1
-    assert found.shares == (0.0,) * LAYERS
-    assert found.cost[1] == 1
+    assert calibrated.policy.settings()["tau"] == [None] * LAYERS
+    assert calibrated.kept.share == 1
+    assert calibrated.shares == (0.0,) * LAYERS
+    assert calibrated.cost[1] == 1
 
 
 def test_what_is_judged_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,9 +222,9 @@ def test_what_is_judged_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -
         )
 
     monkeypatch.setattr(Trial, "changed", changed)
-    found = calibrate_gates(*llama, asked, new_tokens=1, quality=0.6, confidence=0.6)
+    calibrated = calibrate_gates(*llama, asked, new_tokens=1, quality=0.6, confidence=0.6)
     assert most_changed(20, 0.6, 0.6) < 9
-    assert None not in (found.policy.threshold(layer) for layer in range(LAYERS))
+    assert None not in (calibrated.policy.threshold(layer) for layer in range(LAYERS))
 
 
 def test_refusals(llama: tuple, folder: str) -> None:

@@ -36,22 +36,22 @@ def test_a_model_that_says_the_answers_is_right_and_one_that_does_not_is_wrong(
         task = tasks.TASKS["boards"]
         return tasks.measure_task(None, None, task, items, name="boards")["accuracy"]
 
-    told = [f" {i.answer.upper()}. " for i in items]
-    monkeypatch.setattr(tasks, "answers", lambda *_, **__: told)
+    texts = [f" {i.answer.upper()}. " for i in items]
+    monkeypatch.setattr(tasks, "answers", lambda *_, **__: texts)
     assert accuracy() == 1
     monkeypatch.setattr(tasks, "answers", lambda *_, **__: ["" for _ in items])
     assert accuracy() == 0
 
 
 def test_an_evaluation_says_what_it_measured(untrained: tuple) -> None:
-    found = evaluate(*untrained, ["boards"], questions=36)
-    task = found["tasks"]["boards"]
+    result = evaluate(*untrained, ["boards"], questions=36)
+    task = result["tasks"]["boards"]
     assert task["n"] == 36
     assert set(task["by_type"]) == set(task["chance_by_type"]) == set(ASKERS)
-    assert found["cost"]["layer_visits"] > 2 * found["cost"]["tokens"]
+    assert result["cost"]["layer_visits"] > 2 * result["cost"]["tokens"]
 
 
-def test_an_unknown_task_is_told() -> None:
+def test_an_unknown_task_is_named() -> None:
     with pytest.raises(UsageError, match="Did you mean 'boards'"):
         check_tasks(["bords"])
     with pytest.raises(UsageError, match="no task named"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -93,10 +94,8 @@ def most_changed(n: int, quality: float, confidence: float) -> int:
     For answers that are the same or not, so that the binomial tail is exact:
     max {k: P[Binomial(n, 1 - quality) <= k] <= 1 - confidence}.
     """
-    changed = -1
-    while changed + 1 < n and binomial_tail(changed + 1, n, 1 - quality) <= 1 - confidence:
-        changed += 1
-    return changed
+    too_many = (k for k in range(n) if binomial_tail(k, n, 1 - quality) > 1 - confidence)
+    return next(too_many, n) - 1
 
 
 def at_least(changed: int, n: int, confidence: float) -> float:
@@ -272,11 +271,8 @@ def flops_share(
 
 
 def _last_passed(outcomes: Sequence[ExitOutcome], quality: float, limit: float) -> int:
-    passed = -1
-    for outcome in outcomes:
-        if p_value(1 - outcome.qualities, 1 - quality) > limit:
-            break
-        passed += 1
+    passes = (p_value(1 - outcome.qualities, 1 - quality) <= limit for outcome in outcomes)
+    passed = sum(takewhile(bool, passes)) - 1
     if passed < 0:
         raise HostError(
             "even the strictest threshold cannot be shown to keep a quality of "
