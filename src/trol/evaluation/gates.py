@@ -25,9 +25,9 @@ from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attached, depth, t
 from trol.depth.attachment import cost_of
 from trol.depth.trace import StackCost, Trace
 from trol.errors import HostError
-from trol.evaluation.answers import answer, answers
+from trol.evaluation.answers import answer, answers, scores
 from trol.evaluation.items import Item, board_items, prompts
-from trol.evaluation.tasks import TASKS, accuracies
+from trol.evaluation.tasks import TASKS
 from trol.evaluation.timing import Prefill
 from trol.policies.mixer import TrolMixer
 
@@ -399,8 +399,8 @@ def sparse_curve(
     items = board_items(questions, seed)
 
     def accuracy() -> float:
-        each = accuracies(model, processor, items, TASKS["boards"])
-        return sum(each) / len(each)
+        texts = answers(model, processor, items, new_tokens=TASKS["boards"].new_tokens)
+        return sum(scores("exact", texts, items)) / len(items)
 
     points: list[dict[str, float]] = []
     for tau in SPARSE_THRESHOLDS:

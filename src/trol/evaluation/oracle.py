@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -282,7 +282,7 @@ class Questions:
             for index in range(shards)
             if any(
                 store.lacks(_keys(self.order((index, shards)), level, sample))
-                for _, sample, level in self.units(menu)
+                for sample, level in self.units(menu)
             )
         ]
 
@@ -292,13 +292,11 @@ class Questions:
         ordered = sorted(range(len(self.items)), key=lambda i: (len(self.items[i].question), i))
         return ordered[index::shards]
 
-    def units(self, menu: Menu) -> Iterator[tuple[int, int, Level]]:
-        """How often each batch is answered: (number, sample, level), the drawn ones last."""
+    def units(self, menu: Menu) -> list[tuple[int, Level]]:
+        """How each batch is answered: (sample, level), the drawn answers last."""
         full = menu.levels[menu.full]
-        wanted = [(0, level) for level in menu.levels]
-        wanted += [(number, full) for number in range(1, self.samples + 1)]
-        for number, (sample, level) in enumerate(wanted):
-            yield number, sample, level
+        greedy = [(0, level) for level in menu.levels]
+        return greedy + [(sample, full) for sample in range(1, self.samples + 1)]
 
 
 def answer_all(
@@ -325,12 +323,12 @@ def answer_all(
         batch_size: questions answered at once; the answers do not depend on it.
     """
     order = questions.order(shard)
-    rows = sum(1 for _ in questions.units(menu))
+    units = questions.units(menu)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         items = [questions.items[place] for place in places]
         batch: Batch | None = None
-        for number, sample, level in questions.units(menu):
+        for number, (sample, level) in enumerate(units, start=1):
             if store.lacks(_keys(places, level, sample)):
                 batch = batch or Batch(
                     model, processor, items, scope=questions.scope, new_tokens=questions.new_tokens
@@ -346,7 +344,7 @@ def answer_all(
                         with depth(model, Planned(level.plan, scope=questions.scope)):
                             scores[metric] = answers.losses(model, processor, items)
                 store.append(_rows(places, items, given, scores, level=level, sample=sample))
-            done(start * rows + (number + 1) * len(places), len(order) * rows)
+            done(start * len(units) + number * len(places), len(order) * len(units))
 
 
 def check_shard(text: str) -> tuple[int, int]:

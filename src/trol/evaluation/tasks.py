@@ -52,10 +52,6 @@ Progress = Callable[[str, float, int], None]
 """Takes what is measured, items measured, items to measure."""
 
 
-def silent(what: str, done: float, of: int) -> None:
-    """Progress that is not shown."""
-
-
 @cache
 def blind_docstrings() -> dict[str, float]:
     """Type -> rougeL of giving one answer to all questions: the best of some training answers."""
@@ -214,7 +210,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     new_tokens: int | None = None,
     window: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Scores per question type of each task, and what one answer costs.
 
@@ -271,14 +267,15 @@ def measure_task(
     *,
     name: str,
     metrics: Sequence[str] = (),
-    progress: Progress = silent,
+    progress: Progress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """What `evaluate` says of one task; `name` is for progress and errors."""
     if not items:
         raise DataError(f"the task {name} has no question; ask for one at least.")
     if task.metrics[0] == "exact" and not metrics:
-        correct = accuracies(model, processor, items, task, progress=progress)
-        return {**_by_type(items, correct), "chance_by_type": task.chance()}
+        report = partial(progress, "answers")
+        values = _values(model, processor, items, task, ["exact"], report=report)
+        return {**_by_type(items, values["exact"]), "chance_by_type": task.chance()}
     wanted = list(metrics) or list(task.metrics)
     values = _values(model, processor, items, task, wanted, report=partial(progress, name))
     if task.windows:
@@ -288,20 +285,6 @@ def measure_task(
     means = {metric: sum(each) / len(each) for metric, each in values.items()}
     chance = task.chance() if wanted[0] == task.metrics[0] else {}
     return {"metrics": means, "metric": wanted[0], **by_type, "chance_by_type": chance}
-
-
-def accuracies(
-    model: Any, processor: Any, items: Sequence[Item], task: Task, *, progress: Progress = silent
-) -> list[float]:
-    """1 for each item that is answered correctly, else 0."""
-    texts = answers(
-        model,
-        processor,
-        items,
-        new_tokens=task.new_tokens,
-        progress=lambda done: progress("answers", done, len(items)),
-    )
-    return scores("exact", texts, items)
 
 
 def _values(
