@@ -8,7 +8,8 @@ from trol.cli import terminal
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.calibration import ExitCalibration, Progress
+    from trol.evaluation.answers import StepsDone
+    from trol.evaluation.calibration import ExitCalibration
     from trol.policies.exits import EarlyExit
 
 QUALITY, QUESTIONS = 0.95, 300
@@ -33,7 +34,7 @@ def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrated(
-    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
+    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: StepsDone
 ) -> tuple[ExitCalibration, dict[str, Any], str]:
     """The calibrated exits, what was asked for, and what people are told."""
     from trol.evaluation.calibration import calibrate_exits

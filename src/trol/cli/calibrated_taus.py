@@ -8,7 +8,7 @@ from trol.cli import terminal
 from trol.errors import UsageError
 
 if TYPE_CHECKING:
-    from trol.evaluation.calibration import Progress
+    from trol.evaluation.answers import StepsDone
     from trol.evaluation.gates import GateCalibration
 
 QUALITY = 0.99
@@ -33,7 +33,7 @@ def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrated(
-    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
+    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: StepsDone
 ) -> tuple[GateCalibration, dict[str, Any], str]:
     """The calibrated thresholds, what was asked for, and what people are told."""
     from trol.evaluation.calibration import calibrate_gates, questions_for

@@ -40,7 +40,10 @@ LOGITS_AT_ONCE = 2**24
 """Logits that are in memory at once: 64 MiB in float32. One token's logits always are."""
 
 ItemsDone = Callable[[float], None]
-"""Takes how many items' worth of work is done."""
+"""Progress through items: takes how many items' worth of work is done."""
+
+StepsDone = Callable[[int, int], None]
+"""Progress in steps: takes how many are done, and how many are expected."""
 
 
 @dataclass(frozen=True)

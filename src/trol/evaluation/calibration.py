@@ -22,6 +22,7 @@ from torch import Tensor
 from trol.depth import attached, depth, is_attached
 from trol.depth.policy import from_settings
 from trol.errors import DataError, HostError, UsageError
+from trol.evaluation.answers import StepsDone
 from trol.evaluation.gates import (
     GRID,
     Agreement,
@@ -41,9 +42,6 @@ from trol.evaluation.items import BATCH, Item, fitted_prompts
 from trol.evaluation.timing import forced_traces, time_prefills
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
-
-Progress = Callable[[int, int], None]
-"""Takes passes over questions made, and passes that are expected so far."""
 
 EXIT_THRESHOLDS = tuple(round(1 - 10 ** (step / 20 - 6), 7) for step in range(121))
 """What is tried, from strict to lenient, for measures in [0, 1]: fixed before any data are seen,
@@ -183,7 +181,7 @@ def calibrate_exits(
     quality: float | None = None,
     cost: float | None = None,
     confidence: float = 0.9,
-    progress: Progress = lambda done, of: None,
+    progress: StepsDone = lambda done, of: None,
 ) -> ExitCalibration:
     """The policy with the threshold that goes through fewest layers, or keeps most quality.
 
@@ -293,13 +291,10 @@ def _best_within(outcomes: Sequence[ExitOutcome], cost: float) -> int:
 
 
 def _next(outcomes: Sequence[ExitOutcome], place: int, step: int) -> int | None:
-    """The next threshold in this direction at which something else would happen."""
-    here, place = outcomes[place].executed, place + step
-    while 0 <= place < len(outcomes):
-        if outcomes[place].executed != here:
-            return place
-        place += step
-    return None
+    """The next threshold in this direction at which another share of the layers runs."""
+    here = outcomes[place].executed
+    places = range(place + step, len(outcomes) if step > 0 else -1, step)
+    return next((other for other in places if outcomes[other].executed != here), None)
 
 
 def calibrate_gates(
@@ -310,7 +305,7 @@ def calibrate_gates(
     new_tokens: int,
     quality: float = 0.99,
     confidence: float = 0.9,
-    progress: Progress = lambda done, of: None,
+    progress: StepsDone = lambda done, of: None,
 ) -> GateCalibration:
     """The mixer of `model` with the thresholds that cost least of those that keep the answers.
 
@@ -439,7 +434,7 @@ def _check_halves(questions: int, quality: float, confidence: float) -> None:
         )
 
 
-def _counter(progress: Progress, expected: Callable[[int], int]) -> Callable[[], None]:
+def _counter(progress: StepsDone, expected: Callable[[int], int]) -> Callable[[], None]:
     """Counts passes, and reports them with how many are expected after so many."""
     done = 0
 

@@ -76,7 +76,7 @@ FORCED_TOKENS = 16
 FULL = {"plan": "all"}
 """Settings of the full model's point, which every curve has."""
 
-Progress = Callable[[str, int, int], None]
+CurveProgress = Callable[[str, int, int], None]
 """Takes what is being measured, points measured, points to measure."""
 
 Costs = dict[str, float | None]
@@ -212,7 +212,7 @@ def curve(
     tasks: Sequence[str],
     request: Request,
     *,
-    progress: Progress = lambda what, done, of: None,
+    progress: CurveProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Quality against cost, of every method on every task.
 
@@ -258,7 +258,7 @@ def _device_name(model: Any) -> str:
 
 
 def _task(
-    model: Any, processor: Any, name: str, request: Request, progress: Progress
+    model: Any, processor: Any, name: str, request: Request, progress: CurveProgress
 ) -> dict[str, Any]:
     task = task_of(name)
     samples = [

@@ -3,9 +3,9 @@
     again_l = (N - 1) T (share_l visit_l + (1 - share_l) keys_l)      0 if no token goes again
     cost = (sum_l visit_l T + again_l) / sum_l visit_l T
 
-share_l is the part of the tokens in scope whose gate on layer l is above its threshold; the others
-leave keys and values alone. So 1 is the plain model's cost, and full traversal with N passes costs
-about N.
+share_l is the part of the tokens in scope whose gate on layer l is above its threshold; of the
+others, only keys and values are computed. So 1 is the plain model's cost, and full traversal with N
+passes costs about N.
 
 The search judges every setting of thresholds by answering questions under it. Layers are tried
 alone, then left out in groups, those that do least harm first; then one threshold is raised for the
@@ -35,7 +35,7 @@ Thresholds = tuple[float | None, ...]
 """A gate threshold for each layer; None for a layer whose second visits are all left out."""
 
 KEYS_SHARE = 1 / 6
-"""What leaving keys and values is taken to cost, as a share of a visit, where FLOPs are not
+"""What keys and values alone are taken to cost, as a share of a visit, where FLOPs are not
 known: four square matrices read the state in attention, two or three of four times their size
 after it, and keys and values are two of the first."""
 
@@ -68,7 +68,7 @@ class GateRecord:
     visit: tuple[float, ...]
     """Cost of a visit of layer l, for one token."""
     keys: tuple[float, ...]
-    """Cost of leaving keys and values on layer l, for one token."""
+    """Cost of the keys and values alone on layer l, for one token."""
     flops: bool
     """Whether these are FLOPs; otherwise they are shares of a visit."""
 

@@ -23,6 +23,7 @@ from trol.depth import Plan, depth
 from trol.depth.planes import forked
 from trol.errors import UsageError, unknown
 from trol.evaluation import answers
+from trol.evaluation.answers import StepsDone
 from trol.evaluation.items import BATCH, Item, fitted_prompts, tokenizer_of
 from trol.evaluation.store import OracleRow, RowKey, Store, items_digest
 from trol.evaluation.tasks import SkipScope
@@ -307,7 +308,7 @@ def answer_all(
     store: Store,
     *,
     shard: tuple[int, int] = (0, 1),
-    done: Callable[[int, int], None] = lambda _done, _all: None,
+    done: StepsDone = lambda _done, _all: None,
     batch_size: int = BATCH,
 ) -> None:
     """Answers what the store lacks of one shard, batch by batch.

@@ -28,7 +28,7 @@ from trol.depth.call import generating
 from trol.depth.policy import Plain
 from trol.depth.roles import Prompt
 from trol.errors import UsageError, unknown
-from trol.evaluation.answers import before_end, greedy, losses
+from trol.evaluation.answers import StepsDone, before_end, greedy, losses
 from trol.evaluation.hidden_states import influences, layers_of
 from trol.evaluation.items import Item, batches, prompts
 from trol.evaluation.store import Measurements
@@ -46,9 +46,6 @@ BATCH = 16
 MOST_TOKENS = 8
 """The longest draft that is tried. Unit: tokens."""
 
-Progress = Callable[[int, int], None]
-"""Takes measurements made, measurements to make."""
-
 Layers = tuple[int, ...]
 
 Rows = list[list[bool]]
@@ -63,7 +60,7 @@ def chosen_plan(
     keep: float,
     *,
     scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
+    progress: StepsDone = lambda done, of: None,
     measured: Measurements | None = None,
 ) -> Plan:
     """The plan of max(1, round(keep * L)) layers that `method` judges best on `items`.
@@ -102,7 +99,7 @@ Subject = tuple[Any, Any, Sequence[Item]]
 
 
 def _by_influence(
-    subject: Subject, keep: float, scope: Scope, progress: Progress, measured: Measurements
+    subject: Subject, keep: float, scope: Scope, progress: StepsDone, measured: Measurements
 ) -> Plan:
     """The layers of greatest block influence, measured once; of equal ones the earlier stays.
 
@@ -116,7 +113,7 @@ def _by_influence(
 
 
 def _greedily(
-    subject: Subject, keep: float, scope: Scope, progress: Progress, measured: Measurements
+    subject: Subject, keep: float, scope: Scope, progress: StepsDone, measured: Measurements
 ) -> Plan:
     """Layers taken away one by one, each time the one without which the answers' loss is least.
 
@@ -200,7 +197,7 @@ def draft_plan(
     *,
     new_tokens: int = 64,
     rounds: int = 5,
-    progress: Progress = lambda done, of: None,
+    progress: StepsDone = lambda done, of: None,
     measured: Measurements | None = None,
 ) -> DraftChoice:
     """The plan and the number of tokens that promise the greatest speed-up on these prompts.
@@ -254,7 +251,7 @@ def _candidates(
     kept: int | None,
     costs: Costs,
     *,
-    progress: Progress,
+    progress: StepsDone,
     measured: Measurements,
 ) -> dict[Layers, Rows]:
     """Layers -> at which tokens they agree, for every candidate.

@@ -48,7 +48,8 @@ GUESSES, GUESSED = 24, 100
 LARGEST_EXPONENT = 700.0
 """Nats per token whose perplexity still fits a float."""
 
-Progress = Callable[[str, float, int], None]
+
+TaskProgress = Callable[[str, float, int], None]
 """Takes what is measured, items measured, items to measure."""
 
 
@@ -210,7 +211,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     new_tokens: int | None = None,
     window: int | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: TaskProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Scores per question type of each task, and what one answer costs.
 
@@ -267,7 +268,7 @@ def measure_task(
     *,
     name: str,
     metrics: Sequence[str] = (),
-    progress: Progress = lambda what, done, of: None,
+    progress: TaskProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """What `evaluate` says of one task; `name` is for progress and errors."""
     if not items:
