@@ -56,7 +56,7 @@ class Answers:
     before_end: Tensor
     """Which of them come before the end of their answer. Shape: [B, N]."""
     trace: Trace | None
-    """What the model did meanwhile, if it was traced."""
+    """Visits, weights and cost of the batch, if it was traced."""
 
 
 class _Progress(StoppingCriteria):
@@ -137,7 +137,7 @@ def before_end(model: Any, new: Tensor) -> Tensor:
 
 
 def scores(metric: str, texts: Sequence[str], items: Sequence[Item]) -> list[float]:
-    """How good each answer is, in [0, 1] (1 = best), by a metric that reads texts.
+    """The score of each answer, in [0, 1] (1 = best), by a metric that reads texts.
 
         F1 = 2 P R / (P + R), of n-grams (rouge1, rouge2) or the longest common subsequence (rougeL)
 

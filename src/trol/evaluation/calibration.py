@@ -44,7 +44,7 @@ from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 
 EXIT_THRESHOLDS = tuple(round(1 - 10 ** (step / 20 - 6), 7) for step in range(121))
-"""What is tried, from strict to lenient, for measures in [0, 1]: fixed before any data are seen,
+"""Candidate thresholds for measures in [0, 1], strict to lenient: fixed before any data are seen,
 and finest near 1, where trained models are."""
 
 ALONE, TOKENS = 5, 16
@@ -57,7 +57,9 @@ def needed(quality: float, confidence: float) -> int:
 
 
 def p_value(losses: Tensor, limit: float) -> float:
-    """Of the hypothesis that the mean of losses in [0, 1] is above `limit`; Hoeffding-Bentkus.
+    """p-value of the hypothesis that the mean of losses in [0, 1] is above `limit`.
+
+    Hoeffding-Bentkus:
 
         min(exp(-n h(min(m, limit), limit)), e P[Binomial(n, limit) <= ceil(n m)])
 
@@ -148,11 +150,11 @@ class ExitCalibration:
 
     policy: EarlyExit
     predicted: ExitOutcome
-    """From the record."""
+    """Read from the record."""
     ran: ExitOutcome
-    """From running the policy."""
+    """Measured by running the policy."""
     p_value: float | None
-    """Of the hypothesis that the quality of what ran is below the wanted; None for a cost."""
+    """For the hypothesis that the quality is below the wanted one; None where a cost is wanted."""
     tokens: int
     """Counted, in all answers."""
     flops_share: float | None
@@ -386,7 +388,7 @@ def _measured(
 
 
 def _p_value(kept: Agreement, quality: float) -> float:
-    """Of the hypothesis that the share kept is below `quality`; exact binomial tail."""
+    """For the hypothesis that the share kept is below `quality`; exact binomial tail."""
     return binomial_tail(kept.changed, kept.questions, 1 - quality)
 
 

@@ -102,7 +102,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Point:
-    """What one policy did on one sample."""
+    """The results of one policy on one sample."""
 
     metrics: dict[str, float]
     cost: Costs

@@ -41,7 +41,7 @@ CHOSEN_BY = 64
 """Questions of the validation split that plans are chosen by."""
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
-"""How sure a prediction must be for an exit that decides while running (of `MEASURE`)."""
+"""Thresholds of `MEASURE` for exits that decide while running."""
 
 MEASURE = "margin"
 """The measure of how sure a prediction is, where no adapter names another."""
@@ -68,7 +68,7 @@ class Candidate:
     keep: float | None
     """The share of the layers that was asked for; None where it is decided while running."""
     settings: dict[str, Any]
-    """What tells this point from others, as JSON values."""
+    """The settings by which this point differs from others, as JSON values."""
     model: Any
     policies: tuple[AbstractPolicy, ...]
     """The policy of each seed."""

@@ -1,4 +1,4 @@
-"""Gates of a mixer: what they say under full traversal, and which second visits can be left out.
+"""Gates of a mixer: their values under full traversal, and which second visits can be left out.
 
     again_l = (N - 1) T (share_l visit_l + (1 - share_l) keys_l)      0 if no token goes again
     cost = (sum_l visit_l T + again_l) / sum_l visit_l T
@@ -47,7 +47,7 @@ WORTH = 0.9
 """A threshold is tried on one layer if it makes at most this share of the visits left there."""
 
 HALFWAY = 0.5
-"""What is judged before a layer is left out: gates below it are mostly shut."""
+"""A threshold that is judged before a layer is left out: gates below it are mostly shut."""
 
 SPARSE_THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Thresholds of a sparse curve; tokens whose gate is no larger leave after one visit."""
@@ -73,14 +73,14 @@ class GateRecord:
     """Whether these are FLOPs; otherwise they are shares of a visit."""
 
     def shares(self, thresholds: Thresholds) -> list[float]:
-        """Of the second and later visits of each layer, the share that is made: [L]."""
+        """The share of each layer's second and later visits that is made: [L]."""
         return [
             0.0 if one is None else 1.0 if one == 0 else (gates > one).float().mean().item()
             for one, gates in zip(thresholds, self.least, strict=True)
         ]
 
     def again(self, thresholds: Thresholds) -> list[float]:
-        """What second and later visits of each layer cost, per token: [L]."""
+        """The cost of each layer's second and later visits, per token: [L]."""
         later = self.least.shape[1]
         each = zip(thresholds, self.shares(thresholds), self.visit, self.keys, strict=True)
         return [
@@ -305,16 +305,16 @@ class GateCalibration:
 
     policy: TrolMixer
     searched: Agreement
-    """On the questions that the thresholds were searched on."""
+    """The agreement on the questions that the thresholds were searched on."""
     kept: Agreement
-    """On the others."""
+    """The agreement on the other questions."""
     p_value: float
-    """Of the hypothesis that less than the wanted share is kept."""
+    """For the hypothesis that less than the wanted share is kept."""
     at_least: float
     """The lower confidence limit of that share, were this the only setting judged; over all that
     were judged, what holds with the wanted confidence is the wanted quality."""
     shares: tuple[float, ...]
-    """Of full traversal's second visits on each layer, the share that is still made: [L]."""
+    """The share of full traversal's second visits that is still made, by layer: [L]."""
     cost: tuple[float, float]
     """Predicted cost of a prompt under full and sparse traversal, as multiples of the plain
     model's."""
@@ -414,7 +414,7 @@ def sparse_curve(
 
 
 def _question_gates(model: Any, processor: Any, items: Sequence[Item]) -> Tensor:
-    """What each layer gives the second visit of each question token. Shape: [L, tokens]."""
+    """The weight of each question token's second visit on each layer. Shape: [L, tokens]."""
     inputs = prompts(processor, items).to(model.device)
     with trace(model) as seen, torch.inference_mode():
         model(**inputs)

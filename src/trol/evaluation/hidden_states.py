@@ -117,7 +117,7 @@ def _means(batches_of: Iterable[Tensor]) -> list[float]:
 
 @contextmanager
 def _recorded(model: Any, chosen: Tensor) -> Generator[list[Tensor]]:
-    """What enters the first layer and leaves each, as the layers run."""
+    """Records the states that enter the first layer and leave each layer, as the layers run."""
     layers = _layers(model)
     seen: list[Tensor] = []
 
@@ -138,7 +138,7 @@ def _recorded(model: Any, chosen: Tensor) -> Generator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class ExitRecord:
-    """What the full model would have said at every look of N tokens in S answers."""
+    """The full model's predictions at every look, for N tokens in S answers."""
 
     confidence: Tensor
     """Shape: [E, N]."""
@@ -150,7 +150,7 @@ class ExitRecord:
     """The layer before which each look is taken, and L for tokens that never leave: [E + 1]."""
 
     def outcome(self, threshold: float) -> ExitOutcome:
-        """What leaving at this threshold would give."""
+        """The predicted outcome of leaving at this threshold."""
         always = torch.ones_like(self.agrees[:1])
         look = torch.cat([self.confidence >= threshold, always]).int().argmax(0)  # the first
         kept = torch.cat([self.agrees, always]).gather(0, look[None])[0]
@@ -188,7 +188,7 @@ def record_exits(
     policy: EarlyExit,
     after_batch: Callable[[], None] = lambda: None,
 ) -> ExitRecord:
-    """What every look of `policy` reads where all tokens go through all layers.
+    """The predictions at every look of `policy` while all tokens go through all layers.
 
     Args:
         model: a model; exit heads are those of the policy attached to it.
@@ -233,7 +233,7 @@ def run_exits(
     policy: EarlyExit,
     after_batch: Callable[[], None] = lambda: None,
 ) -> ExitOutcome:
-    """What happens where tokens really leave; arguments as `record_exits` takes them."""
+    """The outcome where tokens really leave; arguments as `record_exits` takes them."""
     agrees, shares, sizes = [], [], []
     for batch, chosen in predicting_tokens(model, processor, items):
         with depth(model, "plain"):

@@ -163,7 +163,7 @@ def _checked(costs: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.int
 
 
 Scores = NDArray[np.float64]
-"""What each sequence gets at each level. Shape: [N, J]."""
+"""The score of each sequence at each level. Shape: [N, J]."""
 
 SHUFFLES = 200
 """Random allocations whose spread is reported."""

@@ -35,7 +35,7 @@ TEXT_ONLY = {"input_ids", "attention_mask"}
 """Inputs of which all but the last column can be read beforehand."""
 
 TEMPERATURE = 0.7
-"""Of the answers drawn for the best-of-n control; usual where the best of several counts."""
+"""Temperature of the answers drawn for the best-of-n control, a usual one for best-of-n."""
 
 _SERIES = re.compile(r"(?P<method>[a-z]+):(?P<levels>\d+)")
 
@@ -66,7 +66,7 @@ class Menu:
 
     @property
     def costs(self) -> list[int]:
-        """What each level costs. Unit: layers."""
+        """The cost of each level. Unit: layers."""
         return [level.cost for level in self.levels]
 
 
@@ -257,7 +257,7 @@ class Questions:
     """Answers drawn at full depth, beside the greedy one."""
 
     def header(self, model: Any, menu: Menu, **names: Any) -> dict[str, Any]:
-        """What rows of this set, model and menu belong to; `names` are added as they are."""
+        """The header of rows of this set, model and menu; `names` are added as they are."""
         return {
             **names,
             "weights": weights_digest(model),

@@ -214,7 +214,7 @@ def _reaches(curve: Sequence[dict[str, float]], arm: str, score: float) -> float
 
 
 def _best_of_n(table: Table, outputs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What choosing among outputs gives at full depth, beside what the oracle gains there."""
+    """The gain of choosing among outputs at full depth, beside the oracle's gain there."""
     if outputs is None:
         return None
     gain = table.at(table.layers) - table.full

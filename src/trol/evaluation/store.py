@@ -151,7 +151,7 @@ def read_rows(folder: str | Path, *, samples: bool = False) -> list[OracleRow]:
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:
-    """What the rows of a folder belong to: `{"task", "split", "layers", "menu", "scope", ...}`.
+    """The header of an oracle's folder: `{"task", "split", "layers", "menu", "scope", ...}`.
 
     Raises:
         DataError: the folder holds no oracle, or its header is damaged.
@@ -276,7 +276,7 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class OracleResult:
-    """What a curve needs of a finished oracle's report; see `oracle_report.report`."""
+    """The part of a finished oracle's report that curves use; see `oracle_report.report`."""
 
     task: str
     split: str

@@ -37,7 +37,7 @@ WINDOW = 1024
 """Tokens of a window of plain text, or as many as the model has positions if these are fewer."""
 
 TEXT_METRICS = ("rougeL", "rouge1", "rouge2", "exact", "contains", "loss")
-"""What answers in sentences are measured by."""
+"""Metrics of answers in sentences, the one they are judged by first."""
 
 PAPERS_NEW_TOKENS = 300
 """Longest answer to Alpaca in Glavas et al. (arXiv 2410.20022)."""
@@ -255,7 +255,7 @@ def evaluate(
 def validate(
     model: Any, processor: Any, *, questions: int = 540, task: str = "boards"
 ) -> dict[str, Any]:
-    """What `evaluate` says of the task, on its validation split; no result is made of it."""
+    """The scores of `evaluate` for one task on its validation split, to watch training by."""
     items = questions_of(model, processor, task, questions, seed=0, split="validation")
     return measure_task(model, processor, task_of(task), items, name=task)
 
@@ -270,7 +270,7 @@ def measure_task(
     metrics: Sequence[str] = (),
     progress: TaskProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
-    """What `evaluate` says of one task; `name` is for progress and errors."""
+    """The scores of `evaluate` for one task; `name` is for progress and errors."""
     if not items:
         raise DataError(f"the task {name} has no question; ask for one at least.")
     if task.metrics[0] == "exact" and not metrics:
@@ -350,7 +350,7 @@ def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
 
 
 def _cost(model: Any, processor: Any, item: Item, new_tokens: int) -> dict[str, Any]:
-    """What answering one question costs, and how many tokens it took."""
+    """The cost of answering one question, and how many tokens it took."""
     (one,) = answer(model, processor, [item], new_tokens=new_tokens, traced=True)
     assert one.trace is not None  # it is traced
     return {**one.trace.cost.json(), "tokens": int(one.trace.real.sum())}

@@ -164,12 +164,12 @@ def ratio_and_spread(baseline: list[float], measured: list[float]) -> tuple[floa
 
 @dataclass(frozen=True)
 class Prefill:
-    """From the call to the first new token; ratios are medians over rounds."""
+    """Times from the call to the first new token; ratios are medians over rounds."""
 
     questions: int
     """Read at once."""
     tokens: int
-    """Of the longest of these questions."""
+    """Length of the longest of these questions."""
     milliseconds: dict[str, float]
     """Policy -> median."""
     ratio: dict[str, float]
@@ -235,7 +235,7 @@ def measured_speed(
     rounds: int = 5,
     batch: int = 1,
 ) -> dict[str, Any]:
-    """What a draft really gains: greedy answers to all items, with it and without, in turn.
+    """The measured gain of a draft: greedy answers to all items, with it and without, in turn.
 
     `batch` items are answered at once.
 
