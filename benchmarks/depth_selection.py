@@ -29,9 +29,9 @@ from trol.cli.terminal import run_record
 from trol.depth import AbstractPolicy, attached, depth
 from trol.depth.attachment import gates_of
 from trol.depth.policy import Plain
-from trol.evaluation.curve import Sample, generated
+from trol.evaluation.answers import losses, scores
+from trol.evaluation.curve import Sample, answers_and_visits
 from trol.evaluation.hidden_states import state_cosines
-from trol.evaluation.metrics import losses, scores
 from trol.evaluation.tasks import task_of
 from trol.files import write_json
 from trol.policies.planned import Planned, static_plan
@@ -63,7 +63,7 @@ def measured(model: Any, tokenizer: Any, policy: AbstractPolicy) -> dict[str, fl
     task = task_of(TASK)
     sample = Sample(model, tokenizer, task, task.items(QUESTIONS, 0))
     with depth(model, policy):
-        given, visits = generated(sample, model)
+        given, visits = answers_and_visits(sample, model)
         return {
             "rougeL": statistics.fmean(scores("rougeL", given, sample.items)),
             "loss": statistics.fmean(losses(model, tokenizer, sample.items)),

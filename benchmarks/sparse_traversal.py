@@ -25,10 +25,12 @@ from torch import Tensor
 from trol.cli.models import open_model
 from trol.cli.terminal import run_record
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, depth, executor
-from trol.evaluation.gate_record import GateRecord, Taus, at, gates_recorded, prefills
-from trol.evaluation.metrics import scores
-from trol.evaluation.tasks import TASKS, Item, answers, task_of
-from trol.evaluation.thresholds import calibrate_taus, mixer_of
+from trol.evaluation.answers import answers, scores
+from trol.evaluation.calibration import calibrate_gates, mixer_of
+from trol.evaluation.gates import GateRecord, Thresholds, at, record_gates
+from trol.evaluation.items import Item
+from trol.evaluation.tasks import TASKS, task_of
+from trol.evaluation.timing import time_prefills
 from trol.policies.mixer import TrolMixer
 
 RESULTS = Path(__file__).parent / "results" / "sparse_traversal.json"
@@ -88,16 +90,16 @@ def answered(model: Any, processor: Any) -> dict[str, Any]:
     """The calibrated thresholds, and what they and their controls keep on test questions."""
     began, mixer = time.perf_counter(), mixer_of(model)
     items = task_of(TASK).items(CALIBRATED, 0, "validation")
-    found = calibrate_taus(
+    found = calibrate_gates(
         model, processor, items, new_tokens=NEW_TOKENS, quality=QUALITY, confidence=CONFIDENCE
     )
     seconds = time.perf_counter() - began
-    record = gates_recorded(model, processor, items[:RECORDED], mixer, new_tokens=NEW_TOKENS)
+    record = record_gates(model, processor, items[:RECORDED], mixer, new_tokens=NEW_TOKENS)
     layers = len(record.visit)
-    taus: Taus = tuple(found.policy.threshold(layer) for layer in range(layers))
+    taus: Thresholds = tuple(found.policy.threshold(layer) for layer in range(layers))
     asked = Questions(model, processor, mixer)
 
-    def row(taus: Taus) -> dict[str, Any]:
+    def row(taus: Thresholds) -> dict[str, Any]:
         shares = record.shares(taus)
         at_random = [
             asked.row(RandomVisits(mixer, shares, seed))["kept"]
@@ -144,7 +146,7 @@ def left_out(record: GateRecord) -> list[list[int]]:
     ]
 
 
-def without(layers: int, gone: Sequence[int]) -> Taus:
+def without(layers: int, gone: Sequence[int]) -> Thresholds:
     """Full traversal of all layers but some."""
     return tuple(None if layer in gone else 0.0 for layer in range(layers))
 
@@ -158,7 +160,7 @@ def timed(model: Any, processor: Any, settings: dict[str, Any]) -> dict[str, Any
     found = {}
     for name in ("auto", "token-wise", "dense"):
         with executor(model, name):
-            read = prefills(model, processor, items, policies, rounds=ROUNDS)
+            read = time_prefills(model, processor, items, policies, rounds=ROUNDS)
         found[name] = [one.json() for one in read]
     return found
 

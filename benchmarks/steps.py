@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from trol.cli.terminal import run_record
-from trol.evaluation.measuring import gate_spread, validate
+from trol.evaluation.gates import gate_spread
+from trol.evaluation.tasks import validate
 from trol.family.loading import load_model
 from trol.training import resolve, run
 from trol.training.recipe import Recipe

@@ -12,8 +12,8 @@ from PIL import Image
 from evaluation.oracle_standins import rows_of
 from trol.depth import Plan
 from trol.errors import UsageError
+from trol.evaluation.oracle import menu_of
 from trol.evaluation.oracle_report import report
-from trol.evaluation.oracle_store import menu_of
 from trol.reports import oracle_page
 
 MENU = menu_of([Plan("0"), Plan("0-1"), Plan("all")], 4)

@@ -10,8 +10,9 @@ import trol
 from trol.cli import main
 from trol.depth import attached
 from trol.depth.attachment import gates_of
-from trol.evaluation.gate_record import prefills
-from trol.evaluation.tasks import answers, board_items
+from trol.evaluation.answers import answers
+from trol.evaluation.items import board_items
+from trol.evaluation.timing import time_prefills
 from trol.family import TrolForConditionalGeneration
 
 SMALL = ("--quality", 0.7, "--confidence", 0.7, "--questions", 16)
@@ -20,7 +21,9 @@ SMALL = ("--quality", 0.7, "--confidence", 0.7, "--questions", 16)
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read once in each way, since no time is looked at."""
-    monkeypatch.setattr("trol.evaluation.thresholds.prefills", partial(prefills, rounds=1))
+    monkeypatch.setattr(
+        "trol.evaluation.calibration.time_prefills", partial(time_prefills, rounds=1)
+    )
 
 
 def run(*words: object) -> int:

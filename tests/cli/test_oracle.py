@@ -12,9 +12,10 @@ from trol.cli import main
 from trol.cli import oracle as routing
 from trol.depth import attached
 from trol.evaluation import tasks
+from trol.evaluation.items import Item
 from trol.evaluation.oracle import Batch
-from trol.evaluation.oracle_store import read_header, read_rows
-from trol.evaluation.tasks import Item, Task
+from trol.evaluation.store import read_header, read_rows
+from trol.evaluation.tasks import Task
 
 LAYERS = 4
 MENU = ("--menu", "uniform:4")

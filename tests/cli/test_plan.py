@@ -17,9 +17,9 @@ from trol.data.own_files import Pair
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
 from trol.evaluation import plan_search as draft_plans
-from trol.evaluation.draft_agreement import MOST_TOKENS, Costs
-from trol.evaluation.kept import Measurements
-from trol.evaluation.metrics import losses
+from trol.evaluation.answers import losses
+from trol.evaluation.plan_search import MOST_TOKENS, Costs
+from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import task_of
 
 LAYERS = 4
@@ -297,7 +297,7 @@ class Counted:
 
     def __get__(self, instance: Measurements, _: type) -> Any:
         def value(name: str, measure: Any) -> Any:
-            self.kept += name in instance.found and name not in self.seen
+            self.kept += name in instance.values and name not in self.seen
             self.seen.add(name)
             return self.measuring(instance, name, measure)
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trol.evaluation.oracle_store import Menu, OracleRow
-from trol.evaluation.tasks import Item
+from trol.evaluation.items import Item
+from trol.evaluation.oracle import Menu
+from trol.evaluation.store import OracleRow
 from trol.family import word_tokenizer
 from trol.family.processing import CHAT_TEMPLATE
 
@@ -68,14 +69,16 @@ def rows_of(
     metric: str = "rougeL",
 ) -> list[OracleRow]:
     """Rows with these scores, [N][J], and of the answers drawn at full depth, [N][S]."""
-    found = []
+    rows = []
     full = menu.levels[menu.full]
     for item, mine in enumerate(scores):
         kind = types[item] if types else "one"
-        told = [(0, level, score) for level, score in zip(menu.levels, mine, strict=True)]
-        told += [(n, full, score) for n, score in enumerate(drawn[item] if drawn else (), start=1)]
-        found += [
-            OracleRow(item, "q", "r", "a", kind, level.text, level.cost, sample, 3, {metric: score})
-            for sample, level, score in told
+        scored = [(0, level, score) for level, score in zip(menu.levels, mine, strict=True)]
+        scored += [
+            (n, full, score) for n, score in enumerate(drawn[item] if drawn else (), start=1)
         ]
-    return found
+        rows += [
+            OracleRow(item, "q", "r", "a", kind, level.text, level.cost, sample, 3, {metric: score})
+            for sample, level, score in scored
+        ]
+    return rows

@@ -11,18 +11,19 @@ from training import standins
 from trol.depth import attach, attached, detach
 from trol.depth.attachment import gates_of
 from trol.errors import DataError, HostError, UsageError
-from trol.evaluation.evidence import at_least, binomial_tail, most_faults, needed, p_value
-from trol.evaluation.exit_calibration import (
-    THRESHOLDS,
-    Outcome,
-    calibrate,
-    counted,
+from trol.evaluation.calibration import (
+    EXIT_THRESHOLDS,
+    at_least,
+    binomial_tail,
+    calibrate_exits,
     flops_share,
-    recorded,
-    run,
+    most_changed,
+    needed,
+    p_value,
     with_threshold,
 )
-from trol.evaluation.tasks import Item
+from trol.evaluation.hidden_states import ExitOutcome, predicting_tokens, record_exits, run_exits
+from trol.evaluation.items import Item
 from trol.family.loading import load_model
 from trol.policies.exits import EarlyExit
 
@@ -77,31 +78,31 @@ def test_p_values() -> None:
 def test_how_many_answers_may_differ() -> None:
     """The most faults whose tail is still small; the share that they show, as scipy has it."""
     for n, quality, confidence in ((230, 0.99, 0.9), (229, 0.99, 0.9), (500, 0.9, 0.95)):
-        most = most_faults(n, quality, confidence)
+        most = most_changed(n, quality, confidence)
         tails = [stats.binom.cdf(k, n, 1 - quality) for k in (most, most + 1)]
         assert most < 0 or tails[0] <= 1 - confidence
         assert tails[1] > 1 - confidence
-    assert [most_faults(n, 0.99, 0.9) for n in (229, 230)] == [-1, 0]
+    assert [most_changed(n, 0.99, 0.9) for n in (229, 230)] == [-1, 0]
     for faults, n in ((0, 45), (3, 200), (20, 20)):
         shown = stats.beta.ppf(0.9, faults + 1, n - faults) if faults < n else 1.0
         assert at_least(faults, n, 0.9) == pytest.approx(1 - shown, abs=1e-5)
 
 
 def test_thresholds_are_fixed_and_strict_first() -> None:
-    assert list(THRESHOLDS) == sorted(THRESHOLDS, reverse=True)
-    assert (THRESHOLDS[0], THRESHOLDS[-1]) == (0.999999, 0.0)
+    assert list(EXIT_THRESHOLDS) == sorted(EXIT_THRESHOLDS, reverse=True)
+    assert (EXIT_THRESHOLDS[0], EXIT_THRESHOLDS[-1]) == (0.999999, 0.0)
 
 
 @pytest.mark.parametrize("measure", ["entropy", "margin", "saturation", "patience"])
 def test_the_record_is_what_happens(llama: tuple, measure: str) -> None:
     """Exactly, where no token follows one that left; the last word of an answer is not counted."""
     items, policy = _items(20, words=1), EarlyExit(measure, 1.0)
-    record = recorded(*llama, items, policy)
+    record = record_exits(*llama, items, policy)
     assert record.layers.tolist() == [1, 2, 3, 4]
     executed = set()
     for threshold in (0.0, 0.3, 0.6, 0.999999) if measure != "patience" else (1, 2):
         predicted = record.outcome(threshold)
-        ran = run(*llama, items, with_threshold(policy, threshold))
+        ran = run_exits(*llama, items, with_threshold(policy, threshold))
         torch.testing.assert_close(predicted.qualities, ran.qualities)
         torch.testing.assert_close(predicted.shares, ran.shares, rtol=1e-6, atol=1e-6)
         executed.add(round(ran.executed, 6))
@@ -111,55 +112,55 @@ def test_the_record_is_what_happens(llama: tuple, measure: str) -> None:
 def test_an_outcome_by_hand(llama: tuple) -> None:
     """Token by token: the first look that is sure, its agreement, means over answers."""
     items, policy = _items(6, words=4), EarlyExit("margin", 1.0, first=2)
-    record = recorded(*llama, items, policy)
-    found: dict[int, list[tuple[float, float]]] = {}
+    record = record_exits(*llama, items, policy)
+    by_answer: dict[int, list[tuple[float, float]]] = {}
     for token, answer in enumerate(record.answer.tolist()):
         looks = zip(record.confidence[:, token], record.agrees[:, token], (2, 3), strict=True)
         sure = [(float(agrees), layer / 4) for sure, agrees, layer in looks if sure >= 0.2]
-        found.setdefault(answer, []).append((sure or [(1.0, 1.0)])[0])
+        by_answer.setdefault(answer, []).append((sure or [(1.0, 1.0)])[0])
     qualities, shares = (
-        [sum(pair[place] for pair in pairs) / len(pairs) for pairs in found.values()]
+        [sum(pair[place] for pair in pairs) / len(pairs) for pairs in by_answer.values()]
         for place in (0, 1)
     )
     outcome = record.outcome(0.2)
     assert outcome.qualities.tolist() == pytest.approx(qualities)
     assert outcome.shares.tolist() == pytest.approx(shares)
     assert outcome.json() == {"quality": outcome.quality, "executed": outcome.executed}
-    chosen = torch.cat([each.flatten() for _, each in counted(*llama, items)])
+    chosen = torch.cat([each.flatten() for _, each in predicting_tokens(*llama, items)])
     assert chosen.sum() == len(record.answer)
 
 
 def test_the_cheapest_that_keeps_the_quality(llama: tuple) -> None:
     """It passes its test when run; the next more lenient threshold of the record does not."""
     items, policy = _items(60, words=3), EarlyExit("margin", 1.0)
-    found = calibrate(*llama, items, policy, quality=0.6, confidence=0.8)
-    assert found.p_value is not None
-    assert found.p_value <= 0.2
-    assert found.ran.quality >= 0.6
-    assert found.ran.executed < 1
-    assert found.policy == with_threshold(policy, found.policy.thresholds[0])
-    record = recorded(*llama, items, policy)
-    place = THRESHOLDS.index(found.policy.thresholds[0])
+    calibrated = calibrate_exits(*llama, items, policy, quality=0.6, confidence=0.8)
+    assert calibrated.p_value is not None
+    assert calibrated.p_value <= 0.2
+    assert calibrated.ran.quality >= 0.6
+    assert calibrated.ran.executed < 1
+    assert calibrated.policy == with_threshold(policy, calibrated.policy.thresholds[0])
+    record = record_exits(*llama, items, policy)
+    place = EXIT_THRESHOLDS.index(calibrated.policy.thresholds[0])
     torch.testing.assert_close(
-        found.predicted.qualities, record.outcome(THRESHOLDS[place]).qualities
+        calibrated.predicted.qualities, record.outcome(EXIT_THRESHOLDS[place]).qualities
     )
-    tested = [p_value(1 - record.outcome(t).qualities, 0.4) <= 0.2 for t in THRESHOLDS]
+    tested = [p_value(1 - record.outcome(t).qualities, 0.4) <= 0.2 for t in EXIT_THRESHOLDS]
     assert all(tested[: place + 1])
-    stricter = calibrate(*llama, items, policy, quality=0.8, confidence=0.8)
-    assert stricter.ran.executed > found.ran.executed
-    told = found.json()
-    assert told["answers"] == 60
-    assert told["policy"]["threshold"] == found.policy.thresholds[0]
+    stricter = calibrate_exits(*llama, items, policy, quality=0.8, confidence=0.8)
+    assert stricter.ran.executed > calibrated.ran.executed
+    as_json = calibrated.json()
+    assert as_json["answers"] == 60
+    assert as_json["policy"]["threshold"] == calibrated.policy.thresholds[0]
 
 
 @pytest.mark.parametrize("cost", [0.5, 0.8, 1.0])
 def test_the_best_within_a_cost(llama: tuple, cost: float) -> None:
     items, policy = _items(16, words=3), EarlyExit("entropy", 1.0)
-    found = calibrate(*llama, items, policy, cost=cost)
-    assert found.ran.executed <= cost + 1e-9
-    assert found.p_value is None
+    calibrated = calibrate_exits(*llama, items, policy, cost=cost)
+    assert calibrated.ran.executed <= cost + 1e-9
+    assert calibrated.p_value is None
     if cost == 1.0:
-        assert found.ran.quality == 1
+        assert calibrated.ran.quality == 1
 
 
 def test_flops_have_the_looks_among_them(llama: tuple) -> None:
@@ -173,13 +174,13 @@ def test_flops_have_the_looks_among_them(llama: tuple) -> None:
     often, seldom, out = shares
     assert often > seldom > 1
     assert out < seldom
-    found = calibrate(*llama, items, EarlyExit("margin", 1.0), cost=1.0)
-    assert found.json()["flops_share"] == flops_share(*llama, items, found.policy)
+    calibrated = calibrate_exits(*llama, items, EarlyExit("margin", 1.0), cost=1.0)
+    assert calibrated.json()["flops_share"] == flops_share(*llama, items, calibrated.policy)
 
 
 def test_calls_are_counted(llama: tuple) -> None:
     seen: list[tuple[int, int]] = []
-    calibrate(
+    calibrate_exits(
         *llama,
         _items(20, words=1),
         EarlyExit("margin", 1.0),
@@ -193,39 +194,39 @@ def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None
     """Where running keeps less than the record promised, a stricter threshold is run."""
     items, policy, calls = _items(20, words=1), EarlyExit("margin", 1.0), []
 
-    def worse(*given: Any) -> Outcome:
+    def worse(*given: Any) -> ExitOutcome:
         calls.append(given[3].thresholds[0])
-        ran = run(*given)
-        return ran if len(calls) > 2 else Outcome(torch.zeros_like(ran.qualities), ran.shares)
+        ran = run_exits(*given)
+        return ran if len(calls) > 2 else ExitOutcome(torch.zeros_like(ran.qualities), ran.shares)
 
-    monkeypatch.setattr("trol.evaluation.exit_calibration.run", worse)
-    found = calibrate(*llama, items, policy, quality=0.5, confidence=0.6)
+    monkeypatch.setattr("trol.evaluation.calibration.run_exits", worse)
+    calibrated = calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
     assert len(calls) == 3
     assert calls == sorted(set(calls))
-    assert found.policy.thresholds[0] == calls[-1]
+    assert calibrated.policy.thresholds[0] == calls[-1]
     calls.clear()
     monkeypatch.setattr(
-        "trol.evaluation.exit_calibration.run",
-        lambda *given: Outcome(torch.zeros(20, dtype=torch.double), run(*given).shares),
+        "trol.evaluation.calibration.run_exits",
+        lambda *given: ExitOutcome(torch.zeros(20, dtype=torch.double), run_exits(*given).shares),
     )
     with pytest.raises(HostError, match="when tokens really leave"):
-        calibrate(*llama, items, policy, quality=0.5, confidence=0.6)
+        calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
 
 
 def test_trained_heads_are_used(llama: tuple) -> None:
     model, processor = llama
     items, policy = _items(20, words=1), EarlyExit("margin", 1.0, heads=True)
-    plain = recorded(model, processor, items, EarlyExit("margin", 1.0))
+    plain = record_exits(model, processor, items, EarlyExit("margin", 1.0))
     attach(model, policy)
     try:
-        same = recorded(model, processor, items, policy)
+        same = record_exits(model, processor, items, policy)
         torch.testing.assert_close(same.confidence, plain.confidence)
         for gate in gates_of(attached(model)[1]):
             if gate is not None:
                 torch.nn.init.normal_(gate.weight, std=0.1)
-        other = recorded(model, processor, items, policy)
+        other = record_exits(model, processor, items, policy)
         assert (other.confidence - plain.confidence).abs().max() > 0.01
-        ran = run(model, processor, items, with_threshold(policy, 0.1))
+        ran = run_exits(model, processor, items, with_threshold(policy, 0.1))
         torch.testing.assert_close(other.outcome(0.1).qualities, ran.qualities)
     finally:
         detach(model)
@@ -246,14 +247,14 @@ def test_trained_heads_are_used(llama: tuple) -> None:
 )
 def test_wishes_that_cannot_be(llama: tuple, settings: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        calibrate(*llama, _items(8, words=2), EarlyExit("margin", 1.0), **settings)
+        calibrate_exits(*llama, _items(8, words=2), EarlyExit("margin", 1.0), **settings)
 
 
 def test_answers_that_say_nothing(llama: tuple) -> None:
     """Too short to predict anything; a policy whose exits are not in answers alone."""
     model, processor = llama
     with pytest.raises(UsageError, match="scope='answer'"):
-        calibrate(model, processor, _items(8, 2), EarlyExit(scope="all"), cost=1.0)
+        calibrate_exits(model, processor, _items(8, 2), EarlyExit(scope="all"), cost=1.0)
     items = [Item(None, "say a word.", "", "words")] * 8
     with pytest.raises(DataError, match="longer answers"):
-        calibrate(model, processor, items, EarlyExit("margin", 1.0), cost=1.0)
+        calibrate_exits(model, processor, items, EarlyExit("margin", 1.0), cost=1.0)

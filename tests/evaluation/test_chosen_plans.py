@@ -9,8 +9,8 @@ import torch
 from training import standins
 from trol.depth import is_attached
 from trol.errors import UsageError
+from trol.evaluation.items import Item
 from trol.evaluation.plan_search import CHOSEN, chosen_plan, plan_loss
-from trol.evaluation.tasks import Item
 from trol.family.loading import load_model
 from trol.policies.planned import plan_keeping
 
@@ -65,13 +65,13 @@ def test_scopes_are_measured_apart(model: tuple) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_choice_is_the_same_again_and_tells_how_far_it_is(model: tuple, method: str) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     made = chosen_plan(
-        method, *model, ITEMS, 0.4, progress=lambda done, of: told.append((done, of))
+        method, *model, ITEMS, 0.4, progress=lambda done, of: reported.append((done, of))
     )
     assert made == chosen_plan(method, *model, ITEMS, 0.4)
     of = {"influence": 1, "greedy": 5 + 4 + 3}[method]
-    assert told == [(done, of) for done in range(of + 1)]
+    assert reported == [(done, of) for done in range(of + 1)]
 
 
 def test_no_number_is_no_choice(model: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import trol
 from trol.data.boards import make_board, questions
 from trol.depth import attached, depth, is_attached
 from trol.errors import DataError, UsageError
+from trol.evaluation import answers, tasks, timing
 from trol.evaluation import curve as points
 from trol.evaluation import curve_methods as methods
-from trol.evaluation import metrics, tasks, timing
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request, check_methods, shares_of, with_adapter
+from trol.evaluation.items import Item
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.controller import Controller
@@ -29,12 +30,11 @@ LAYERS = 4
 WORDS = ["What is the colour of grass?", "Green as the sea.", "How many legs?", "Four or six."]
 
 
-def items(count: int, seed: int, split: str = "test") -> list[tasks.Item]:
+def items(count: int, seed: int, split: str = "test") -> list[Item]:
     """Questions of a seed: other words for each."""
     del split
     return [
-        tasks.Item(None, f"{WORDS[0]} {seed} {number}", WORDS[1], "colour")
-        for number in range(count)
+        Item(None, f"{WORDS[0]} {seed} {number}", WORDS[1], "colour") for number in range(count)
     ]
 
 
@@ -62,8 +62,8 @@ def drawn(decoder: tuple[Any, Any], *names: str, **settings: Any) -> dict[str, A
     return curve(*decoder, ["colours"], request)
 
 
-def points_of(found: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    return found["tasks"]["colours"]["methods"][method]["points"]
+def points_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    return result["tasks"]["colours"]["methods"][method]["points"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_range_of_shares(text: str, shares: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("0:1", r"keep is 0.0, .* above 0"),
         ("0.5:1.2", "keep is 1.2"),
@@ -94,17 +94,17 @@ def test_a_range_of_shares(text: str, shares: list[float]) -> None:
         ("0.1:0.9:0.001", "100 or fewer"),
     ],
 )
-def test_a_malformed_range_is_refused(text: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_malformed_range_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         shares_of(text)
 
 
 def test_points_say_what_was_executed(decoder: tuple[Any, Any]) -> None:
-    found = drawn(decoder, "skip", "exit", "random", "influence")
+    result = drawn(decoder, "skip", "exit", "random", "influence")
     assert not is_attached(decoder[0])
-    json.dumps(found, allow_nan=False)
+    json.dumps(result, allow_nan=False)
     for method in ("skip", "exit", "random", "influence"):
-        half, full = points_of(found, method)
+        half, full = points_of(result, method)
         assert half["visits_share"] == {"mean": 0.5, "spread": 0.0, "values": [0.5, 0.5]}
         assert half["visits"]["mean"] == LAYERS / 2
         # The skipped layers still make keys and values of the answer's tokens.
@@ -115,19 +115,19 @@ def test_points_say_what_was_executed(decoder: tuple[Any, Any]) -> None:
         assert full["settings"] == {"plan": "all"}
         assert full["visits_share"]["mean"] == full["ms_ratio"]["mean"] == 1
         assert full["cosines"] == pytest.approx([1] * LAYERS, abs=1e-6)
-    assert points_of(found, "exit")[0]["cosines"][:2] == pytest.approx([1, 1], abs=1e-6)
-    assert points_of(found, "exit")[0]["settings"] == {"plan": "0-1"}
-    assert points_of(found, "skip")[0]["settings"] == {"plan": "0 3"}
+    assert points_of(result, "exit")[0]["cosines"][:2] == pytest.approx([1, 1], abs=1e-6)
+    assert points_of(result, "exit")[0]["settings"] == {"plan": "0-1"}
+    assert points_of(result, "skip")[0]["settings"] == {"plan": "0 3"}
 
 
 def test_metrics_are_those_of_the_plan(decoder: tuple[Any, Any]) -> None:
     half, full = points_of(drawn(decoder, "exit", seeds=1), "exit")
     some = items(3, 0)
     with depth(decoder[0], Planned("exit@2", scope="answer")):
-        expected = metrics.losses(*decoder, some)
-        given = tasks.answers(*decoder, some, new_tokens=4)
+        expected = answers.losses(*decoder, some)
+        given = answers.answers(*decoder, some, new_tokens=4)
     assert half["metrics"]["loss"]["values"] == [pytest.approx(sum(expected) / 3)]
-    rouge = metrics.scores("rougeL", given, some)
+    rouge = answers.scores("rougeL", given, some)
     assert half["metrics"]["rougeL"]["mean"] == pytest.approx(sum(rouge) / 3)
     assert half["metrics"]["loss"]["spread"] is None  # one seed has none
     assert full["metrics"]["loss"] != half["metrics"]["loss"]
@@ -150,8 +150,8 @@ def test_random_has_a_plan_for_each_seed_and_equal_plans_are_measured_once(
         return real(sample, model, policy)
 
     monkeypatch.setattr("trol.evaluation.curve.measure", counted)
-    found = drawn(decoder, "random", "exit", keeps=(0.74, 0.75), seeds=3)
-    one, other, _ = points_of(found, "random")
+    result = drawn(decoder, "random", "exit", keeps=(0.74, 0.75), seeds=3)
+    one, other, _ = points_of(result, "random")
     assert len(set(one["settings"]["plans"])) > 1
     assert one["metrics"] == other["metrics"]  # 0.74 and 0.75 keep the same layers
     assert len(measured) == 3 * 3  # full, random, exit
@@ -187,10 +187,10 @@ def test_an_adapter_of_exits_without_heads_is_one_point(
         trol.detach(model)
     for name, thresholds in (("calibrated", [0.25]), ("heads", [0.0, 0.9])):
         given = {name: with_adapter(model, tmp_path / name)}
-        found = drawn((model, tokenizer), "early_exit", adapters=given, seeds=1)
-        told = [point["settings"] for point in points_of(found, "early_exit")]
-        assert sorted(o["threshold"] for o in told if o.get("adapter") == name) == thresholds
-        assert len(told) == 2 + len(thresholds) + 1  # a sweep without adapter, the full model
+        result = drawn((model, tokenizer), "early_exit", adapters=given, seeds=1)
+        swept = [point["settings"] for point in points_of(result, "early_exit")]
+        assert sorted(o["threshold"] for o in swept if o.get("adapter") == name) == thresholds
+        assert len(swept) == 2 + len(thresholds) + 1  # a sweep without adapter, the full model
 
 
 def test_adapters_are_points_and_share_the_weights(
@@ -208,12 +208,12 @@ def test_adapters_are_points_and_share_the_weights(
     assert not is_attached(model)
     weights = [one.get_input_embeddings().weight for one in (model, adapters["half"])]
     assert weights[0] is weights[1]
-    found = drawn((model, tokenizer), "controller", "router", adapters=adapters, seeds=1)
-    half, full = points_of(found, "controller")
+    result = drawn((model, tokenizer), "controller", "router", adapters=adapters, seeds=1)
+    half, full = points_of(result, "controller")
     assert half["settings"] == {"adapter": "half"}
     assert half["visits_share"]["mean"] == 0.5  # only the first and the last layer run
     assert full["visits_share"]["mean"] == 1
-    dials = {p["settings"]["dial"]: p for p in points_of(found, "router")[:-1]}
+    dials = {p["settings"]["dial"]: p for p in points_of(result, "router")[:-1]}
     assert dials[0.0]["visits_share"]["mean"] == 0.5
     assert dials[0.0]["settings"]["adapter"] == "router"
 
@@ -226,7 +226,7 @@ def test_a_trained_method_without_its_adapter_is_refused(decoder: tuple[Any, Any
         drawn(decoder, "skip", adapters={"gates": decoder[0]})
 
 
-def test_unknown_methods_are_told() -> None:
+def test_unknown_methods_are_named() -> None:
     with pytest.raises(UsageError, match="Did you mean 'influence'"):
         check_methods(["influense"], None)
     with pytest.raises(UsageError, match="no method named"):
@@ -241,7 +241,7 @@ def oracle_in(folder: Path, **settings: Any) -> Path:
         {"layers": cost, "share": cost / LAYERS, "oracle": score}
         for cost, score in ((1, -2.0), (2, -1.5), (3, -1.0), (4, -0.5))
     ]
-    found = {
+    result = {
         "task": "colours",
         "split": "test",
         "scope": "answer",
@@ -252,20 +252,20 @@ def oracle_in(folder: Path, **settings: Any) -> Path:
         "curve": points,
         "equal_budget": {"layers": 3, "share": 0.75, "score": -1.0},
     }
-    (folder / "oracle.json").write_text(json.dumps({**found, **settings}))
+    (folder / "oracle.json").write_text(json.dumps({**result, **settings}))
     return folder
 
 
 def test_an_oracle_is_read(decoder: tuple[Any, Any], tmp_path: Path) -> None:
     folder = oracle_in(tmp_path / "oracle")
-    found = drawn(decoder, "oracle", "exit", oracle=folder)
-    assert found["tasks"]["colours"]["methods"]["oracle"]["bound"]
-    told = points_of(found, "oracle")
-    assert [point["visits_share"]["mean"] for point in told] == [0.5, 0.75, 1.0]
-    assert [point["metrics"]["loss"]["mean"] for point in told] == [1.5, 1.0, 0.5]
-    assert {point["ms_ratio"] for point in told} == {None}
-    on = found["tasks"]["colours"]["methods"]["oracle"]["made_on"]
-    full = points_of(found, "exit")[-1]["metrics"]["loss"]["mean"]
+    result = drawn(decoder, "oracle", "exit", oracle=folder)
+    assert result["tasks"]["colours"]["methods"]["oracle"]["bound"]
+    drawn_points = points_of(result, "oracle")
+    assert [point["visits_share"]["mean"] for point in drawn_points] == [0.5, 0.75, 1.0]
+    assert [point["metrics"]["loss"]["mean"] for point in drawn_points] == [1.5, 1.0, 0.5]
+    assert {point["ms_ratio"] for point in drawn_points} == {None}
+    on = result["tasks"]["colours"]["methods"]["oracle"]["made_on"]
+    full = points_of(result, "exit")[-1]["metrics"]["loss"]["mean"]
     assert on.pop("full_here") == pytest.approx(full)
     assert on == {"n": 9, "split": "test", "metric": "loss", "seed": None, "full": 0.7}
 
@@ -294,8 +294,8 @@ def test_a_model_that_sees_is_drawn_on_boards() -> None:
     config = tiny(len(processor.tokenizer), hidden_size=32, layers=LAYERS)
     model = TrolForConditionalGeneration(config).eval()
     request = Request(("skip",), (0.5,), questions=9, seeds=2)
-    found = curve(model, processor, ["boards"], request)["tasks"]["boards"]
-    half, full = found["methods"]["skip"]["points"]
+    result = curve(model, processor, ["boards"], request)["tasks"]["boards"]
+    half, full = result["methods"]["skip"]["points"]
     assert set(half["metrics"]) == {"exact", "loss"}
     assert half["visits_share"]["mean"] == 0.5
     assert full["visits"]["mean"] == LAYERS  # the policy that the model carries is out of force

@@ -8,11 +8,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trol.depth import Plan, attach, attached, depth, is_attached, trace
 from trol.errors import UsageError
-from trol.evaluation import draft_agreement as followed
 from trol.evaluation import plan_search as draft_plans
-from trol.evaluation.draft_agreement import Costs, tokens_per_round
-from trol.evaluation.plan_search import DraftChoice, chosen_plan, draft_plan, measured_speed
-from trol.evaluation.tasks import Item
+from trol.evaluation.items import Item
+from trol.evaluation.plan_search import (
+    Costs,
+    DraftChoice,
+    chosen_plan,
+    draft_plan,
+    tokens_per_round,
+)
+from trol.evaluation.timing import measured_speed
 from trol.family.presets import word_tokenizer
 from trol.policies.planned import Planned
 from trol.speculation import speculate
@@ -70,16 +75,16 @@ def test_speed_up_is_gain_over_cost() -> None:
 def test_layers_that_do_nothing_are_not_drafted_with(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fixed = Costs(0.2, 0.2, {k: 1.0 + 0.02 * k for k in range(1, followed.MOST_TOKENS + 1)})
+    fixed = Costs(0.2, 0.2, {k: 1.0 + 0.02 * k for k in range(1, draft_plans.MOST_TOKENS + 1)})
     monkeypatch.setattr(draft_plans, "costs_of", lambda *_: fixed)
     seen: list[tuple[int, int]] = []
-    found = draft_plan(
-        model, tokenizer, ITEMS, 0.6, new_tokens=12, progress=lambda *told: seen.append(told)
+    result = draft_plan(
+        model, tokenizer, ITEMS, 0.6, new_tokens=12, progress=lambda *args: seen.append(args)
     )
-    assert found.plan == Plan("0-1 4")
-    assert found.agreement == 1
-    assert found.predicted_speedup == max(
-        fixed.speedup([[True] * 11], 3, k) for k in range(1, followed.MOST_TOKENS + 1)
+    assert result.plan == Plan("0-1 4")
+    assert result.agreement == 1
+    assert result.predicted_speedup == max(
+        fixed.speedup([[True] * 11], 3, k) for k in range(1, draft_plans.MOST_TOKENS + 1)
     )
     assert seen[-1] == (11, 11)  # the exit, the even layers, five of four layers, four of three
     assert not is_attached(model)
@@ -90,8 +95,8 @@ def test_agreement_is_what_speculation_accepts(model: Any, tokenizer: Any) -> No
     attach(model, "plain")
     _, stack = attached(model)
     with torch.no_grad(), depth(model, "plain"):
-        one = followed.follow(model, tokenizer, ITEMS[:1], 24)
-        (row,) = followed.agreement(stack, [one], (0, 1, 2))
+        one = draft_plans.generate_answers(model, tokenizer, ITEMS[:1], 24)
+        (row,) = draft_plans.agreement(stack, [one], (0, 1, 2))
     with speculate(model, "0-2", tokens=1) as stats:
         said = model.generate(one.ids[:, : one.prompt], max_new_tokens=24, do_sample=False)
     assert said.tolist() == one.ids.tolist()
@@ -102,36 +107,36 @@ def test_agreement_is_what_speculation_accepts(model: Any, tokenizer: Any) -> No
 
 def test_a_model_with_a_plan_drafts_with_fewer_of_its_layers(model: Any, tokenizer: Any) -> None:
     attach(model, Planned("0-1 3-4"))
-    found = draft_plan(model, tokenizer, ITEMS[:2], new_tokens=6, rounds=1)
-    assert found.plan.for_layers(5)[2] == 0
-    assert isinstance(found, DraftChoice)
-    assert 1 <= found.tokens <= followed.MOST_TOKENS
+    result = draft_plan(model, tokenizer, ITEMS[:2], new_tokens=6, rounds=1)
+    assert result.plan.for_layers(5)[2] == 0
+    assert isinstance(result, DraftChoice)
+    assert 1 <= result.tokens <= draft_plans.MOST_TOKENS
     assert chosen_plan("draft", model, tokenizer, ITEMS[:2], 0.4).for_layers(5).count(1) == 2
 
 
 def test_answers_end_where_the_model_ends_them(model: Any, tokenizer: Any) -> None:
     attach(model, "plain")
     with torch.no_grad():
-        free = followed.follow(model, tokenizer, ITEMS[:1], 8)
+        free = draft_plans.generate_answers(model, tokenizer, ITEMS[:1], 8)
         model.generation_config.eos_token_id = int(free.ids[0, free.prompt + 3])
-        ended = followed.follow(model, tokenizer, ITEMS[:2], 8)
+        ended = draft_plans.generate_answers(model, tokenizer, ITEMS[:2], 8)
     first = free.ids[0, free.prompt :].tolist().index(model.generation_config.eos_token_id)
     assert ended.counted[0].tolist() == [i < first for i in range(ended.counted.shape[1])]
 
 
 def test_the_gain_is_measured(model: Any, tokenizer: Any) -> None:
-    found = measured_speed(model, tokenizer, ITEMS[:2], "0-1 4", 3, new_tokens=9, rounds=2)
-    assert found["identical"]
-    assert found["acceptance"] == 1
-    assert found["tokens_per_round"] > 3
-    plain, drafted = (found["tokens_per_second"][name] for name in ("plain", "speculative"))
-    assert found["ratio"] == pytest.approx(drafted / plain, rel=0.5)
+    result = measured_speed(model, tokenizer, ITEMS[:2], "0-1 4", 3, new_tokens=9, rounds=2)
+    assert result["identical"]
+    assert result["acceptance"] == 1
+    assert result["tokens_per_round"] > 3
+    plain, drafted = (result["tokens_per_second"][name] for name in ("plain", "speculative"))
+    assert result["ratio"] == pytest.approx(drafted / plain, rel=0.5)
     with trace(model) as seen:
         model.generate(torch.tensor([[4, 5]]), max_new_tokens=2, do_sample=False)
     assert set(seen.visits.flatten().tolist()) == {1}
 
 
-def test_bad_requests_are_told(model: Any, tokenizer: Any) -> None:
+def test_bad_requests_are_named(model: Any, tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="got none"):
         draft_plan(model, tokenizer, [])
     with pytest.raises(UsageError, match="keep is 0"):

@@ -8,7 +8,7 @@ from training import standins
 from trol.depth import Plan, depth
 from trol.errors import DataError
 from trol.evaluation.hidden_states import influences, scoped, state_cosines, states
-from trol.evaluation.tasks import Item
+from trol.evaluation.items import Item
 from trol.family.loading import load_model
 from trol.policies.planned import Planned
 
@@ -40,21 +40,21 @@ def test_states_are_those_that_transformers_reports(name: str, scope: str) -> No
     batch = inputs | {"labels": labels}
     chosen = scoped(batch, "all")
     policy = Planned(Plan("0 2:2"), scope=scope)  # 1 and 3 are skipped, 2 is visited twice
-    found = states(model, batch, policy, chosen)
+    values = states(model, batch, policy, chosen)
     with depth(model, policy), torch.no_grad():
-        told = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-    assert len(found) == len(told) == 5
-    for ours, theirs in zip(found[:-1], told[:-1], strict=True):
+        reported = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(values) == len(reported) == 5
+    for ours, theirs in zip(values[:-1], reported[:-1], strict=True):
         assert torch.equal(ours, theirs[chosen])
     skips = scoped(batch, scope)[chosen]
     if host.picture is not None:  # Qwen3-VL's stack adds to image tokens between its layers
         skips &= (inputs["input_ids"] != host.picture.image_id)[chosen]
-    assert torch.equal(found[2][skips], found[1][skips])
-    assert torch.equal(found[4][skips], found[3][skips])
-    assert not torch.equal(found[3][skips], found[2][skips])
+    assert torch.equal(values[2][skips], values[1][skips])
+    assert torch.equal(values[4][skips], values[3][skips])
+    assert not torch.equal(values[3][skips], values[2][skips])
     if scope == "answer":
         runs = ~scoped(batch, scope)[chosen]
-        assert not torch.isclose(found[2][runs], found[1][runs]).all(-1).any()
+        assert not torch.isclose(values[2][runs], values[1][runs]).all(-1).any()
 
 
 def test_cosines_of_the_plain_model_are_one(llama: tuple) -> None:
@@ -62,10 +62,10 @@ def test_cosines_of_the_plain_model_are_one(llama: tuple) -> None:
 
 
 def test_cosines_fall_where_a_plan_skips(llama: tuple) -> None:
-    found = state_cosines(*llama, ITEMS, Planned("0 2-3", scope="answer"))
-    assert len(found) == 4
-    assert found[0] == pytest.approx(1, abs=1e-6)
-    assert all(-1 < cosine < 0.99 for cosine in found[1:])
+    values = state_cosines(*llama, ITEMS, Planned("0 2-3", scope="answer"))
+    assert len(values) == 4
+    assert values[0] == pytest.approx(1, abs=1e-6)
+    assert all(-1 < cosine < 0.99 for cosine in values[1:])
 
 
 def test_a_cosine_is_a_mean_over_answer_tokens_of_all_batches(
@@ -85,12 +85,12 @@ def test_a_layer_that_does_nothing_has_no_influence(llama: tuple, scope: str) ->
     try:
         for part in (idle.self_attn.o_proj, idle.mlp.down_proj):
             part.weight.data.zero_()
-        found = influences(model, processor, ITEMS, scope)
+        values = influences(model, processor, ITEMS, scope)
     finally:
         for part, weight in zip((idle.self_attn.o_proj, idle.mlp.down_proj), kept, strict=True):
             part.weight.data.copy_(weight)
-    assert found[2] == pytest.approx(0, abs=1e-6)
-    assert all(value > 0.01 for layer, value in enumerate(found) if layer != 2)
+    assert values[2] == pytest.approx(0, abs=1e-6)
+    assert all(value > 0.01 for layer, value in enumerate(values) if layer != 2)
 
 
 def test_no_items_is_an_error(llama: tuple) -> None:

@@ -49,23 +49,23 @@ def test_equals_an_integer_program() -> None:
     one_each = LinearConstraint(np.kron(np.eye(40), np.ones(5)), 1, 1)
     for budget in (81, 130, 200, 333, 480):
         within = LinearConstraint(np.tile(costs, 40), 0, budget)
-        found = milp(
+        best = milp(
             -values.ravel(),
             constraints=[one_each, within],
             integrality=np.ones(200),
             bounds=(0, 1),
             options={"mip_rel_gap": 0},
         )
-        assert knapsack.value(budget) == pytest.approx(-found.fun)
+        assert knapsack.value(budget) == pytest.approx(-best.fun)
         choices = knapsack.choices(budget)
         assert costs[choices].sum() <= budget
 
 
 def test_more_budget_never_buys_less() -> None:
     values = np.random.default_rng(0).random((30, 6))
-    found = solve(range(1, 7), values).values
-    assert (np.diff(found) >= 0).all()
-    assert found[-1] == pytest.approx(values.max(axis=1).sum())
+    best = solve(range(1, 7), values).values
+    assert (np.diff(best) >= 0).all()
+    assert best[-1] == pytest.approx(values.max(axis=1).sum())
 
 
 def test_common_factors_shrink_the_table_and_change_nothing() -> None:

@@ -11,12 +11,12 @@ from hosts import HOSTS, Host
 from laws.subjects import some_hosts
 from trol.depth import attach, depth
 from trol.errors import HostError
-from trol.evaluation import metrics
-from trol.evaluation.metrics import mean_losses
+from trol.evaluation import answers
+from trol.evaluation.answers import mean_losses
 from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned
 
-IGNORED = -100
+IGNORED_LABEL = -100
 LENGTHS = (9, 5, 7)
 
 
@@ -24,9 +24,9 @@ def asked(host: Host) -> tuple[Any, dict[str, Tensor]]:
     """A model, and rows of different lengths whose ends are answer."""
     padded = host.right_padded(LENGTHS)
     inputs = dict(padded.batch)
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
     for row in range(len(LENGTHS)):
-        labels[row, : row + 2] = IGNORED
+        labels[row, : row + 2] = IGNORED_LABEL
     return host.build(), {**inputs, "labels": labels}
 
 
@@ -36,9 +36,9 @@ def unbounded(model: Any, inputs: dict[str, Tensor]) -> list[float]:
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     each = functional.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
     )
-    return (each.sum(1) / (labels != IGNORED).sum(1)).tolist()
+    return (each.sum(1) / (labels != IGNORED_LABEL).sum(1)).tolist()
 
 
 @pytest.mark.parametrize("host", some_hosts(*HOSTS))
@@ -46,8 +46,8 @@ def test_they_are_those_of_all_logits(host: Host, monkeypatch: pytest.MonkeyPatc
     model, inputs = asked(host)
     words = model.config.get_text_config().vocab_size
     expected = unbounded(model, inputs)
-    for at_once in (1, 3 * words, metrics.LOGITS_AT_ONCE):
-        monkeypatch.setattr(metrics, "LOGITS_AT_ONCE", at_once)
+    for at_once in (1, 3 * words, answers.LOGITS_AT_ONCE):
+        monkeypatch.setattr(answers, "LOGITS_AT_ONCE", at_once)
         assert mean_losses(model, dict(inputs)) == pytest.approx(expected, abs=2e-5)
 
 
@@ -84,10 +84,10 @@ def test_no_more_logits_than_allowed_are_made(host: Host, monkeypatch: pytest.Mo
     head = model.get_output_embeddings()
     head.register_forward_hook(count)
     words = head.weight.shape[0]
-    monkeypatch.setattr(metrics, "LOGITS_AT_ONCE", 2 * words)
+    monkeypatch.setattr(answers, "LOGITS_AT_ONCE", 2 * words)
     mean_losses(model, dict(inputs))
     assert max(made) <= max(2, len(LENGTHS)) * words  # the pass reads one position of each row
-    wanted = int((inputs["labels"][:, 1:] != IGNORED).sum())
+    wanted = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
     assert sum(made) == (len(LENGTHS) + wanted) * words  # and no position that nobody asks for
 
 

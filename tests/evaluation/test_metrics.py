@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM
 from trol.depth import attach, detach, trace
 from trol.errors import HostError, UsageError
 from trol.evaluation import evaluate
-from trol.evaluation.measuring import validate
-from trol.evaluation.metrics import METRICS, check_metric, losses, scores
-from trol.evaluation.tasks import TASKS, Item, answers, fitted, messages, prompts, task_of
+from trol.evaluation.answers import METRICS, answers, losses, scores
+from trol.evaluation.items import Item, fitted, messages, prompts
+from trol.evaluation.tasks import TASKS, check_metric, task_of, validate
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.planned import Planned
 
@@ -56,8 +56,8 @@ def test_a_score_by_hand(metric: str, given: str, wanted: str, value: float) -> 
 def test_losses_are_the_models_own(reader: tuple) -> None:
     model, tokenizer = reader
     items = [item("Return it."), item("Return the sum of it.", "What?"), item("It.")]
-    found = losses(model, tokenizer, items, batch=2)
-    for one, loss in zip(items, found, strict=True):
+    result = losses(model, tokenizer, items, batch=2)
+    for one, loss in zip(items, result, strict=True):
         question = tokenizer(f"<bos>{one.question}<SEP>", return_tensors="pt")["input_ids"]
         answer = tokenizer(f"{one.answer}<eos>", return_tensors="pt")["input_ids"]
         ids = torch.cat([question, answer], 1)
@@ -95,8 +95,8 @@ def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(reader: 
 def test_answers_in_a_batch_are_those_alone(reader: tuple) -> None:
     model, tokenizer = reader
     items = [item("a", "What does it do?"), item("b", "Sum"), item("c", "What is it of?")]
-    together = answers(model, tokenizer, items, new_tokens=6)
-    assert together == [answers(model, tokenizer, [i], new_tokens=6)[0] for i in items]
+    batched = answers(model, tokenizer, items, new_tokens=6)
+    assert batched == [answers(model, tokenizer, [i], new_tokens=6)[0] for i in items]
 
 
 def test_a_question_that_is_too_long_for_the_model_is_cut(reader: tuple) -> None:
@@ -111,14 +111,14 @@ def test_a_question_that_is_too_long_for_the_model_is_cut(reader: tuple) -> None
 
 
 def test_text_tasks_are_measured_by_their_metrics(reader: tuple) -> None:
-    found = evaluate(*reader, ["docstrings"], questions=6, metrics=["rougeL", "loss"])
-    task = found["tasks"]["docstrings"]
+    result = evaluate(*reader, ["docstrings"], questions=6, metrics=["rougeL", "loss"])
+    task = result["tasks"]["docstrings"]
     assert set(task["metrics"]) == {"rougeL", "loss"}
     assert (task["metric"], task["n"], sum(task["n_by_type"].values())) == ("rougeL", 6, 6)
     weighed = sum(task["by_type"][kind] * n for kind, n in task["n_by_type"].items()) / 6
     assert weighed == pytest.approx(task["metrics"]["rougeL"])
     assert 4 < task["metrics"]["loss"] < 8  # ln 300 = 5.7
-    assert found["cost"]["layer_visits"] >= 3
+    assert result["cost"]["layer_visits"] >= 3
     assert set(validate(*reader, questions=3, task="docstrings")["metrics"]) == set(METRICS)
 
 

@@ -9,9 +9,9 @@ import torch
 import trol
 from evaluation.oracle_standins import decoder, items
 from trol.errors import DataError, UsageError
-from trol.evaluation.oracle import Batch, Noise, Questions, answer_all, check_shard
-from trol.evaluation.oracle_store import Store, read_menu, read_rows, rows_of, unique
-from trol.evaluation.tasks import prompts
+from trol.evaluation.items import prompts
+from trol.evaluation.oracle import Batch, GumbelNoise, Questions, answer_all, check_shard, read_menu
+from trol.evaluation.store import Store, read_rows, rows_of, unique
 from trol.policies.planned import Planned
 
 LAYERS, NEW_TOKENS = 4, 8
@@ -175,7 +175,7 @@ def test_samples_are_left_out_unless_asked_for(hosted: tuple[Any, Any], tmp_path
 def test_noise_draws_from_the_softmax() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0]])
     rows = 4000
-    noise = Noise(range(rows), 1, 0, temperature=0.5)
+    noise = GumbelNoise(range(rows), 1, 0, temperature=0.5)
     drawn = noise(torch.empty(0), scores.expand(rows, -1)).argmax(1)
     shares = torch.bincount(drawn, minlength=3) / rows
     wanted = (scores[0] / 0.5).softmax(0)
@@ -186,7 +186,7 @@ def test_noise_draws_from_the_softmax() -> None:
 def test_a_model_without_layers_left_out_has_the_loss_of_the_plain_one(
     hosted: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    from trol.evaluation.metrics import losses
+    from trol.evaluation.answers import losses
 
     rows = [row for row in finished(hosted, tmp_path, asked()) if row.plan == "0-3"]
     wanted = losses(*hosted, items())

@@ -4,7 +4,7 @@ import pytest
 
 from trol.depth import Plan
 from trol.errors import UsageError
-from trol.evaluation.oracle_store import menu_of, read_menu
+from trol.evaluation.oracle import menu_of, read_menu
 
 
 def test_eight_levels_are_evenly_spaced() -> None:

@@ -9,8 +9,8 @@ from evaluation.oracle_standins import rows_of
 from trol.depth import Plan
 from trol.errors import UsageError
 from trol.evaluation.knapsack import HeldOut, random_allocation
+from trol.evaluation.oracle import menu_of
 from trol.evaluation.oracle_report import report
-from trol.evaluation.oracle_store import menu_of
 
 MENU = menu_of([Plan("0"), Plan("0-1"), Plan("all")], 4)  # costs 1, 2, 4
 
@@ -24,30 +24,30 @@ SCORES = [
 
 
 def test_the_figures_by_hand() -> None:
-    found = report(rows_of(SCORES, MENU), MENU, "rougeL", ["rougeL"])
-    assert found["full"] == pytest.approx(0.5)
+    result = report(rows_of(SCORES, MENU), MENU, "rougeL", ["rougeL"])
+    assert result["full"] == pytest.approx(0.5)
     # 2.0 in all: 0.5 + 0.9 with 1 + 2 layers, 0.9 with 4, and 1 for the hopeless: 2.3 with 8.
     # Cheaper ones reach 1.6 at most, with 5 layers.
-    assert found["equal_budget"] == pytest.approx({"layers": 2.0, "share": 0.5, "score": 0.575})
-    assert found["per_sequence"] == pytest.approx({"layers": 2.0, "share": 0.5, "score": 0.575})
-    assert found["best"]["score"] == pytest.approx(0.575)
-    assert found["mix"] == [0.5, 0.25, 0.25]
-    assert found["menu"][1]["mean"]["rougeL"] == pytest.approx(0.4)
-    assert json.dumps(found, allow_nan=False)
+    assert result["equal_budget"] == pytest.approx({"layers": 2.0, "share": 0.5, "score": 0.575})
+    assert result["per_sequence"] == pytest.approx({"layers": 2.0, "share": 0.5, "score": 0.575})
+    assert result["best"]["score"] == pytest.approx(0.575)
+    assert result["mix"] == [0.5, 0.25, 0.25]
+    assert result["menu"][1]["mean"]["rougeL"] == pytest.approx(0.4)
+    assert json.dumps(result, allow_nan=False)
 
 
 def test_budget_and_per_sequence_definitions_differ() -> None:
     # One sequence far better when shallow pays for another that is a little worse.
-    found = report(rows_of([[1.0, 0, 0.2], [0.3, 0.4, 0.5]], MENU), MENU, "rougeL", ["rougeL"])
-    assert found["equal_budget"]["layers"] == 1.0
-    assert found["per_sequence"]["layers"] == 2.5
+    result = report(rows_of([[1.0, 0, 0.2], [0.3, 0.4, 0.5]], MENU), MENU, "rougeL", ["rougeL"])
+    assert result["equal_budget"]["layers"] == 1.0
+    assert result["per_sequence"]["layers"] == 2.5
 
 
 def test_a_model_that_needs_its_layers_gets_no_fraction() -> None:
     scores = np.tile([0.1, 0.2, 0.9], (6, 1))
-    found = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
-    assert found["equal_budget"]["share"] == 1.0
-    assert found["controls"]["reach_full"] == {"random": 1.0, "held_out": 1.0, "single": 1.0}
+    result = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
+    assert result["equal_budget"]["share"] == 1.0
+    assert result["controls"]["reach_full"] == {"random": 1.0, "held_out": 1.0, "single": 1.0}
 
 
 def test_the_oracle_is_above_every_control_at_every_budget() -> None:
@@ -55,12 +55,12 @@ def test_the_oracle_is_above_every_control_at_every_budget() -> None:
     scores = source.random((40, 3))
     types = [("a", "b")[i % 2] for i in range(40)]
     rows = rows_of(scores.tolist(), MENU, types=types)
-    found = report(rows, MENU, "rougeL", ["rougeL"])
-    for point in found["curve"]:
+    result = report(rows, MENU, "rougeL", ["rougeL"])
+    for point in result["curve"]:
         for arm in ("random", "held_out", "single"):
             assert point["oracle"] >= point[arm] - 1e-9
-    assert [point["layers"] for point in found["curve"]] == sorted(
-        point["layers"] for point in found["curve"]
+    assert [point["layers"] for point in result["curve"]] == sorted(
+        point["layers"] for point in result["curve"]
     )
 
 
@@ -90,22 +90,22 @@ def test_choosing_among_outputs_explains_a_gain_that_depth_does_not() -> None:
     source = np.random.default_rng(0)
     scores, drawn = source.random((200, 3)), source.random((200, 2))
     rows = rows_of(scores.tolist(), MENU, drawn=drawn.tolist())
-    found = report(rows, MENU, "rougeL", ["rougeL"])
-    outputs = found["controls"]["best_of_n"]
+    result = report(rows, MENU, "rougeL", ["rougeL"])
+    outputs = result["controls"]["best_of_n"]
     wanted = np.maximum(scores[:, 2], drawn.max(axis=1)).mean()
     assert outputs["score"] == pytest.approx(wanted)
-    assert outputs["by_n"][0] == pytest.approx(found["full"])
+    assert outputs["by_n"][0] == pytest.approx(result["full"])
     assert outputs["share_of_gain"] == pytest.approx(1, abs=0.2)
-    assert "choosing among outputs alone gives" in found["verdict"][1]
+    assert "choosing among outputs alone gives" in result["verdict"][1]
 
 
 def test_a_loss_is_better_when_lower_and_has_no_outputs_to_choose_among() -> None:
     losses = [[3.0, 2.0, 1.0], [1.0, 1.0, 2.0]]
-    found = report(rows_of(losses, MENU, metric="loss"), MENU, "loss", ["loss"])
-    assert found["full"] == -1.5
-    assert found["equal_budget"]["layers"] == 1.5  # 2 and 1: as good as 1 and 2
-    assert found["controls"]["best_of_n"] is None
-    assert "was not measured" in found["verdict"][1]
+    result = report(rows_of(losses, MENU, metric="loss"), MENU, "loss", ["loss"])
+    assert result["full"] == -1.5
+    assert result["equal_budget"]["layers"] == 1.5  # 2 and 1: as good as 1 and 2
+    assert result["controls"]["best_of_n"] is None
+    assert "was not measured" in result["verdict"][1]
 
 
 def test_one_sequence_says_nothing() -> None:
@@ -114,35 +114,35 @@ def test_one_sequence_says_nothing() -> None:
 
 
 def test_a_model_that_cannot_do_the_task_gets_no_fraction_in_words() -> None:
-    found = report(rows_of([[0.0] * 3] * 4, MENU), MENU, "rougeL", ["rougeL"])
-    assert "scores nothing by rougeL" in found["verdict"][0]
-    assert "as good" not in found["verdict"][0]
+    result = report(rows_of([[0.0] * 3] * 4, MENU), MENU, "rougeL", ["rougeL"])
+    assert "scores nothing by rougeL" in result["verdict"][0]
+    assert "as good" not in result["verdict"][0]
 
 
-def test_the_share_is_told_with_its_spread() -> None:
+def test_the_share_has_its_spread() -> None:
     source = np.random.default_rng(1)
-    found = {}
+    result = {}
     for count in (20, 200):
         scores = source.random((count, 3)) + np.array([0.0, 0.2, 0.6])
-        found[count] = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
-        low, high = found[count]["equal_shares"]
-        assert 0.25 <= low <= found[count]["equal_budget"]["share"] <= high <= 1
-    widths = [high - low for low, high in (found[n]["equal_shares"] for n in (20, 200))]
+        result[count] = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
+        low, high = result[count]["equal_shares"]
+        assert 0.25 <= low <= result[count]["equal_budget"]["share"] <= high <= 1
+    widths = [high - low for low, high in (result[n]["equal_shares"] for n in (20, 200))]
     assert widths[1] < widths[0]
-    told = [" ".join(found[count]["verdict"]) for count in (20, 200)]
-    assert all("(95 % of resamples of these questions)" in one for one in told)
-    assert ["say little" in one for one in told] == [True, False]
+    texts = [" ".join(result[count]["verdict"]) for count in (20, 200)]
+    assert all("(95 % of resamples of these questions)" in one for one in texts)
+    assert ["say little" in one for one in texts] == [True, False]
 
 
 def test_resampling_agrees_with_the_exact_knapsack() -> None:
     """Sequences that are all alike leave nothing to chance but a step of one of them."""
     scores = np.tile([0.2, 0.7, 0.7], (100, 1))
-    found = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
-    assert found["equal_shares"] == pytest.approx([0.5, 0.5])
-    assert found["equal_budget"]["share"] == 0.5
+    result = report(rows_of(scores.tolist(), MENU), MENU, "rougeL", ["rougeL"])
+    assert result["equal_shares"] == pytest.approx([0.5, 0.5])
+    assert result["equal_budget"]["share"] == 0.5
 
 
 def test_a_loss_is_said_to_be_turned() -> None:
     for metric, said in (("loss", True), ("rougeL", False)):
-        found = report(rows_of(SCORES, MENU, metric=metric), MENU, metric, [metric])
-        assert ("its sign is turned" in " ".join(found["verdict"])) is said
+        result = report(rows_of(SCORES, MENU, metric=metric), MENU, metric, [metric])
+        assert ("its sign is turned" in " ".join(result["verdict"])) is said

@@ -14,21 +14,14 @@ from trol.depth import trace
 from trol.errors import DataError, UsageError
 from trol.evaluation import check_tasks, evaluate
 from trol.evaluation import curve as points
+from trol.evaluation.answers import answers
+from trol.evaluation.calibration import calibrate_exits
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request
-from trol.evaluation.exit_calibration import calibrate
-from trol.evaluation.metrics import labelled
+from trol.evaluation.items import fitted, labelled, messages, prompts
 from trol.evaluation.oracle import Batch
 from trol.evaluation.plan_search import chosen_plan
-from trol.evaluation.tasks import (
-    FORMS,
-    answers,
-    default_task,
-    fitted,
-    messages,
-    prompts,
-    questions_of,
-)
+from trol.evaluation.tasks import FORMS, default_task, questions_of
 from trol.family import tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.exits import EarlyExit
@@ -94,23 +87,23 @@ def by_hand(model: Any, tokenizer: Any, window: int) -> tuple[float, int]:
 def test_perplexity_is_that_of_a_plain_loop(
     reader: tuple[Any, Any], text: str, window: int | None
 ) -> None:
-    found = evaluate(*reader, [text], questions=10_000, window=window)["tasks"][text]
+    result = evaluate(*reader, [text], questions=10_000, window=window)["tasks"][text]
     nats, tokens = by_hand(*reader, window or POSITIONS)
-    assert found["tokens"] == tokens
-    assert found["metrics"]["loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert found["metrics"]["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert result["tokens"] == tokens
+    assert result["metrics"]["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result["metrics"]["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
 def test_bits_per_byte_count_the_bytes_that_are_predicted(
     reader: tuple[Any, Any], text: str
 ) -> None:
     window = POSITIONS
-    found = evaluate(*reader, [text], window=window)["tasks"][text]
+    result = evaluate(*reader, [text], window=window)["tasks"][text]
     items = questions_of(*reader, text, 1000, seed=0, window=window)
     assert "".join(item.question + item.answer for item in items) == TEXT
     size = len(TEXT.encode()) - sum(len(item.question.encode()) for item in items)
-    bits = found["metrics"]["loss"] * found["tokens"] / math.log(2) / size
-    assert found["metrics"]["bits_per_byte"] == pytest.approx(bits)
+    bits = result["metrics"]["loss"] * result["tokens"] / math.log(2) / size
+    assert result["metrics"]["bits_per_byte"] == pytest.approx(bits)
 
 
 def test_a_short_text_is_one_short_window_and_few_windows_are_drawn(
@@ -166,15 +159,15 @@ def test_the_last_answer_of_a_chat_is_the_reference(reader: tuple[Any, Any], cha
     begin = tokenizer.decode(tokenizer("")["input_ids"])
     (prompt,) = tokenizer.batch_decode(prompts(tokenizer, [items["chat"]])["input_ids"])
     assert prompt == begin + "Be brief.\nWhat?\nIt.\nSum of it?\n"
-    read = labelled(model, tokenizer, [items["chat"]], tokenizer)
+    read = labelled(model, tokenizer, [items["chat"]])
     said = read["input_ids"][read["labels"] != -100]
     assert tokenizer.decode(said) == "Return it.\n"  # and no earlier answer
-    found = evaluate(*reader, [chats], new_tokens=3)["tasks"][chats]
-    assert set(found["metrics"]) == {"rougeL", "rouge1", "rouge2", "exact", "contains", "loss"}
-    assert found["n_by_type"] == {"chat": 1, "prompt": 1}
+    result = evaluate(*reader, [chats], new_tokens=3)["tasks"][chats]
+    assert set(result["metrics"]) == {"rougeL", "rouge1", "rouge2", "exact", "contains", "loss"}
+    assert result["n_by_type"] == {"chat": 1, "prompt": 1}
 
 
-def test_damaged_rows_are_left_out_and_told(reader: tuple[Any, Any], chats: str) -> None:
+def test_damaged_rows_are_left_out_and_named(reader: tuple[Any, Any], chats: str) -> None:
     path = Path(chats.partition(":")[2])
     path.write_text(path.read_text() + '{"prompt": "a"}\nnone\n')
     with pytest.warns(UserWarning, match="1 wrong_format, 1 broken_row"):
@@ -185,26 +178,26 @@ def test_a_chat_too_long_for_the_model_loses_its_oldest_turns(reader: tuple[Any,
     from trol.evaluation.items import Item
 
     turns = [("system", "Sum."), ("user", "it " * 200), ("assistant", "no"), ("user", "What? ")]
-    told = tuple({"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns)
-    item = Item(None, "What? ", "It.", "chat", turns=told)
+    turns_of = tuple({"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns)
+    item = Item(None, "What? ", "It.", "chat", turns=turns_of)
     short = fitted(*reader, item, 8)
     assert [turn["role"] for turn in messages(short)] == ["system", "user"]
     assert short.question == "What? "
-    long = Item(None, "sum " * 300, "It.", "chat", turns=(told[0], *told[3:]))
+    long = Item(None, "sum " * 300, "It.", "chat", turns=(turns_of[0], *turns_of[3:]))
     assert prompts(reader[1], [fitted(*reader, long, 8)])["input_ids"].shape[1] + 8 <= POSITIONS
 
 
 def test_new_tokens_bound_the_answers(reader: tuple[Any, Any], chats: str) -> None:
     for most in (1, 4):
         heard: list[tuple[float, int]] = []
-        found = evaluate(
+        result = evaluate(
             *reader,
             [chats],
             metrics=["contains"],
             new_tokens=most,
             progress=lambda _, done, of, heard=heard: heard.append((done, of)),
         )
-        assert found["cost"]["tokens"] <= most + 40
+        assert result["cost"]["tokens"] <= most + 40
         assert heard[-1] == (2, 2)
         assert len(heard) <= most
 
@@ -220,7 +213,7 @@ def test_all_that_measures_takes_them_without_a_template(
     assert len(answers(*reader, items, new_tokens=2)) == len(items)
     batch = Batch(*reader, items, scope="answer", new_tokens=2)
     assert len(batch.answers(chosen_plan("influence", *reader, items, 0.67))) == len(items)
-    calibrate(*reader, items, EarlyExit("margin", 1.0), cost=0.9)
+    calibrate_exits(*reader, items, EarlyExit("margin", 1.0), cost=0.9)
     monkeypatch.setattr(points, "ROUNDS", 1)
     drawn = curve(*reader, [name], Request(("exit",), keeps=(0.67,), questions=2, seeds=1))
     assert "loss" in drawn["tasks"][name]["metrics"]
@@ -229,7 +222,7 @@ def test_all_that_measures_takes_them_without_a_template(
 def test_plain_text_is_answer_but_for_what_begins_it(reader: tuple[Any, Any], text: str) -> None:
     model, tokenizer = reader
     from trol.depth import attach, detach
-    from trol.evaluation.metrics import losses
+    from trol.evaluation.answers import losses
     from trol.policies.planned import Planned
 
     items = questions_of(*reader, text, 1, seed=0)

@@ -6,8 +6,8 @@ import torch
 from trol.data.boards import ASKERS, make_board, questions
 from trol.depth import attached, depth, trace
 from trol.errors import UsageError
-from trol.evaluation import check_tasks, evaluate, measuring, tasks
-from trol.evaluation.measuring import Thinned, gate_spread, sparse_curve
+from trol.evaluation import check_tasks, evaluate, tasks
+from trol.evaluation.gates import RandomSecondVisits, gate_spread, sparse_curve
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 
 
@@ -31,22 +31,27 @@ def test_a_model_that_says_the_answers_is_right_and_one_that_does_not_is_wrong(
     untrained: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = tasks.board_items(18, 0)
-    told = [f" {i.answer.upper()}. " for i in items]
-    monkeypatch.setattr(measuring, "answers", lambda *_, **__: told)
-    assert measuring.measured(None, None, "boards", items)["accuracy"] == 1
-    monkeypatch.setattr(measuring, "answers", lambda *_, **__: ["" for _ in items])
-    assert measuring.measured(None, None, "boards", items)["accuracy"] == 0
+
+    def accuracy() -> float:
+        task = tasks.TASKS["boards"]
+        return tasks.measure_task(None, None, task, items, name="boards")["accuracy"]
+
+    texts = [f" {i.answer.upper()}. " for i in items]
+    monkeypatch.setattr(tasks, "answers", lambda *_, **__: texts)
+    assert accuracy() == 1
+    monkeypatch.setattr(tasks, "answers", lambda *_, **__: ["" for _ in items])
+    assert accuracy() == 0
 
 
 def test_an_evaluation_says_what_it_measured(untrained: tuple) -> None:
-    found = evaluate(*untrained, ["boards"], questions=36)
-    task = found["tasks"]["boards"]
+    result = evaluate(*untrained, ["boards"], questions=36)
+    task = result["tasks"]["boards"]
     assert task["n"] == 36
     assert set(task["by_type"]) == set(task["chance_by_type"]) == set(ASKERS)
-    assert found["cost"]["layer_visits"] > 2 * found["cost"]["tokens"]
+    assert result["cost"]["layer_visits"] > 2 * result["cost"]["tokens"]
 
 
-def test_an_unknown_task_is_told() -> None:
+def test_an_unknown_task_is_named() -> None:
     with pytest.raises(UsageError, match="Did you mean 'boards'"):
         check_tasks(["bords"])
     with pytest.raises(UsageError, match="no task named"):
@@ -71,7 +76,11 @@ def test_thinning_makes_about_the_wanted_share_of_second_visits(untrained: tuple
     model, _ = untrained
     mixer = attached(model)[1].depth_policy
     ids = torch.randint(8, 40, (8, 40))
-    with depth(model, Thinned(mixer, 0.3, seed=0)), trace(model) as seen, torch.no_grad():
+    with (
+        depth(model, RandomSecondVisits(mixer, 0.3, seed=0)),
+        trace(model) as seen,
+        torch.no_grad(),
+    ):
         model(input_ids=ids)
     share = (seen.visits == 2).float().mean().item()
     assert share == pytest.approx(0.3, abs=0.06)

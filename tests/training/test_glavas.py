@@ -11,8 +11,8 @@ import trol
 from trol.data.pairs import pairs_of
 from trol.depth import attached, depth, is_attached, trace
 from trol.errors import HostError, UsageError
-from trol.evaluation.metrics import losses
-from trol.evaluation.tasks import Item
+from trol.evaluation.answers import losses
+from trol.evaluation.items import Item
 from trol.family import word_tokenizer
 from trol.family.presets import byte_level_tokenizer, separate, text_decoder
 from trol.training import names, resolve, run

@@ -11,7 +11,7 @@ import trol
 from training import standins
 from trol.depth import attached, is_attached, trace
 from trol.errors import DataError, UsageError
-from trol.evaluation.oracle_store import OracleRow
+from trol.evaluation.store import OracleRow
 from trol.policies.router import Router
 from trol.training.routing import (
     Lessons,

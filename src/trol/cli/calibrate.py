@@ -91,14 +91,14 @@ def calibrate(
     from trol.cli.models import open_model
     from trol.data.conversations import read_template
     from trol.depth import is_attached
-    from trol.evaluation.evidence import check_wish
+    from trol.evaluation.calibration import check_share
     from trol.evaluation.tasks import default_task, task_of
 
     wanted = {"quality": quality, "cost": cost, "confidence": confidence, "questions": questions}
     wanted |= {"measure": measure, "first": first, "every": every, "seed": seed}
     for name in ("quality", "confidence"):
         if wanted[name] is not None:
-            check_wish(name, wanted[name])
+            check_share(name, wanted[name])
     if measure is not None:
         calibrated_exits.check(measure, wanted)
     else:
@@ -143,7 +143,7 @@ def _measure(model: Any, wanted: dict[str, Any]) -> str | None:
     """
     from trol.cli.calibrated_taus import check
     from trol.depth import attached, is_attached
-    from trol.evaluation.thresholds import mixer_of
+    from trol.evaluation.calibration import mixer_of
     from trol.policies.exits import EarlyExit
 
     if wanted["measure"] is not None:

@@ -8,8 +8,8 @@ from trol.cli import terminal
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.evidence import Progress
-    from trol.evaluation.exit_calibration import Calibration
+    from trol.evaluation.answers import StepsDone
+    from trol.evaluation.calibration import ExitCalibration
     from trol.policies.exits import EarlyExit
 
 QUALITY, QUESTIONS = 0.95, 300
@@ -18,12 +18,12 @@ QUALITY, QUESTIONS = 0.95, 300
 
 def check(measure: str, wanted: dict[str, Any]) -> None:
     """Raises `UsageError` for what is wrong whatever the model is."""
-    from trol.evaluation.exit_calibration import check_wishes
+    from trol.evaluation.calibration import check_exit_wishes
     from trol.policies.exits import MEASURES
 
     if measure not in MEASURES:
         raise unknown("exit", measure, MEASURES)
-    check_wishes(**_wishes(wanted), answers=wanted["questions"] or QUESTIONS)
+    check_exit_wishes(**_wishes(wanted), answers=wanted["questions"] or QUESTIONS)
 
 
 def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -34,17 +34,17 @@ def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrated(
-    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
-) -> tuple[Calibration, dict[str, Any], str]:
+    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: StepsDone
+) -> tuple[ExitCalibration, dict[str, Any], str]:
     """The calibrated exits, what was asked for, and what people are told."""
-    from trol.evaluation.exit_calibration import calibrate
+    from trol.evaluation.calibration import calibrate_exits
     from trol.evaluation.tasks import questions_of
 
     wishes = _wishes(wanted)
     policy = _exits(model, wanted["measure"], wanted["first"], wanted["every"])
     count = wanted["questions"] or QUESTIONS
     items = questions_of(model, processor, data, count, seed=wanted["seed"], split="validation")
-    found = calibrate(model, processor, items, policy, **wishes, progress=progress)
+    found = calibrate_exits(model, processor, items, policy, **wishes, progress=progress)
     return found, {"questions": len(items), **wishes}, _text(found)
 
 
@@ -82,7 +82,7 @@ def _exits(model: Any, measure: str, first: int | None, every: int | None) -> Ea
     return policy
 
 
-def _text(found: Calibration) -> str:
+def _text(found: ExitCalibration) -> str:
     policy, ran = found.policy, found.ran
     lines = [
         f"{policy.measure} >= {policy.thresholds[0]:g}, looked at before every layer from "

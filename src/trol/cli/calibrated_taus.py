@@ -8,8 +8,8 @@ from trol.cli import terminal
 from trol.errors import UsageError
 
 if TYPE_CHECKING:
-    from trol.evaluation.evidence import Progress
-    from trol.evaluation.thresholds import SparseCalibration
+    from trol.evaluation.answers import StepsDone
+    from trol.evaluation.gates import GateCalibration
 
 QUALITY = 0.99
 """What is wanted where nobody says."""
@@ -17,7 +17,7 @@ QUALITY = 0.99
 
 def check(wanted: dict[str, Any]) -> None:
     """Raises `UsageError` for what is wrong whatever the gates are."""
-    from trol.evaluation.thresholds import check_wishes
+    from trol.evaluation.calibration import check_gate_wishes
 
     given = [name for name in ("cost", "first", "every") if wanted[name] is not None]
     if given:
@@ -25,7 +25,7 @@ def check(wanted: dict[str, Any]) -> None:
             f"--{given[0]} is for early exits; add --exit MEASURE, or leave --{given[0]} out to "
             "calibrate the gates of this model."
         )
-    check_wishes(**_wishes(wanted), questions=wanted["questions"])
+    check_gate_wishes(**_wishes(wanted), questions=wanted["questions"])
 
 
 def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -33,23 +33,23 @@ def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrated(
-    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: Progress
-) -> tuple[SparseCalibration, dict[str, Any], str]:
+    model: Any, processor: Any, data: str, wanted: dict[str, Any], progress: StepsDone
+) -> tuple[GateCalibration, dict[str, Any], str]:
     """The calibrated thresholds, what was asked for, and what people are told."""
+    from trol.evaluation.calibration import calibrate_gates, questions_for
     from trol.evaluation.tasks import questions_of, task_of
-    from trol.evaluation.thresholds import calibrate_taus, questions_for
 
     wishes = _wishes(wanted)
     count = wanted["questions"] or questions_for(**wishes)
     task = task_of(data)
     items = questions_of(model, processor, data, count, seed=wanted["seed"], split="validation")
-    found = calibrate_taus(
+    found = calibrate_gates(
         model, processor, items, new_tokens=task.new_tokens, **wishes, progress=progress
     )
     return found, {"questions": len(items), **wishes}, _text(found)
 
 
-def _text(found: SparseCalibration) -> str:
+def _text(found: GateCalibration) -> str:
     unit = "FLOPs" if found.flops else "layer visits"
     lines = [
         terminal.table(

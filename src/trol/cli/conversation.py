@@ -121,7 +121,7 @@ class Conversation:
         return inputs
 
     def _check_length(self, length: int) -> None:
-        from trol.evaluation.tasks import positions_of
+        from trol.evaluation.items import positions_of
 
         most = positions_of(self.model)
         if most is not None and length + self.max_new_tokens > most:

@@ -81,7 +81,6 @@ def curve(
         Request,
         check_adapters,
         check_methods,
-        read_oracle,
         shares_of,
     )
     from trol.evaluation.tasks import check_tasks, default_task
@@ -94,8 +93,6 @@ def curve(
     if names is not None:
         check_tasks(names)
     check_methods(wanted, oracle)
-    if oracle is not None:
-        read_oracle(oracle)
     request = Request(
         methods=tuple(wanted),
         keeps=tuple(shares),

@@ -74,7 +74,7 @@ def _losses(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _measure(found: dict[str, Any], arm: str, folder: str, seed: int, out: Path) -> None:
     """Accuracy of one trained model; for the one with traversal also off, gates, sparse, maps."""
     from trol.depth.attachment import depth
-    from trol.evaluation.measuring import gate_spread, sparse_curve
+    from trol.evaluation.gates import gate_spread, sparse_curve
     from trol.family.loading import load_model
 
     model, processor = load_model(folder)

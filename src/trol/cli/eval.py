@@ -97,8 +97,8 @@ def evaluate(
 def _check(names: list[str] | None, metrics: list[str], window: int | None) -> None:
     """Raises before a model is opened for what no model can do."""
     from trol.errors import UsageError, unknown
-    from trol.evaluation.metrics import METRICS, check_metric
-    from trol.evaluation.tasks import check_tasks, task_of
+    from trol.evaluation.answers import METRICS
+    from trol.evaluation.tasks import check_metric, check_tasks, task_of
 
     for metric in metrics:
         if metric not in METRICS:

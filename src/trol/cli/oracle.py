@@ -16,8 +16,8 @@ from trol.cli.terminal import run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.oracle import Questions
-    from trol.evaluation.oracle_store import Menu, Store
+    from trol.evaluation.oracle import Menu, Questions
+    from trol.evaluation.store import Store
 
 
 EXAMPLES = (
@@ -91,8 +91,9 @@ def oracle(
     from trol.checkpoints.adapter import check_writable
     from trol.cli.models import open_model
     from trol.data.conversations import read_template
-    from trol.evaluation.oracle import check_shard, layers_of
-    from trol.evaluation.oracle_store import Store, parsed, read_menu
+    from trol.evaluation.hidden_states import layers_of
+    from trol.evaluation.oracle import check_shard, parsed, read_menu
+    from trol.evaluation.store import Store
     from trol.evaluation.tasks import default_task
 
     part = check_shard(shard)
@@ -135,8 +136,7 @@ def oracle(
 
 def _metric(task: str, metric: str | None) -> str:
     """The metric that the oracle chooses by; raises `UsageError` where the task has none such."""
-    from trol.evaluation.metrics import check_metric
-    from trol.evaluation.tasks import task_of
+    from trol.evaluation.tasks import check_metric, task_of
 
     metric = metric or task_of(task).metrics[0]
     check_metric(task, metric)
@@ -145,8 +145,8 @@ def _metric(task: str, metric: str | None) -> str:
 
 def _check(task: str | None, metric: str | None, questions: int, split: str, scope: str) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
-    from trol.data.own_files import SPLITS
-    from trol.evaluation.metrics import METRICS
+    from trol.data.pairs import SPLITS
+    from trol.evaluation.answers import METRICS
 
     if task is not None:
         _metric(task, metric)
@@ -202,7 +202,7 @@ def _solved(
 ) -> dict[str, Any]:
     """The report where all shards are finished, else which are missing."""
     from trol.evaluation.oracle_report import report
-    from trol.evaluation.oracle_store import unique
+    from trol.evaluation.store import unique
 
     store.look_again()
     missing = asked.missing(levels, store, part[1])
@@ -270,8 +270,8 @@ def train(
     """
     import trol
     from trol.checkpoints.export import plain_host
-    from trol.evaluation.oracle_store import read_header, read_rows
-    from trol.evaluation.tasks import Item, fitted, prompts
+    from trol.evaluation.items import Item, fitted, prompts
+    from trol.evaluation.store import read_header, read_rows
     from trol.files import write_json
     from trol.training.routing import Lessons, train_router
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trol.depth import Plan
-    from trol.evaluation.kept import Measurements
-    from trol.evaluation.tasks import Item
+    from trol.evaluation.items import Item
+    from trol.evaluation.store import Measurements
 
 EXAMPLES = (
     "trol plan --method uniform --keep 0.5",
@@ -113,8 +113,9 @@ def _made(
     Leaves in `measured_on` what was used of it.
     """
     from trol.cli.models import open_model
-    from trol.evaluation.plan_search import chosen_plan, draft_plan, measured_speed
+    from trol.evaluation.plan_search import chosen_plan, draft_plan
     from trol.evaluation.tasks import default_task, questions_of
+    from trol.evaluation.timing import measured_speed
     from trol.host.layers import find_decoder, layer_list
     from trol.policies.planned import STATIC, static_plan
 
@@ -162,7 +163,7 @@ def _kept(model: Any, items: Sequence[Item], out: Path, asked: dict[str, Any]) -
     from trol.checkpoints.adapter import weights_digest
     from trol.depth import attached, is_attached
     from trol.depth.policy import to_settings
-    from trol.evaluation.kept import Measurements, items_digest
+    from trol.evaluation.store import Measurements, items_digest
     from trol.files import folder
 
     policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
@@ -193,7 +194,7 @@ def _measuring(
             yield told
         except KeyboardInterrupt:
             terminal.note(
-                f"Stopped. {kept.path} keeps {len(kept.found)} measurements; the same command "
+                f"Stopped. {kept.path} keeps {len(kept.values)} measurements; the same command "
                 "goes on from there."
             )
             raise

@@ -117,7 +117,7 @@ def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
     """
     from trol.cli.models import open_model
     from trol.data.pairs import is_pairs
-    from trol.evaluation.measuring import validate
+    from trol.evaluation.tasks import validate
     from trol.family import TrolProcessor
     from trol.training import resolve
 

@@ -1,7 +1,10 @@
-"""Evaluation: tasks, curves and benchmarks."""
+"""Measuring models: tasks, curves, the oracle, calibration and searched plans.
+
+May import everything below training: errors, files, host, execution, depth, policies, speculation,
+checkpoints, data and family.
+"""
 
 from trol.evaluation.items import sample_questions
-from trol.evaluation.measuring import evaluate
-from trol.evaluation.tasks import check_tasks
+from trol.evaluation.tasks import check_tasks, evaluate
 
 __all__ = ["check_tasks", "evaluate", "sample_questions"]

@@ -1,7 +1,9 @@
 """Curves as one JSON object: every method's points on every task, mean and spread over seeds.
 
-Every *stat* is `{"mean", "spread", "values"}`: over seeds, the spread a sample standard
-deviation or null, the values seed by seed; null where it is not known::
+A point is what a policy keeps of the quality, and what it really costs. The full model is every
+layer visited once, whatever policy a model carries. Every *stat* is `{"mean", "spread",
+"values"}`: over seeds, the spread a sample standard deviation or null, the values seed by seed;
+null where it is not known::
 
     {"scope", "layers", "questions", "seeds": [int], "keep": [float], "device",
      "timing": {"batch", "tokens", "rounds"},
@@ -23,10 +25,6 @@ deviation or null, the values seed by seed; null where it is not known::
 
 Points lie in rising order of `visits_share`; the last one is the full model, but for an
 oracle, whose last point chooses among levels with the full model's budget.
-
-One point of a curve: what a policy keeps of the quality, and what it really costs.
-
-The full model is every layer visited once, whatever policy a model carries.
 """
 
 from __future__ import annotations
@@ -39,12 +37,11 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trol.depth import AbstractPolicy, depth, trace
+from trol.depth import AbstractPolicy, depth
 from trol.depth.policy import Plain, to_settings
 from trol.errors import DataError
-from trol.evaluation import metrics
+from trol.evaluation.answers import LOWER_IS_BETTER, answer, losses, scores
 from trol.evaluation.curve_methods import (
     ORACLE,
     Candidate,
@@ -52,25 +49,20 @@ from trol.evaluation.curve_methods import (
     candidates,
     check_adapters,
     check_methods,
-    check_oracle,
-    layers_of,
     made_on,
+    oracle_of,
     oracle_points,
-    read_oracle,
 )
-from trol.evaluation.hidden_states import state_cosines
-from trol.evaluation.tasks import (
-    Item,
-    Task,
-    batches,
-    check_tasks,
-    fitted,
-    prompts,
-    questions_of,
-    task_of,
-    tokenizer_of,
+from trol.evaluation.hidden_states import layers_of, state_cosines
+from trol.evaluation.items import Item, fitted_prompts
+from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
+from trol.evaluation.timing import (
+    Timing,
+    forced_traces,
+    interleaved,
+    ratio_and_spread,
+    time_generate,
 )
-from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
 
 COMPARED = 32
 """Questions whose hidden states are compared with the full model's."""
@@ -81,7 +73,13 @@ ROUNDS = 5
 FORCED_TOKENS = 16
 """Tokens of such an answer, its end put off until there are as many."""
 
-Numbers = dict[str, float | None]
+FULL = {"plan": "all"}
+"""Settings of the full model's point, which every curve has."""
+
+CurveProgress = Callable[[str, int, int], None]
+"""Takes what is being measured, points measured, points to measure."""
+
+Costs = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -95,21 +93,25 @@ class Sample:
 
     def alone(self) -> list[Any]:
         """Prompts of one question each."""
-        some = [
-            fitted(self.model, self.processor, item, max(FORCED_TOKENS, self.task.new_tokens))
+        new_tokens = max(FORCED_TOKENS, self.task.new_tokens)
+        return [
+            fitted_prompts(self.model, self.processor, [item], new_tokens)
             for item in self.items[:ROUNDS]
         ]
-        return [prompts(self.processor, [item]).to(self.model.device) for item in some]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one policy did on one sample."""
+    """The results of one policy on one sample."""
 
     metrics: dict[str, float]
-    cost: Numbers
+    cost: Costs
     cosines: list[float]
     """Mean cosine of x_l to the full model's, l = 1 to L, over answer tokens. Shape: [L]."""
+
+
+Measured = dict[tuple[int, str, int], Point]
+"""(which model, its policy as JSON, seed) -> its point."""
 
 
 def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:
@@ -122,61 +124,46 @@ def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:
         `ms` per answer token and `prefill_ms` of a question, one question at a time, with
         `ms_ratio` and `prefill_ms_ratio` to the full model in the same rounds.
     """
-    task, items = sample.task, sample.items
-    found: dict[str, float] = {}
+    processor, items = sample.processor, sample.items
+    values: dict[str, float] = {}
     with depth(model, policy):
-        given, visits = generated(sample, model)
-        for metric in task.metrics:
+        texts, visits = answers_and_visits(sample, model)
+        for metric in sample.task.metrics:
             if metric == "loss":
-                each: Sequence[float] = metrics.losses(model, sample.processor, items)
+                each: Sequence[float] = losses(model, processor, items)
             else:
-                each = metrics.scores(metric, given, items)
-            found[metric] = statistics.fmean(each)
-        counted = _counted(sample, model)
-    compared = items[:COMPARED]
-    cosines = state_cosines(model, sample.processor, compared, policy)
+                each = scores(metric, texts, items)
+            values[metric] = statistics.fmean(each)
+        cost = _forced_cost(sample, model)
+    cosines = state_cosines(model, processor, items[:COMPARED], policy)
     if visits is not None:
-        counted["visits"] = visits
-    return Point(found, {**counted, **_timed(sample, model, policy)}, cosines)
+        cost["visits"] = visits
+    return Point(values, {**cost, **_times(sample, model, policy)}, cosines)
 
 
-def generated(sample: Sample, model: Any) -> tuple[list[str], float | None]:
-    """Greedy answers, as `tasks.answers` gives them, and the layer visits of their mean token.
+def answers_and_visits(sample: Sample, model: Any) -> tuple[list[str], float | None]:
+    """Greedy answers, and the layer visits of their mean token.
 
     The visits are None where no answer is longer than one token, which no layer ever reads.
     """
     texts: list[str] = []
     visited = tokens = 0
-    tokenizer, longest = tokenizer_of(sample.processor), sample.task.new_tokens
-    for some in batches(sample.items):
-        fitting = [fitted(model, sample.processor, item, longest) for item in some]
-        inputs = prompts(sample.processor, fitting).to(model.device)
-        with trace(model) as seen, torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-        if new.shape[1] > 1:
-            read = before_end(new, model)[:, :-1].cpu()
-            made = seen.visits[..., -read.shape[1] :].sum(0)  # Shape: [B, T - 1]
-            visited += int((made * read).sum())
+    for batch in answer(
+        model, sample.processor, sample.items, new_tokens=sample.task.new_tokens, traced=True
+    ):
+        texts += batch.texts
+        read = batch.before_end[:, :-1].cpu()
+        if batch.trace is not None and read.shape[1]:
+            visits = batch.trace.visits[..., -read.shape[1] :].sum(0)  # Shape: [B, T - 1]
+            visited += int((visits * read).sum())
             tokens += int(read.sum())
     return texts, visited / tokens if tokens else None
 
 
-def before_end(new: Tensor, model: Any) -> Tensor:
-    """Which new tokens come before the end of their answer. Shape: [B, T]."""
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-    ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-    return ended.long().cumsum(1) == 0
-
-
-def _counted(sample: Sample, model: Any) -> Numbers:
+def _forced_cost(sample: Sample, model: Any) -> Costs:
     """Visits and FLOPs of answers of one length, one question at a time."""
     visits, flops, prefills = [], [], []
-    for inputs in sample.alone():
-        with trace(model) as seen, torch.inference_mode():
-            time_generate(model, inputs, FORCED_TOKENS)
+    for seen in forced_traces(model, sample.alone(), FORCED_TOKENS):
         steps = FORCED_TOKENS - 1  # the last token is never read
         visits.append(int(seen.visits[..., -steps:].sum()) / steps)
         prefills.append(seen.flops[0])
@@ -193,43 +180,30 @@ def _mean(values: Sequence[int | None]) -> float | None:
     return statistics.fmean(known) if len(known) == len(values) else None
 
 
-def _timed(sample: Sample, model: Any, policy: AbstractPolicy) -> Numbers:
+def _times(sample: Sample, model: Any, policy: AbstractPolicy) -> Costs:
     """Milliseconds beside the full model's, in turn, each round another question."""
     prompts_alone = sample.alone()
 
-    def run(which: Any, followed: AbstractPolicy) -> Callable[[], Timing]:
+    def run(which: Any, policy: AbstractPolicy) -> Callable[[], Timing]:
         turns = cycle(prompts_alone)
 
         def once() -> Timing:
-            with depth(which, followed), torch.inference_mode():
+            with depth(which, policy), torch.inference_mode():
                 return time_generate(which, next(turns), FORCED_TOKENS)
 
         return once
 
-    if policy == Plain():
-        both = {"full": run(sample.model, policy)}
-    else:
-        both = {"full": run(sample.model, Plain()), "point": run(model, policy)}
-    times = interleaved(both, rounds=ROUNDS)
+    runs = {"full": run(sample.model, Plain())}
+    if policy != Plain():
+        runs["point"] = run(model, policy)
+    times = interleaved(runs, rounds=ROUNDS)
     full, point = times["full"], times.get("point", times["full"])
-    found: Numbers = {}
+    costs: Costs = {}
     for name, phase in (("ms", "mean_decode"), ("prefill_ms", "prefill")):
         full_ms, point_ms = ([getattr(t, phase) for t in some] for some in (full, point))
-        found[name] = statistics.median(point_ms)
-        found[f"{name}_ratio"] = ratio_and_spread(full_ms, point_ms)[0]
-    return found
-
-
-LOWER_IS_BETTER = ("loss",)
-
-FULL = {"plan": "all"}
-"""Settings of the full model's point, which every curve has."""
-
-Progress = Callable[[str, int, int], None]
-"""(what is being measured, points measured, points to measure)."""
-
-Measured = dict[tuple[int, str, int], Point]
-"""(which model, its policy as JSON, seed) -> its point."""
+        costs[name] = statistics.median(point_ms)
+        costs[f"{name}_ratio"] = ratio_and_spread(full_ms, point_ms)[0]
+    return costs
 
 
 def curve(
@@ -238,7 +212,7 @@ def curve(
     tasks: Sequence[str],
     request: Request,
     *,
-    progress: Progress = lambda what, done, of: None,
+    progress: CurveProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Quality against cost, of every method on every task.
 
@@ -250,7 +224,7 @@ def curve(
         progress: called before each point.
 
     Returns:
-        What this module's text says.
+        The object of the module's docstring.
 
     Raises:
         UsageError: a task, method or share is unknown, a method lacks what it needs, or the
@@ -261,24 +235,22 @@ def curve(
     check_tasks(tasks)
     check_methods(request.methods, request.oracle)
     check_adapters(request)
-    if request.oracle is not None:
-        read_oracle(request.oracle)
-        for name in tasks if ORACLE in request.methods else ():
-            check_oracle(request.oracle, name, request.scope, layers_of(model))
+    if request.oracle is not None and ORACLE in request.methods:
+        for name in tasks:
+            oracle_of(request.oracle, name, request.scope, layers_of(model))
     return {
         "scope": request.scope,
         "layers": layers_of(model),
         "questions": request.questions,
         "seeds": list(range(request.seeds)),
         "keep": list(request.keeps),
-        "device": device_of(model),
+        "device": _device_name(model),
         "timing": {"batch": 1, "tokens": FORCED_TOKENS, "rounds": ROUNDS},
         "tasks": {name: _task(model, processor, name, request, progress) for name in tasks},
     }
 
 
-def device_of(model: Any) -> str:
-    """The device in words."""
+def _device_name(model: Any) -> str:
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     threads = torch.get_num_threads()
@@ -286,32 +258,49 @@ def device_of(model: Any) -> str:
 
 
 def _task(
-    model: Any, processor: Any, name: str, request: Request, progress: Progress
+    model: Any, processor: Any, name: str, request: Request, progress: CurveProgress
 ) -> dict[str, Any]:
     task = task_of(name)
-    samples = _samples(model, processor, name, task, request)
-    measured_here = [method for method in request.methods if method != ORACLE]
+    samples = [
+        Sample(
+            model,
+            processor,
+            task,
+            questions_of(model, processor, name, request.questions, seed=seed),
+        )
+        for seed in range(request.seeds)
+    ]
+    if not all(sample.items for sample in samples):
+        raise DataError(f"the task {name} has no question; ask for one at least.")
     full = Candidate(1.0, FULL, model, (Plain(),) * request.seeds)
-    found: Measured = {}
-    made: dict[str, list[Candidate]] = {}
-    for method in measured_here:
-        progress(f"{name}: plans of {method}", 0, 1)
-        made[method] = candidates(method, model, processor, name, request)
-    of = sum(map(len, made.values())) + 1
+    measured: Measured = {}
+    by_method: dict[str, list[Candidate]] = {}
+    for method in request.methods:
+        if method != ORACLE:
+            progress(f"{name}: plans of {method}", 0, 1)
+            by_method[method] = candidates(method, model, processor, name, request)
+    of = sum(map(len, by_method.values())) + 1
     progress(f"{name}: full model", 0, of)
-    whole = _points(full, samples, found)
+    whole = _points(full, samples, measured)
     methods: dict[str, Any] = {}
     done = 1
-    for method, some in made.items():
-        points = [_told(full, whole, whole)]
+    for method, some in by_method.items():
+        points = [_as_json(full, whole, whole)]
         for candidate in some:
             progress(f"{name}: {method}", done, of)
-            points.append(_told(candidate, _points(candidate, samples, found), whole))
+            points.append(_as_json(candidate, _points(candidate, samples, measured), whole))
             done += 1
         points.sort(key=lambda point: (point["settings"] == FULL, point["visits_share"]["mean"]))
         methods[method] = {"bound": False, "points": points}
     if ORACLE in request.methods:
-        methods[ORACLE] = _oracle(model, name, request, whole)
+        assert request.oracle is not None  # or check_methods had raised
+        result = oracle_of(request.oracle, name, request.scope, layers_of(model))
+        here = statistics.fmean(point.metrics[result.metric] for point in whole)
+        methods[ORACLE] = {
+            "bound": True,
+            "made_on": {**made_on(result), "full_here": here},
+            "points": oracle_points(result, request.oracle, request.keeps),
+        }
     progress(f"{name}: done", of, of)
     return {
         "n": len(samples[0].items),
@@ -323,56 +312,35 @@ def _task(
     }
 
 
-def _oracle(model: Any, name: str, request: Request, whole: Sequence[Point]) -> dict[str, Any]:
-    """The oracle's points, and on what it was made beside what is measured here."""
-    assert request.oracle is not None  # or check_methods had raised
-    found = check_oracle(request.oracle, name, request.scope, layers_of(model))
-    here = statistics.fmean(point.metrics[found["metric"]] for point in whole)
-    return {
-        "bound": True,
-        "made_on": {**made_on(found), "full_here": here},
-        "points": oracle_points(found, request.oracle, request.keeps),
-    }
-
-
-def _samples(model: Any, processor: Any, name: str, task: Task, request: Request) -> list[Sample]:
-    count = request.questions
-    asked = (questions_of(model, processor, name, count, seed=n) for n in range(request.seeds))
-    samples = [Sample(model, processor, task, items) for items in asked]
-    for sample in samples:
-        if not sample.items:
-            raise DataError(f"the task {name} has no question; ask for one at least.")
-    return samples
-
-
-def _points(candidate: Candidate, samples: Sequence[Sample], found: Measured) -> list[Point]:
+def _points(candidate: Candidate, samples: Sequence[Sample], measured: Measured) -> list[Point]:
     """The point of each seed; what has been measured for another method is not measured again."""
     points: list[Point] = []
     for seed, (sample, policy) in enumerate(zip(samples, candidate.policies, strict=True)):
         key = (id(candidate.model), json.dumps(to_settings(policy), sort_keys=True), seed)
-        if key not in found:
-            found[key] = measure(sample, candidate.model, policy)
-        points.append(found[key])
+        if key not in measured:
+            measured[key] = measure(sample, candidate.model, policy)
+        points.append(measured[key])
     return points
 
 
-def _told(candidate: Candidate, points: Sequence[Point], whole: Sequence[Point]) -> dict[str, Any]:
-    """A point as JSON: statistics over seeds, and shares of what the full model takes."""
-    told: dict[str, Any] = {"keep": candidate.keep, "settings": candidate.settings}
-    told["metrics"] = {
+def _as_json(
+    candidate: Candidate, points: Sequence[Point], whole: Sequence[Point]
+) -> dict[str, Any]:
+    """A point as JSON: statistics over seeds, and shares of the full model's costs."""
+    result: dict[str, Any] = {"keep": candidate.keep, "settings": candidate.settings}
+    result["metrics"] = {
         name: stat([point.metrics[name] for point in points]) for name in points[0].metrics
     }
     for name in points[0].cost:
         values = [point.cost[name] for point in points]
-        told[name] = stat(values)
+        result[name] = stat(values)
         if name in ("visits", "flops", "prefill_flops"):
-            full = [one.cost[name] for one in whole]
-            pairs = zip(values, full, strict=True)
-            told[f"{name}_share"] = stat([None if v is None or not f else v / f for v, f in pairs])
-    told["cosines"] = [
-        statistics.fmean(layer) for layer in zip(*(p.cosines for p in points), strict=True)
-    ]
-    return told
+            pairs = zip(values, (one.cost[name] for one in whole), strict=True)
+            shares = [None if v is None or not full else v / full for v, full in pairs]
+            result[f"{name}_share"] = stat(shares)
+    layers = zip(*(point.cosines for point in points), strict=True)
+    result["cosines"] = [statistics.fmean(layer) for layer in layers]
+    return result
 
 
 def stat(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -1,14 +1,8 @@
-"""The methods that a curve compares: how each makes its policies, cheap ones to dear ones.
-
-Shares of the layers that stay, as a command names them: `0.1:1.0`, `0.2:0.8:0.2` or `0.5`.
-
-The oracle's curve, as `trol oracle` left it.
-"""
+"""The methods that a curve compares: how each makes its policies, cheap ones to dear ones."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -20,32 +14,51 @@ from typing import Any
 from trol.checkpoints import adapter
 from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attached
 from trol.depth.policy import from_settings, to_settings
-from trol.errors import DataError, UsageError, unknown
-from trol.evaluation.kept import Measurements
-from trol.evaluation.oracle_store import LOWER_IS_BETTER
+from trol.errors import UsageError, unknown
+from trol.evaluation.answers import LOWER_IS_BETTER
+from trol.evaluation.hidden_states import layers_of
 from trol.evaluation.plan_search import chosen_plan
+from trol.evaluation.store import Measurements, OracleResult
 from trol.evaluation.tasks import questions_of
-from trol.host.layers import find_decoder, layer_list
 from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned, kept_count, static_plan
 
+STATIC = {"skip": "uniform", "exit": "exit", "random": "random", "middle": "middle"}
+"""Method -> the static plans that it draws."""
+
+SEARCHED = ("influence", "greedy")
+"""Methods whose plans are chosen by measuring."""
+
+TRAINED = ("controller", "router")
+"""Methods with trained parameters, which are registered policies of the same name."""
+
+METHODS = (*STATIC, *SEARCHED, EarlyExit.name, *TRAINED)
+
 ORACLE = "oracle"
-"""A method that is not measured here: its curve is read from what `trol oracle` found."""
+"""A method that is not measured here: its curve is read from the folder of `trol oracle`."""
 
 CHOSEN_BY = 64
 """Questions of the validation split that plans are chosen by."""
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
-"""How sure a prediction must be for an exit that decides while running (of `MEASURE`)."""
+"""Thresholds of `MEASURE` for exits that decide while running."""
 
 MEASURE = "margin"
-"""What says how sure a prediction is, where no adapter names another measure."""
+"""The measure of how sure a prediction is, where no adapter names another."""
 
 WAITS = (1, 2, 3, 4)
 """Thresholds of the measure `patience`, which counts looks."""
 
 DIALS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Quality dials of a router."""
+
+UNKNOWN = ("flops", "prefill_flops", "ms", "prefill_ms")
+"""Costs that an oracle has no figures of: it chooses after all levels have answered."""
+
+STEP = Decimal("0.1")
+
+MOST = 100
+"""Shares of one curve: more is a slip of the keyboard."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Candidate:
     keep: float | None
     """The share of the layers that was asked for; None where it is decided while running."""
     settings: dict[str, Any]
-    """What tells this point from others, as JSON values."""
+    """The settings by which this point differs from others, as JSON values."""
     model: Any
     policies: tuple[AbstractPolicy, ...]
     """The policy of each seed."""
@@ -63,7 +76,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Request:
-    """What a curve is asked for.
+    """The methods of a curve, its shares and seeds, and what the methods need.
 
     `adapters` are folders by name, each with its model opened: the policy is attached, and the
     host is the same or trained along with it.
@@ -79,18 +92,13 @@ class Request:
 
     def carrying(self, policy: str) -> dict[str, Any]:
         """The adapters whose policy has this registered name."""
-        given = self.adapters or {}
-        return {name: model for name, model in given.items() if policy_of(model).name == policy}
+        adapters = self.adapters or {}
+        return {name: model for name, model in adapters.items() if policy_of(model).name == policy}
 
 
 def policy_of(model: Any) -> AbstractPolicy:
     """The policy that a model carries."""
     return attached(model)[1].depth_policy
-
-
-def layers_of(model: Any) -> int:
-    """Layers of the decoder inside `model`."""
-    return len(layer_list(find_decoder(model)) or ())
 
 
 def with_adapter(model: Any, folder: str | Path) -> Any:
@@ -106,14 +114,21 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
 
 
 def check_methods(methods: Sequence[str], oracle: Path | None) -> None:
-    """Raises `UsageError` where no method is named, one is unknown, or the oracle is not there."""
+    """Raises where no method is named, one is unknown, or the oracle's folder holds none.
+
+    Raises:
+        UsageError: any of these.
+        DataError: the oracle's file is damaged.
+    """
     known = [*METHODS, ORACLE]
     if not methods:
         raise UsageError(f"no method named; choose among {', '.join(known)}.")
     for method in methods:
         if method not in known:
             raise unknown("method", method, known)
-    if ORACLE in methods and oracle is None:
+    if oracle is not None:
+        OracleResult.read(oracle)
+    elif ORACLE in methods:
         raise UsageError(
             "the method oracle is drawn from a finished oracle; run `trol oracle MODEL --out DIR` "
             "and give --oracle DIR."
@@ -145,132 +160,83 @@ def candidates(
     method: str, model: Any, processor: Any, task: str, request: Request
 ) -> list[Candidate]:
     """The points of one method on one task, the full model not among them."""
-    return METHODS[method](model, processor, task, request)
-
-
-def _planned(model: Any, keep: float, plans: Sequence[Plan], scope: Scope) -> Candidate:
-    texts = [str(plan) for plan in plans]
-    same = len(set(texts)) == 1
-    settings: dict[str, Any] = {"plan": texts[0]} if same else {"plans": texts}
-    policies = tuple(Planned(plan, scope=scope) for plan in plans)
-    return Candidate(keep, settings, model, policies)
-
-
-def _shorter(model: Any, request: Request) -> list[float]:
-    """The shares at which some layer goes; where none does, it is the full model."""
-    layers = layers_of(model)
-    return [keep for keep in request.keeps if kept_count(layers, keep) < layers]
-
-
-def _static(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    del processor, task
-    layers = layers_of(model)
-    return [
-        _planned(
+    if method in STATIC:
+        return _plans(
             model,
-            keep,
-            [static_plan(name, layers, keep, seed) for seed in range(request.seeds)],
-            request.scope,
+            request,
+            lambda layers, keep: [
+                static_plan(STATIC[method], layers, keep, seed) for seed in range(request.seeds)
+            ],
         )
-        for keep in _shorter(model, request)
+    if method in SEARCHED:
+        # Chosen once, by validation questions: the seeds differ in the questions they answer.
+        items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
+        kept = Measurements()  # shares have many of them in common
+        choose = partial(chosen_plan, method, model, processor, items, measured=kept)
+        return _plans(
+            model, request, lambda _, keep: [choose(keep, scope=request.scope)] * request.seeds
+        )
+    if method == EarlyExit.name:
+        return _exits(model, request)
+    values = {"dial": DIALS} if method == "router" else {}
+    return [
+        one
+        for name, other in request.carrying(method).items()
+        for one in _sweep(other, policy_of(other), {"adapter": name}, request.seeds, **values)
     ]
 
 
-def _chosen(name: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    """Plans chosen once, by validation questions: the seeds differ in the questions they answer."""
-    items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
-    found: list[Candidate] = []
-    measured = Measurements()  # shares have many of them in common
-    for keep in _shorter(model, request):
-        plan = chosen_plan(
-            name, model, processor, items, keep, scope=request.scope, measured=measured
-        )
-        found.append(_planned(model, keep, [plan] * request.seeds, request.scope))
-    return found
+def _plans(
+    model: Any, request: Request, plans_of: Callable[[int, float], Sequence[Plan]]
+) -> list[Candidate]:
+    """The points at the shares at which some layer goes; where none does, it is the full model."""
+    layers, points = layers_of(model), []
+    for keep in request.keeps:
+        if kept_count(layers, keep) == layers:
+            continue
+        plans = plans_of(layers, keep)
+        texts = [str(plan) for plan in plans]
+        settings = {"plan": texts[0]} if len(set(texts)) == 1 else {"plans": texts}
+        policies = tuple(Planned(plan, scope=request.scope) for plan in plans)
+        points.append(Candidate(keep, settings, model, policies))
+    return points
 
 
-def _exits(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+def _exits(model: Any, request: Request) -> list[Candidate]:
     """A sweep of thresholds without trained heads, and what each adapter adds to it.
 
-    An adapter with its own heads, or with a host that learnt along, gives another sweep; one that
-    only sets a threshold on this model gives the point of that threshold.
+    An adapter with its own heads, or with a host that was trained along, gives another sweep; one
+    that only sets a threshold on this model gives the point of that threshold.
     """
-    del processor, task
     plain = EarlyExit(MEASURE, scope=request.scope)
-    told = {"measure": MEASURE}
-    found = _sweep(model, plain, told, request.seeds, threshold=THRESHOLDS)
+    points = _sweep(model, plain, {"measure": MEASURE}, request.seeds, threshold=THRESHOLDS)
     for name, other in request.carrying(EarlyExit.name).items():
         own = policy_of(other)
         settings = to_settings(own)
-        measure = settings["measure"]
-        if not settings["heads"] and _shares_weights(model, other):
-            told = {"adapter": name, "measure": measure, "threshold": settings["threshold"]}
-            found.append(Candidate(None, told, other, (own,) * request.seeds))
-            continue
-        values = WAITS if measure == "patience" else THRESHOLDS
-        told = {"adapter": name, "measure": measure}
-        found += _sweep(other, own, told, request.seeds, threshold=values)
-    return found
-
-
-def _shares_weights(model: Any, other: Any) -> bool:
-    """Whether both are the same model, one of them through `with_adapter`."""
-    return other.get_input_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _controllers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    del model, processor, task
-    return [
-        Candidate(None, {"adapter": name}, other, (policy_of(other),) * request.seeds)
-        for name, other in request.carrying("controller").items()
-    ]
-
-
-def _routers(model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
-    del model, processor, task
-    return [
-        one
-        for name, other in request.carrying("router").items()
-        for one in _sweep(other, policy_of(other), {"adapter": name}, request.seeds, dial=DIALS)
-    ]
+        same_host = other.get_input_embeddings().weight is model.get_input_embeddings().weight
+        if same_host and not settings["heads"]:
+            thresholds: Sequence[float] = (settings["threshold"],)
+        else:
+            thresholds = WAITS if settings["measure"] == "patience" else THRESHOLDS
+        about = {"adapter": name, "measure": settings["measure"]}
+        points += _sweep(other, own, about, request.seeds, threshold=thresholds)
+    return points
 
 
 def _sweep(
-    model: Any, policy: AbstractPolicy, told: dict[str, Any], seeds: int, **values: Sequence[float]
+    model: Any, policy: AbstractPolicy, about: dict[str, Any], seeds: int, **values: Sequence[float]
 ) -> list[Candidate]:
-    """One policy at several values of one of its settings."""
+    """One policy at several values of one of its settings; as it is, where none is named."""
+    several = [{name: value} for name, each in values.items() for value in each] or [{}]
     return [
         Candidate(
             None,
-            {**told, setting: value},
+            {**about, **setting},
             model,
-            (from_settings({**to_settings(policy), setting: value}),) * seeds,
+            (from_settings({**to_settings(policy), **setting}) if setting else policy,) * seeds,
         )
-        for setting, several in values.items()
-        for value in several
+        for setting in several
     ]
-
-
-METHODS: dict[str, Callable[[Any, Any, str, Request], list[Candidate]]] = {
-    "skip": partial(_static, "uniform"),
-    "exit": partial(_static, "exit"),
-    "random": partial(_static, "random"),
-    "middle": partial(_static, "middle"),
-    "influence": partial(_chosen, "influence"),
-    "greedy": partial(_chosen, "greedy"),
-    "early_exit": _exits,
-    "controller": _controllers,
-    "router": _routers,
-}
-"""Method -> (model, processor, task, request) -> its points."""
-
-TRAINED = ("controller", "router")
-"""Methods with trained parameters, which are registered policies of the same name."""
-
-
-STEP = Decimal("0.1")
-MOST = 100
-"""Shares of one curve: more is a slip of the keyboard."""
 
 
 def shares_of(text: str) -> list[float]:
@@ -305,97 +271,72 @@ def shares_of(text: str) -> list[float]:
     return [float(first + step * number) for number in range(count)]
 
 
-FILE = "oracle.json"
-NEEDED = ("task", "split", "scope", "metric", "layers", "curve", "equal_budget", "full", "n")
-UNKNOWN = ("flops", "prefill_flops", "ms", "prefill_ms")
-"""Costs that an oracle does not tell: it chooses after all levels have answered."""
-
-
-def read_oracle(folder: Path) -> dict[str, Any]:
-    """What a finished oracle found.
-
-    Raises:
-        UsageError: the folder holds no finished oracle.
-        DataError: its file is damaged.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} holds no finished oracle ({FILE}); run `trol oracle MODEL --out {folder}` "
-            "to its end."
-        )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); run `trol oracle` again.") from error
-    if missing := [key for key in NEEDED if key not in found]:
-        raise DataError(f"{path} lacks {', '.join(missing)}; run `trol oracle` again.")
-    return found
-
-
-def check_oracle(folder: Path, task: str, scope: str, layers: int) -> dict[str, Any]:
-    """What the oracle of this task, scope and number of layers found.
+def oracle_of(folder: Path, task: str, scope: str, layers: int) -> OracleResult:
+    """The result in the folder of the oracle of this task, scope and number of layers.
 
     Raises:
         UsageError: it is of another task, scope or stack; or none is there.
         DataError: its file is damaged.
     """
-    found = read_oracle(folder)
-    if found["task"] != task:
+    result = OracleResult.read(folder)
+    if result.task != task:
         raise UsageError(
-            f"the oracle in {folder} was asked {found['task']}; name a folder of the task {task} "
+            f"the oracle in {folder} was asked {result.task}; name a folder of the task {task} "
             "with --oracle."
         )
-    if found["layers"] != layers:
+    if result.layers != layers:
         raise UsageError(
-            f"the oracle in {folder} chose among plans of {found['layers']} layers, this model has "
+            f"the oracle in {folder} chose among plans of {result.layers} layers, this model has "
             f"{layers}; name a folder of this model with --oracle."
         )
-    if found["scope"] != scope:
+    if result.scope != scope:
         raise UsageError(
-            f"the oracle in {folder} was made with scope {found['scope']}, these curves with "
-            f"{scope}; give --scope {found['scope']}, or run `trol oracle --scope {scope}`."
+            f"the oracle in {folder} was made with scope {result.scope}, these curves with "
+            f"{scope}; give --scope {result.scope}, or run `trol oracle --scope {scope}`."
         )
-    return found
+    return result
 
 
-def oracle_points(found: dict[str, Any], folder: Path, keeps: Sequence[float]) -> list[Any]:
+def oracle_points(result: OracleResult, folder: Path, keeps: Sequence[float]) -> list[Any]:
     """The oracle's points at these shares, at the one that equals the full model, and at its end.
 
     One set of questions, so no spread. The budget is a mean over sequences; a share below that of
     the cheapest level has no point.
     """
-    curve = sorted(found["curve"], key=lambda point: point["share"])
-    wanted = {found["equal_budget"]["share"], *keeps}
-    picked = {_last_within(curve, share) for share in sorted(wanted)} | {len(curve) - 1}
-    metric, sign = found["metric"], _sign(found)
-    return [_point(curve[number], metric, sign, folder) for number in sorted(picked) if number >= 0]
+    curve = sorted(result.curve, key=lambda point: point["share"])
+    places = {len(curve) - 1}
+    for share in (result.equal_budget["share"], *keeps):
+        # The dearest point that costs no more, -1 where there is none.
+        places.add(sum(point["share"] <= share + 1e-9 for point in curve) - 1)
+    return [_oracle_point(curve[place], result, folder) for place in sorted(places) if place >= 0]
 
 
-def made_on(found: dict[str, Any]) -> dict[str, Any]:
-    """The questions of an oracle, and what the full model scored on them; a loss as it is."""
-    told = {key: found[key] for key in ("n", "split", "metric")}
-    told["seed"] = found.get("run", {}).get("seed")
-    return {**told, "full": _sign(found) * found["full"]}
-
-
-def _sign(found: dict[str, Any]) -> int:
-    return -1 if found["metric"] in LOWER_IS_BETTER else 1
-
-
-def _last_within(curve: Sequence[dict[str, Any]], share: float) -> int:
-    """The dearest point that costs no more, -1 where there is none."""
-    return sum(point["share"] <= share + 1e-9 for point in curve) - 1
-
-
-def _point(point: dict[str, Any], metric: str, sign: int, folder: Path) -> dict[str, Any]:
+def _oracle_point(point: dict[str, float], result: OracleResult, folder: Path) -> dict[str, Any]:
     def one(value: float) -> dict[str, Any]:
         return {"mean": value, "spread": None, "values": [value]}
 
-    costs = ("visits", "visits_share"), ("layers", "share")
-    told: dict[str, Any] = {"keep": point["share"], "settings": {"oracle": str(folder)}}
-    told["metrics"] = {metric: one(sign * point["oracle"])}
-    told |= {name: one(point[key]) for name, key in zip(*costs, strict=True)}
-    for name in UNKNOWN:
-        told |= {name: None, f"{name}_{'ratio' if 'ms' in name else 'share'}": None}
-    return {**told, "cosines": None}
+    return {
+        "keep": point["share"],
+        "settings": {"oracle": str(folder)},
+        "metrics": {result.metric: one(_sign(result) * point["oracle"])},
+        "visits": one(point["layers"]),
+        "visits_share": one(point["share"]),
+        **dict.fromkeys(UNKNOWN),
+        **dict.fromkeys(f"{name}_{'ratio' if 'ms' in name else 'share'}" for name in UNKNOWN),
+        "cosines": None,
+    }
+
+
+def made_on(result: OracleResult) -> dict[str, Any]:
+    """The questions of an oracle, and what the full model scored on them; a loss as it is."""
+    return {
+        "n": result.n,
+        "split": result.split,
+        "metric": result.metric,
+        "seed": result.run.get("seed"),
+        "full": _sign(result) * result.full,
+    }
+
+
+def _sign(result: OracleResult) -> int:
+    return -1 if result.metric in LOWER_IS_BETTER else 1

@@ -1,34 +1,47 @@
-"""Hidden states layer by layer: how near a policy's stay to the full model's.
+"""Hidden states layer by layer, and what early exits read from them.
 
-x_0 is what enters the first layer, x_l what leaves layer l - 1; x_L is read before the final norm.
+x_0 enters the first layer, x_l leaves layer l - 1; x_L is read before the final norm.
 
-Layers taken away one by one, each time the one that is missed least: greedy, and lazily so.
+An exit's unit is the *answer*, because its tokens depend on one another. Its quality is the share
+of its tokens whose exit predicts what the full model predicts; its last token predicts nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from trol.depth import Scope, depth
+from trol.depth import Scope, attached, depth, trace
+from trol.depth.attachment import gates_of
 from trol.depth.policy import PolicyLike
+from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
-from trol.evaluation.metrics import labelled
-from trol.evaluation.tasks import Item, batches, tokenizer_of
+from trol.evaluation.items import Item, batches, labelled
 from trol.host.layers import find_decoder, layer_list
+from trol.policies.exits import MEASURES, EarlyExit
 
 BATCH = 16
 """Answers read at once."""
 
 Batch = Mapping[str, Tensor]
+
+
+def layers_of(model: Any) -> int:
+    """Layers of the decoder inside `model`."""
+    return len(_layers(model))
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    layers = layer_list(find_decoder(model))
+    assert layers is not None  # or find_decoder had raised
+    return layers
 
 
 def state_cosines(
@@ -46,8 +59,8 @@ def state_cosines(
 
     def cosines(batch: Batch) -> Tensor:
         chosen = scoped(batch, "answer")
-        full, kept = (states(model, batch, one, chosen) for one in ("plain", policy))
-        return cosine_similarity(full[1:], kept[1:], dim=-1)
+        full, other = (states(model, batch, one, chosen) for one in ("plain", policy))
+        return cosine_similarity(full[1:], other[1:], dim=-1)
 
     return _means(cosines(batch) for batch in _read(model, processor, items))
 
@@ -74,15 +87,15 @@ def influences(
 def states(model: Any, batch: Batch, policy: PolicyLike, chosen: Tensor) -> Tensor:
     """x_0 to x_L of the N tokens in `chosen` [B, T] under `policy`. Shape: [L + 1, N, D], float32.
 
-    After a skipped layer it is what passed by.
+    A skipped layer leaves its input as it is.
     """
-    with depth(model, policy), _seen(model, chosen) as seen:
+    with depth(model, policy), _recorded(model, chosen) as seen:
         model(**batch, use_cache=False)
     return torch.stack(seen)
 
 
 def scoped(batch: Batch, scope: Scope) -> Tensor:
-    """Which tokens of a batch are in `scope`, padding never. Shape: [B, T]."""
+    """Which tokens of a batch are in `scope`; padding never is. Shape: [B, T]."""
     answer = batch["labels"] != IGNORED_LABEL
     real = batch["attention_mask"].bool()
     return {"answer": answer, "question": real & ~answer, "all": real}[scope]
@@ -91,25 +104,31 @@ def scoped(batch: Batch, scope: Scope) -> Tensor:
 def _read(model: Any, processor: Any, items: Sequence[Item]) -> Iterator[Batch]:
     """The items with their answers in batches, `labels` on the answers."""
     for some in batches(items, BATCH):
-        yield labelled(model, processor, some, tokenizer_of(processor)).to(model.device)
+        yield labelled(model, processor, some)
 
 
-def _means(found: Iterable[Tensor]) -> list[float]:
+def _means(batches_of: Iterable[Tensor]) -> list[float]:
     """Means over all tokens of all batches. Shape of each batch: [L, N]."""
-    parts = [values.double().cpu() for values in found]
+    parts = [values.double().cpu() for values in batches_of]
     if not sum(part.shape[1] for part in parts):
         raise DataError("the questions have no tokens to measure; give some, with answers.")
     return torch.cat(parts, dim=1).mean(1).tolist()
 
 
 @contextmanager
-def _seen(model: Any, chosen: Tensor) -> Generator[list[Tensor]]:
-    """What enters the first layer and leaves each, as the layers run."""
-    layers = layer_list(find_decoder(model))
-    assert layers is not None  # or find_decoder had raised
+def _recorded(model: Any, chosen: Tensor) -> Generator[list[Tensor]]:
+    """Records the states that enter the first layer and leave each layer, as the layers run."""
+    layers = _layers(model)
     seen: list[Tensor] = []
-    hooks = [layers[0].register_forward_pre_hook(partial(_enters, seen, chosen), with_kwargs=True)]
-    hooks += [layer.register_forward_hook(partial(_leaves, seen, chosen)) for layer in layers]
+
+    def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"])[chosen].float())
+
+    def leaves(_: Any, __: Any, out: Any) -> None:
+        seen.append((out[0] if isinstance(out, tuple) else out)[chosen].float())
+
+    hooks = [layers[0].register_forward_pre_hook(enters, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(leaves) for layer in layers]
     try:
         yield seen
     finally:
@@ -117,50 +136,132 @@ def _seen(model: Any, chosen: Tensor) -> Generator[list[Tensor]]:
             hook.remove()
 
 
-def _enters(
-    seen: list[Tensor], chosen: Tensor, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    seen.append((args[0] if args else kwargs["hidden_states"])[chosen].float())
+@dataclass(frozen=True)
+class ExitRecord:
+    """The full model's predictions at every look, for N tokens in S answers."""
+
+    confidence: Tensor
+    """Shape: [E, N]."""
+    agrees: Tensor
+    """Whether the prediction is that of the last layer. Shape: [E, N]."""
+    answer: Tensor
+    """Which answer a token belongs to, counted from 0. Shape: [N]."""
+    layers: Tensor
+    """The layer before which each look is taken, and L for tokens that never leave: [E + 1]."""
+
+    def outcome(self, threshold: float) -> ExitOutcome:
+        """The predicted outcome of leaving at this threshold."""
+        always = torch.ones_like(self.agrees[:1])
+        look = torch.cat([self.confidence >= threshold, always]).int().argmax(0)  # the first
+        kept = torch.cat([self.agrees, always]).gather(0, look[None])[0]
+        executed = self.layers[look] / self.layers[-1]
+        return ExitOutcome(_by_answer(kept, self.answer), _by_answer(executed, self.answer))
 
 
-def _leaves(seen: list[Tensor], chosen: Tensor, _: Any, __: Any, out: Any) -> None:
-    seen.append((out[0] if isinstance(out, tuple) else out)[chosen].float())
+@dataclass(frozen=True)
+class ExitOutcome:
+    """Quality and executed share of the layers, answer by answer. Shapes: [S]."""
+
+    qualities: Tensor
+    shares: Tensor
+
+    @property
+    def quality(self) -> float:
+        """Mean share of an answer's tokens on which exit and full model agree."""
+        return self.qualities.mean().item()
+
+    @property
+    def executed(self) -> float:
+        """Mean share of the layers that an answer's tokens go through."""
+        return self.shares.mean().item()
+
+    def json(self) -> dict[str, float]:
+        """As a JSON object."""
+        return {"quality": self.quality, "executed": self.executed}
 
 
-PROMISING = 8
-"""Candidates that are measured again after the first round: those that cost least beside the best
-of the round in which they were measured last."""
-
-
-def removed(
-    stays: Sequence[int], count: int, cost: Callable[[tuple[int, ...]], float]
-) -> Iterator[int]:
-    """The first `count` layers that go, in their order, each as soon as it is known.
-
-    Every candidate is measured in the first round, the `PROMISING` of the last round in all others.
-    Of equal costs the earliest layer goes.
+@torch.inference_mode()
+def record_exits(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    policy: EarlyExit,
+    after_batch: Callable[[], None] = lambda: None,
+) -> ExitRecord:
+    """The predictions at every look of `policy` while all tokens go through all layers.
 
     Args:
-        stays: the layers that there are.
-        count: how many go, fewer than there are.
-        cost: what it costs when these layers alone stay; lower is better, and never NaN.
+        model: a model; exit heads are those of the policy attached to it.
+        processor: its processor; of a text decoder, its tokenizer.
+        items: questions with answers.
+        policy: whose measure, first, every and heads are taken.
+        after_batch: called after each pass over a batch.
+
+    Raises:
+        DataError: no answer has a token that another follows.
     """
-    left = list(stays)
-    beside: dict[int, float] = {}  # what each cost above the best of its last round
-    for _ in range(count):
-        tried = sorted(left, key=lambda layer: (beside.get(layer, 0.0), layer))
-        costs = {
-            layer: cost(tuple(one for one in left if one != layer))
-            for layer in (sorted(tried[:PROMISING]) if beside else left)
-        }
-        gone = min(costs, key=lambda layer: (costs[layer], layer))
-        best = costs[gone]
-        beside |= {k: c if math.isinf(c) else c - best for k, c in costs.items()}
-        left.remove(gone)
-        yield gone
+    count = layers_of(model)
+    looks = [layer for layer in range(count) if policy.looks(layer)]
+    read, parts = Readout(model), []
+    heads = gates_of(attached(model)[1]) if policy.heads else [None] * count
+    for batch, chosen in predicting_tokens(model, processor, items):
+        seen = states(model, batch, "plain", chosen).to(read.head.weight.dtype)  # type: ignore[arg-type]
+        last, earlier, rows = read(seen[-1]).argmax(-1), None, []
+        for layer in looks:
+            head = heads[layer]
+            logits = read(seen[layer] if head is None else head(seen[layer]))
+            sure, earlier = MEASURES[policy.measure](logits, earlier)
+            rows.append(torch.stack([sure.float(), (logits.argmax(-1) == last).float()]))
+        parts.append((torch.stack(rows, dim=1).cpu(), chosen.sum(1).cpu()))
+        after_batch()
+    sizes = torch.cat([size for _, size in parts])
+    if not sizes.any():
+        raise DataError(
+            "no answer has a token that another follows, so nothing is predicted after an exit; "
+            "give questions with longer answers."
+        )
+    confidence, agrees = torch.cat([part for part, _ in parts], dim=-1)
+    answer = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return ExitRecord(confidence, agrees.bool(), answer, torch.tensor([*looks, count]))
 
 
-def measurements(layers: int, count: int) -> int:
-    """How often `removed` asks for a cost where `count` of so many layers go."""
-    later = (min(PROMISING, layers - gone) for gone in range(1, count))
-    return layers + sum(later) if count else 0
+@torch.inference_mode()
+def run_exits(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    policy: EarlyExit,
+    after_batch: Callable[[], None] = lambda: None,
+) -> ExitOutcome:
+    """The outcome where tokens really leave; arguments as `record_exits` takes them."""
+    agrees, shares, sizes = [], [], []
+    for batch, chosen in predicting_tokens(model, processor, items):
+        with depth(model, "plain"):
+            full = model(**batch, use_cache=False).logits[chosen].argmax(-1)
+        with depth(model, policy), trace(model) as seen:
+            left = model(**batch, use_cache=False).logits[chosen].argmax(-1)
+        agrees.append((left == full).cpu())
+        shares.append(seen.visits[:, chosen.cpu()].double().mean(0))
+        sizes.append(chosen.sum(1).cpu())
+        after_batch()
+    size = torch.cat(sizes)
+    answer = torch.arange(len(size)).repeat_interleave(size)
+    return ExitOutcome(_by_answer(torch.cat(agrees), answer), _by_answer(torch.cat(shares), answer))
+
+
+def predicting_tokens(
+    model: Any, processor: Any, items: Sequence[Item]
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches, and which of their tokens are answer and have an answer token next: [B, T]."""
+    for batch in _read(model, processor, items):
+        answer = scoped(batch, "answer")
+        chosen = torch.zeros_like(answer)
+        chosen[:, :-1] = answer[:, :-1] & answer[:, 1:]
+        yield batch, chosen
+
+
+def _by_answer(values: Tensor, answer: Tensor) -> Tensor:
+    """Means over the tokens of each answer that has any. Shape: [N], [N] -> [S]."""
+    sizes = answer.bincount()
+    sums = torch.zeros(len(sizes), dtype=torch.double).index_add(0, answer, values.double())
+    return (sums / sizes)[sizes > 0]

@@ -1,43 +1,58 @@
-"""What models are asked: boards, pairs, chats, and windows of plain text."""
+"""Questions with references, and the batches in which a model reads them.
+
+The questions are about boards, from sets of pairs, from files of chats, or windows of plain text.
+"""
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
+from transformers import BatchEncoding
 
+from trol.data.answers import Answers
 from trol.data.boards import ASKERS, ask, draw, make_board
-from trol.data.own_files import Chat, read_chats, read_text
+from trol.data.conversations import ConversationCollator
+from trol.data.own_files import Chat, Pair, read_chats, read_text
 from trol.data.pairs import pairs_of
-from trol.errors import DataError
+from trol.depth.roles import IGNORED_LABEL
+from trol.errors import DataError, UsageError
 from trol.host.chat_templates import start_of
 
 SEEDS_APART = 100_000
 """Boards between one evaluation seed and the next, so that they share none."""
 
+BATCH = 64
+"""Questions answered at once."""
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of the windows that are read at once; at least one window is."""
+
+TEMPLATE_TOKENS = 32
+"""Positions kept for what a chat template adds to a question."""
+
 
 @dataclass(frozen=True)
 class Item:
-    """One question, about a picture or in text alone."""
+    """One question, about a picture or in text alone, with its reference answer."""
 
     picture: Image | None
     question: str
     answer: str
     type: str
     turns: tuple[Mapping[str, Any], ...] = ()
-    """The conversation that the question ends, where it is more than that."""
+    """The conversation that the question ends; empty where the question is all of it."""
     ids: tuple[int, ...] = ()
-    """A window of plain text: the ids of the question (what nobody predicts) and the answer."""
+    """A window of plain text: the ids of the question (which are not predicted) and the answer."""
 
     @property
     def shows(self) -> bool:
-        """Whether there are pictures in it."""
+        """Whether the question has a picture."""
         parts = (part for turn in self.turns for part in turn["content"])
         return self.picture is not None or any(part["type"] == "image" for part in parts)
 
@@ -73,10 +88,10 @@ def chat_items(path: Path, count: int, seed: int, split: str = "test") -> list[I
     del split
     chats = list(read_chats(path))
     random.Random(f"chats/{seed}").shuffle(chats)
-    return [_asked(chat, path.parent) for chat in chats[:count]]
+    return [_chat_item(chat, path.parent) for chat in chats[:count]]
 
 
-def _asked(chat: Chat, folder: Path) -> Item:
+def _chat_item(chat: Chat, folder: Path) -> Item:
     turns = tuple(chat.with_pictures(folder))
     plain = len(turns) == 1 and all(part["type"] == "text" for part in turns[0]["content"])
     return Item(None, chat.question, chat.answer, chat.type, turns=() if plain else turns)
@@ -85,10 +100,11 @@ def _asked(chat: Chat, folder: Path) -> Item:
 def text_items(
     path: Path, count: int, seed: int, split: str = "test", *, tokenizer: Any, window: int
 ) -> list[Item]:
-    """At most `count` windows of a file, in its order; all of it is in every split.
+    """At most `count` windows of a file, in its order; every split is the whole file.
 
-    The text is encoded once and cut every `window` tokens, the mark that the tokenizer puts before
-    a text counted; the last window may be shorter. Fewer than there are: drawn by the seed.
+    The text is encoded once and cut every `window` tokens. The mark that the tokenizer puts before
+    a text counts as one of them, and the last window may be shorter. If the file has more than
+    `count` windows, the seed draws among them.
 
     Raises:
         DataError: there is not one token to predict.
@@ -100,7 +116,7 @@ def text_items(
     )  # verbose: a text may be longer than the model reads at once
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     step = window - len(start)
-    known = 0 if start else 1  # tokens of a window that nothing comes before
+    known = 0 if start else 1  # the first token of a text without a mark is not predicted
     begins = [at for at in range(0, len(ids), step) if len(ids) - at > known]
     if not begins:
         raise DataError(f"{path} is a single token, so nothing is predicted; name a longer text.")
@@ -117,24 +133,122 @@ def _window(text: str, places: Sequence[tuple[int, int]], ids: tuple[int, ...], 
     return Item(None, text[first:middle], text[middle:last], "text", ids=ids)
 
 
-GUESSES, GUESSED = 24, 100
-"""Answers of the train split that a blind guesser tries, on so many validation questions a type."""
+def batches(items: Sequence[Item], size: int = BATCH) -> Iterator[Sequence[Item]]:
+    """The items in order, `size` at a time; fewer where windows exceed `TOKENS_AT_ONCE`."""
+    longest = max((len(item.ids) for item in items), default=0)
+    if longest:
+        size = max(1, min(size, TOKENS_AT_ONCE // longest))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
-@cache
-def blind_docstrings() -> dict[str, float]:
-    """Type -> rougeL of giving one answer to all questions: the best of some training answers."""
-    from trol.evaluation.metrics import scores  # noqa: PLC0415 - which reads this module
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; a text model's processor is its tokenizer."""
+    return getattr(processor, "tokenizer", processor)
 
-    guesses = pair_items("docstrings", 5000, 0, "train")
-    asked: dict[str, list[Item]] = defaultdict(list)
-    for item in pair_items("docstrings", 5000, 0, "validation"):
-        asked[item.type].append(item)
-    found = {}
-    for kind, all_items in asked.items():
-        items = all_items[:GUESSED]
-        tried = [item.answer for item in guesses if item.type == kind][:GUESSES]
-        found[kind] = max(
-            sum(scores("rougeL", [guess] * len(items), items)) / len(items) for guess in tried
+
+def messages(item: Item, *, answered: bool = False) -> list[dict[str, Any]]:
+    """The item as a conversation, with its reference as the assistant's turn if `answered`."""
+    question, reference = Pair(item.question, item.answer, item.type).messages()
+    turns = [dict(turn) for turn in item.turns] or [question]
+    if item.picture is not None:
+        turns[0]["content"].insert(0, {"type": "image", "image": item.picture})
+    return [*turns, reference] if answered else turns
+
+
+def prompts(processor: Any, items: Sequence[Item]) -> Any:
+    """The questions as one batch that `generate` takes, padded on the left.
+
+    `processor` is a processor, or the tokenizer of a model that reads text alone. Of a window of
+    plain text, the first half is the prompt.
+    """
+    tokenizer = tokenizer_of(processor)
+    if any(item.ids for item in items):
+        return _padded([item.ids[: (len(item.ids) + 1) // 2] for item in items], left=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    conversations = [messages(item) for item in items]
+    batch = Answers(processor, plain=True).encoded(conversations, prompt=True, padding=True)
+    batch.pop("assistant_masks")
+    return batch
+
+
+def fitted_prompts(model: Any, processor: Any, items: Sequence[Item], new_tokens: int) -> Any:
+    """The questions, each shortened so that `new_tokens` fit behind it, on the model's device."""
+    short = [fitted(model, processor, item, new_tokens) for item in items]
+    return prompts(processor, short).to(model.device)
+
+
+def labelled(model: Any, processor: Any, items: Sequence[Item]) -> Any:
+    """The items with their references, padded on the right, `labels` at the references.
+
+    The batch is on the model's device.
+    """
+    if any(item.ids for item in items):
+        inputs = _padded([item.ids for item in items])
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
+        labels[:, 0] = IGNORED_LABEL  # no token precedes it
+        return BatchEncoding({**inputs, "labels": labels}).to(model.device)
+    tokenizer = tokenizer_of(processor)
+    longest = max(len(tokenizer(i.answer, add_special_tokens=False)["input_ids"]) for i in items)
+    conversations = [messages(fitted(model, processor, i, longest), answered=True) for i in items]
+    collate = ConversationCollator(processor, plain=True, last=True)
+    return BatchEncoding(collate(conversations)).to(model.device)
+
+
+def _padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> BatchEncoding:
+    """Rows of ids as `input_ids` and `attention_mask` [B, T]; padding is masked."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        part = slice(-len(row), None) if left else slice(len(row))
+        ids[at, part], real[at, part] = torch.tensor(row), 1
+    return BatchEncoding({"input_ids": ids, "attention_mask": real})
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model reads at most; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fitted(model: Any, processor: Any, item: Item, new_tokens: int) -> Item:
+    """The item, a question in text shortened so that it and `new_tokens` fit the model's positions.
+
+    A conversation first loses its oldest turns, a window its end.
+
+    Raises:
+        UsageError: the answer alone fills the model's positions.
+    """
+    most = positions_of(model)
+    if most is None or item.shows:
+        return item
+    if item.ids:
+        return replace(item, ids=item.ids[: max(1, 2 * (most - new_tokens))])
+    budget = most - new_tokens - TEMPLATE_TOKENS
+    turns = messages(item)
+    if sum(len(_text(turn)) for turn in turns) <= budget:
+        return item  # a token has at least one character
+    if budget < 1:
+        raise UsageError(
+            f"answers of {new_tokens} tokens leave no room for a question in the model's {most} "
+            "positions; ask for shorter answers, or name a model with more positions."
         )
-    return found
+    tokenizer = tokenizer_of(processor)
+    first = 1 if turns[0]["role"] == "system" else 0
+    while len(turns) > first + 1 and _tokens(tokenizer, turns) > budget:
+        turns = [*turns[:first], *turns[first + 2 :]]  # a question and its answer
+    budget = max(1, budget - _tokens(tokenizer, turns[:-1]))
+    short = shortened(Pair(item.question, item.answer, item.type), tokenizer, question=budget)
+    last = {"role": "user", "content": [{"type": "text", "text": short.question}]}
+    return replace(item, question=short.question, turns=(*turns[:-1], last) if item.turns else ())
+
+
+def _text(turn: Any) -> str:
+    return "".join(part["text"] for part in turn["content"])
+
+
+def _tokens(tokenizer: Any, turns: Sequence[Any]) -> int:
+    """Tokens of the texts, and about as many as a template adds to each turn after the first."""
+    texts = (tokenizer(_text(t), add_special_tokens=False)["input_ids"] for t in turns)
+    return sum(map(len, texts)) + TEMPLATE_TOKENS * max(0, len(turns) - 1)

@@ -9,13 +9,10 @@ With integer costs a table over budgets gives all of them in one pass over the s
 
     best_i(b) = max_j best_{i-1}(b - c[i, j]) + v[i, j]
 
-What an oracle is held against: the same budgets, spent without its knowledge.
-
-The oracle reads the reference before it chooses among the outputs of a menu. So it gains in two
-ways: a sequence may need few layers, and the best of several outputs is better than one of them.
-These controls take the two apart.
-
-How far an oracle's share of layers would lie apart on other questions like these: bootstrap.
+The oracle's controls spend the same budgets without its knowledge. The oracle reads the reference
+before it chooses among the outputs of a menu, so it gains in two ways: a sequence may need few
+layers, and the best of several outputs is better than one of them. The controls separate the two.
+A bootstrap gives the interval of the oracle's share of layers.
 """
 
 from __future__ import annotations
@@ -76,7 +73,7 @@ class Knapsack:
     def choices(self, budget: float) -> NDArray[np.int64]:
         """Which level each sequence gets in a best solution with this budget. Shape: [N]."""
         left = self._index(budget)
-        found = np.empty(len(self.costs), dtype=np.int64)
+        levels = np.empty(len(self.costs), dtype=np.int64)
         floor = self.costs.min(axis=1)
         for item in reversed(range(len(self.costs))):
             table = self.chosen[item]
@@ -84,8 +81,8 @@ class Knapsack:
             left = min(left, len(table) - 1)
             level = int(table[left])
             left -= int(self.costs[item, level] - floor[item]) // self.unit
-            found[item] = level
-        return found
+            levels[item] = level
+        return levels
 
     def _index(self, budget: float) -> int:
         if budget < self.least:
@@ -136,15 +133,15 @@ def _with_one_more(
     """best_i from best_{i-1}, and the level that each budget takes; the first kept costs 0."""
     reach = int(costs[kept[-1]])
     before = np.concatenate([best, np.full(reach, best[-1])])
-    found = before + values[kept[0]]
-    table = np.full(len(found), kept[0], dtype=np.uint8)
+    after = before + values[kept[0]]
+    table = np.full(len(after), kept[0], dtype=np.uint8)
     for level in kept[1:]:
         cost = int(costs[level])
         candidate = before[: len(before) - cost] + values[level]
-        better = candidate > found[cost:]
-        found[cost:][better] = candidate[better]
+        better = candidate > after[cost:]
+        after[cost:][better] = candidate[better]
         table[cost:][better] = level
-    return found, table
+    return after, table
 
 
 def _checked(costs: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -166,14 +163,14 @@ def _checked(costs: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.int
 
 
 Scores = NDArray[np.float64]
-"""What each sequence gets at each level. Shape: [N, J]."""
+"""The score of each sequence at each level. Shape: [N, J]."""
 
 SHUFFLES = 200
 """Random allocations whose spread is reported."""
 
 
 def random_allocation(scores: Scores, choices: NDArray[np.int64], seed: int) -> tuple[float, float]:
-    """The oracle's own levels, dealt out to the sequences at random.
+    """The mean score of the oracle's own levels, dealt out to the sequences at random.
 
     E = Σ_j p_j · mean_i v[i, j], with p_j the share of sequences that the oracle puts on level j.
 
@@ -205,13 +202,12 @@ def single_level(scores: Scores, costs: Sequence[int], layers: float) -> float:
 
 
 class HeldOut:
-    """What can be known beforehand: levels by type of question, chosen on the other half.
+    """A control without the reference: levels by type of question, chosen on the other half.
 
     The set is split in two at random, each type evenly. On each half every type's mean at every
-    level is measured;
-    the other half's sequences get levels as if they would score these means, by the same exact
-    knapsack, mixes of levels within a type included. What they score is their own, in the mean
-    over who of a type gets which of its levels.
+    level is measured. The other half's sequences get levels as if they scored these means, by the
+    same exact knapsack; a type's levels may be a mix. Their scores are their own, averaged over
+    all ways to deal a type's levels to its sequences.
 
     Args:
         scores: of the sequences. Shape: [N, J].
@@ -246,7 +242,7 @@ class HeldOut:
 
 
 def _means_by_type(scores: Scores, kinds: Any, asked: Any) -> Scores:
-    """For each sequence asked about, the mean of its type. Shape: [N, J]."""
+    """For each sequence of the kinds in `asked`, the mean of its type. Shape: [N, J]."""
     overall = scores.mean(axis=0)
     means = {kind: scores[kinds == kind].mean(axis=0) for kind in np.unique(kinds)}
     return np.stack([means.get(kind, overall) for kind in asked])
@@ -292,14 +288,14 @@ def equal_shares(
 
 
 def _hulls(costs: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[NDArray, ...]:
-    """Where each sequence starts, and all steps up from there, those that gain most first.
+    """Each sequence's cheapest level, and all steps up from there, those that gain most first.
 
     Returns:
         the best of each sequence's cheapest levels [N]; of each step its sequence, cost and gain.
     """
     cheapest = np.flatnonzero(costs == costs.min())
     start = cheapest[scores[:, cheapest].argmax(axis=1)]
-    found: list[tuple[float, int, float, float]] = []
+    rising: list[tuple[float, int, float, float]] = []
     for row, values in enumerate(scores):
         at = start[row]
         while True:
@@ -309,8 +305,8 @@ def _hulls(costs: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[NDA
             slopes = (values[dearer] - values[at]) / (costs[dearer] - costs[at])
             to = dearer[len(slopes) - 1 - slopes[::-1].argmax()]  # of equal slopes the longest
             spent, gained = float(costs[to] - costs[at]), float(values[to] - values[at])
-            found.append((-gained / spent, row, spent, gained))
+            rising.append((-gained / spent, row, spent, gained))
             at = to
-    found.sort(key=lambda step: step[0])
-    steps = np.array(found).reshape(-1, 4)
+    rising.sort(key=lambda step: step[0])
+    steps = np.array(rising).reshape(-1, 4)
     return start, steps[:, 1].astype(np.int64), steps[:, 2], steps[:, 3]

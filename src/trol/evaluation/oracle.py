@@ -1,47 +1,146 @@
-"""Every question of a set answered at every level of a menu, and scored.
+"""The oracle's questions, answered at every level of a menu and scored.
 
-Answers of one batch of questions at every level; what the levels share is computed once.
-
-With scope `answer`, the paper's, the prompt visits all layers at every level, so its keys and
-values are the same for all: they are made once, and each level goes on from a copy. The last
-token of the prompt, which predicts the first of the answer, is left to each level's `generate`.
+A menu holds plans from cheap to dear, the full model among them. With scope `answer`, the paper's,
+the prompt visits all layers at every level, so its keys and values are the same for all: they are
+computed once, and each level goes on from a copy. The last token of the prompt, which predicts the
+first of the answer, is left to each level's `generate`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from trol.checkpoints.adapter import weights_digest
-from trol.depth import Plan, attached, depth, is_attached
+from trol.depth import Plan, depth
 from trol.depth.planes import fork_cache
-from trol.errors import UsageError
-from trol.evaluation import metrics
-from trol.evaluation.kept import items_digest
-from trol.evaluation.oracle_store import Level, Menu, OracleRow, Store
-from trol.evaluation.tasks import Item, fitted, prompts, tokenizer_of
+from trol.errors import UsageError, unknown
+from trol.evaluation import answers
+from trol.evaluation.answers import StepsDone
+from trol.evaluation.items import BATCH, Item, fitted_prompts, tokenizer_of
+from trol.evaluation.store import OracleRow, RowKey, Store, items_digest
+from trol.evaluation.tasks import SkipScope
 from trol.host.cache import is_recurrent
-from trol.host.layers import find_decoder, layer_list
 from trol.host.names import CACHE
-from trol.policies.planned import Planned
-
-OracleScope = Literal["answer", "all"]
+from trol.policies.planned import STATIC, Planned, static_plan
 
 TEXT_ONLY = {"input_ids", "attention_mask"}
-"""The inputs whose last column can be cut off, and nothing else changes."""
+"""Inputs of which all but the last column can be read beforehand."""
 
 TEMPERATURE = 0.7
-"""Of the answers drawn for the best-of-n control; usual where the best of several counts."""
+"""Temperature of the answers drawn for the best-of-n control, a usual one for best-of-n."""
+
+_SERIES = re.compile(r"(?P<method>[a-z]+):(?P<levels>\d+)")
 
 
 @dataclass(frozen=True)
-class Given:
+class Level:
+    """One cost level: a plan, and what it costs."""
+
+    plan: Plan
+    text: str
+    """The plan with every visited layer named, so that one plan has one text."""
+    cost: int
+    """Σ_l n_l, the layers that a token of the answer visits. Unit: layers."""
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The levels, cheapest first."""
+
+    levels: tuple[Level, ...]
+    layers: int
+    """Layers of the stack."""
+
+    @property
+    def full(self) -> int:
+        """Which level is the full model."""
+        return next(i for i, one in enumerate(self.levels) if _is_full(one.plan, self.layers))
+
+    @property
+    def costs(self) -> list[int]:
+        """The cost of each level. Unit: layers."""
+        return [level.cost for level in self.levels]
+
+
+def read_menu(text: str, layers: int, *, seed: int = 0, read: Callable[[str], Plan] = Plan) -> Menu:
+    """The menu that `text` names for a stack of `layers` layers.
+
+    Args:
+        text: plans with commas between; `uniform:8` and the like stand for eight plans of that
+            static method, whose costs are evenly spaced.
+        layers: of the stack.
+        seed: of the method `random`.
+        read: plan text, or the name of a plan file, -> plan.
+
+    Raises:
+        UsageError: a part is no plan, names layers that the stack lacks, or asks for more levels
+            than it has layers; or the menu has one level, or lacks the full model.
+    """
+    plans: list[Plan] = []
+    for part in parsed(text, read):
+        plans += [part] if isinstance(part, Plan) else _series(*part, layers=layers, seed=seed)
+    return menu_of(plans, layers)
+
+
+def parsed(text: str, read: Callable[[str], Plan]) -> list[Plan | tuple[str, int]]:
+    """The parts of a menu: plans, and series of so many levels; raises as `read_menu`."""
+    parts: list[Plan | tuple[str, int]] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        series = _SERIES.fullmatch(part)
+        if series is None or series["method"] == "all":
+            parts.append(read(part))
+            continue
+        if series["method"] not in STATIC:
+            raise unknown("series of plans", series["method"], STATIC)
+        parts.append((series["method"], int(series["levels"])))
+    return parts
+
+
+def menu_of(plans: Sequence[Plan], layers: int) -> Menu:
+    """The menu of these plans; the same plan twice is one level. Raises as `read_menu`."""
+    levels: dict[str, Level] = {}
+    for plan in plans:
+        visits = plan.for_layers(layers)
+        text = str(Plan(visits))
+        levels[text] = Level(Plan(visits), text, sum(visits))
+    if not any(_is_full(level.plan, layers) for level in levels.values()):
+        raise UsageError(
+            f"the menu lacks the full model, which its levels are compared with; add 'all' to "
+            f"--menu ({', '.join(levels) or 'it is empty'})."
+        )
+    if len(levels) < 2:
+        raise UsageError(
+            "the menu has one level, so there is nothing to choose; give more plans, such as "
+            f"--menu 'uniform:{min(layers, 8)}'."
+        )
+    ordered = sorted(levels.values(), key=lambda level: (level.cost, level.text))
+    return Menu(tuple(ordered), layers)
+
+
+def _series(method: str, levels: int, *, layers: int, seed: int) -> list[Plan]:
+    if not 2 <= levels <= layers:
+        raise UsageError(
+            f"'{method}:{levels}' asks for {levels} levels of a stack of {layers} layers; give 2 "
+            f"to {layers}."
+        )
+    # level / levels as a share of the layers: evenly spaced costs, the last one the full model.
+    return [static_plan(method, layers, level / levels, seed) for level in range(1, levels + 1)]
+
+
+def _is_full(plan: Plan, layers: int) -> bool:
+    return plan.for_layers(layers) == (1,) * layers
+
+
+@dataclass(frozen=True)
+class OracleAnswer:
     """One answer that the model gave."""
 
     text: str
@@ -66,29 +165,30 @@ class Batch:
         processor: Any,
         items: Sequence[Item],
         *,
-        scope: OracleScope,
+        scope: SkipScope,
         new_tokens: int,
     ) -> None:
         self.model, self.new_tokens = model, new_tokens
-        self.scope: OracleScope = scope
+        self.scope: SkipScope = scope
         self.tokenizer = tokenizer_of(processor)
-        fitting = [fitted(model, processor, item, new_tokens) for item in items]
-        self.inputs: dict[str, Tensor] = dict(prompts(processor, fitting).to(model.device))
+        self.inputs: dict[str, Tensor] = dict(fitted_prompts(model, processor, items, new_tokens))
+        padding = self.tokenizer.pad_token_id
+        self._settings = {"num_beams": 1, "pad_token_id": 0 if padding is None else padding}
         self._prefix: Any = self._shared_prefix() if self._may_share() else None
 
-    def answers(self, plan: Plan, noise: LogitsProcessor | None = None) -> list[Given]:
-        """What each question is answered at this level: greedily, or with `noise` on the logits."""
-        settings = self._settings()
+    def answers(self, plan: Plan, noise: LogitsProcessor | None = None) -> list[OracleAnswer]:
+        """The answers at this level: greedy ones, or with `noise` on the logits."""
+        settings: dict[str, Any] = dict(self._settings)
         if noise is not None:
             settings["logits_processor"] = [noise]
         if self._prefix is not None:
             settings[CACHE] = fork_cache(self._prefix, planes=True)
         with depth(self.model, Planned(plan, scope=self.scope)), torch.inference_mode():
-            tokens = self.model.generate(**self.inputs, **settings, max_new_tokens=self.new_tokens)
-        new = tokens[:, self.inputs["input_ids"].shape[1] :]
+            new = answers.greedy(self.model, self.inputs, self.new_tokens, **settings)
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        counts = _lengths(new, self._ends())
-        return [Given(text.strip(), n) for text, n in zip(texts, counts, strict=True)]
+        before = answers.before_end(self.model, new).sum(1)
+        counts = (before + 1).clamp(max=new.shape[1]).tolist()  # the end, if there is one
+        return [OracleAnswer(text.strip(), n) for text, n in zip(texts, counts, strict=True)]
 
     def _may_share(self) -> bool:
         if self.scope != "answer" or set(self.inputs) != TEXT_ONLY:
@@ -99,38 +199,24 @@ class Batch:
     def _shared_prefix(self) -> Any:
         """The cache of all prompt tokens but the last, or None where it cannot be gone on from."""
         shorter = {name: values[:, :-1] for name, values in self.inputs.items()}
+        settings = {**self._settings, "max_new_tokens": 1, "return_dict_in_generate": True}
         with depth(self.model, "all"), torch.inference_mode():
-            out = self.model.generate(
-                **shorter, **self._settings(), max_new_tokens=1, return_dict_in_generate=True
-            )
+            out = self.model.generate(**shorter, do_sample=False, **settings)
         cache = out[CACHE]
         # A recurrent state that began in one visit of a layer is not that of a second one.
-        recurrent = any(is_recurrent(slot) for slot in cache.layers)
-        return None if recurrent else cache
-
-    def _settings(self) -> dict[str, Any]:
-        padding = self.tokenizer.pad_token_id
-        return {
-            "do_sample": False,
-            "num_beams": 1,
-            "pad_token_id": 0 if padding is None else padding,
-        }
-
-    def _ends(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return None if any(is_recurrent(slot) for slot in cache.layers) else cache
 
 
-class Noise(LogitsProcessor):
+class GumbelNoise(LogitsProcessor):
     """Gumbel noise by which a greedy choice draws from softmax(logits / temperature).
 
         argmax(logits / temperature - log(-log u)),   u uniform in (0, 1)
 
     Every row has its own stream of u, so that what is drawn for a question does not depend on
-    the batch that it is asked in.
+    the other questions of its batch.
 
     Args:
-        items: names of the rows' questions.
+        items: numbers of the rows' questions.
         sample: number of the draw.
         seed: of the whole run.
         temperature: of the distribution.
@@ -149,26 +235,13 @@ class Noise(LogitsProcessor):
         del input_ids
         shape = scores.shape[1]
         drawn = torch.stack([torch.rand(shape, generator=one) for one in self.sources])
-        # Kept off 0, whose logarithm is none.
+        # Kept off 0, whose logarithm is infinite.
         drawn = drawn.clamp_min(torch.finfo(drawn.dtype).tiny).to(scores.device)
         return scores.float() / self.temperature - torch.log(-torch.log(drawn))
 
 
 def _stream(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-
-def _lengths(new: Tensor, ends: Sequence[int]) -> list[int]:
-    """Tokens of each row up to its first end. Shape of `new`: [B, T]."""
-    ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-    before = ended.int().cumsum(1) - ended.int()  # ends before each token
-    return (before == 0).sum(1).tolist()
-
-
-BATCH = 64
-"""Questions answered at once."""
-
-Key = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
@@ -178,13 +251,13 @@ class Questions:
     items: Sequence[Item]
     metrics: tuple[str, ...]
     new_tokens: int
-    scope: OracleScope = "answer"
+    scope: SkipScope = "answer"
     seed: int = 0
     samples: int = 0
     """Answers drawn at full depth, beside the greedy one."""
 
     def header(self, model: Any, menu: Menu, **names: Any) -> dict[str, Any]:
-        """What rows of this set, model and menu belong to; `names` are told as they are."""
+        """The header of rows of this set, model and menu; `names` are added as they are."""
         return {
             **names,
             "weights": weights_digest(model),
@@ -210,13 +283,9 @@ class Questions:
             for index in range(shards)
             if any(
                 store.lacks(_keys(self.order((index, shards)), level, sample))
-                for _, sample, level in self.units(menu)
+                for sample, level in self.units(menu)
             )
         ]
-
-    def batch(self, model: Any, processor: Any, items: Sequence[Item]) -> Batch:
-        """Some of the questions, ready to be answered at any level."""
-        return Batch(model, processor, items, scope=self.scope, new_tokens=self.new_tokens)
 
     def order(self, shard: tuple[int, int]) -> list[int]:
         """The items of one shard, short questions first, so that batches need little padding."""
@@ -224,13 +293,11 @@ class Questions:
         ordered = sorted(range(len(self.items)), key=lambda i: (len(self.items[i].question), i))
         return ordered[index::shards]
 
-    def units(self, menu: Menu) -> Iterator[tuple[int, int, Level]]:
-        """What a batch is asked: (number, sample, level), the drawn ones last."""
+    def units(self, menu: Menu) -> list[tuple[int, Level]]:
+        """How each batch is answered: (sample, level), the drawn answers last."""
         full = menu.levels[menu.full]
-        wanted = [(0, level) for level in menu.levels]
-        wanted += [(number, full) for number in range(1, self.samples + 1)]
-        for number, (sample, level) in enumerate(wanted):
-            yield number, sample, level
+        greedy = [(0, level) for level in menu.levels]
+        return greedy + [(sample, full) for sample in range(1, self.samples + 1)]
 
 
 def answer_all(
@@ -241,7 +308,7 @@ def answer_all(
     store: Store,
     *,
     shard: tuple[int, int] = (0, 1),
-    done: Callable[[int, int], None] = lambda _done, _all: None,
+    done: StepsDone = lambda _done, _all: None,
     batch_size: int = BATCH,
 ) -> None:
     """Answers what the store lacks of one shard, batch by batch.
@@ -253,31 +320,32 @@ def answer_all(
         menu: the levels.
         store: what is finished, and where new rows go.
         shard: which part of the set: (0, 2) is the first of two.
-        done: is told how many rows of how many are finished, as they are.
-        batch_size: questions answered at once; what they are answered does not depend on it.
+        done: takes how many rows of how many are finished, as they are.
+        batch_size: questions answered at once; the answers do not depend on it.
     """
     order = questions.order(shard)
-    rows = sum(1 for _ in questions.units(menu))
+    units = questions.units(menu)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
+        items = [questions.items[place] for place in places]
         batch: Batch | None = None
-        for number, sample, level in questions.units(menu):
+        for number, (sample, level) in enumerate(units, start=1):
             if store.lacks(_keys(places, level, sample)):
-                items = [questions.items[place] for place in places]
-                batch = batch or questions.batch(model, processor, items)
-                noise = Noise(places, sample, questions.seed) if sample else None
+                batch = batch or Batch(
+                    model, processor, items, scope=questions.scope, new_tokens=questions.new_tokens
+                )
+                noise = GumbelNoise(places, sample, questions.seed) if sample else None
                 given = batch.answers(level.plan, noise)
-                unit = {"given": given, "level": level, "sample": sample}
-                scores = _scores(model, processor, items, questions, **unit)
-                store.append(_rows(places, items, scores, **unit))
-            done(start * rows + (number + 1) * len(places), len(order) * rows)
-
-
-def layers_of(model: Any) -> int:
-    """Layers of the decoder inside `model`."""
-    if is_attached(model):
-        return attached(model)[1].depth_layers
-    return len(layer_list(find_decoder(model)) or ())
+                texts = [one.text for one in given]
+                scores: dict[str, Sequence[float]] = {}
+                for metric in questions.metrics:
+                    if metric != "loss":
+                        scores[metric] = answers.scores(metric, texts, items)
+                    elif not sample:  # a drawn answer has no loss of its own
+                        with depth(model, Planned(level.plan, scope=questions.scope)):
+                            scores[metric] = answers.losses(model, processor, items)
+                store.append(_rows(places, items, given, scores, level=level, sample=sample))
+            done(start * len(units) + number * len(places), len(order) * len(units))
 
 
 def check_shard(text: str) -> tuple[int, int]:
@@ -290,36 +358,12 @@ def check_shard(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _scores(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    questions: Questions,
-    *,
-    given: Sequence[Given],
-    level: Level,
-    sample: int,
-) -> list[dict[str, float]]:
-    """Metric -> score, for each item; a drawn answer has no loss of its own."""
-    texts = [one.text for one in given]
-    columns: dict[str, Sequence[float]] = {}
-    for metric in questions.metrics:
-        if metric != "loss":
-            columns[metric] = metrics.scores(metric, texts, items)
-        elif not sample:
-            with depth(model, Planned(level.plan, scope=questions.scope)):
-                columns[metric] = metrics.losses(model, processor, items)
-    return [
-        {metric: float(column[i]) for metric, column in columns.items()} for i in range(len(items))
-    ]
-
-
 def _rows(
     places: Sequence[int],
     items: Sequence[Item],
-    scores: Sequence[dict[str, float]],
+    given: Sequence[OracleAnswer],
+    scores: dict[str, Sequence[float]],
     *,
-    given: Sequence[Given],
     level: Level,
     sample: int,
 ) -> list[OracleRow]:
@@ -334,11 +378,11 @@ def _rows(
             cost=level.cost,
             sample=sample,
             new_tokens=one.tokens,
-            scores=got,
+            scores={metric: float(column[row]) for metric, column in scores.items()},
         )
-        for place, item, one, got in zip(places, items, given, scores, strict=True)
+        for row, (place, item, one) in enumerate(zip(places, items, given, strict=True))
     ]
 
 
-def _keys(places: Sequence[int], level: Level, sample: int) -> list[Key]:
+def _keys(places: Sequence[int], level: Level, sample: int) -> list[RowKey]:
     return [(place, level.text, sample) for place in places]

@@ -1,4 +1,4 @@
-"""From finished rows to what they say: the oracle, its trade-off curve, and its controls.
+"""The report of an oracle: its trade-off curve, its controls, and what they allow to be said.
 
 ::
 
@@ -22,8 +22,6 @@
 Means are over sequences, long or short. Layers are those that a token of the answer visits, in the
 mean over sequences; a share is of the full model's. A loss stands with its sign turned, so that
 higher is better everywhere.
-
-What an oracle's figures allow to be said, in sentences.
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol.errors import UsageError
+from trol.evaluation.answers import LOWER_IS_BETTER
 from trol.evaluation.knapsack import (
     SLACK,
     HeldOut,
@@ -48,125 +47,16 @@ from trol.evaluation.knapsack import (
     single_level,
     solve,
 )
-from trol.evaluation.oracle_store import LOWER_IS_BETTER, Menu, OracleRow, shown
+from trol.evaluation.oracle import Menu
+from trol.evaluation.store import OracleRow
 
 FEW = 100
 """Sequences below which an oracle's figures say little."""
 
 PAPERS = "23.3 % of 24 layers in arXiv 2410.20022"
 
-
-def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What the report of `oracle.report` says: the fraction, then what it is not due to."""
-    return [
-        _fraction(found),
-        _choosing(found),
-        _without_reference(found),
-        f"One model, one set of {found['n']} questions, one menu of {len(found['menu'])} levels: "
-        "another of each gives other figures." + _few(found["n"]),
-        *_signs(found),
-    ]
-
-
-def _few(count: int) -> str:
-    if count >= FEW:
-        return ""
-    return f" So few questions (fewer than {FEW}) say little; ask more with --questions."
-
-
-def _signs(found: Mapping[str, Any]) -> list[str]:
-    """How to read the JSON where higher is not better."""
-    return [
-        f"In oracle.json, and wherever else a {metric} stands without a unit, its sign is turned, "
-        f"so that higher is better: {value:.3f} is a {metric} of {shown(metric, value)}."
-        for metric in LOWER_IS_BETTER & set(found["metrics"])
-        for value in [found["metrics"][metric]["full"]]
-    ]
-
-
-def _fraction(found: Mapping[str, Any]) -> str:
-    equal, own, metric = found["equal_budget"], found["per_sequence"], found["metric"]
-    if found["full"] <= 0 and metric not in LOWER_IS_BETTER:
-        return (
-            f"The full model scores nothing by {metric} on this set, so every level equals it and "
-            "the figures below mean nothing; take a model that can do the task."
-        )
-    return (
-        f"Choosing each sequence's level with the reference at hand, {equal['layers']:.2f} of "
-        f"{found['layers']} layers in the mean ({_percent(equal['share'])}) are as good as the "
-        f"full model ({metric} {shown(metric, found['full'])}); the share is "
-        f"{_between(found['equal_shares'])}, and {PAPERS}. With the "
-        f"cheapest level that is as good for each sequence on its own, it is "
-        f"{own['layers']:.2f} layers ({_percent(own['share'])})."
-    )
-
-
-def _choosing(found: Mapping[str, Any]) -> str:
-    metric, outputs = found["metric"], found["controls"]["best_of_n"]
-    oracle, full = found["controls"]["at_full_budget"]["oracle"], found["full"]
-    levels = len(found["menu"])
-    gained = f"With the full model's budget the oracle gains {_gain(metric, oracle - full)}"
-    if outputs is None:
-        reason = (
-            "a loss belongs to the reference, not to an output, so there are no outputs to draw"
-            if metric in LOWER_IS_BETTER
-            else "no answers were drawn at full depth"
-        )
-        return f"{gained}; how much of it is due to choosing alone was not measured: {reason}."
-    told = (
-        f"{gained} by choosing among {levels} levels; choosing likewise among {outputs['n']} "
-        f"outputs of the full model, no layer left out, gains "
-        f"{_gain(metric, outputs['score'] - full)}. "
-    )
-    share, reached = outputs["share_of_gain"], outputs["oracle_reaches"]
-    if share is None:
-        return told + "So the oracle has no gain to explain."
-    part = "all" if share >= 1 else _percent(max(share, 0))
-    told += f"So choosing among outputs alone gives {part} of the oracle's gain. "
-    if reached is None:
-        return told + "No budget lets the oracle reach a full model that may choose as well."
-    return told + (
-        f"To be as good as a full model that may choose as well, the oracle needs "
-        f"{_percent(reached['share'])} of the layers."
-    )
-
-
-def _without_reference(found: Mapping[str, Any]) -> str:
-    metric, equal = found["metric"], found["controls"]["at_equal_budget"]
-    reach = found["controls"]["reach_full"]
-    at_random = shown(metric, equal["random"])
-    return (
-        f"Without the reference, {_percent(found['equal_budget']['share'])} of the layers give "
-        f"{at_random} with the oracle's own levels dealt out at random, "
-        f"{shown(metric, equal['held_out'])} with levels by type of question chosen on the other "
-        f"half of the set, {shown(metric, equal['single'])} with the best single level. To be as "
-        f"good as the full model takes {_reached(reach['held_out'])} by type, "
-        f"{_reached(reach['single'])} with a single level, and {_reached(reach['random'])} at "
-        "random."
-    )
-
-
-def _reached(share: float | None) -> str:
-    return "more than any budget" if share is None else f"{_percent(share)} of the layers"
-
-
-def _between(shares: Sequence[float]) -> str:
-    low, high = map(_percent, shares)
-    return f"{low} to {high} (95 % of resamples of these questions)"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _gain(metric: str, value: float) -> str:
-    if metric in LOWER_IS_BETTER:
-        return f"{value:+.3f} nats".replace("-", "−")
-    return f"{100 * value:+.1f} points".replace("-", "−")
-
-
 POINTS = 48
-"""Steps between the cheapest and the dearest level at which the curve is told."""
+"""Steps between the cheapest and the dearest level at which the curve has a point."""
 
 ARMS = ("random", "held_out", "single")
 
@@ -194,21 +84,16 @@ class Table:
         self.full = float(self.greedy.mean())
         self.knapsack: Knapsack = solve(menu.costs, self.scores)
 
-    @property
-    def has_drawn(self) -> bool:
-        """Whether every sequence has answers drawn at full depth."""
-        return self.drawn.size > 0 and bool(np.isfinite(self.drawn).all())
-
     def at(self, layers: float) -> float:
         """The oracle's mean score with a mean budget of so many layers."""
-        return self.knapsack.value(self.total(layers)) / self.n
+        return self.knapsack.value(self._total(layers)) / self.n
 
     def choices(self, layers: float) -> NDArray[np.int64]:
         """The level of each sequence with this mean budget."""
-        return self.knapsack.choices(self.total(layers))
+        return self.knapsack.choices(self._total(layers))
 
-    def total(self, layers: float) -> int:
-        """A mean budget as a budget for all sequences together."""
+    def _total(self, layers: float) -> int:
+        """A mean budget as a budget for all sequences."""
         return math.floor(layers * self.n + 1e-6)
 
     def point(self, layers: float, score: float) -> dict[str, float]:
@@ -223,38 +108,32 @@ class Table:
             return None
         return self.point(budget / self.n, self.knapsack.value(budget) / self.n)
 
-
-def summary(table: Table) -> dict[str, Any]:
-    """The oracle of one metric by both of its definitions, and without any limit."""
-    costs = np.asarray(table.menu.costs)
-    good = table.scores >= table.greedy[:, None] - SLACK
-    cheapest = np.where(good, costs, costs.max() + 1).argmin(axis=1)
-    rows = np.arange(table.n)
-    own = float(costs[cheapest].mean()), float(table.scores[rows, cheapest].mean())
-    outputs = best_of_n(table.greedy, table.drawn) if table.has_drawn else None
-    return {
-        "full": table.full,
-        "equal_budget": table.reaching(table.full),
-        "per_sequence": table.point(*own),
-        "best": table.reaching(float(table.scores.max(axis=1).mean())),
-        "best_of_n": outputs and {"n": len(outputs), "score": outputs[-1], "by_n": outputs},
-    }
+    def summary(self) -> dict[str, Any]:
+        """The oracle by both of its definitions, and without any limit."""
+        costs = np.asarray(self.menu.costs)
+        good = self.scores >= self.greedy[:, None] - SLACK
+        cheapest = np.where(good, costs, costs.max() + 1).argmin(axis=1)
+        own = costs[cheapest].mean(), self.scores[np.arange(self.n), cheapest].mean()
+        has_drawn = self.drawn.size > 0 and bool(np.isfinite(self.drawn).all())
+        outputs = best_of_n(self.greedy, self.drawn) if has_drawn else None
+        return {
+            "full": self.full,
+            "equal_budget": self.reaching(self.full),
+            "per_sequence": self.point(*map(float, own)),
+            "best": self.reaching(float(self.scores.max(axis=1).mean())),
+            "best_of_n": outputs and {"n": len(outputs), "score": outputs[-1], "by_n": outputs},
+        }
 
 
 def report(
-    rows: Sequence[OracleRow],
-    menu: Menu,
-    metric: str,
-    metrics: Sequence[str],
-    *,
-    seed: int = 0,
+    rows: Sequence[OracleRow], menu: Menu, metric: str, metrics: Sequence[str], *, seed: int = 0
 ) -> dict[str, Any]:
-    """What finished rows say, judged by `metric`; see the module's text.
+    """The report of finished rows, judged by `metric`; its keys are in the module's docstring.
 
     Args:
         rows: of all levels and samples.
         menu: the levels.
-        metric: what the controls and the curve are told of.
+        metric: what the oracle, the curve and the controls are judged by.
         metrics: all that the rows were scored by.
         seed: of shuffles and of the split in halves.
 
@@ -265,49 +144,49 @@ def report(
     table = tables[metric]
     if table.n < 2:
         raise UsageError(f"an oracle over {table.n} sequence says nothing; ask 2 or more.")
-    found = {name: summary(one) for name, one in tables.items()}
-    mine = found[metric]
+    summaries = {name: one.summary() for name, one in tables.items()}
+    mine = summaries[metric]
     equal = mine["equal_budget"]["layers"]
-    told = _Curve(table, seed)
-    curve = told.points(equal)
+    arms = _Arms(table, seed)
+    curve = arms.curve(equal)
     mix = np.bincount(table.choices(equal), minlength=len(menu.levels)) / table.n
     result = {
         "metric": metric,
         "n": table.n,
         "layers": menu.layers,
         "types": dict(Counter(table.types)),
-        "menu": _levels(menu, tables),
+        "menu": [
+            {
+                "plan": level.text,
+                "cost": level.cost,
+                "share": level.cost / menu.layers,
+                "mean": {name: float(one.scores[:, i].mean()) for name, one in tables.items()},
+            }
+            for i, level in enumerate(menu.levels)
+        ],
         **{key: mine[key] for key in ("full", "equal_budget", "per_sequence", "best")},
         "equal_shares": equal_shares(menu.costs, table.scores, menu.full, menu.layers, seed),
         "mix": mix.tolist(),
         "curve": curve,
-        "controls": told.controls(equal, curve, mine),
-        "metrics": found,
+        "controls": {
+            "at_equal_budget": arms.at(equal),
+            "at_full_budget": arms.at(table.layers),
+            "reach_full": {arm: _reaches(curve, arm, table.full) for arm in ARMS},
+            "best_of_n": _best_of_n(table, mine["best_of_n"]),
+        },
+        "metrics": summaries,
     }
     return {**result, "verdict": sentences(result)}
 
 
-def _levels(menu: Menu, tables: Mapping[str, Table]) -> list[dict[str, Any]]:
-    """What each level costs and scores in the mean, by every metric."""
-    return [
-        {
-            "plan": level.text,
-            "cost": level.cost,
-            "share": level.cost / menu.layers,
-            "mean": {name: float(one.scores[:, i].mean()) for name, one in tables.items()},
-        }
-        for i, level in enumerate(menu.levels)
-    ]
-
-
-class _Curve:
+class _Arms:
     """The oracle and its controls at any budget."""
 
     def __init__(self, table: Table, seed: int) -> None:
         self.table, self.seed = table, seed
         self.held_out = HeldOut(table.scores, table.menu.costs, table.types, seed)
 
-    def arms(self, layers: float) -> dict[str, float]:
+    def at(self, layers: float) -> dict[str, float]:
         """Mean scores with a mean budget of so many layers."""
         table = self.table
         mean, spread = random_allocation(table.scores, table.choices(layers), self.seed)
@@ -319,26 +198,13 @@ class _Curve:
             "single": single_level(table.scores, table.menu.costs, layers),
         }
 
-    def controls(
-        self, equal: float, curve: Sequence[dict[str, float]], mine: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What the module's text says of them."""
-        table = self.table
-        return {
-            "at_equal_budget": self.arms(equal),
-            "at_full_budget": self.arms(table.layers),
-            "reach_full": {arm: _reaches(curve, arm, table.full) for arm in ARMS},
-            "best_of_n": _selection(table, mine),
-        }
-
-    def points(self, equal: float) -> list[dict[str, float]]:
-        """The curve at even steps, at each level's cost, and where oracle and full are equal."""
+    def curve(self, equal: float) -> list[dict[str, float]]:
+        """Points at even steps, at each level's cost, and where oracle and full are equal."""
         costs = self.table.menu.costs
         steps = np.linspace(costs[0], costs[-1], POINTS + 1).tolist()
-        budgets = {*steps, *map(float, costs), equal}
         return [
-            {"layers": layers, "share": layers / self.table.layers, **self.arms(layers)}
-            for layers in sorted(budgets)
+            {"layers": layers, "share": layers / self.table.layers, **self.at(layers)}
+            for layers in sorted({*steps, *map(float, costs), equal})
         ]
 
 
@@ -347,11 +213,113 @@ def _reaches(curve: Sequence[dict[str, float]], arm: str, score: float) -> float
     return next((point["share"] for point in curve if point[arm] >= score - SLACK), None)
 
 
-def _selection(table: Table, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """What choosing among outputs gives at full depth, beside what the oracle gains there."""
-    found = mine["best_of_n"]
-    if found is None:
+def _best_of_n(table: Table, outputs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The gain of choosing among outputs at full depth, beside the oracle's gain there."""
+    if outputs is None:
         return None
     gain = table.at(table.layers) - table.full
-    share = (found["score"] - table.full) / gain if gain > SLACK else None
-    return {**found, "share_of_gain": share, "oracle_reaches": table.reaching(found["score"])}
+    share = (outputs["score"] - table.full) / gain if gain > SLACK else None
+    return {**outputs, "share_of_gain": share, "oracle_reaches": table.reaching(outputs["score"])}
+
+
+def score_text(metric: str, value: float) -> str:
+    """A score that is better when higher, for people: points of 100, or nats of loss."""
+    if metric in LOWER_IS_BETTER:
+        return f"{-value:.3f} nats".replace("-", "−")
+    return f"{100 * value:.1f}"
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """A report in words: the fraction of layers, and what it is not due to."""
+    n = result["n"]
+    few = f" So few questions (fewer than {FEW}) say little; ask more with --questions."
+    return [
+        _fraction(result),
+        _choosing(result),
+        _without_reference(result),
+        f"One model, one set of {n} questions, one menu of {len(result['menu'])} levels: another "
+        "of each gives other figures." + (few if n < FEW else ""),
+        *(
+            f"In oracle.json, and wherever else a {metric} stands without a unit, its sign is "
+            f"turned, so that higher is better: {one['full']:.3f} is a {metric} of "
+            f"{score_text(metric, one['full'])}."
+            for metric, one in result["metrics"].items()
+            if metric in LOWER_IS_BETTER
+        ),
+    ]
+
+
+def _fraction(result: Mapping[str, Any]) -> str:
+    equal, own, metric = result["equal_budget"], result["per_sequence"], result["metric"]
+    if result["full"] <= 0 and metric not in LOWER_IS_BETTER:
+        return (
+            f"The full model scores nothing by {metric} on this set, so every level equals it and "
+            "the figures below mean nothing; take a model that can do the task."
+        )
+    low, high = map(_percent, result["equal_shares"])
+    return (
+        f"Choosing each sequence's level with the reference at hand, {equal['layers']:.2f} of "
+        f"{result['layers']} layers in the mean ({_percent(equal['share'])}) are as good as the "
+        f"full model ({metric} {score_text(metric, result['full'])}); the share is {low} to {high} "
+        f"(95 % of resamples of these questions), and {PAPERS}. With the cheapest level that is as "
+        f"good for each sequence on its own, it is {own['layers']:.2f} layers "
+        f"({_percent(own['share'])})."
+    )
+
+
+def _choosing(result: Mapping[str, Any]) -> str:
+    metric, full, controls = result["metric"], result["full"], result["controls"]
+    outputs, gain = controls["best_of_n"], controls["at_full_budget"]["oracle"] - full
+    text = f"With the full model's budget the oracle gains {_gain(metric, gain)}"
+    if outputs is None:
+        reason = (
+            "a loss belongs to the reference, not to an output, so there are no outputs to draw"
+            if metric in LOWER_IS_BETTER
+            else "no answers were drawn at full depth"
+        )
+        return f"{text}; how much of it is due to choosing alone was not measured: {reason}."
+    share, reached = outputs["share_of_gain"], outputs["oracle_reaches"]
+    text += (
+        f" by choosing among {len(result['menu'])} levels; choosing likewise among {outputs['n']} "
+        "outputs of the full model, no layer left out, gains "
+        f"{_gain(metric, outputs['score'] - full)}. "
+    )
+    if share is None:
+        return text + "So the oracle has no gain to explain."
+    part = "all" if share >= 1 else _percent(max(share, 0))
+    text += f"So choosing among outputs alone gives {part} of the oracle's gain. "
+    if reached is None:
+        return text + "No budget lets the oracle reach a full model that may choose as well."
+    return text + (
+        "To be as good as a full model that may choose as well, the oracle needs "
+        f"{_percent(reached['share'])} of the layers."
+    )
+
+
+def _without_reference(result: Mapping[str, Any]) -> str:
+    scores = {
+        arm: score_text(result["metric"], result["controls"]["at_equal_budget"][arm])
+        for arm in ARMS
+    }
+    reached = {
+        arm: "more than any budget" if share is None else f"{_percent(share)} of the layers"
+        for arm, share in result["controls"]["reach_full"].items()
+    }
+    return (
+        f"Without the reference, {_percent(result['equal_budget']['share'])} of the layers give "
+        f"{scores['random']} with the oracle's own levels dealt out at random, "
+        f"{scores['held_out']} with levels by type of question chosen on the other half of the "
+        f"set, {scores['single']} with the best single level. To be as good as the full model "
+        f"takes {reached['held_out']} by type, {reached['single']} with a single level, and "
+        f"{reached['random']} at random."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _gain(metric: str, value: float) -> str:
+    if metric in LOWER_IS_BETTER:
+        return f"{value:+.3f} nats".replace("-", "−")
+    return f"{100 * value:+.1f} points".replace("-", "−")

@@ -1,6 +1,4 @@
-"""Plans that are chosen by measuring a model: which layers it misses least.
-
-Which plan drafts best for speculation: predicted from agreement and timed passes, then measured.
+"""Plans that are chosen by measuring a model: the layers that it misses least, and drafts.
 
 A draft that agrees with the model at many positions, and costs little, gains most:
 
@@ -15,11 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from statistics import median
 from typing import Any
 
@@ -28,36 +24,32 @@ from torch import Tensor
 
 from trol.depth import Plan, Scope, attached, depth
 from trol.depth.attachment import decoding
-from trol.depth.call import Decoding
+from trol.depth.call import generating
 from trol.depth.policy import Plain
+from trol.depth.roles import Prompt
 from trol.errors import UsageError, unknown
-from trol.evaluation.draft_agreement import (
-    Costs,
-    Followed,
-    Rows,
-    agreement,
-    costs_of,
-    follow,
-    share,
-)
-from trol.evaluation.hidden_states import influences, measurements, removed
-from trol.evaluation.kept import Measurements
-from trol.evaluation.metrics import losses
-from trol.evaluation.tasks import Item, batches, prompts
-from trol.evaluation.timing import interleaved, ratio_and_spread
-from trol.host.layers import find_decoder, layer_list
+from trol.evaluation.answers import StepsDone, before_end, greedy, losses
+from trol.evaluation.hidden_states import influences, layers_of
+from trol.evaluation.items import Item, batches, prompts
+from trol.evaluation.store import Measurements
+from trol.evaluation.timing import interleaved
 from trol.policies.planned import Planned, kept_count, plan_keeping, uniform
-from trol.speculation import speculate
+from trol.speculation.loop import ForwardPasses, with_policy
 
-Progress = Callable[[int, int], None]
-"""(measurements made, measurements to make)."""
+PROMISING = 8
+"""Candidates for removal that are measured again after the first round: those that cost least
+beside the best of the round in which they were measured last."""
 
-CHOSEN = {
-    "influence": "trol.evaluation.plan_search:influence",
-    "greedy": "trol.evaluation.plan_search:greedy",
-    "draft": "trol.evaluation.plan_search:draft",
-}
-"""Method -> where its function is, which takes what `chosen_plan` does."""
+BATCH = 16
+"""Answers that drafts are compared with at once."""
+
+MOST_TOKENS = 8
+"""The longest draft that is tried. Unit: tokens."""
+
+Layers = tuple[int, ...]
+
+Rows = list[list[bool]]
+"""For each answer, at which of its tokens a draft says what the model says."""
 
 
 def chosen_plan(
@@ -68,19 +60,19 @@ def chosen_plan(
     keep: float,
     *,
     scope: Scope = "answer",
-    progress: Progress = lambda done, of: None,
+    progress: StepsDone = lambda done, of: None,
     measured: Measurements | None = None,
 ) -> Plan:
-    """The plan of max(1, round(keep * L)) layers that `method` finds best on `items`.
+    """The plan of max(1, round(keep * L)) layers that `method` judges best on `items`.
 
     Args:
         method: `influence` (measures once), `greedy` (once for each layer that may go, then for
-            the most promising ones at every step) or `draft`.
+            the most promising ones at every step) or `draft` (`draft_plan`, whatever the scope).
         model: a model, plain or attached; a policy that it carries is out of force meanwhile.
         processor: what prepares its inputs.
         items: questions with answers, of a split that the plan is not judged by.
         keep: the share of layers that stay.
-        scope: whose tokens will skip: the paper's kind is `answer`.
+        scope: whose tokens will skip: in the paper, those of answers.
         progress: called before the first measurement, and after each.
         measured: keeps what is measured, and has what was measured before.
 
@@ -89,87 +81,99 @@ def chosen_plan(
     """
     if method not in CHOSEN:
         raise unknown("method", method, CHOSEN)
-    kept_count(_count(model), keep)
+    kept_count(layers_of(model), keep)
     if not items:
         raise UsageError(f"{method} measures on questions, but got none; give at least one.")
-    module, _, name = CHOSEN[method].partition(":")
-    choose = getattr(import_module(module), name)
     measured = measured or Measurements()
-    return choose(model, processor, items, keep, scope=scope, progress=progress, measured=measured)
+    if method == "draft":
+        return draft_plan(model, processor, items, keep, progress=progress, measured=measured).plan
+    choose = _by_influence if method == "influence" else _greedily
+    return choose((model, processor, items), keep, scope, progress, measured)
 
 
-def influence(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    keep: float,
-    *,
-    scope: Scope,
-    progress: Progress,
-    measured: Measurements,
+CHOSEN = ("influence", "greedy", "draft")
+"""The methods of `chosen_plan`."""
+
+Subject = tuple[Any, Any, Sequence[Item]]
+"""Model, processor and items."""
+
+
+def _by_influence(
+    subject: Subject, keep: float, scope: Scope, progress: StepsDone, measured: Measurements
 ) -> Plan:
     """The layers of greatest block influence, measured once; of equal ones the earlier stays.
 
     ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3).
     """
-    progress(len(measured.found), 1)
-    found = measured.value("influences", lambda: influences(model, processor, items, scope))
+    progress(len(measured.values), 1)
+    each = measured.value("influences", lambda: influences(*subject, scope))
     progress(1, 1)
-    ranked = sorted(range(len(found)), key=lambda layer: (-found[layer], layer))
-    return plan_keeping(ranked[: kept_count(len(found), keep)], len(found))
+    ranked = sorted(range(len(each)), key=lambda layer: (-each[layer], layer))
+    return plan_keeping(ranked[: kept_count(len(each), keep)], len(each))
 
 
-def greedy(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    keep: float,
-    *,
-    scope: Scope,
-    progress: Progress,
-    measured: Measurements,
+def _greedily(
+    subject: Subject, keep: float, scope: Scope, progress: StepsDone, measured: Measurements
 ) -> Plan:
     """Layers taken away one by one, each time the one without which the answers' loss is least.
 
-    After the first step only the most promising layers are measured again (`removing`). Of equal
+    After the first step only the most promising layers are measured again (`removed`). Of equal
     losses the earliest layer goes. No layer is kept for its place.
     """
-    layers = _count(model)
+    layers = layers_of(subject[0])
     count = layers - kept_count(layers, keep)
     of = measurements(layers, count)
 
-    def loss(stays: tuple[int, ...]) -> float:
-        plan = plan_keeping(stays, layers)
-        before = len(measured.found)
-        found = measured.value(str(plan), lambda: plan_loss(model, processor, items, plan, scope))
-        if len(measured.found) > before:
-            progress(len(measured.found), of)
-        return found
+    def loss(stays: Layers) -> float:
+        plan, before = plan_keeping(stays, layers), len(measured.values)
+        value = measured.value(str(plan), lambda: plan_loss(*subject, plan, scope))
+        if len(measured.values) > before:
+            progress(len(measured.values), of)
+        return value
 
-    progress(min(len(measured.found), of), of)
+    progress(min(len(measured.values), of), of)
     gone = list(removed(range(layers), count, loss))
     return plan_keeping(set(range(layers)).difference(gone), layers)
 
 
 def plan_loss(model: Any, processor: Any, items: Sequence[Item], plan: Plan, scope: Scope) -> float:
-    """Mean over items of the answers' loss under a plan; what is no number counts as infinite."""
+    """Mean over items of the answers' loss under a plan; NaN counts as infinite."""
     with depth(model, Planned(plan, scope=scope)):
-        found = losses(model, processor, items)
-    mean = sum(found) / len(found)
+        values = losses(model, processor, items)
+    mean = sum(values) / len(values)
     return math.inf if math.isnan(mean) else mean
 
 
-def _count(model: Any) -> int:
-    layers = layer_list(find_decoder(model))
-    assert layers is not None  # or find_decoder had raised
-    return len(layers)
+def removed(stays: Sequence[int], count: int, cost: Callable[[Layers], float]) -> Iterator[int]:
+    """The first `count` layers that go, in their order, each as soon as it is known.
+
+    Every candidate is measured in the first round, the `PROMISING` of the last round in all others.
+    Of equal costs the earliest layer goes.
+
+    Args:
+        stays: the layers that there are.
+        count: how many go, fewer than there are.
+        cost: the cost when these layers alone stay; lower is better, and never NaN.
+    """
+    left = list(stays)
+    beside: dict[int, float] = {}  # the cost of each above the best of its last round
+    for _ in range(count):
+        tried = sorted(left, key=lambda layer: (beside.get(layer, 0.0), layer))
+        costs = {
+            layer: cost(tuple(one for one in left if one != layer))
+            for layer in (sorted(tried[:PROMISING]) if beside else left)
+        }
+        gone = min(costs, key=lambda layer: (costs[layer], layer))
+        best = costs[gone]
+        beside |= {k: c if math.isinf(c) else c - best for k, c in costs.items()}
+        left.remove(gone)
+        yield gone
 
 
-BATCH = 16
-"""Answers followed at once."""
-
-DraftProgress = Callable[[int, int], None]
-"""(plans measured, plans to measure)."""
+def measurements(layers: int, count: int) -> int:
+    """How often `removed` asks for a cost where `count` of so many layers go."""
+    later = (min(PROMISING, layers - gone) for gone in range(1, count))
+    return layers + sum(later) if count else 0
 
 
 @dataclass(frozen=True)
@@ -193,21 +197,22 @@ def draft_plan(
     *,
     new_tokens: int = 64,
     rounds: int = 5,
-    progress: DraftProgress = lambda done, of: None,
+    progress: StepsDone = lambda done, of: None,
     measured: Measurements | None = None,
 ) -> DraftChoice:
     """The plan and the number of tokens that promise the greatest speed-up on these prompts.
 
-    Early exits, evenly spaced layers, and layers taken away one by one, each time the one that
-    the agreement misses least (`removing`; as CLaSp, https://arxiv.org/abs/2505.24196, but once for
-    all prompts). Every plan is judged by one pass over the model's own greedy answers.
+    The candidates are early exits, evenly spaced layers, and layers taken away one by one, each
+    time the one that the agreement misses least (`removed`; as CLaSp,
+    https://arxiv.org/abs/2505.24196, but once for all prompts). Every plan is judged by one pass
+    over the model's own greedy answers.
 
     Args:
         model: a model, plain or attached; its own policy is what verifies.
         processor: what prepares its inputs.
         items: questions, of a split that the plan is not judged by; references are not read.
         keep: max(1, round(keep * L)) layers stay; None to choose that number too.
-        new_tokens: longest answer followed.
+        new_tokens: longest answer that drafts are compared with.
         rounds: timed passes of each kind.
         progress: called before the first plan, and after each.
         measured: keeps what is measured of each plan, and has what was measured before.
@@ -219,120 +224,36 @@ def draft_plan(
         raise UsageError("a draft is chosen on prompts, but got none; give at least one item.")
     with torch.no_grad(), decoding(model, lambda _host, kwargs: kwargs, Plain()):
         host, stack = attached(model)
+        count = stack.depth_layers
         absent = stack.depth_absent(stack.depth_policy_in_force())
-        stays = [layer for layer in range(stack.depth_layers) if layer not in absent]
-        kept = None if keep is None else kept_count(stack.depth_layers, keep)
-        followed = [follow(model, processor, some, new_tokens) for some in batches(items, BATCH)]
-        _check_answers(followed)
-        agreed = partial(agreement, stack, followed)
-        costs = costs_of(host, stack, follow(model, processor, items[:1], 1), stays, rounds)
-        found = _measure(
-            agreed, stays, kept, costs, progress=progress, measured=measured or Measurements()
-        )
-        return _best(found, costs, stack.depth_layers)
-
-
-def _best(measured: Mapping[tuple[int, ...], Rows], costs: Costs, count: int) -> DraftChoice:
-    """The candidate and the number of drafts that promise most; `count` is L."""
+        stays = [layer for layer in range(count) if layer not in absent]
+        kept = None if keep is None else kept_count(count, keep)
+        own = [generate_answers(model, processor, b, new_tokens) for b in batches(items, BATCH)]
+        if not any(bool(one.counted.any()) for one in own):
+            raise UsageError(
+                "the model answers every prompt with a single token, so there is nothing to draft; "
+                "give prompts with longer answers, or raise new_tokens."
+            )
+        one = generate_answers(model, processor, items[:1], 1)
+        costs = costs_of(host, stack, one, stays, rounds)
+        agreed, measured = partial(agreement, stack, own), measured or Measurements()
+        candidates = _candidates(agreed, stays, kept, costs, progress=progress, measured=measured)
     choices = []
-    for layers, rows in measured.items():
-        speedup, k = costs.best(rows, len(layers))
-        choices.append(DraftChoice(plan_keeping(layers, count), k, share(rows), speedup))
+    for layers, rows in candidates.items():
+        speedup, tokens = costs.best(rows, len(layers))
+        choices.append(DraftChoice(plan_keeping(layers, count), tokens, _share(rows), speedup))
     return max(choices, key=lambda choice: choice.predicted_speedup)
 
 
-def draft(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    keep: float,
-    *,
-    scope: Scope,
-    progress: DraftProgress,
-    measured: Measurements,
-) -> Plan:
-    """`draft_plan`'s plan for a share of layers; drafts are answers, whatever the scope."""
-    del scope
-    return draft_plan(model, processor, items, keep, progress=progress, measured=measured).plan
-
-
-def measured_speed(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    plan: Plan | str,
-    tokens: int,
-    *,
-    new_tokens: int = 64,
-    rounds: int = 5,
-    batch: int = 1,
-) -> dict[str, Any]:
-    """What a draft really gains: greedy answers to all items, with it and without, in turn.
-
-    `batch` items are answered at once.
-
-    Returns:
-        `{"acceptance", "tokens_per_round", "tokens_per_second": {"plain", "speculative"}, "ratio",
-        "spread", "identical"}`; ratio is the median over rounds of plain / speculative seconds.
-
-    Raises:
-        UsageError: the plan does not fit, `tokens` < 1, or no items.
-    """
-    if not items:
-        raise UsageError("speed is measured on prompts, but got none; give at least one item.")
-    asked = [prompts(processor, some).to(model.device) for some in batches(items, batch)]
-    answer = partial(_timed, model, asked, new_tokens)
-    with speculate(model, plan, tokens=tokens) as spoken:
-        # Both run attached, so that what is compared is the drafts alone.
-        plain_loop = partial(answer, lambda _host, kwargs: kwargs)
-        runs = {"plain": plain_loop, "speculative": partial(answer, None)}
-        made = interleaved(runs, rounds=rounds)
-    times = {name: [seconds for _, seconds in all_of] for name, all_of in made.items()}
-    ratio, spread = ratio_and_spread(times["speculative"], times["plain"])
-    plain, drafted = (made[name][-1][0] for name in ("plain", "speculative"))
-    given = sum(int((new != _padding(model)).sum()) for new in plain)
-    return {
-        "acceptance": spoken.acceptance,
-        "tokens_per_round": spoken.tokens_per_round,
-        "tokens_per_second": {name: given / median(taken) for name, taken in times.items()},
-        "ratio": ratio,
-        "spread": spread,
-        "identical": all(map(torch.equal, plain, drafted)),
-    }
-
-
-def _timed(
-    model: Any, asked: Sequence[Any], new_tokens: int, loop: Decoding | None
-) -> tuple[list[Tensor], float]:
-    """Greedy new ids [B, N] of each batch, and the seconds; `loop` in place of what is in force."""
-    began = time.perf_counter()
-    made: list[Tensor] = []
-    with nullcontext() if loop is None else decoding(model, loop, Plain()):
-        for inputs in asked:
-            ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-            made.append(ids[:, inputs["input_ids"].shape[1] :])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return made, time.perf_counter() - began
-
-
-def _check_answers(followed: Sequence[Followed]) -> None:
-    if not any(bool(one.counted.any()) for one in followed):
-        raise UsageError(
-            "the model answers every prompt with a single token, so there is nothing to draft; "
-            "give prompts with longer answers, or raise new_tokens."
-        )
-
-
-def _measure(
-    agreed: Callable[[tuple[int, ...]], Rows],
+def _candidates(
+    agreed: Callable[[Layers], Rows],
     stays: Sequence[int],
     kept: int | None,
     costs: Costs,
     *,
-    progress: DraftProgress,
+    progress: StepsDone,
     measured: Measurements,
-) -> dict[tuple[int, ...], Rows]:
+) -> dict[Layers, Rows]:
     """Layers -> at which tokens they agree, for every candidate.
 
     Fewer layers agree at fewer tokens: where even a draft of a single layer that agreed as well
@@ -341,47 +262,154 @@ def _measure(
     counts = range(len(stays) - 1, 0, -1) if kept is None else (min(kept, len(stays)),)
     count = len(stays) - min(counts, default=1)
     of = 2 * len(counts) + measurements(len(stays), count)
-    found: dict[tuple[int, ...], Rows] = {}
+    rows_of: dict[Layers, Rows] = {}
 
-    def rows_of(layers: tuple[int, ...]) -> Rows:
-        name, before = " ".join(map(str, layers)), len(measured.found)
-        found[layers] = measured.value(name, lambda: agreed(layers))
-        if len(measured.found) > before:
-            progress(min(len(measured.found), of), of)
-        return found[layers]
+    def rows(layers: Layers) -> Rows:
+        name, before = " ".join(map(str, layers)), len(measured.values)
+        rows_of[layers] = measured.value(name, lambda: agreed(layers))
+        if len(measured.values) > before:
+            progress(min(len(measured.values), of), of)
+        return rows_of[layers]
 
-    progress(min(len(measured.found), of), of)
+    progress(min(len(measured.values), of), of)
     best = 0.0
 
-    def hopeless(layers: tuple[int, ...]) -> bool:
+    def hopeless(layers: Layers) -> bool:
         nonlocal best
-        rows = rows_of(layers)
-        best = max(best, costs.best(rows, len(layers))[0])
-        return kept is None and costs.best(rows, 1)[0] <= best
+        right = rows(layers)
+        best = max(best, costs.best(right, len(layers))[0])
+        return kept is None and costs.best(right, 1)[0] <= best
 
     left = tuple(stays)
-    for gone in removed(stays, count, lambda layers: -share(rows_of(layers))):
+    for gone in removed(stays, count, lambda layers: -_share(rows(layers))):
         left = tuple(layer for layer in left if layer != gone)
         if hopeless(left):
             break
-    for layers_of in (_first, _even):
-        for one in counts:
-            if hopeless(layers_of(stays, one)):
+    for places in (range, lambda number: uniform(len(stays), number, 0)):  # early exit, even layers
+        for number in counts:
+            if hopeless(tuple(stays[place] for place in places(number))):
                 break
-    return {layers: rows for layers, rows in found.items() if len(layers) in set(counts)}
+    return {layers: right for layers, right in rows_of.items() if len(layers) in set(counts)}
 
 
-def _first(stays: Sequence[int], count: int) -> tuple[int, ...]:
-    """The first layers of those that stay: an early exit."""
-    return tuple(stays[:count])
+@dataclass(frozen=True)
+class Costs:
+    """Times of passes; a step of the model's own policy is 1."""
+
+    shallow: float
+    """One token through one layer."""
+    layer: float
+    """One token through one layer more."""
+    verifying: Mapping[int, float]
+    """k -> one pass over k + 1 tokens."""
+
+    def speedup(self, rows: Rows, layers: int, k: int) -> float:
+        """Tokens per second with drafts of k tokens through so many layers, over those without."""
+        drafting = self.shallow + self.layer * (layers - 1)
+        return tokens_per_round(rows, k) / (k * drafting + self.verifying[k])
+
+    def best(self, rows: Rows, layers: int) -> tuple[float, int]:
+        """The greatest speed-up of such a draft, and of how many tokens; the fewest of equal."""
+        speedups = ((self.speedup(rows, layers, k), k) for k in range(1, MOST_TOKENS + 1))
+        return max(speedups, key=lambda speedup: speedup[0])
 
 
-def _even(stays: Sequence[int], count: int) -> tuple[int, ...]:
-    """Evenly spaced layers of those that stay."""
-    return tuple(stays[i] for i in uniform(len(stays), count, 0))
+def tokens_per_round(rows: Rows, k: int) -> float:
+    """Tokens that a round of k drafts gains, played through: those right in a row, and one more."""
+    rounds = 0
+    for row in rows:
+        at = 0
+        while at < len(row):
+            drafts = row[at : at + k]
+            at += next((i for i, right in enumerate(drafts) if not right), len(drafts)) + 1
+            rounds += 1
+    return sum(map(len, rows)) / rounds
 
 
-def _padding(model: Any) -> int:
-    """What fills rows that have ended; -1 where nothing does."""
-    found = model.generation_config.pad_token_id
-    return -1 if found is None else int(found)
+def _share(rows: Rows) -> float:
+    """At how many of the tokens the draft is right, in [0, 1]."""
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+@dataclass(frozen=True)
+class GreedyAnswers:
+    """Answers of the model, and the cache of their prompts."""
+
+    passes: ForwardPasses
+    """Right behind the prompt."""
+    ids: Tensor
+    """Prompts and answers. Shape: [B, T + N]."""
+    prompt: int
+    """T."""
+    counted: Tensor
+    """Which answer tokens but the first come before the end. Shape: [B, N - 1]."""
+
+
+def generate_answers(
+    model: Any, processor: Any, items: Sequence[Item], new_tokens: int
+) -> GreedyAnswers:
+    """The model's greedy answers, and its cache of the prompts."""
+    inputs = prompts(processor, items).to(model.device)
+    new = greedy(model, inputs, new_tokens)
+    prompted: list[ForwardPasses] = []
+
+    def read(host: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """A `custom_generate` that reads the prompt alone."""
+        config = kwargs.pop("generation_config")
+        for name in ("logits_processor", "stopping_criteria"):
+            del kwargs[name]
+        prompted.append(ForwardPasses(host, kwargs))
+        prompted[0].prompt(input_ids, config)
+        return input_ids
+
+    greedy(model, inputs, 1, custom_generate=read)
+    ids = torch.cat([inputs["input_ids"], new], 1)
+    counted = before_end(model, new)[:, :-1]
+    return GreedyAnswers(prompted[0], ids, inputs["input_ids"].shape[1], counted)
+
+
+def agreement(stack: Any, answers: Sequence[GreedyAnswers], layers: Layers) -> Rows:
+    """One pass of a draft over each batch of answers, behind the model's own prompts."""
+    rows: Rows = []
+    with with_policy(stack, Planned(plan_keeping(layers, stack.depth_layers))):
+        for one in answers:
+            new = one.ids.shape[1] - one.prompt - 1
+            if not new:
+                continue
+            best = _behind(one, one.ids[:, :-1], new).argmax(-1)
+            right = best == one.ids[:, -new:]
+            pairs = zip(right.tolist(), one.counted.tolist(), strict=True)
+            rows += [[r for r, on in zip(*pair, strict=True) if on] for pair in pairs]
+    return [row for row in rows if row]
+
+
+def _behind(one: GreedyAnswers, ids: Tensor, new: int) -> Tensor:
+    """Logits of `new` tokens behind the prompt, on a cache of their own. Shape: [B, new, V]."""
+    passes = one.passes.fork(planes=False)
+    passes.extend(new)
+    return passes.run(ids, new)
+
+
+def costs_of(host: Any, stack: Any, one: GreedyAnswers, stays: Sequence[int], rounds: int) -> Costs:
+    """Times a step of the model, of shallow and deep drafts, and verifying passes; one row."""
+    own = stack.depth_policy_in_force()
+    prompt = one.ids[:, : one.prompt]
+    start = Prompt(one.prompt, columns=one.prompt, ids=one.prompt)
+
+    def timed(new: int, policy: Any) -> float:
+        ids = torch.cat([prompt, one.ids[:, -1:].expand(-1, new)], 1)
+        began = time.perf_counter()
+        with with_policy(stack, policy), generating(host, start):
+            _behind(one, ids, new)[0, -1].argmax().item()  # waits for the device
+        return time.perf_counter() - began
+
+    runs: dict[str, Callable[[], float]] = {
+        name: partial(timed, 1, Planned(plan_keeping(layers, stack.depth_layers)))
+        for name, layers in (("shallow", stays[:1]), ("deep", stays))
+    }
+    runs |= {str(new): partial(timed, new, own) for new in range(1, MOST_TOKENS + 2)}
+    taken = {name: median(times) for name, times in interleaved(runs, rounds=rounds).items()}
+    step = taken["1"]
+    layer = max(taken["deep"] - taken["shallow"], 0) / max(len(stays) - 1, 1) / step
+    verifying = {k: taken[str(k + 1)] / step for k in range(1, MOST_TOKENS + 1)}
+    return Costs(taken["shallow"] / step, layer, verifying)

@@ -1,106 +1,84 @@
-"""Tasks: questions with one reference answer, asked in batches, scored by type.
-
-Items in batches, ids in tensors, and how far a batch has come.
-"""
+"""Tasks: sets of questions by name, and what a model scores on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-from transformers import BatchEncoding, ProcessorMixin, StoppingCriteria
+from transformers import ProcessorMixin
 
-from trol.data.answers import Answers
 from trol.data.boards import chance_by_type
-from trol.data.own_files import Pair, read_chats, read_text, shortened
+from trol.data.own_files import read_chats, read_text
 from trol.data.pairs import NAMES, check_set, is_pairs
-from trol.depth import trace
-from trol.errors import HostError, UsageError, unknown
+from trol.errors import DataError, HostError, UsageError, unknown
+from trol.evaluation.answers import METRICS, answer, answers, losses, scores
 from trol.evaluation.items import (
     Item,
-    blind_docstrings,
     board_items,
     chat_items,
     pair_items,
+    positions_of,
     text_items,
+    tokenizer_of,
 )
 from trol.host.chat_templates import own_template
 
-BATCH = 64
-"""Questions answered at once."""
+SkipScope = Literal["answer", "all"]
+"""Whose tokens skip layers in curves and oracles: those of answers alone, or the prompts' too."""
 
-TOKENS_AT_ONCE = 4096
-"""Tokens of the windows that are read together, one window at least."""
-
-Heard = Callable[[float], None]
-"""Is told how many items' worth of work is done."""
-
-
-def batches(items: Sequence[Item], size: int = BATCH) -> Iterable[Sequence[Item]]:
-    """The items in order, `size` at a time; of windows no more than `TOKENS_AT_ONCE` holds."""
-    longest = max((len(item.ids) for item in items), default=0)
-    if longest:
-        size = max(1, min(size, TOKENS_AT_ONCE // longest))
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> BatchEncoding:
-    """Rows of ids as `input_ids` and `attention_mask` [B, T]; what pads them is never read."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    real = torch.zeros_like(ids)
-    for at, row in enumerate(rows):
-        part = slice(-len(row), None) if left else slice(len(row))
-        ids[at, part], real[at, part] = torch.tensor(row), 1
-    return BatchEncoding({"input_ids": ids, "attention_mask": real})
-
-
-class Told(StoppingCriteria):
-    """Stops nothing: says how far a batch of answers has come, after each token.
-
-    Args:
-        heard: is told.
-        before: items that were finished before the batch.
-        rows: items of the batch.
-        prompt: tokens of its prompts.
-        most: new tokens at most.
-    """
-
-    def __init__(self, heard: Heard, before: int, rows: int, *, prompt: int, most: int) -> None:
-        self.heard, self.before, self.rows = heard, before, rows
-        self.prompt, self.most = prompt, most
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows are to stop: none. Shape: [B]."""
-        del scores, kwargs
-        self.heard(self.before + self.rows * (input_ids.shape[1] - self.prompt) / self.most)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
+SCOPES: tuple[str, ...] = get_args(SkipScope)
 
 WINDOW = 1024
 """Tokens of a window of plain text, or as many as the model has positions if these are fewer."""
 
 TEXT_METRICS = ("rougeL", "rouge1", "rouge2", "exact", "contains", "loss")
-"""What answers in sentences are measured by."""
+"""Metrics of answers in sentences, the one they are judged by first."""
 
 PAPERS_NEW_TOKENS = 300
 """Longest answer to Alpaca in Glavas et al. (arXiv 2410.20022)."""
 
+GUESSES, GUESSED = 24, 100
+"""Training answers that a blind guesser tries, on so many validation questions of each type."""
+
+LARGEST_EXPONENT = 700.0
+"""Nats per token whose perplexity still fits a float."""
+
+
+TaskProgress = Callable[[str, float, int], None]
+"""Takes what is measured, items measured, items to measure."""
+
+
+@cache
+def blind_docstrings() -> dict[str, float]:
+    """Type -> rougeL of giving one answer to all questions: the best of some training answers."""
+    guesses = pair_items("docstrings", 5000, 0, "train")
+    by_kind: dict[str, list[Item]] = defaultdict(list)
+    for item in pair_items("docstrings", 5000, 0, "validation"):
+        by_kind[item.type].append(item)
+    best: dict[str, float] = {}
+    for kind, all_items in by_kind.items():
+        items = all_items[:GUESSED]
+        tried = [item.answer for item in guesses if item.type == kind][:GUESSES]
+        best[kind] = max(
+            sum(scores("rougeL", [guess] * len(items), items)) / len(items) for guess in tried
+        )
+    return best
+
 
 @dataclass(frozen=True)
 class Task:
-    """A set of items, what blind guessing gets, and what answers to them are measured by."""
+    """A set of items, what blind guessing scores, and what answers to them are measured by."""
 
     items: Callable[..., list[Item]]
-    """(how many, seed, split="test") -> items, fewer where there are no more; the same on every
+    """(count, seed, split="test") -> items, fewer where there are no more; the same on every
     call. `questions_of` calls it."""
     chance: Callable[[], dict[str, float]] = field(default=dict)
-    """Type -> score of a guess without looking; empty where nobody has measured it."""
+    """Type -> score of a guess without looking; empty where it was never measured."""
     metrics: tuple[str, ...] = TEXT_METRICS
     """Metrics that the task has references for, the one it is judged by first."""
     new_tokens: int = 64
@@ -117,7 +95,7 @@ TASKS: dict[str, Task] = {
 """The built-in tasks by name."""
 
 OWN = {"text": read_text, "chat": read_chats}
-"""How a file of one's own is named (`text:FILE`) -> what reads it, and refuses what it is not."""
+"""How a file of the user's is named (`text:FILE`) -> its reader, which refuses other files."""
 
 FORMS = (*TASKS, *(f"{form}:FILE" for form in OWN), *NAMES[1:])
 """All that a task can be called."""
@@ -161,6 +139,17 @@ def check_tasks(names: Sequence[str]) -> None:
         raise UsageError(f"no task named; choose among {', '.join(FORMS)}.")
     for name in names:
         task_of(name)
+
+
+def check_metric(task: str, metric: str) -> None:
+    """Raises `UsageError` where the metric is unknown, or the task has no references for it."""
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    known = task_of(task).metrics
+    if metric not in known:
+        raise UsageError(
+            f"the task {task} has no references for {metric}; measure it by {', '.join(known)}."
+        )
 
 
 def default_task(processor: Any) -> str:
@@ -212,116 +201,156 @@ def check_reads(processor: Any, name: str, items: Sequence[Item]) -> None:
         )
 
 
-def cost_of(model: Any, processor: Any, item: Item, *, new_tokens: int) -> dict[str, Any]:
-    """What answering one question costs, and how many tokens it took."""
-    with trace(model) as seen:
-        answers(model, processor, [item], new_tokens=new_tokens)
-    return {**seen.cost.json(), "tokens": int(seen.real.sum())}
+def evaluate(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[str],
+    *,
+    questions: int = 1800,
+    seed: int = 0,
+    metrics: Sequence[str] = (),
+    new_tokens: int | None = None,
+    window: int | None = None,
+    progress: TaskProgress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """Scores per question type of each task, and what one answer costs.
+
+    Args:
+        model: a model, attached or not.
+        processor: its processor; of a text decoder, its tokenizer.
+        tasks: names, as `task_of` takes them.
+        questions: at most so many of each task; of plain text, windows.
+        seed: which of them.
+        metrics: what is measured; by default all that the task has references for.
+        new_tokens: the longest answer; by default the task's.
+        window: tokens of a window of plain text, by default as many as `questions_of` takes.
+        progress: called as answers grow and references are read.
+
+    Returns:
+        `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
+        "chance_by_type"}`, of text `{"metrics": {name: mean}, "metric", "n", "by_type",
+        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Plain
+        text has `perplexity`, `bits_per_byte` and `tokens` as well, and its loss is per token.
+
+    Raises:
+        UsageError: a task is unknown, or has no references for a metric.
+        HostError: a task shows pictures to a model that cannot be shown any.
+    """
+    check_tasks(tasks)
+    for name in tasks:
+        for metric in metrics:
+            check_metric(name, metric)
+    results: dict[str, Any] = {"tasks": {}}
+    for name in tasks:
+        task = task_of(name)
+        task = task if new_tokens is None else replace(task, new_tokens=new_tokens)
+        items = questions_of(model, processor, name, questions, seed=seed, window=window)
+        results["tasks"][name] = measure_task(
+            model, processor, task, items, name=name, metrics=metrics, progress=progress
+        )
+        results["cost"] = _cost(model, processor, items[0], task.new_tokens)
+    return results
 
 
-def answers(
+def validate(
+    model: Any, processor: Any, *, questions: int = 540, task: str = "boards"
+) -> dict[str, Any]:
+    """The scores of `evaluate` for one task on its validation split, to watch training by."""
+    items = questions_of(model, processor, task, questions, seed=0, split="validation")
+    return measure_task(model, processor, task_of(task), items, name=task)
+
+
+def measure_task(
+    model: Any,
+    processor: Any,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    name: str,
+    metrics: Sequence[str] = (),
+    progress: TaskProgress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """The scores of `evaluate` for one task; `name` is for progress and errors."""
+    if not items:
+        raise DataError(f"the task {name} has no question; ask for one at least.")
+    if task.metrics[0] == "exact" and not metrics:
+        report = partial(progress, "answers")
+        values = _values(model, processor, items, task, ["exact"], report=report)
+        return {**_by_type(items, values["exact"]), "chance_by_type": task.chance()}
+    wanted = list(metrics) or list(task.metrics)
+    values = _values(model, processor, items, task, wanted, report=partial(progress, name))
+    if task.windows:
+        return {**_window_scores(items, values["loss"]), "metric": "loss", "chance_by_type": {}}
+    by_type = _by_type(items, values[wanted[0]])
+    del by_type["accuracy"]
+    means = {metric: sum(each) / len(each) for metric, each in values.items()}
+    chance = task.chance() if wanted[0] == task.metrics[0] else {}
+    return {"metrics": means, "metric": wanted[0], **by_type, "chance_by_type": chance}
+
+
+def _values(
     model: Any,
     processor: Any,
     items: Sequence[Item],
+    task: Task,
+    wanted: Sequence[str],
     *,
-    new_tokens: int,
-    batch: int = BATCH,
-    heard: Heard = lambda done: None,
-) -> list[str]:
-    """Greedy answers of at most `new_tokens` tokens, in batches padded on the left.
-
-    `heard` is told how far it has come, after each token of a batch.
-    """
-    given: list[str] = []
-    for some in batches(items, batch):
-        fitting = [fitted(model, processor, item, new_tokens) for item in some]
-        inputs = prompts(processor, fitting).to(model.device)
-        length = inputs["input_ids"].shape[1]
-        told = Told(heard, len(given), len(some), prompt=length, most=new_tokens)
-        with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[told]
-            )
-        new = tokens[:, length:]
-        given += tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)
-    return given
-
-
-TEMPLATE_TOKENS = 32
-"""Positions kept for what a chat template adds to a question."""
-
-
-def positions_of(model: Any) -> int | None:
-    """How many tokens the model reads at most; None where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def fitted(model: Any, processor: Any, item: Item, new_tokens: int) -> Item:
-    """The item, a question in text cut so that it and `new_tokens` fit the model's positions.
-
-    A conversation first loses its oldest turns, a window its end.
-    """
-    most = positions_of(model)
-    room = 0 if most is None else most - new_tokens - TEMPLATE_TOKENS
-    if most is None or item.shows:
-        return item
-    if item.ids:
-        return replace(item, ids=item.ids[: max(1, 2 * (most - new_tokens))])
-    turns = messages(item)
-    if sum(len(_said(turn)) for turn in turns) <= room:
-        return item  # a token has a character at least
-    if room < 1:
-        raise UsageError(
-            f"answers of {new_tokens} tokens leave no room for a question in the model's {most} "
-            "positions; ask for shorter answers, or name a model with more positions."
+    report: Callable[[float, int], None],
+) -> dict[str, list[float]]:
+    """Metric -> the score of each item; answers are generated if one of the metrics reads them."""
+    texts: list[str] = []
+    generates = list(wanted) != ["loss"]
+    of, before = len(items) * (generates + ("loss" in wanted)), len(items) * generates
+    if generates:
+        length = task.new_tokens
+        texts = answers(
+            model, processor, items, new_tokens=length, progress=lambda done: report(done, of)
         )
-    tokenizer = tokenizer_of(processor)
-    first = 1 if turns[0]["role"] == "system" else 0
-    while len(turns) > first + 1 and _tokens(tokenizer, turns) > room:
-        turns = [*turns[:first], *turns[first + 2 :]]  # a question and its answer
-    room = max(1, room - _tokens(tokenizer, turns[:-1]))
-    short = shortened(Pair(item.question, item.answer, item.type), tokenizer, question=room)
-    last = {"role": "user", "content": [{"type": "text", "text": short.question}]}
-    return replace(item, question=short.question, turns=(*turns[:-1], last) if item.turns else ())
+    values: dict[str, list[float]] = {}
+    for metric in wanted:
+        if metric == "loss":
+            values[metric] = losses(
+                model, processor, items, progress=lambda done: report(before + done, of)
+            )
+        else:
+            values[metric] = scores(metric, texts, items)
+    return values
 
 
-def _said(turn: Any) -> str:
-    return "".join(part["text"] for part in turn["content"])
+def _window_scores(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
+    """Loss per token, perplexity and bits per byte of the predicted tokens of all windows."""
+    counts = [len(item.ids) - 1 for item in items]
+    nats = sum(value * count for value, count in zip(values, counts, strict=True))
+    loss = nats / sum(counts)
+    size = sum(len(item.answer.encode()) for item in items)
+    return {
+        "metrics": {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
+            "bits_per_byte": nats / math.log(2) / size,
+        },
+        "n": len(items),
+        "tokens": sum(counts),
+        "by_type": {"text": loss},
+        "n_by_type": {"text": len(items)},
+    }
 
 
-def _tokens(tokenizer: Any, turns: Sequence[Any]) -> int:
-    """Tokens of what is said, and about as many as a template adds to each turn after the first."""
-    texts = (tokenizer(_said(t), add_special_tokens=False)["input_ids"] for t in turns)
-    return sum(map(len, texts)) + TEMPLATE_TOKENS * max(0, len(turns) - 1)
+def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
+    """Mean score in all and by type, with the number of questions."""
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for item, value in zip(items, values, strict=True):
+        by_type[item.type].append(value)
+    return {
+        "accuracy": sum(values) / len(items),
+        "n": len(items),
+        "by_type": {kind: sum(some) / len(some) for kind, some in by_type.items()},
+        "n_by_type": dict(Counter(item.type for item in items)),
+    }
 
 
-def messages(item: Item, *, answered: bool = False) -> list[dict[str, Any]]:
-    """The item as a conversation, with its reference as the assistant's turn if `answered`."""
-    said = Pair(item.question, item.answer, item.type).messages()
-    asked = [dict(turn) for turn in item.turns] or said[:1]
-    if item.picture is not None:
-        asked[0]["content"].insert(0, {"type": "image", "image": item.picture})
-    return [*asked, said[1]] if answered else asked
-
-
-def prompts(processor: Any, items: Sequence[Item]) -> Any:
-    """The questions as one batch that `generate` takes, padded on the left.
-
-    `processor` is a processor, or the tokenizer of a model that reads text alone. Windows of plain
-    text are given up to their middle.
-    """
-    tokenizer = tokenizer_of(processor)
-    if any(item.ids for item in items):
-        return padded([item.ids[: (len(item.ids) + 1) // 2] for item in items], left=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    told = [messages(item) for item in items]
-    batch = Answers(processor, plain=True).encoded(told, prompt=True, padding=True)
-    batch.pop("assistant_masks")
-    return batch
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """A processor's tokenizer; a text model's processor is its tokenizer."""
-    return getattr(processor, "tokenizer", processor)
+def _cost(model: Any, processor: Any, item: Item, new_tokens: int) -> dict[str, Any]:
+    """The cost of answering one question, and how many tokens it took."""
+    (one,) = answer(model, processor, [item], new_tokens=new_tokens, traced=True)
+    assert one.trace is not None  # it is traced
+    return {**one.trace.cost.json(), "tokens": int(one.trace.real.sum())}

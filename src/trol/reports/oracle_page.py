@@ -16,7 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from trol.errors import UsageError
-from trol.evaluation.oracle_store import LOWER_IS_BETTER, shown
+from trol.evaluation.answers import LOWER_IS_BETTER
+from trol.evaluation.oracle_report import score_text
 from trol.files import folder, write_json, write_whole
 from trol.reports import pages
 from trol.reports.charts import ARM_COLORS, GREY, PAGE_INK, STYLE, as_svg, new_axes
@@ -63,7 +64,7 @@ def render(results: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["shown"] = shown
+    environment.globals["shown"] = score_text
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     with rc_context(STYLE):
         charts = {

@@ -23,7 +23,7 @@ from trol.data.own_files import Pair
 from trol.depth import Plan, attach, attached, depth, detach
 from trol.depth.attachment import gates_of
 from trol.errors import DataError, TrainingError, UsageError, unknown
-from trol.evaluation.oracle_store import OracleRow
+from trol.evaluation.store import OracleRow
 from trol.host.generation import SLICES_LOGITS
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.planned import plan_of
@@ -210,7 +210,7 @@ def train_router(
     Args:
         model: the model whose answers the rows are.
         processor: its processor, or the tokenizer of a text model.
-        rows: of `trol.evaluation.oracle_store`; drawn samples among them are left out.
+        rows: of `trol.evaluation.store`; drawn samples among them are left out.
         metric: which of their scores counts.
         menu: the router's plans, from the cheapest to the full one; all plans of the rows if None.
         after: layers that run before the router chooses.

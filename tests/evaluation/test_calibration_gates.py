@@ -12,11 +12,11 @@ from training import standins
 from trol.depth import attach, attached, depth, trace
 from trol.depth.attachment import cost_of, gates_of
 from trol.errors import DataError, HostError, UsageError
-from trol.evaluation import gate_record as searching
-from trol.evaluation.evidence import most_faults
-from trol.evaluation.gate_record import Trial, at, gates_recorded, prefills, search
-from trol.evaluation.tasks import Item, answers, prompts
-from trol.evaluation.thresholds import calibrate_taus, questions_for
+from trol.evaluation.answers import answers
+from trol.evaluation.calibration import calibrate_gates, most_changed, questions_for
+from trol.evaluation.gates import Trial, at, last_holding, record_gates, search
+from trol.evaluation.items import Item, prompts
+from trol.evaluation.timing import time_prefills
 from trol.family.loading import load_model
 from trol.policies.mixer import TrolMixer
 
@@ -26,7 +26,9 @@ LAYERS, NEW = 4, 3
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read once in each way, since no time is looked at."""
-    monkeypatch.setattr("trol.evaluation.thresholds.prefills", partial(prefills, rounds=1))
+    monkeypatch.setattr(
+        "trol.evaluation.calibration.time_prefills", partial(time_prefills, rounds=1)
+    )
 
 
 def items(count: int) -> list[Item]:
@@ -68,7 +70,7 @@ def test_the_record_is_the_gates(folder: str, passes: int) -> None:
     policy = TrolMixer(passes, sharing="shared")
     model, processor = traversing(folder, policy, (0.0,) * LAYERS)
     asked = items(12)
-    record = gates_recorded(model, processor, asked, policy, new_tokens=NEW)
+    record = record_gates(model, processor, asked, policy, new_tokens=NEW)
     assert record.answers == tuple(answers(model, processor, asked, new_tokens=NEW))
     inputs = prompts(processor, asked)
     assert record.least.shape == (LAYERS, passes - 1, inputs["attention_mask"].sum())
@@ -83,7 +85,7 @@ def test_the_record_is_the_gates(folder: str, passes: int) -> None:
 
 def test_costs_by_hand(llama: tuple) -> None:
     model, processor = llama
-    record = gates_recorded(model, processor, items(8), TrolMixer(), new_tokens=NEW)
+    record = record_gates(model, processor, items(8), TrolMixer(), new_tokens=NEW)
     layer = cost_of(model).layers[0]
     assert layer is not None
     assert layer.keys_per_token is not None
@@ -105,15 +107,14 @@ class Scored(Trial):
     harm: tuple[float, ...]
     record: Any
 
-    def faults(self, taus: Any) -> int:
-        left = [1 - share for share in self.record.shares(taus)]
-        found = round(sum(h * out for h, out in zip(self.harm, left, strict=True)))
-        self.found[taus] = found
-        return found
+    def changed(self, thresholds: Any) -> int:
+        left = [1 - share for share in self.record.shares(thresholds)]
+        self.counts[thresholds] = round(sum(h * n for h, n in zip(self.harm, left, strict=True)))
+        return self.counts[thresholds]
 
 
 def scored(llama: tuple, harm: tuple[float, ...]) -> tuple[Scored, Any]:
-    record = gates_recorded(*llama, items(8), TrolMixer(), new_tokens=NEW)
+    record = record_gates(*llama, items(8), TrolMixer(), new_tokens=NEW)
     trial = Scored(*llama, items(8), TrolMixer(), NEW, record.answers, lambda: None)
     trial.harm, trial.record = harm, record
     return trial, record
@@ -124,7 +125,7 @@ def test_harmless_layers_go_first(llama: tuple) -> None:
     trial, record = scored(llama, (40, 2, 40, 0))
     order = search(trial, record, allowed=6)
     assert order[0] == (0.0,) * LAYERS
-    costs = [record.cost(taus) for taus in order]
+    costs = [record.cost(setting) for setting in order]
     assert costs == sorted(set(costs), reverse=True)
     for before, after in pairwise(order):
         pairs = zip(before, after, strict=True)
@@ -134,8 +135,8 @@ def test_harmless_layers_go_first(llama: tuple) -> None:
     assert last[0] is not None
     assert last[2] is not None
     assert max(last[0], last[2]) > 0
-    assert trial.faults(last) <= 6
-    first_gone = next(taus for taus in order if None in taus)
+    assert trial.changed(last) <= 6
+    first_gone = next(setting for setting in order if None in setting)
     assert first_gone[3] is None
     assert first_gone[1] is not None
 
@@ -143,14 +144,14 @@ def test_harmless_layers_go_first(llama: tuple) -> None:
 def test_where_everything_is_needed_nothing_goes(llama: tuple) -> None:
     trial, record = scored(llama, (1e6,) * LAYERS)
     order = search(trial, record, allowed=0)
-    assert all(record.shares(taus) == [1] * LAYERS for taus in order)
-    assert all(None not in taus for taus in order)
+    assert all(record.shares(setting) == [1] * LAYERS for setting in order)
+    assert all(None not in setting for setting in order)
 
 
 def test_the_bisection_finds_the_last() -> None:
     for most in (0, 1, 6):
         for last in range(most + 1):
-            assert searching._last(most, lambda place, last=last: place <= last) == last
+            assert last_holding(most, lambda place, last=last: place <= last) == last
 
 
 def test_a_random_model_is_calibrated(llama: tuple) -> None:
@@ -158,7 +159,7 @@ def test_a_random_model_is_calibrated(llama: tuple) -> None:
     model, processor = llama
     calls: list[tuple[int, int]] = []
     asked = items(120)
-    found = calibrate_taus(
+    calibrated = calibrate_gates(
         model,
         processor,
         asked,
@@ -167,28 +168,28 @@ def test_a_random_model_is_calibrated(llama: tuple) -> None:
         confidence=0.8,
         progress=lambda done, of: calls.append((done, of)),
     )
-    assert found.policy.threshold(3) is None  # its gates are all but shut
-    assert found.kept.questions == 60
-    assert found.p_value <= 0.2
-    assert 0.8 <= found.at_least <= found.kept.share
-    full, sparse = found.cost
-    assert (full, found.flops) == (pytest.approx(2), True)
+    assert calibrated.policy.threshold(3) is None  # its gates are all but shut
+    assert calibrated.kept.questions == 60
+    assert calibrated.p_value <= 0.2
+    assert 0.8 <= calibrated.at_least <= calibrated.kept.share
+    full, sparse = calibrated.cost
+    assert (full, calibrated.flops) == (pytest.approx(2), True)
     assert 1 <= sparse < full
-    assert found.shares[3] == 0
-    assert all(0 <= share <= 1 for share in found.shares)
+    assert calibrated.shares[3] == 0
+    assert all(0 <= share <= 1 for share in calibrated.shares)
     judged = asked[1::2]
-    with depth(model, found.policy):
+    with depth(model, calibrated.policy):
         given = answers(model, processor, judged, new_tokens=NEW)
     with depth(model, TrolMixer()):
         wanted = answers(model, processor, judged, new_tokens=NEW)
-    assert sum(a != b for a, b in zip(given, wanted, strict=True)) == found.kept.faults
+    assert sum(a != b for a, b in zip(given, wanted, strict=True)) == calibrated.kept.changed
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
     assert all(done <= of for done, of in calls)
-    assert [read.questions for read in found.prefill] == [1, 32]
-    assert all(read.ratio["plain"] == 1 for read in found.prefill)
-    told = found.json()
-    assert told["policy"]["tau"][3] is None
-    assert told["second_visits"] == list(found.shares)
+    assert [read.questions for read in calibrated.prefill] == [1, 32]
+    assert all(read.ratio["plain"] == 1 for read in calibrated.prefill)
+    as_json = calibrated.json()
+    assert as_json["policy"]["tau"][3] is None
+    assert as_json["second_visits"] == list(calibrated.shares)
     assert attached(model)[1].depth_policy == TrolMixer()  # what the model carries is as it was
 
 
@@ -199,47 +200,51 @@ def test_shut_gates_need_no_second_visit(folder: str) -> None:
         gate.weight.data.zero_()
     quality = 0.97
     count = questions_for(quality, 0.7)
-    found = calibrate_taus(
+    calibrated = calibrate_gates(
         model, processor, items(count), new_tokens=1, quality=quality, confidence=0.7
     )
-    assert found.policy.settings()["tau"] == [None] * LAYERS
-    assert found.kept.share == 1
-    assert found.shares == (0.0,) * LAYERS
-    assert found.cost[1] == 1
+    assert calibrated.policy.settings()["tau"] == [None] * LAYERS
+    assert calibrated.kept.share == 1
+    assert calibrated.shares == (0.0,) * LAYERS
+    assert calibrated.cost[1] == 1
 
 
 def test_what_is_judged_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where other questions show more faults, a setting that leaves out less is taken."""
-    real, asked = Trial.faults, items(40)
+    real, asked = Trial.changed, items(40)
     judge = asked[1::2]
 
-    def faults(trial: Trial, taus: Any) -> int:
-        return sum(tau is None for tau in taus) * 9 if trial.items == judge else real(trial, taus)
+    def changed(trial: Trial, setting: Any) -> int:
+        return (
+            sum(one is None for one in setting) * 9
+            if trial.items == judge
+            else real(trial, setting)
+        )
 
-    monkeypatch.setattr(Trial, "faults", faults)
-    found = calibrate_taus(*llama, asked, new_tokens=1, quality=0.6, confidence=0.6)
-    assert most_faults(20, 0.6, 0.6) < 9
-    assert None not in (found.policy.threshold(layer) for layer in range(LAYERS))
+    monkeypatch.setattr(Trial, "changed", changed)
+    calibrated = calibrate_gates(*llama, asked, new_tokens=1, quality=0.6, confidence=0.6)
+    assert most_changed(20, 0.6, 0.6) < 9
+    assert None not in (calibrated.policy.threshold(layer) for layer in range(LAYERS))
 
 
 def test_refusals(llama: tuple, folder: str) -> None:
     model, processor = llama
     given = {"new_tokens": 1, "quality": 0.9, "confidence": 0.9}
     with pytest.raises(DataError, match="no questions"):
-        calibrate_taus(model, processor, [], **given)
+        calibrate_gates(model, processor, [], **given)
     with pytest.raises(UsageError, match=r"42 questions, of which half .*; give 44 or more"):
-        calibrate_taus(model, processor, items(42), **given)
+        calibrate_gates(model, processor, items(42), **given)
     for quality in (0.0, 1.0, float("nan")):
         with pytest.raises(UsageError, match="quality is"):
-            calibrate_taus(model, processor, items(44), **{**given, "quality": quality})
+            calibrate_gates(model, processor, items(44), **{**given, "quality": quality})
     bare, _ = load_model(folder)
     with pytest.raises(UsageError, match="no policy, and so no gates"):
-        calibrate_taus(bare, processor, items(44), **given)
+        calibrate_gates(bare, processor, items(44), **given)
     with pytest.raises(UsageError, match="passes is 1"):
-        calibrate_taus(attach(bare, TrolMixer(1)), processor, items(44), **given)
+        calibrate_gates(attach(bare, TrolMixer(1)), processor, items(44), **given)
 
 
 def test_gates_that_nobody_is_asked_by(folder: str) -> None:
     model, processor = traversing(folder, TrolMixer(scope="answer"), (0.0,) * LAYERS)
     with pytest.raises(HostError, match="scope 'answer'"):
-        gates_recorded(model, processor, items(4), TrolMixer(scope="answer"), new_tokens=1)
+        record_gates(model, processor, items(4), TrolMixer(scope="answer"), new_tokens=1)
