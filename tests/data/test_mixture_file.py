@@ -15,8 +15,8 @@ from trol.errors import DataError, UsageError
 @pytest.mark.parametrize(
     ("sources", "reason"),
     [
-        ({"a": {"paht": "x"}}, "unknown key in the source a 'paht'. Did you mean 'path'"),
-        ({"a": {"format": "alpaca"}}, "lacks path"),
+        ({"a": {"paht": "x"}}, "unknown key in sources.a 'paht'. Did you mean 'path'"),
+        ({"a": {"format": "alpaca"}}, "sources.a lacks path"),
         ({"a": {"path": "x", "format": "sharegtp"}}, "Did you mean 'sharegpt'"),
         ({"a": {"path": "x", "columns": {"mesages": "m"}}}, "Did you mean 'messages'"),
         ({"a": {"path": "x", "weight": 0}}, "weight is 0"),

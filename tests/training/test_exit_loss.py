@@ -20,7 +20,8 @@ from trol.host.trainer import checkpoint_activations
 from trol.policies.chance import LayerDropout
 from trol.policies.exits import EarlyExit
 from trol.training import resolve, run
-from trol.training.losses import CURRICULA, ExitLoss, exits_of, final_loss, weights
+from trol.training.losses import ExitLoss, exits_of, final_loss, weights
+from trol.training.recipe import CURRICULA
 
 HOST = HOSTS["llama"]
 SOME = [pytest.param(HOSTS[name], id=name) for name in ("llama", "gpt2", "gemma2", "llava", "opt")]
@@ -162,10 +163,10 @@ def test_exits_that_are_not_there() -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("exit_loss=-0.1", "0.0 to 1.0"),
-        ("exit_loss=2", "0.0 to 1.0"),
+        ("exit_loss=-0.1", "0 to 1"),
+        ("exit_loss=2", "0 to 1"),
         ("exit_curriculum=rotating", "Did you mean 'rotational'"),
-        ("exit_every=0", "1 or more"),
+        ("exit_every=0", "give 1 to"),
         ("exit_curriculum=gradual", "give 0.2"),
     ],
 )

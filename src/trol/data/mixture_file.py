@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trol.data.formats import FORMATS, KINDS
 from trol.data.row_files import cache_folder, whole_file
 from trol.errors import DataError, UsageError, unknown
+from trol.strict import built, read_yaml, setting
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ class Source:
     path: str
     """A .jsonl or .json file, .parquet file(s) (`*` allowed), a folder that `datasets` opens, or
     the name of a dataset on the hub."""
-    format: str = "messages"
-    """How a row is laid out: one of `trol.data.formats.FORMATS`."""
+    format: str = setting("messages", choices=tuple(FORMATS))
+    """How a row is laid out."""
     images: str = "."
     """The folder that relative image paths begin at."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -95,12 +92,7 @@ def read_mixture(mixture: str | Path, *, root: Path | None = None) -> MixtureFil
     path = _found(mixture)
     if path.suffix in CHATS:
         return MixtureFile(path, root or path.parent, (Source(name=path.stem, path=path.name),))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as broken:
-        raise UsageError(f"{path} is no YAML: {broken}") from broken
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds {type(data).__name__}, not the keys root and sources.")
+    data = read_yaml(path)
     for key in data:
         if key not in ("root", "sources"):
             raise unknown(f"key in {path.name}", key, ("root", "sources"))
@@ -136,64 +128,16 @@ def _found(mixture: str | Path) -> Path:
 
 
 def _source(name: str, row: Any) -> Source:
-    if not isinstance(row, Mapping):
-        raise UsageError(f"the source {name} holds {row!r}; give keys and values, path first.")
-    hints = {key: hint for key, hint in typing.get_type_hints(Source).items() if key != "name"}
-    for key in row:
-        if key not in hints:
-            raise unknown(f"key in the source {name}", key, hints)
-    required = {f.name for f in fields(Source) if _is_required(f)} - {"name"}
-    if missing := sorted(required - set(row)):
-        raise UsageError(f"the source {name} lacks {', '.join(missing)}.")
-    given = {key: _typed(hints[key], value, f"{name}.{key}") for key, value in row.items()}
-    source = Source(name, **given)
-    if source.format not in FORMATS:
-        raise unknown(f"format of {name}", source.format, FORMATS)
+    where = f"sources.{name}"
+    source = built(Source, row, where, name=name)
     for column in source.columns:
         if column not in FORMATS[source.format].columns:
             raise unknown(f"column of {source.format}", column, FORMATS[source.format].columns)
     if not 0 < source.weight <= 1000:
-        raise UsageError(f"{name}.weight is {source.weight}; give a number above 0, at most 1000.")
+        raise UsageError(f"{where}.weight is {source.weight}; give above 0, at most 1000.")
     if not source.placeholder:
-        raise UsageError(f"{name}.placeholder is empty; give what stands for a picture.")
+        raise UsageError(f"{where}.placeholder is empty; give what stands for a picture.")
     return source
-
-
-def _is_required(of: Any) -> bool:
-    return of.default is MISSING and of.default_factory is MISSING
-
-
-_KINDS = {
-    dict[str, str]: "names and names, such as {instruction: question}",
-    dict[str, list[str]]: "columns and lists of patterns, such as {image: [ai2d/*]}",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-}
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not _is(kind, value):
-        raise UsageError(f"{where} is {value!r}, but must be {_KINDS[kind]}.")
-    return value
-
-
-def _is(kind: Any, value: Any) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    if typing.get_origin(kind) is dict:
-        inner = typing.get_args(kind)[1]
-        return isinstance(value, dict) and all(
-            isinstance(k, str) and _is(inner, v) for k, v in value.items()
-        )
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    return isinstance(value, kind)
 
 
 def _matches(row: Mapping[str, Any], column: str, globs: list[str]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,7 @@ from trol.depth.attachment import gates_of
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import HostError, UsageError
-
-if TYPE_CHECKING:
-    from trol.training.recipe import Stage
-
-
-CURRICULA = ("none", "rotational", "gradual")
-"""Which exits learn at a step: all; each `every`-th in turn; ever more of them, from the last."""
+from trol.training.recipe import Stage
 
 
 def final_loss(model: Any, **inputs: Any) -> Tensor:
@@ -57,7 +51,7 @@ class ExitLoss:
     scale: float
     """How much the early exits count, beside the last layer."""
     curriculum: str = "none"
-    """One of `CURRICULA`."""
+    """One of `trol.training.recipe.CURRICULA`."""
     every: int = 1
     """Every how many-th exit learns."""
     step: int = 0
