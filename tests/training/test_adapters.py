@@ -16,9 +16,16 @@ from training.test_quantised import batch_of, recipe
 from trol.checkpoints.adapter import PARTS_NAME
 from trol.cli import main
 from trol.errors import AdapterError, UsageError
+from trol.training.adapters import (
+    finished,
+    learner_of,
+    merged,
+    open_adapters,
+    save_adapters,
+    save_trained,
+)
 from trol.training.opening import opened
-from trol.training.stage_data import finished, learner_of, material
-from trol.training.trainable import merge_adapters, open_adapters, save_adapters, save_trained
+from trol.training.stage_data import stage_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
 
@@ -37,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(model, processor, stage, steps: int = 3):
     """The learner after some steps of the stage, and the batch that it learnt from."""
     learner = learner_of(model, stage)
-    given = material(learner, processor, stage, 0)
+    given = stage_data(learner, processor, stage, 0)
     given.reader.train()
     batch = batch_of(given)
     made = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], 1e-2)
@@ -93,7 +100,7 @@ def test_adapters_of_four_bits_are_merged_into_full_weights(folder: Path, tmp_pa
     full = recipe(folder, "bits=0", "precision=fp32")
     learner, _ = opened(full, tmp_path / "saved")
     host = trol.detach(opened(full, None)[0])
-    model = merge_adapters(host, tmp_path / "saved")
+    model = merged(open_adapters(host, tmp_path / "saved"))
     assert not any("lora_" in key for key in model.state_dict())
     assert (logits(model, batch) - logits(learner, batch)).abs().max() < 1e-4
 

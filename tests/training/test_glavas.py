@@ -16,9 +16,10 @@ from trol.evaluation.tasks import Item
 from trol.family import word_tokenizer
 from trol.family.presets import byte_level_tokenizer, separate, text_decoder
 from trol.training import names, resolve, run
+from trol.training.adapters import learner_of
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
-from trol.training.stage_data import learner_of, material, sized
+from trol.training.stage_data import sized, stage_data
 
 TINY = [name for name in names() if name.startswith("glavas-tiny-")]
 PAPERS = [name for name in names() if name.startswith("glavas-") and name not in TINY]
@@ -96,7 +97,7 @@ def test_a_stage_without_the_policy_freezes_nothing(full: Path) -> None:
 def test_answers_skip_and_prompts_do_not(full: Path) -> None:
     model, tokenizer = opened(short("glavas-tiny-skip"), full)
     stage = short("glavas-tiny-skip").stages["skip"]
-    given = material(model, tokenizer, stage, 0)
+    given = stage_data(model, tokenizer, stage, 0)
     batch = given.collate([given.rows[0], given.rows[1]])
     with trace(model) as seen, torch.no_grad():
         model(**batch)
@@ -153,7 +154,7 @@ def test_a_recipe_of_the_paper_trains_a_stand_in(standins: Path, tmp_path: Path,
     ]
     recipe = resolve(name, overrides)
     made, tokenizer = opened(recipe, None)
-    given = material(made, tokenizer, recipe.stages[stage], 0)
+    given = stage_data(made, tokenizer, recipe.stages[stage], 0)
     assert all(
         len(row.input_ids) <= recipe.stages[stage].max_tokens
         for row in map(given.rows.rows.__getitem__, range(len(given.rows)))

@@ -8,9 +8,8 @@ import trol
 from hosts import HOSTS
 from trol.errors import HostError, UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.training.low_rank import low_rank, merged
+from trol.training.adapters import finished, learner_of, low_rank, merged
 from trol.training.recipe import Stage
-from trol.training.stage_data import finished, learner_of
 from trol.training.trainable import part_of
 
 FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "opt", "mixtral", "llava", "smolvlm", "internvl")
@@ -171,7 +170,7 @@ def test_a_detached_model_counts_no_visits() -> None:
 
 def test_a_missing_part_is_told_with_what_there_is() -> None:
     model = trol.attach(HOSTS["llama"].build(), "trol_mixer")
-    with pytest.raises(HostError, match=r"no projector to train; found: decoder \(\d+ param"):
+    with pytest.raises(HostError, match=r"no projector to train; it has: decoder \(\d+ param"):
         learner_of(model, stage("projector", "mixers"))
     plain = trol.attach(HOSTS["llava"].build(), "plain")
     with pytest.raises(HostError, match="no mixers"):

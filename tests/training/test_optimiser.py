@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from trol.training.optimiser import BatchedMuon, Together, optimiser, schedule
 from trol.training.recipe import Stage
+from trol.training.trainer import BatchedMuon, ChainedOptimizer, optimiser, schedule
 
 
 def test_batched_muon_is_torchs_muon_up_to_its_bfloat16() -> None:
@@ -30,7 +30,7 @@ def test_a_schedule_reaches_every_part_and_state_comes_back() -> None:
     model = nn.Sequential(layers["x"], nn.Linear(4, 1))
     stage = Stage(train=("decoder",), data="boards", steps=10, muon=0.1, warmup_steps=2)
     made = optimiser(model, stage)
-    assert isinstance(made, Together)
+    assert isinstance(made, ChainedOptimizer)
     rates = schedule(made, stage)
     assert [group["lr"] for part in made.parts for group in part.param_groups] == [0.05, 0.0005]
     for parameter in model.parameters():

@@ -11,10 +11,10 @@ from training import standins
 from trol.errors import HostError, UsageError
 from trol.host.weights import is_quantised
 from trol.training import resolve
-from trol.training.low_rank import merged
+from trol.training.adapters import finished, learner_of, merged
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
-from trol.training.stage_data import finished, learner_of, material
+from trol.training.stage_data import stage_data
 from trol.training.trainable import check_quantised, let_gradients_through, part_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -72,7 +72,7 @@ def test_gradients_pass_after_an_evaluation(folder: Path, bits: int, precision: 
     grads = []
     for evaluate in (False, True):
         learner = learner_of(model, stage)
-        given = material(learner, processor, stage, 0)
+        given = stage_data(learner, processor, stage, 0)
         batch = batch_of(given)
         learner.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -112,7 +112,7 @@ def test_it_learns_as_the_full_weights_do(folder: Path, bits: int) -> None:
         stage = made.stages["step2"]
         torch.manual_seed(0)
         learner = learner_of(model, stage)
-        given = material(learner, tokenizer, stage, 0)
+        given = stage_data(learner, tokenizer, stage, 0)
         given.reader.train()
         batch = batch_of(given)
         steps = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], 3e-3)

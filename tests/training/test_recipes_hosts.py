@@ -13,9 +13,11 @@ from trol.depth import attached
 from trol.errors import DataError, HostError, UsageError
 from trol.family import TrolForConditionalGeneration, TrolProcessor
 from trol.training import resolve, run
+from trol.training.adapters import learner_of
 from trol.training.opening import opened, reopened
 from trol.training.recipe import Recipe, Stage
-from trol.training.stage_data import learner_of, material, sized, trainer_settings
+from trol.training.run import device_batch
+from trol.training.stage_data import sized, stage_data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*"),
@@ -147,7 +149,7 @@ def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.Monke
     made = resolve("trol-1.8b", ["preset={name: trol-1.8b}", "bits=0", "precision=fp32"])
     model, processor = opened(made, None)
     stage = Stage(train=("projector", "mixers"), data="boards", steps=1, batch=2, boards=2)
-    given = material(learner_of(model, stage), processor, stage, 0)
+    given = stage_data(learner_of(model, stage), processor, stage, 0)
     assert given.reader(**given.collate([0, 1]))["loss"].isfinite()
 
 
@@ -156,12 +158,11 @@ def test_a_batch_is_divided_among_parts_and_processes(monkeypatch: pytest.Monkey
     stage = sized(made.stages["step1"], range(7681))
     assert stage.steps == 11
     monkeypatch.setenv("WORLD_SIZE", "8")
-    told = trainer_settings(made, stage)
-    assert told["per_device_train_batch_size"] == 16
-    assert told["gradient_accumulation_steps"] == 6
+    assert device_batch(stage) == 16
+    assert stage.accumulate == 6
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(UsageError, match="a multiple of 42"):
-        trainer_settings(made, stage)
+        device_batch(stage)
 
 
 def test_a_host_that_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_policy_that_is_trained_is_not_replaced() -> None:
     made = resolve("any-vlm", ["host=trol-tiny", f"policy={policy}", "precision=fp32"])
     model, processor = opened(made, None)
     stage = Stage(train=("projector",), data="boards", steps=1, batch=2, boards=2)
-    assert material(learner_of(model, stage), processor, stage, 0).rows
+    assert stage_data(learner_of(model, stage), processor, stage, 0).rows
 
 
 def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) ->
 
     def given(data: object, **settings):
         stage = Stage(train=("mixers",), data=str(data), steps=1, **settings)
-        return material(learner_of(model, stage), tokenizer, stage, 0)
+        return stage_data(learner_of(model, stage), tokenizer, stage, 0)
 
     with pytest.raises(UsageError, match="are made for TroL models"):
         given("boards")
@@ -257,7 +258,7 @@ def test_labels_are_the_answers_and_no_more(folder: Path) -> None:
     for name in ("any-llm", "any-vlm", "trol-1.8b"):
         made = recipe(folder, name, "bits=0", "precision=fp32")
         model, processor = opened(made, None)
-        given = material(
+        given = stage_data(
             learner_of(model, made.stages["step1"]), processor, made.stages["step1"], 0
         )
         batch = given.collate([given.rows[0], given.rows[1]])

@@ -18,7 +18,8 @@ from trol.reports import card, training_page
 from trol.training import progress, resolve, run
 from trol.training import progress as watching
 from trol.training import run as training
-from trol.training.progress import GateMeans, Progress, Speed
+from trol.training.progress import Progress
+from trol.training.trainer import GateMeans, Speed
 
 from .ranks import attached_model
 from .short import SHORT

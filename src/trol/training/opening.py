@@ -28,9 +28,10 @@ from trol.family.loading import load_model
 from trol.family.presets import TEMPLATES, byte_level_tokenizer, separate, text_decoder
 from trol.family.published.files import CONFIG, read_json
 from trol.host.trainer import checkpoint_activations
-from trol.training.losses import NOTHING
+from trol.training.adapters import is_plain_host, open_adapters
 from trol.training.recipe import Recipe, resolve
-from trol.training.trainable import check_quantised, is_plain_host, open_adapters, quantisation
+from trol.training.stage_data import NOTHING
+from trol.training.trainable import check_quantised, quantisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision of a recipe -> type of the weights that do not learn."""
@@ -53,7 +54,7 @@ def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
         model, processor = _first(recipe)
     elif is_trained(start):
         model, processor = _first(recipe)
-        model = open_adapters(model, start, trainable=True)
+        model = open_adapters(model, start)
         _check_policy(model, recipe, str(start))
     else:
         model, processor = _saved(recipe, start)
@@ -82,7 +83,8 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
     if "name" in recipe.preset:
         model, processor = composed(recipe.preset, recipe.policy, _texts())
     else:
-        model, processor = _tiny(recipe), tiny_processor(_texts())
+        processor = tiny_processor(_texts())
+        model = _tiny(recipe, len(processor.tokenizer))
     dtype = DTYPES[recipe.precision]
     if recipe.bits:
         # from_pretrained is what quantises; it reads the weights from the model in memory.
@@ -94,12 +96,11 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
     return model, processor
 
 
-def _tiny(recipe: Recipe) -> Any:
+def _tiny(recipe: Recipe, vocabulary: int) -> Any:
     sizes = set(inspect.signature(tiny).parameters) - {"vocab_size", "depth"}
     for key in recipe.preset:
         if key not in sizes:
             raise unknown("key in recipe.preset", key, {*sizes, "name"})
-    vocabulary = len(tiny_processor(_texts()).tokenizer)
     try:
         config = tiny(vocabulary, **recipe.preset, depth=recipe.policy)
         return TrolForConditionalGeneration(config)
@@ -130,8 +131,8 @@ def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
     try:
         model, processor = load_model(name, **_settings(recipe))
     except ImportError as error:  # some hosts' processors need packages that trol does not
-        told = " ".join(str(error).split())
-        raise HostError(f"{name} needs a package that is not installed: {told}") from error
+        reason = " ".join(str(error).split())
+        raise HostError(f"{name} needs a package that is not installed: {reason}") from error
     if is_plain_host(model):
         detach(model)
     if recipe.chat_template in TEMPLATES:
@@ -172,11 +173,11 @@ def _to(model: Any, dtype: torch.dtype) -> None:
 
 
 def _check_policy(model: Any, recipe: Recipe, name: str) -> None:
-    """What is trained already must not be replaced without a word."""
-    found, wanted = attached(model)[1].depth_policy, from_settings(recipe.policy)
-    if found != wanted:
+    """Raises `UsageError` where the recipe would replace a policy that is trained already."""
+    policy, wanted = attached(model)[1].depth_policy, from_settings(recipe.policy)
+    if policy != wanted:
         raise UsageError(
-            f"{name} comes with the policy {found}, the recipe says {wanted}; write the first "
+            f"{name} comes with the policy {policy}, the recipe says {wanted}; write the first "
             "into the recipe, or give a host without a policy."
         )
 

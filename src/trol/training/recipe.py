@@ -134,11 +134,6 @@ class Recipe:
         """The resolved recipe as YAML; reading it gives the same recipe."""
         return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False, width=100)
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of all stages together."""
-        return sum(stage.steps for stage in self.stages.values())
-
 
 def names() -> list[str]:
     """The recipes that trol carries."""
