@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from trol.errors import UsageError, unknown
 
 
 def setting(
-    default: Any = dataclasses.MISSING,
+    default: Any,
     *,
     bounds: tuple[float, float] | None = None,
     choices: Sequence[Any] | None = None,
@@ -64,11 +65,24 @@ def built(cls: Any, data: Any, where: str, **more: Any) -> Any:
             raise unknown(f"key in {where}", key, fields)
     if missing := sorted(name for name in set(fields) - set(data) if _is_required(fields[name])):
         raise UsageError(f"{where} lacks {', '.join(missing)}.")
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        values[key] = _typed(hints[key], value, f"{where}.{key}")
-        _check(values[key], f"{where}.{key}", **fields[key].metadata)
-    return cls(**values, **more)
+    values = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    settings = cls(**values, **more)
+    check(settings, f"{where}.")
+    return settings
+
+
+def check(settings: Any, where: str = "") -> None:
+    """Raises `UsageError` where a value of a dataclass is not what `setting` allows."""
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{where}{field.name}"
+        least, most = field.metadata.get("bounds") or (None, None)
+        if least is not None and not least <= value <= most:  # a NaN is in no range
+            limit = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise UsageError(f"{name} is {value}; give {limit}.")
+        choices = field.metadata.get("choices")
+        for one in value if isinstance(value, tuple) else (value,):
+            if choices is not None and one not in choices:
+                raise unknown(name, one, map(str, choices))
 
 
 def plain(value: Any) -> Any:
@@ -80,19 +94,6 @@ def plain(value: Any) -> Any:
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _check(
-    value: Any,
-    where: str,
-    bounds: tuple[float, float] | None = None,
-    choices: Sequence[Any] | None = None,
-) -> None:
-    if bounds is not None and not bounds[0] <= value <= bounds[1]:  # a NaN is in no range
-        raise UsageError(f"{where} is {value}; give {bounds[0]} to {bounds[1]}.")
-    for one in value if isinstance(value, tuple) else (value,):
-        if choices is not None and one not in choices:
-            raise unknown(where, one, map(str, choices))
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:

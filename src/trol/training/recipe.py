@@ -36,7 +36,7 @@ CURRICULA = ("none", "rotational", "gradual")
 class Stage:
     """One row of the stage table: which parts learn, from what, how fast and how long."""
 
-    train: tuple[str, ...] = setting(choices=PARTS)
+    train: tuple[str, ...] = field(metadata={"choices": PARTS})
     """Parts that learn; of these, layers that the policy lets no token in scope visit are
     frozen."""
     data: str

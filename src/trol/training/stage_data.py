@@ -108,8 +108,8 @@ class SymbolReader(Reader):
 class StageData(NamedTuple):
     """What a Trainer needs besides its arguments."""
 
-    reader: nn.Module
-    """Takes a batch and gives its loss."""
+    reader: Any
+    """The module that takes a batch and gives its loss."""
     rows: Any
     """A map-style dataset; item i may be i itself."""
     collate: Callable[..., dict[str, Any]]
