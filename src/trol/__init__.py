@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from trol.depth.policy import Plain
     from trol.errors import UntrainedWarning
     from trol.family.loading import load_model
-    from trol.policies.chance import LayerDropout, RandomTokens
     from trol.policies.controller import Controller
-    from trol.policies.exits import EarlyExit
+    from trol.policies.exits import EarlyExit, LayerDropout
     from trol.policies.mixer import TrolMixer
     from trol.policies.planned import Planned, Replay
+    from trol.policies.random_tokens import RandomTokens
     from trol.policies.router import Router
     from trol.speculation import speculate
 
@@ -50,11 +50,11 @@ _HOMES = {
     "Plan": "depth",
     "Trace": "depth",
     "EarlyExit": "policies.exits",
-    "LayerDropout": "policies.chance",
+    "LayerDropout": "policies.exits",
     "Controller": "policies.controller",
     "Plain": "depth.policy",
     "Planned": "policies.planned",
-    "RandomTokens": "policies.chance",
+    "RandomTokens": "policies.random_tokens",
     "Replay": "policies.planned",
     "Router": "policies.router",
     "TrolMixer": "policies.mixer",

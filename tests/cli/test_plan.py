@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import trol
 from training import standins
-from trol.checkpoints import baking
+from trol.checkpoints import export as exporting
 from trol.cli import main
 from trol.cli.models import read_plan, write_plan
 from trol.data.own_files import Pair
@@ -178,13 +178,13 @@ def test_a_model_that_sees_is_compared_with_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[set[str]] = []
-    compared = baking._compared
+    compared = exporting._compared
 
     def noted(*given: Any) -> float:
         seen.append(set(given[3]))
         return compared(*given)
 
-    monkeypatch.setattr(baking, "_compared", noted)
+    monkeypatch.setattr(exporting, "_compared", noted)
     host, short = standins.vlm(tmp_path / "vlm"), tmp_path / "short"
     assert run("export", host, short, "--plan", "1") == 0
     assert "layers '1' of 2 as 1 layers" in capsys.readouterr().out

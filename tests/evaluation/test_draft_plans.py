@@ -92,12 +92,12 @@ def test_agreement_is_what_speculation_accepts(model: Any, tokenizer: Any) -> No
     with torch.no_grad(), depth(model, "plain"):
         one = followed.follow(model, tokenizer, ITEMS[:1], 24)
         (row,) = followed.agreement(stack, [one], (0, 1, 2))
-    with speculate(model, "0-2", tokens=1) as spoken:
+    with speculate(model, "0-2", tokens=1) as stats:
         said = model.generate(one.ids[:, : one.prompt], max_new_tokens=24, do_sample=False)
     assert said.tolist() == one.ids.tolist()
     assert 0 < sum(row) < len(row)
-    assert spoken.steps == 23
-    assert spoken.tokens_per_round == pytest.approx(tokens_per_round([row], 1), rel=0.01)
+    assert stats.steps == 23
+    assert stats.tokens_per_round == pytest.approx(tokens_per_round([row], 1), rel=0.01)
 
 
 def test_a_model_with_a_plan_drafts_with_fewer_of_its_layers(model: Any, tokenizer: Any) -> None:

@@ -15,10 +15,10 @@ from transformers import (
 
 from family.samples import enlarged, picture, question, rows
 from trol.depth import attach, detach
+from trol.depth.policy import from_settings
 from trol.errors import DataError
 from trol.family import TrolConfig, TrolForConditionalGeneration, TrolModel, tiny
 from trol.host.trainer import checkpoint_activations
-from trol.policies import from_settings
 
 CLOSE = {"atol": 5e-5, "rtol": 0}
 

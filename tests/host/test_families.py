@@ -12,10 +12,10 @@ from trol.errors import HostError
 from trol.host.cache import new_cache
 from trol.host.generation import difference
 from trol.host.names import CACHE
-from trol.policies.chance import RandomTokens
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 
 from .tiny_families import HYPERCLOVA, LFM2, SIZES, random_model
 

@@ -19,11 +19,11 @@ from hosts.host import Inputs
 from trol.depth import AbstractPolicy, Plan
 from trol.depth.readout import Readout
 from trol.host.names import CACHE
-from trol.policies.chance import RandomTokens
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 from trol.policies.router import Router
 
 KeysValues = tuple[Tensor, Tensor]
@@ -83,19 +83,19 @@ class NaiveExits:
 class NaiveRouter:
     """What the question tokens of one row voted for, and the plan of each answer token."""
 
-    def __init__(self, policy: Router, ballot: Sequence[Tensor]) -> None:
-        self.policy, self.ballot = policy, ballot
-        self.votes: list[Tensor] = []
+    def __init__(self, policy: Router, head: Sequence[Tensor]) -> None:
+        self.policy, self.head = policy, head
+        self.features: list[Tensor] = []
         self.plans: dict[int, Plan] = {}
 
     def reading(self, token: int, x: Tensor, *, answer: bool) -> None:
-        """Takes a question token's vote, or counts all votes so far for an answer token."""
-        vote_weight, vote_bias, verdict_weight, verdict_bias = self.ballot
+        """Reads a question token, or averages those read so far for an answer token."""
+        vote_weight, vote_bias, verdict_weight, verdict_bias = self.head
         if not answer:
             normed = (x.flatten() - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
-            self.votes.append((vote_weight @ normed + vote_bias).relu())
+            self.features.append((vote_weight @ normed + vote_bias).relu())
             return
-        mean = sum(self.votes) / len(self.votes)
+        mean = sum(self.features) / len(self.votes)
         shares = torch.sigmoid(verdict_weight @ mean + verdict_bias).tolist()
         suffices = [share >= self.policy.dial for share in (*shares, 1.0)]
         self.plans[token] = self.policy.menu[suffices.index(True)]

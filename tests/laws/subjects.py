@@ -14,11 +14,11 @@ from trol.depth import AbstractPolicy, attach, attached
 from trol.depth.attachment import gates_of
 from trol.depth.policy import Plain
 from trol.host.layers import layer_list
-from trol.policies.chance import RandomTokens
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 from trol.policies.router import Router
 
 SURE = (0.3, 0.004, 0.1)

@@ -103,7 +103,7 @@ class Drawn:
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entered = args[0] if args else kwargs["hidden_states"]
         through = output[0] if isinstance(output, tuple) else output
-        logits = entered.detach() @ self.gate.weights[0].T + self.gate.biases[0]
+        logits = entered.detach() @ self.gate.weight_0.T + self.gate.bias_0
         drawn = nn.functional.gumbel_softmax(logits, tau=self.policy.temperature, hard=True)
         mask = torch.where(self.answer, drawn[..., 1], 1.0)
         self.executed = mask[self.answer].mean()
@@ -147,7 +147,7 @@ def test_gradients_are_those_of_a_drawn_mask(host: Host, wish: dict[str, float])
     assert gap(loss, expected) <= 1e-5
     for name, parameter in model.named_parameters():
         assert gap(got[name], parameter.grad) <= 1e-4 * (1 + parameter.grad.abs().max()), name
-    assert all(gate.weights[0].grad.abs().max() > 0 for gate in gates if gate is not None)
+    assert all(gate.weight_0.grad.abs().max() > 0 for gate in gates if gate is not None)
 
 
 @pytest.mark.parametrize("host", some_hosts("llama", "gpt2"))
@@ -237,9 +237,9 @@ def test_rows_take_different_plans_and_keep_them_in_beams() -> None:
     model, rows = host.build(), host.left_padded((5, 9, 7, 12, 6, 8))
     attach_settled(model, Router(["0 3", "0 2-3", "all"], hidden=8), seed=0)
     logits = []
-    verdict = gates_of(attached(model)[1])[1]
-    own = verdict.verdict
-    verdict.verdict = lambda means: logits.append(own(means)) or logits[-1]
+    head = gates_of(attached(model)[1])[1]
+    own = head.logits
+    head.logits = lambda means: logits.append(own(means)) or logits[-1]
     greedy(model, rows.batch, max_new_tokens=2)
     middle = torch.sigmoid(logits[-1][..., 0]).median().item()
     dial = Router(["0 3", "0 2-3", "all"], hidden=8, dial=middle)

@@ -12,7 +12,7 @@ from hosts.host import Inputs
 from trol.depth import attach, trace
 from trol.errors import HostError
 from trol.host.layers import hiding
-from trol.policies.chance import RandomTokens
+from trol.policies.random_tokens import RandomTokens
 
 from .subjects import gap, layers_of
 

@@ -49,10 +49,10 @@ def test_greedy_tokens_are_those_of_generate(host: Host, name: str | None) -> No
     wanted = greedily(model, inputs, eos_token_id=ends)
     assert (wanted.sequences[:, -1] == PAD).any() or wanted.sequences.shape[1] < NEW + 9
     for draft in ("exit@1", "0 3"):
-        with speculate(model, draft, tokens=3) as spoken:
+        with speculate(model, draft, tokens=3) as stats:
             got = greedily(model, inputs, eos_token_id=ends)
         assert_equal(got, wanted, 2 * host.default_exact)
-        assert 0 <= spoken.accepted <= spoken.drafted
+        assert 0 <= stats.accepted <= stats.drafted
     with speculate(model, "0 2-3", tokens=4):
         assert_equal(greedily(model, inputs), free, 2 * host.default_exact)
     assert is_attached(model) == (name is not None)
@@ -85,22 +85,22 @@ def test_two_hundred_prompts() -> None:
 def test_a_draft_that_is_the_model_is_always_right(name: str | None) -> None:
     """k + 1 tokens a round, in every row."""
     model, inputs = settled(HOSTS["llama"], name), HOSTS["llama"].inputs(batch=2)
-    with speculate(model, made(name) if name else "all", tokens=3) as spoken:
+    with speculate(model, made(name) if name else "all", tokens=3) as stats:
         model.generate(**inputs, max_new_tokens=13, do_sample=False)
-    assert spoken.acceptance == 1
-    assert (spoken.rounds, spoken.tokens_per_round, spoken.drafted) == (3, 4, 18)
+    assert stats.acceptance == 1
+    assert (stats.rounds, stats.tokens_per_round, stats.drafted) == (3, 4, 18)
 
 
 def test_a_draft_that_is_always_wrong_costs_a_pass_for_each_token() -> None:
     """The draft's head is turned round: its best token is the model's worst."""
     model, inputs = settled(HOSTS["llama"], None), HOSTS["llama"].inputs()
     wanted = model.generate(**inputs, max_new_tokens=9, do_sample=False)
-    with speculate(model, "exit@3", tokens=2) as spoken:
+    with speculate(model, "exit@3", tokens=2) as stats:
         handle = model.lm_head.register_forward_hook(_turned(model))
         got = model.generate(**inputs, max_new_tokens=9, do_sample=False)
         handle.remove()
     assert got.tolist() == wanted.tolist()
-    assert (spoken.accepted, spoken.rounds, spoken.tokens_per_round) == (0, 8, 1)
+    assert (stats.accepted, stats.rounds, stats.tokens_per_round) == (0, 8, 1)
 
 
 def _turned(model: Any) -> Callable[..., Any]:
@@ -197,9 +197,9 @@ def test_confidence_ends_drafts_early() -> None:
     wanted = greedily(model, inputs)
     counts = {}
     for confidence in (None, 0.0, 0.3, 0.99):
-        with speculate(model, "0-2", tokens=5, confidence=confidence) as spoken:
+        with speculate(model, "0-2", tokens=5, confidence=confidence) as stats:
             assert_equal(greedily(model, inputs), wanted, 1e-4)
-        counts[confidence] = spoken.drafted / spoken.rounds
+        counts[confidence] = stats.drafted / stats.rounds
     assert counts[None] == counts[0.0] > counts[0.3] >= counts[0.99]
 
 
@@ -232,9 +232,9 @@ def test_samples_have_the_models_distribution(chunk: int) -> None:
     rows = 1500
     many = {name: value.repeat(rows, 1) for name, value in inputs.items()}
     torch.manual_seed(11)
-    with speculate(model, "exit@2", tokens=chunk) as spoken:
+    with speculate(model, "exit@2", tokens=chunk) as stats:
         drawn = model.generate(**many, **draw)[:, -4:-1]
-    assert 0.02 < spoken.acceptance < 0.98
+    assert 0.02 < stats.acceptance < 0.98
     chances = _chances(model, inputs, 1.5, 4)
     statistic, cells = 0.0, 0
     found = dict.fromkeys(chances, 0)
@@ -322,7 +322,7 @@ def test_processors_with_a_state_see_every_token_once(
     for end in (None, ends):
         wanted = greedily(model, {"input_ids": ids}, eos_token_id=end, **asks())
         for draft in ("0 2", "0 3"):
-            with speculate(model, draft, tokens=3) as spoken:
+            with speculate(model, draft, tokens=3) as stats:
                 got = greedily(model, {"input_ids": ids}, eos_token_id=end, **asks())
             assert got.sequences.tolist() == wanted.sequences.tolist()
-            assert 0 <= spoken.accepted <= spoken.drafted
+            assert 0 <= stats.accepted <= stats.drafted

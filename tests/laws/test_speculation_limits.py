@@ -38,9 +38,9 @@ def test_the_trol_family() -> None:
     run = partial(model.generate, **inputs, max_new_tokens=10, do_sample=False, pad_token_id=0)
     wanted = run()
     for draft in ("exit@2", "0 2", TrolMixer()):
-        with speculate(model, draft, tokens=3) as spoken:
+        with speculate(model, draft, tokens=3) as stats:
             assert run().tolist() == wanted.tolist()
-        assert spoken.rounds
+        assert stats.rounds
 
 
 @pytest.mark.parametrize("kind", ["longrope"] * SWITCHES_ROPE + ["dynamic"])
@@ -64,9 +64,9 @@ def test_rope_that_changes_with_the_length(kind: str) -> None:
     inputs = host.inputs()
     run = partial(greedily, model, inputs, max_new_tokens=20)
     wanted = run()
-    with speculate(model, "all", tokens=4) as spoken:
+    with speculate(model, "all", tokens=4) as stats:
         assert_equal(run(), wanted, 1e-4)
-    assert 0 < spoken.drafted < 4 * spoken.rounds
+    assert 0 < stats.drafted < 4 * stats.rounds
 
 
 def test_another_policy_for_a_while() -> None:
@@ -90,10 +90,10 @@ def test_threads_draft_for_themselves() -> None:
         torch.set_grad_enabled(False)
         start.wait()
         for _ in range(8):
-            with speculate(model, draft or "all") as spoken:
+            with speculate(model, draft or "all") as stats:
                 if model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist() != wanted:
                     wrong.append(draft)
-            rounds.append(spoken.rounds)
+            rounds.append(stats.rounds)
 
     drafts = ("exit@1", "0 3", "all")
     threads = [threading.Thread(target=work, args=(draft,)) for draft in drafts]
@@ -141,11 +141,11 @@ def test_what_cannot_be_drafted_is_refused(case: str) -> None:
     model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
     settings, told = REFUSED[case]
     with (
-        speculate(model, "exit@1") as spoken,
+        speculate(model, "exit@1") as stats,
         pytest.raises((UsageError, HostError), match=told),
     ):
         model.generate(**inputs, max_new_tokens=4, **settings)
-    assert spoken.rounds == 0
+    assert stats.rounds == 0
 
 
 @pytest.mark.parametrize(

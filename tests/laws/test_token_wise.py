@@ -23,8 +23,8 @@ from trol.depth import visits as executors
 from trol.errors import UsageError
 from trol.execution import token_wise as attending_
 from trol.host.names import CACHE
-from trol.policies.chance import RandomTokens
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 
 from .subjects import (
     HOLED,

@@ -17,8 +17,8 @@ from trol.errors import HostError, UsageError
 from trol.host import names as parts
 from trol.host.names import CACHE
 from trol.host.runtime import Launches
-from trol.policies.chance import RandomTokens
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
 
 from .subjects import POLICIES, attach_settled, entered, gap, layers_of, made, some_hosts
 

@@ -14,7 +14,7 @@ from trol.depth import attach, attached, detach, trace
 from trol.depth.attachment import gates_of
 from trol.errors import AdapterError, UsageError
 from trol.family import TrolForConditionalGeneration, tiny
-from trol.policies.controller import Controller, Decider, sinusoids
+from trol.policies.controller import Controller, ControllerNet, sinusoids
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_module_on_every_layer_but_the_first_and_the_last(
         first, *inner, last = gates_of(attached(model)[1])
         assert first is None
         assert last is None
-        assert [[tuple(w.shape) for w in gate.weights] for gate in inner] == [shapes] * (layers - 2)
+        assert [[tuple(w.shape) for w, _ in gate.maps] for gate in inner] == [shapes] * (layers - 2)
     assert policy == Controller(hidden_layers=hidden_layers)
 
 
@@ -64,7 +64,7 @@ def test_a_module_on_every_layer_but_the_first_and_the_last(
 @pytest.mark.parametrize("temperature", [0.5, 1.2])
 def test_the_first_probability_is_the_one_asked_for(initial: float, temperature: float) -> None:
     """At any temperature; drawn in training, the likelier choice otherwise."""
-    gate = Decider(32, 1, initial)
+    gate = ControllerNet(32, 1, initial)
     states, everywhere = torch.randn(40, 100, 32), torch.ones(40, 100, dtype=torch.bool)
     torch.manual_seed(0)
     drawn = gate.train()(states, everywhere, temperature)
@@ -72,21 +72,21 @@ def test_the_first_probability_is_the_one_asked_for(initial: float, temperature:
     assert abs(drawn.mean().item() - initial) < 4 * math.sqrt(initial * (1 - initial) / 4000)
     taken = gate.eval()(states, everywhere, temperature)
     assert (taken == float(initial > 0.5)).all()
-    assert not torch.equal(Decider(32, 0, None).weights[0], Decider(32, 0, None).weights[0])
+    assert not torch.equal(ControllerNet(32, 0, None).weight_0, ControllerNet(32, 0, None).weight_0)
 
 
 def test_half_precision_modules_decide_in_single_precision() -> None:
-    gate = Decider(32, 0, None).bfloat16()
+    gate = ControllerNet(32, 0, None).bfloat16()
     states = torch.randn(2, 3, 32, dtype=torch.bfloat16)
     assert gate.logits(states.float()).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         taken = gate.eval()(states, torch.ones(2, 3, dtype=torch.bool), 1.0)
-    logits = states.float() @ gate.weights[0].float().T + gate.biases[0].float()
+    logits = states.float() @ gate.weight_0.float().T + gate.bias_0.float()
     assert torch.equal(taken, (logits[..., 1] >= logits[..., 0]).float())
 
 
 def test_nothing_that_looks_for_linear_maps_finds_one() -> None:
-    assert not any(isinstance(m, nn.Linear) for m in Decider(64, 2, 0.9).modules())
+    assert not any(isinstance(m, nn.Linear) for m in ControllerNet(64, 2, 0.9).modules())
 
 
 @pytest.mark.parametrize("width", [6, 7])
@@ -145,8 +145,8 @@ def test_a_saved_model_opened_with_another_policy_starts_it_afresh(
             assert 1e-9 < parameter.abs().max() < 8 or name in ("weight", "weight_1"), name
     gate = next(gate for gate in gates_of(attached(model)[1]) if gate is not None)
     if policy["policy"] == "controller":
-        assert gate.biases[-1].softmax(0)[1].item() == pytest.approx(0.95)
-        assert gate.weights[-1].abs().max() == 0
+        assert gate.bias_1.softmax(0)[1].item() == pytest.approx(0.95)
+        assert gate.weight_1.abs().max() == 0
     if policy["policy"] == "trol_mixer":
         states = torch.randn(1, 3, gate.weight.shape[1])
         torch.testing.assert_close(gate(states), torch.full((1, 3), 0.001))

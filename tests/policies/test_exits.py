@@ -11,8 +11,7 @@ from trol.depth import attach, trace
 from trol.depth.policy import from_settings, resolve, to_settings
 from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.policies.chance import LayerDropout
-from trol.policies.exits import EarlyExit, entropy, margin, patience, saturation
+from trol.policies.exits import EarlyExit, LayerDropout, entropy, margin, patience, saturation
 
 
 def test_measures_by_hand() -> None:

@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import trol
 from hosts import HOSTS, Host
 from hosts.checks import greedy
-from trol.checkpoints.baking import bake
-from trol.checkpoints.export import check_destination, export, plain_host, random_rows
+from trol.checkpoints.export import bake, check_destination, export, plain_host, random_rows
 from trol.depth import Plan, depth
 from trol.errors import HostError, UsageError
 from trol.family import TrolForConditionalGeneration, tiny
@@ -152,7 +151,7 @@ def test_a_stack_that_acts_by_number_is_found_by_its_outputs(
     """Deepstack, were it not known by name: only pictures show it."""
     host = HOSTS["qwen3_vl"]
     model, plan = host.build(layers=LAYERS), Plan("1 3-4")
-    monkeypatch.setattr("trol.checkpoints.baking._check_deepstack", lambda *_: None)
+    monkeypatch.setattr("trol.checkpoints.export._check_deepstack", lambda *_: None)
     bake(model, plan, [random_rows(model, 0)])
     with pytest.raises(HostError, match="does something by layer number"):
         bake(model, plan, [host.inputs()])

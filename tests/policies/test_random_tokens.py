@@ -10,7 +10,7 @@ from trol.depth import AbstractPolicy, Bounds, Visit
 from trol.depth.policy import from_settings, to_settings
 from trol.depth.roles import Context
 from trol.errors import UsageError
-from trol.policies.chance import RandomTokens
+from trol.policies.random_tokens import RandomTokens
 
 
 def goes(

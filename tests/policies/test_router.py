@@ -13,7 +13,7 @@ from trol.depth import Plan, attach, attached
 from trol.depth.attachment import gates_of
 from trol.depth.policy import from_settings, to_settings
 from trol.errors import AdapterError, UsageError
-from trol.policies.router import Ballot, Router, first_sure
+from trol.policies.router import Router, RouterHead, first_sure
 
 MENU = ["0-1", "0-2", "all"]
 
@@ -70,7 +70,7 @@ def test_a_full_plan_may_be_written_out_and_plans_without_text_are_kept() -> Non
 def test_the_parameters_lie_on_one_layer() -> None:
     model = attach(HOSTS["llama"].build(), Router(["0-1", "0-2", "all"], after=2, hidden=5))
     gates = gates_of(attached(model)[1])
-    assert [type(gate) for gate in gates] == [type(None)] * 2 + [Ballot] + [type(None)]
+    assert [type(gate) for gate in gates] == [type(None)] * 2 + [RouterHead] + [type(None)]
     assert sum(p.numel() for p in gates[2].parameters()) == 5 * 32 + 5 + 2 * 5 + 2
 
 
@@ -84,13 +84,13 @@ def test_the_first_sure_level_is_taken() -> None:
 
 def test_votes_are_a_mean_over_the_question_alone() -> None:
     """Whatever stands at padding, and at whatever scale the states are."""
-    ballot = Ballot(8, 4, 2)
+    head = RouterHead(8, 4, 2)
     states, question = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
     question[0, :2] = False
-    logits = ballot(states, question)
-    assert torch.allclose(logits[:1], ballot(states[:1, 2:], question[:1, 2:]), atol=1e-6)
-    assert torch.allclose(logits, ballot(100 * states, question), atol=1e-4)
-    assert torch.allclose(logits.half(), ballot.half()(states, question).half(), atol=1e-2)
+    logits = head(states, question)
+    assert torch.allclose(logits[:1], head(states[:1, 2:], question[:1, 2:]), atol=1e-6)
+    assert torch.allclose(logits, head(100 * states, question), atol=1e-4)
+    assert torch.allclose(logits.half(), head.half()(states, question).half(), atol=1e-2)
 
 
 def test_an_adapter_of_another_host_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from trol.depth.attachment import gates_of
 from trol.depth.readout import Readout
 from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.policies.chance import LayerDropout
-from trol.policies.exits import EarlyExit
+from trol.policies.exits import EarlyExit, LayerDropout
 from trol.training import resolve, run
 from trol.training.losses import ExitLoss, exits_of, final_loss, weights
 from trol.training.recipe import CURRICULA

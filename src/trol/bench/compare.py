@@ -20,9 +20,9 @@ from trol.depth import AbstractPolicy, attach
 from trol.depth.policy import Plain
 from trol.errors import DataError, UsageError, unknown
 from trol.evaluation.timing import time_forward
-from trol.policies.chance import RandomTokens
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned, static_plan
+from trol.policies.random_tokens import RandomTokens
 
 FLOOR = 0.02
 """Ratios this near each other, as a share of the stored one, are taken for equal."""

@@ -41,8 +41,8 @@ from trol.bench.setting import TINY, HostTimes, Row, Setting, host, limit_of, ph
 from trol.depth import AbstractPolicy, Plan, attach
 from trol.depth.attachment import executor
 from trol.evaluation.timing import Timing, generated, interleaved, time_forward, time_generate
-from trol.policies.chance import RandomTokens
 from trol.policies.planned import Planned, static_plan
+from trol.policies.random_tokens import RandomTokens
 
 MUST = {"all": 1.05, "answer": 1.1}
 """Scope -> the largest ratio of what is measured to its limit."""

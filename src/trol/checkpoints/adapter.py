@@ -1,6 +1,6 @@
-"""Saving what trol adds to a host, and putting it on again: two files, no pickle.
+"""Adapters: what trol adds to a host, saved as two files without pickle, and loaded again.
 
-What a model is known by, in a few characters: its configuration, and its weights.
+Also digests, short texts that identify a model by its configuration or by its weights.
 """
 
 from __future__ import annotations
@@ -8,24 +8,35 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
 from trol.depth import attach, attached, detach
 from trol.depth.attachment import gates_of
 from trol.depth.policy import AbstractPolicy, from_settings, names, settings_to_save
 from trol.errors import AdapterError, UsageError, unwritable
+from trol.files import write_whole
 from trol.host.layers import find_decoder
-from trol.policies.parameters import Learnt
+from trol.policies.base import PolicyModule
 
-LOOKED_AT = 64
-"""Numbers of a parameter that are looked at, from the first to the last."""
+CONFIG_NAME = "depth_config.json"
+WEIGHTS_NAME = "depth.safetensors"
+PARTS_NAME = "parts.safetensors"
+"""Lies beside an adapter where training changed parts of its host as well."""
+
+ABOUT = ("trol_version", "host_class", "host_digest")
+"""Keys of `depth_config.json` that are no settings of the policy."""
+
+COMPARED = 64
+"""Numbers of each parameter that go into a digest, spread from the first to the last."""
 
 _NOT_THE_HOST = {
     "quantization_config",
@@ -40,40 +51,34 @@ _NOT_THE_HOST = {
 }
 """Configuration entries that do not change what the layers compute."""
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def host_digest(decoder: Any) -> str:
-    """Sixteen hexadecimal digits that name a decoder's configuration."""
+    """Sixteen hexadecimal digits that identify a decoder's configuration."""
     config = {k: v for k, v in decoder.config.to_dict().items() if k not in _NOT_THE_HOST}
     return text_digest(json.dumps(config, sort_keys=True, default=str))[:16]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of a model: names and shapes of its parameters, and some numbers of each."""
+    """The digest of a model's parameters: names, shapes, types, and some numbers of each."""
     parts = []
     for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // LOOKED_AT)
+        step = max(1, parameter.numel() // COMPARED)
         some = parameter.detach().flatten()[::step]
         parts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype} {numbers_digest(some)}")
     return text_digest("\n".join(parts))
 
 
 def numbers_digest(values: Tensor) -> str:
-    """Of a tensor's shape and numbers."""
+    """The digest of a tensor: its shape and numbers."""
     raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"{tuple(values.shape)}{hashlib.sha256(raw).hexdigest()}"
 
 
 def text_digest(text: str) -> str:
-    """Thirty-two hexadecimal digits of a text."""
+    """The digest of a text: thirty-two hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-CONFIG_NAME = "depth_config.json"
-WEIGHTS_NAME = "depth.safetensors"
-PARTS_NAME = "parts.safetensors"
-"""What lies beside an adapter where training changed parts of its host as well."""
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def is_trained(folder: Path) -> bool:
@@ -84,12 +89,13 @@ def is_trained(folder: Path) -> bool:
 def check_adapter_folder(folder: Path, *, beside: tuple[str, ...] = ()) -> None:
     """Raises `UsageError` where a command should not write an adapter.
 
-    An earlier adapter is written over; beside it may lie what the command itself writes there.
+    An earlier adapter is written over. `beside` names other files that the command writes there.
     """
     check_writable(folder)
     own = (CONFIG_NAME, WEIGHTS_NAME, *beside)
-    there = folder.iterdir() if folder.exists() else ()
-    others = sorted(path.name for path in there if path.name.removesuffix(".partial") not in own)
+    entries = [path.name for path in folder.iterdir()] if folder.exists() else []
+    # An interrupted run may have left a draft of one of its files.
+    others = sorted(name for name in entries if not any(one in name for one in own))
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UsageError(
@@ -101,8 +107,8 @@ def check_adapter_folder(folder: Path, *, beside: tuple[str, ...] = ()) -> None:
 def check_writable(folder: Path) -> None:
     """Raises `UsageError` where no folder is or can be made; leaves everything as it was."""
     try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise unwritable(folder, error) from error
 
@@ -122,9 +128,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         "host_digest": host_digest(stack),
         **settings,
     }
-    _write_whole(folder / WEIGHTS_NAME, lambda path: save_file(_parameters(stack), path))
-    text = json.dumps(config, indent=2) + "\n"
-    _write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / WEIGHTS_NAME, as_safetensors(_parameters(stack)))
+    write_whole(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -144,8 +149,7 @@ def load(model: Model, folder: str | Path) -> Model:
             f"{config.get('host_digest')}, this host is {type(decoder).__name__} {digest}; load "
             "it onto the model it was trained on."
         )
-    about = ("trol_version", "host_class", "host_digest")
-    attach(model, _policy({k: v for k, v in config.items() if k not in about}, folder))
+    attach(model, _policy({k: v for k, v in config.items() if k not in ABOUT}, folder))
     try:
         _fill(attached(model)[1], weights, folder)
     except AdapterError:
@@ -176,18 +180,16 @@ def _policy(settings: dict[str, Any], folder: str | Path) -> AbstractPolicy:
     try:
         return from_settings(settings)
     except (TypeError, UsageError) as error:
-        wrong = [
-            f"setting {key} is {settings[key]!r}: " for key in settings if _alone(settings, key)
-        ]
-        whole = isinstance(settings.get("policy"), str) and settings["policy"] not in names()
-        what = "cannot be loaded" if whole else "is damaged, save it again"
-        raise AdapterError(
-            f"the adapter in {folder} {what}: {''.join(wrong[:1])}{error}"
-        ) from error
+        wrong = next((key for key in settings if _is_wrong(settings, key)), None)
+        setting = "" if wrong is None else f"setting {wrong} is {settings[wrong]!r}: "
+        name = settings.get("policy")
+        unregistered = isinstance(name, str) and name not in names()
+        what = "cannot be loaded" if unregistered else "is damaged, save it again"
+        raise AdapterError(f"the adapter in {folder} {what}: {setting}{error}") from error
 
 
-def _alone(settings: dict[str, Any], key: str) -> bool:
-    """Whether all settings but this one make a policy, so that this one is wrong."""
+def _is_wrong(settings: dict[str, Any], key: str) -> bool:
+    """Whether all settings but this one make a policy."""
     try:
         from_settings({name: value for name, value in settings.items() if name != key})
     except (TypeError, UsageError):
@@ -195,36 +197,33 @@ def _alone(settings: dict[str, Any], key: str) -> bool:
     return True
 
 
+def _gates(stack: Any) -> Iterator[tuple[int, nn.Module]]:
+    """The modules with parameters of their own, each with its layer: if tied, the first alone."""
+    for layer, gate in enumerate(gates_of(stack)):
+        if gate is not None and not (stack.depth_policy.tied and layer):
+            yield layer, gate
+
+
 def _parameters(stack: Any) -> dict[str, Tensor]:
-    tied = stack.depth_policy.tied
     return {
         f"{layer}.{name}": parameter.detach().contiguous()
-        for layer, gate in enumerate(gates_of(stack))
-        if gate is not None and not (tied and layer)
+        for layer, gate in _gates(stack)
         for name, parameter in gate.named_parameters()
     }
 
 
 def _fill(stack: Any, weights: dict[str, Tensor], folder: str | Path) -> None:
-    wanted = _parameters(stack)
-    if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in weights.items()}:
+    needed = _parameters(stack)
+    if {k: v.shape for k, v in needed.items()} != {k: v.shape for k, v in weights.items()}:
         raise AdapterError(
-            f"{folder} holds {sorted(weights)}, its policy needs {sorted(wanted)}; the files do "
+            f"{folder} holds {sorted(weights)}, its policy needs {sorted(needed)}; the files do "
             "not belong together."
         )
-    for layer, gate in enumerate(gates_of(stack)):
-        if gate is None or (stack.depth_policy.tied and layer):
-            continue
+    for layer, gate in _gates(stack):
         for name, parameter in gate.named_parameters():
             parameter.data.copy_(weights[f"{layer}.{name}"])
-        if isinstance(gate, Learnt):
-            gate.loaded()
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
+        if isinstance(gate, PolicyModule):
+            gate.mark_trained()
 
 
 def _version() -> str:

@@ -273,11 +273,11 @@ POLICIES = {
     "plan": "trol.policies.planned:Planned",
     "trol_mixer": "trol.policies.mixer:TrolMixer",
     "early_exit": "trol.policies.exits:EarlyExit",
-    "layer_dropout": "trol.policies.chance:LayerDropout",
+    "layer_dropout": "trol.policies.exits:LayerDropout",
     "replay": "trol.policies.planned:Replay",
     "controller": "trol.policies.controller:Controller",
     "router": "trol.policies.router:Router",
-    "random_tokens": "trol.policies.chance:RandomTokens",
+    "random_tokens": "trol.policies.random_tokens:RandomTokens",
 }
 """Registered name -> module:class."""
 

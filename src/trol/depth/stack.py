@@ -138,11 +138,10 @@ class StackMixin(Specialised):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The host's own first values; a policy's modules that a checkpoint lacks have theirs."""
-        start_over = getattr(module, "start_over", None)
-        if start_over is None:
-            super()._init_weights(module)  # type: ignore[misc]
+        if getattr(module, "sets_first_values", False):
+            cast(Any, module).reset_parameters()
         else:
-            start_over()
+            super()._init_weights(module)  # type: ignore[misc]
 
     def depth_policy_in_force(self) -> AbstractPolicy:
         """The attached policy, or the one that `trol.depth` put in its place for a while."""

@@ -17,7 +17,7 @@ from trol.depth.roles import Prompt
 from trol.evaluation.tasks import Item, prompts
 from trol.evaluation.timing import interleaved
 from trol.policies.planned import Planned, plan_keeping
-from trol.speculation.loop import Passes, under
+from trol.speculation.loop import ForwardPasses, with_policy
 
 MOST_TOKENS = 8
 """The longest draft that is tried. Unit: tokens."""
@@ -54,7 +54,7 @@ class Costs:
 class Followed:
     """Answers of the model, and the cache of their prompts."""
 
-    passes: Passes
+    passes: ForwardPasses
     """Right behind the prompt."""
     ids: Tensor
     """Prompts and answers. Shape: [B, T + N]."""
@@ -81,19 +81,19 @@ def follow(model: Any, processor: Any, items: Sequence[Item], new_tokens: int) -
     inputs = prompts(processor, items).to(model.device)
     length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    made: list[Passes] = []
+    made: list[ForwardPasses] = []
     model.generate(
         **inputs, max_new_tokens=1, do_sample=False, custom_generate=partial(_read, made=made)
     )
     return Followed(made[0], ids, length, _before_the_end(model, ids[:, length:]))
 
 
-def _read(model: Any, input_ids: Tensor, *, made: list[Passes], **kwargs: Any) -> Tensor:
+def _read(model: Any, input_ids: Tensor, *, made: list[ForwardPasses], **kwargs: Any) -> Tensor:
     """A `custom_generate` that reads the prompt, and leaves its passes in `made`."""
     config = kwargs.pop("generation_config")
     for name in ("logits_processor", "stopping_criteria"):
         del kwargs[name]
-    passes = Passes(model, kwargs)
+    passes = ForwardPasses(model, kwargs)
     passes.prompt(input_ids, config)
     made.append(passes)
     return input_ids
@@ -111,7 +111,7 @@ def _before_the_end(model: Any, answers: Tensor) -> Tensor:
 def agreement(stack: Any, followed: Sequence[Followed], layers: tuple[int, ...]) -> Rows:
     """One pass of a draft over each batch of answers, behind the model's own prompts."""
     rows: Rows = []
-    with under(stack, Planned(plan_keeping(layers, stack.depth_layers))):
+    with with_policy(stack, Planned(plan_keeping(layers, stack.depth_layers))):
         for one in followed:
             new = one.ids.shape[1] - one.prompt - 1
             if not new:
@@ -126,8 +126,8 @@ def agreement(stack: Any, followed: Sequence[Followed], layers: tuple[int, ...])
 def _behind(one: Followed, ids: Tensor, new: int) -> Tensor:
     """Logits of `new` tokens behind the prompt, on a cache of their own. Shape: [B, new, V]."""
     passes = one.passes.fork(planes=False)
-    passes.grow(new)
-    return passes.over(ids, new)
+    passes.extend(new)
+    return passes.run(ids, new)
 
 
 def share(rows: Rows) -> float:
@@ -144,7 +144,7 @@ def costs_of(host: Any, stack: Any, one: Followed, stays: Sequence[int], rounds:
     def timed(new: int, policy: Any) -> float:
         ids = torch.cat([prompt, one.ids[:, -1:].expand(-1, new)], 1)
         began = time.perf_counter()
-        with under(stack, policy), generating(host, start):
+        with with_policy(stack, policy), generating(host, start):
             _behind(one, ids, new)[0, -1].argmax().item()  # waits for the device
         return time.perf_counter() - began
 

@@ -19,13 +19,13 @@ from transformers.utils.generic import can_return_tuple
 
 from trol.data.chat import IGNORED
 from trol.depth import attach, attached, is_attached
+from trol.depth.policy import from_settings, to_settings
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
 from trol.family.generation import TrolGenerationMixin, by_row, check_length
 from trol.family.published.configs import spare_parts
 from trol.family.published.opening import open_published
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
-from trol.policies import from_settings, to_settings
 
 
 class TrolProjector(nn.Module):

@@ -33,7 +33,7 @@ from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
 from trol.errors import HostError
 from trol.host.classes import MODEL_TYPE, tied_names
-from trol.policies.parameters import Learnt
+from trol.policies.base import PolicyModule
 
 GATE = f".{depth_host.GATE}."
 """What the name of a policy's parameter holds."""
@@ -96,8 +96,8 @@ class SavedHost:
                 f"{sorted(surplus)}; save the model again."
             )
         for gate in depth_host.gates_of(attached(model)[1]):
-            if isinstance(gate, Learnt):
-                gate.loaded()
+            if isinstance(gate, PolicyModule):
+                gate.mark_trained()
         check_by_probe(model)
         return (model, told) if tells else model
 

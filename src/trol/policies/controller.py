@@ -1,42 +1,50 @@
-"""Controllers: tiny modules that decide, token by token and layer by layer, who goes through."""
+"""Controllers: tiny networks that decide, token by token and layer by layer, what is skipped."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
+from trol.depth import Answer, Bounds, Scope, Visit
 from trol.depth.roles import INPUT
 from trol.errors import HostError, UsageError, unknown
 from trol.host.head import matrix_flops
-from trol.policies.parameters import Learnt, tell_untrained
+from trol.policies.base import (
+    DataclassPolicy,
+    PolicyModule,
+    SkippedKV,
+    init_linear,
+    linear,
+    warn_if_untrained,
+)
 
 UNTRAINED = (
     "Controller's modules were never trained: with initial above 0.5 (the default) every token "
     "goes through every layer, with None some skip at random."
 )
 
-INPUTS = ("hidden", "position", "embedding", "sum", "ones")
-"""What a controller can look at."""
+Input = Literal["hidden", "position", "embedding", "sum", "ones"]
+"""What a controller can read."""
 
 SHRINK = 8
 """How many times narrower each hidden layer is than the one before it."""
 
 LONGEST_WAVE = 10_000
-"""Of the position embedding, in 2 pi tokens."""
+"""The longest wavelength of the position embedding. Unit: 2 pi tokens."""
 
 
-class Decider(Learnt):
+class ControllerNet(PolicyModule):
     """Two logits of each token, to skip and to go through, and the choice; all in float32.
 
-    The weights are parameters and no `nn.Linear`, so that nothing that looks for linear maps in
-    a host (LoRA, quantisation, FLOPs of a layer) takes them for the host's.
+    The weights are parameters and not `nn.Linear`, so that whatever looks for a host's linear maps
+    (LoRA, quantisation, FLOPs of a layer) does not take them for the host's.
 
     Args:
         width: D.
@@ -48,58 +56,51 @@ class Decider(Learnt):
     def __init__(self, width: int, hidden_layers: int, initial: float | None) -> None:
         super().__init__()
         inner = [max(2, width // SHRINK**depth) for depth in range(1, hidden_layers + 1)]
-        # One by one, not in a list: transformers gives first values to what a module owns.
+        # Not in a ParameterList: transformers gives first values to what a module owns itself.
         for number, (wide, narrow) in enumerate(pairwise((width, *inner, 2))):
             self.register_parameter(f"weight_{number}", nn.Parameter(torch.empty(narrow, wide)))
             self.register_parameter(f"bias_{number}", nn.Parameter(torch.empty(narrow)))
-        self.maps, self.initial = 1 + hidden_layers, initial
-        self.start_over()
+        self.hidden_layers, self.initial = hidden_layers, initial
+        self.reset_parameters()
 
     @property
-    def weights(self) -> list[Tensor]:
-        """Shape: [out, in] each."""
-        return [self.get_parameter(f"weight_{number}") for number in range(self.maps)]
+    def maps(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight [out, in] and bias [out] of each linear map, from the input on."""
+        get, count = self.get_parameter, 1 + self.hidden_layers
+        return [(get(f"weight_{number}"), get(f"bias_{number}")) for number in range(count)]
 
-    @property
-    def biases(self) -> list[Tensor]:
-        """Shape: [out] each."""
-        return [self.get_parameter(f"bias_{number}") for number in range(self.maps)]
-
-    def start_over(self) -> None:
-        """Sets the parameters to their first values."""
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            start_linear(weight, bias)
+    def reset_parameters(self) -> None:
+        for weight, bias in self.maps:
+            init_linear(weight, bias)
         if self.initial is not None:
-            init.zeros_(self.weights[-1])
+            weight, bias = self.maps[-1]
+            init.zeros_(weight)
             odds = math.log(self.initial / (1 - self.initial))
-            init.copy_(self.biases[-1], torch.tensor([0.0, odds]))
-        self.begin()
+            init.copy_(bias, torch.tensor([0.0, odds]))
+        self.mark_untrained()
 
     def forward(self, input: Tensor, scope: Tensor, temperature: float) -> Tensor:
         """1 where a token goes through. Shape: [B, T, D] -> [B, T].
 
-        Drawn in training, the likelier one otherwise. `scope` [B, T] says which answers count;
-        it is here for those who watch this module.
+        Drawn in training, the likelier choice otherwise. `scope` [B, T] says which answers count:
+        forward hooks read it.
         """
-        del scope
-        with torch.autocast(input.device.type, enabled=False):
-            logits = self.logits(input.float())
-            if not self.training:
-                return (logits[..., 1] >= logits[..., 0]).float()
-            drawn = nn.functional.gumbel_softmax(logits, tau=temperature, hard=True)
-            return drawn[..., 1]
+        logits = self.logits(input)
+        if not self.training:
+            return (logits[..., 1] >= logits[..., 0]).float()
+        return nn.functional.gumbel_softmax(logits, tau=temperature, hard=True)[..., 1]
 
     def logits(self, input: Tensor) -> Tensor:
-        """Of skipping and of going through. Shape: [B, T, D] -> [B, T, 2]."""
-        state = input
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            state = nn.functional.relu(state) if number else state
-            state = nn.functional.linear(state, weight.float(), bias.float())
+        """The logits of skipping and of going through. Shape: [B, T, D] -> [B, T, 2]."""
+        state = linear(input, *self.maps[0])
+        for weight, bias in self.maps[1:]:
+            state = linear(nn.functional.relu(state), weight, bias)
         return state
 
 
-class Controller(AbstractPolicy):
-    """a_0 = 1 where logit_go >= logit_skip, else 0, from a small module on each inner layer.
+@dataclass(eq=False, repr=False)
+class Controller(DataclassPolicy):
+    """a_0 = 1 where logit_go >= logit_skip, else 0, from a small network on each inner layer.
 
         training:   a_0 ~ Gumbel-softmax(logits / temperature), hard, straight through
         alpha:      loss = CE + alpha * e,                e = mean over all L layers of the
@@ -108,16 +109,16 @@ class Controller(AbstractPolicy):
     Glavas et al. (https://arxiv.org/abs/2410.20022, experiment 2): the first and the last layer
     always run, and only answer tokens skip. Its token-agnostic control is `input="ones"`: all
     tokens look the same, so each layer learns one probability. One difference is meant: its code
-    draws at evaluation too, this takes the likelier choice, so that answers can be told again.
+    draws at evaluation too, this takes the likelier choice, so that answers are reproducible.
 
     Args:
         input: `hidden`, the state that enters the layer; `position`, sines and cosines of the
-            token's place in its row; `embedding`, what entered layer 0; `sum`, these three
-            summed and standardised; `ones`, nothing. No gradient goes back through it.
-        hidden_layers: of each module, ReLU, each 8 times narrower; 0 for one linear map.
+            token's place in its row; `embedding`, the state that entered layer 0; `sum`, these
+            three summed and standardised; `ones`, nothing. No gradient goes back through it.
+        hidden_layers: of each network, ReLU, each 8 times narrower; 0 for one linear map.
         temperature: of the Gumbel-softmax.
         alpha: what a layer visit costs; not with `target`.
-        target: the share e that is wanted, (2 / L, 1]; None for no such wish.
+        target: the share e to reach, (2 / L, 1]; None for no target.
         weight: what it costs to miss the target.
         initial: the probability of going through before training, near 1 so that training starts
             near the full model; None for nn.Linear's own initialisation, as published.
@@ -129,35 +130,39 @@ class Controller(AbstractPolicy):
     name = "controller"
     decides = True
 
-    def __init__(
-        self,
-        input: Literal["hidden", "position", "embedding", "sum", "ones"] = "hidden",
-        *,
-        hidden_layers: int = 0,
-        temperature: float = 1.0,
-        alpha: float = 0.0,
-        target: float | None = None,
-        weight: float = 10.0,
-        initial: float | None = 0.95,
-        scope: Scope = "answer",
-        training_scope: Scope = "answer",
-        skipped_kv: Literal["project", "hole"] = "project",
-    ) -> None:
-        super().__init__(scope=scope, training_scope=training_scope, skipped_kv=skipped_kv)
-        if input not in INPUTS:
-            raise unknown("input", input, INPUTS)
-        if hidden_layers < 0:
-            raise UsageError(f"hidden_layers is {hidden_layers}; give 0 or more.")
-        if not temperature > 0:
-            raise UsageError(f"temperature is {temperature}, but must be above 0.")
-        if initial is not None and not 0 < initial < 1:
-            raise UsageError(f"initial is {initial}, but must lie in (0, 1).")
-        _check_wishes(alpha, target, weight)
-        self.input, self.hidden_layers, self.temperature = input, hidden_layers, temperature
-        self.alpha, self.target, self.weight, self.initial = alpha, target, weight, initial
-        self.reads_start = input in ("position", "sum")
-        self.reads_input = input in ("embedding", "sum")
-        self._last: int | None = None  # of the stack that `check` saw: only `gate` asks, after it
+    input: Input = "hidden"
+    _: KW_ONLY
+    hidden_layers: int = 0
+    temperature: float = 1.0
+    alpha: float = 0.0
+    target: float | None = None
+    weight: float = 10.0
+    initial: float | None = 0.95
+    scope: Scope = "answer"
+    training_scope: Scope = "answer"
+    skipped_kv: SkippedKV = "project"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input not in get_args(Input):
+            raise unknown("input", self.input, get_args(Input))
+        if not self.temperature > 0:
+            raise UsageError(f"temperature is {self.temperature}, but must be above 0.")
+        if self.initial is not None and not 0 < self.initial < 1:
+            raise UsageError(f"initial is {self.initial}, but must lie in (0, 1).")
+        for name in ("hidden_layers", "alpha", "weight"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise UsageError(f"target is {self.target}, but must lie in (0, 1].")
+        if self.target is not None and self.alpha:
+            raise UsageError(
+                f"alpha is {self.alpha} and target is {self.target}, which contradict each other; "
+                "give one: alpha makes visits dear, target names how many are wanted."
+            )
+        self.reads_start = self.input in ("position", "sum")
+        self.reads_input = self.input in ("embedding", "sum")
+        self._last: int | None = None  # layer of the stack that `check` saw; `gate` runs after it
 
     def check(self, layers: int) -> None:
         if layers < 3:
@@ -174,7 +179,7 @@ class Controller(AbstractPolicy):
 
     def gate(self, layer: int, width: int) -> nn.Module | None:
         inner = 0 < layer != self._last
-        return Decider(width, self.hidden_layers, self.initial) if inner else None
+        return ControllerNet(width, self.hidden_layers, self.initial) if inner else None
 
     def bounds(self, layer: int) -> Bounds:
         return Bounds(0 if layer else 1, 1)
@@ -183,14 +188,13 @@ class Controller(AbstractPolicy):
         gate = visit.gate
         if gate is None:
             return 1.0
-        tell_untrained(visit, UNTRAINED)
+        warn_if_untrained(visit, UNTRAINED)
         scope = visit.context.scope(visit.state)
-        going: Tensor = gate(self._seen(visit), scope, self.temperature)
+        goes: Tensor = gate(self._input(visit), scope, self.temperature)
         if gate.training:
             learns = any(p.requires_grad for p in gate.parameters())
-            counted = (going * scope).sum(), scope.sum(), learns
-            visit.context.notes[self.name, visit.layer] = counted
-        return going
+            visit.context.notes[self.name, visit.layer] = (goes * scope).sum(), scope.sum(), learns
+        return goes
 
     def look_flops(self, visit: Visit) -> int:
         return 0 if visit.gate is None else matrix_flops(visit.gate)
@@ -199,7 +203,7 @@ class Controller(AbstractPolicy):
         inner = [note for key, note in notes.items() if key[:1] == (self.name,)]
         if not inner or not (self.alpha or self.target is not None):
             return None
-        shares = torch.stack([going / count.clamp(min=1) for going, count, _ in inner])
+        shares = torch.stack([goes / count.clamp(min=1) for goes, count, _ in inner])
         if torch.is_grad_enabled() and inner[0][2] and not shares.requires_grad:
             raise HostError(
                 "re-entrant gradient checkpointing hides from the loss what the controllers "
@@ -210,22 +214,8 @@ class Controller(AbstractPolicy):
             return self.alpha * executed
         return self.weight * (executed - self.target) ** 2
 
-    def settings(self) -> dict[str, Any]:
-        return {
-            "input": self.input,
-            "hidden_layers": self.hidden_layers,
-            "temperature": self.temperature,
-            "alpha": self.alpha,
-            "target": self.target,
-            "weight": self.weight,
-            "initial": self.initial,
-            "scope": self.scope,
-            "training_scope": self.training_scope,
-            "skipped_kv": self.skipped_kv,
-        }
-
-    def _seen(self, visit: Visit) -> Tensor:
-        """What the module looks at. Shape: [B, T, D]."""
+    def _input(self, visit: Visit) -> Tensor:
+        """What the network reads. Shape: [B, T, D]."""
         state, context = visit.state.detach(), visit.context
         if self.input == "hidden":
             return state
@@ -241,29 +231,9 @@ class Controller(AbstractPolicy):
         )
 
 
-def start_linear(weight: Tensor, bias: Tensor) -> None:
-    """First values as nn.Linear's own, [out, in] and [out]; values that were loaded stay."""
-    init.kaiming_uniform_(weight, a=math.sqrt(5))
-    bound = 1 / math.sqrt(weight.shape[1])
-    init.uniform_(bias, -bound, bound)
-
-
 def sinusoids(positions: Tensor, width: int) -> Tensor:
     """sin(p / 10000^(2i/D)), then cos of the same. Shape: [B, T] -> FloatTensor [B, T, D]."""
     half = (width + 1) // 2
     steps = torch.arange(half, device=positions.device) / half
     angles = positions[..., None] * LONGEST_WAVE**-steps
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
-
-
-def _check_wishes(alpha: float, target: float | None, weight: float) -> None:
-    for name, value in (("alpha", alpha), ("weight", weight)):
-        if not value >= 0:
-            raise UsageError(f"{name} is {value}; give 0 or more.")
-    if target is not None and not 0 < target <= 1:
-        raise UsageError(f"target is {target}, but must lie in (0, 1].")
-    if target is not None and alpha:
-        raise UsageError(
-            f"alpha is {alpha} and target is {target}, which contradict each other; give one: "
-            "alpha makes visits dear, target names how many are wanted."
-        )

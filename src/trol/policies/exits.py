@@ -1,40 +1,42 @@
-"""Early exit, decided while running: a token leaves the stack where its prediction is sure.
+"""Early exit: a token leaves the stack at the first layer whose input gives a confident prediction.
 
-How sure a prediction between layers is: what tells an early exit that a token may leave.
+Measures of confidence, the policy with its optional trained exit heads, and layer dropout, a way to
+train a model so that it can be left early.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
+from trol.depth import Answer, Bounds, Scope, Visit
+from trol.depth.policy import check_share
 from trol.depth.roles import Mask
 from trol.errors import UsageError, unknown
 from trol.host.head import matrix_flops
-from trol.policies.parameters import OwnLinear, tell_untrained
+from trol.policies.base import DataclassPolicy, PolicyLinear, SkippedKV, linear, warn_if_untrained
 
 Confidence = tuple[Tensor, Tensor | None]
-"""How sure each token is, [...], and what the next look compares with, if this measure does."""
+"""The confidence of each token [...], and what this measure compares with at the next look."""
 
 Measure = Callable[[Tensor, Tensor | None], Confidence]
-"""(logits [..., V], what the look before left) -> confidence; higher is surer."""
+"""(logits [..., V], what the look before kept) -> confidence; higher is surer."""
 
 
 def entropy(logits: Tensor, before: Tensor | None = None) -> Confidence:
     """1 - H / log V with H = -sum_v p_v log p_v, in [0, 1]. Shape: [..., V] -> [...].
 
-    BranchyNet's measure, turned round (https://arxiv.org/abs/1709.01686).
+    BranchyNet's measure, subtracted from 1 (https://arxiv.org/abs/1709.01686).
     """
-    del before
     logs = logits.float().log_softmax(-1)
-    spread = -(logs.exp() * logs).nan_to_num(0.0).sum(-1)  # a token of probability 0 adds 0
-    return 1 - spread / math.log(logits.shape[-1]), None
+    nats = -(logs.exp() * logs).nan_to_num(0.0).sum(-1)  # a token of probability 0 adds 0
+    return 1 - nats / math.log(logits.shape[-1]), None
 
 
 def margin(logits: Tensor, before: Tensor | None = None) -> Confidence:
@@ -42,7 +44,6 @@ def margin(logits: Tensor, before: Tensor | None = None) -> Confidence:
 
     CALM's softmax response (https://arxiv.org/abs/2207.07061, section 3.5).
     """
-    del before
     best, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
     return best - second, None
 
@@ -50,13 +51,13 @@ def margin(logits: Tensor, before: Tensor | None = None) -> Confidence:
 def saturation(logits: Tensor, before: Tensor | None = None) -> Confidence:
     """1 - sum_v |p_v - q_v| / 2 with q of the look before, in [0, 1]. Shape: [..., V] -> [...].
 
-    The first look has nothing to agree with, and its confidence is 0. CALM's saturation of
-    hidden states (https://arxiv.org/abs/2207.07061, section 3.5), of predictions here.
+    The first look has no q, and its confidence is 0. CALM's saturation of hidden states
+    (https://arxiv.org/abs/2207.07061, section 3.5), applied to predictions.
     """
-    said = logits.float().softmax(-1)
+    p = logits.float().softmax(-1)
     if before is None:
-        return torch.zeros_like(said[..., 0]), said
-    return 1 - (said - before).abs().sum(-1) / 2, said
+        return torch.zeros_like(p[..., 0]), p
+    return 1 - (p - before).abs().sum(-1) / 2, p
 
 
 def patience(logits: Tensor, before: Tensor | None = None) -> Confidence:
@@ -83,65 +84,48 @@ MEASURES: dict[str, Measure] = {
 COMPARING = ("saturation", "patience")
 """Measures that compare a look with the one before."""
 
-
-def check_threshold(measure: str, threshold: float) -> None:
-    """Raises `UsageError` where no confidence of this measure is on both sides of `threshold`."""
-    if not isinstance(threshold, Real):
-        raise UsageError(f"threshold is {threshold!r}; give a number, or one for each look.")
-    if measure == "patience":
-        if threshold < 1 or threshold != int(threshold):
-            raise UsageError(
-                f"threshold is {threshold}, but patience counts looks that agree; give 1 or more."
-            )
-    elif not 0 <= threshold <= 1:
-        raise UsageError(f"threshold is {threshold}, but {measure} lies in [0, 1].")
-
-
 UNTRAINED = (
     "EarlyExit's heads were never trained: they translate nothing, so tokens leave as the state "
     "that the head cannot read; EarlyExit(heads=False) needs none."
 )
 
 
-class ExitHead(OwnLinear):
-    """x + W x + b: what a state would be, were the layers behind it run; the identity at first.
+class ExitHead(PolicyLinear):
+    """x + W x + b: what a state would be after the layers behind it; the identity before training.
 
     The tuned lens (https://arxiv.org/abs/2303.08112, section 3); computed in float32.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width)
-        self.start_over()
+        self.reset_parameters()
 
-    def start_over(self) -> None:
-        """Sets the parameters to their first values."""
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        self.begin()
+        self.mark_untrained()
 
     def forward(self, input: Tensor) -> Tensor:
         """The translated states. Shape: [..., D] -> [..., D]."""
-        with torch.autocast(input.device.type, enabled=False):
-            state = input.float()
-            move = nn.functional.linear(state, self.weight.float(), self.bias.float())
-            return (state + move).to(input.dtype)
+        return (input.float() + linear(input, self.weight, self.bias)).to(input.dtype)
 
 
-class EarlyExit(AbstractPolicy):
-    """a_0 = 0 for all layers from the first before which a token is sure: c(x_0) >= threshold.
+@dataclass(eq=False, repr=False)
+class EarlyExit(DataclassPolicy):
+    """a_0 = 0 for all layers from the first whose input is confident: c(x_0) >= threshold.
 
-    A look reads x_0 by the host's final norm and head. In training every token visits every
-    layer: what learns to be left is taught by the exit loss (`exit_loss` of a recipe's stage).
+    A look reads x_0 by the host's final norm and head. In training every token visits every layer;
+    the exit loss (`exit_loss` of a recipe's stage) is what trains a model to be left early.
 
     Args:
         measure: c: `entropy`, `margin`, `saturation` or `patience` (`trol.policies.exits`).
         threshold: one for all looks, or a list with one for each; `trol calibrate` finds one.
         first: the first layer before which a token may leave.
         every: looks are taken before layers first, first + every, first + 2 every, ...
-        scope: who may leave (Glavas et al.: prompts use all layers).
+        scope: which tokens may leave (Glavas et al.: prompts use all layers).
         skipped_kv: what later tokens see of one that left.
         heads: whether each look has a trained translator, `ExitHead`; the token then leaves as
-            what its translator made of it.
+            the translated state.
 
     Raises:
         UsageError: a setting is outside its range; or, once attached, `first` lies beyond the
@@ -153,31 +137,31 @@ class EarlyExit(AbstractPolicy):
     decides = True
     reads_predictions = True
 
-    def __init__(
-        self,
-        measure: Literal["entropy", "margin", "saturation", "patience"] = "margin",
-        threshold: float | Sequence[float] = 0.9,
-        *,
-        first: int = 1,
-        every: int = 1,
-        scope: Scope = "answer",
-        skipped_kv: Literal["project", "hole"] = "project",
-        heads: bool = False,
-    ) -> None:
-        super().__init__(scope=scope, skipped_kv=skipped_kv)
-        if measure not in MEASURES:
-            raise unknown("measure", measure, MEASURES)
-        if first < 0:
-            raise UsageError(f"first is {first}; give the number of a layer, 0 or more.")
-        if every < 1:
-            raise UsageError(f"every is {every}; give 1 to look before each layer, or more.")
-        self.thresholds = tuple(threshold) if isinstance(threshold, Sequence) else (threshold,)
+    measure: Literal["entropy", "margin", "saturation", "patience"] = "margin"
+    threshold: float | Sequence[float] = 0.9
+    _: KW_ONLY
+    first: int = 1
+    every: int = 1
+    scope: Scope = "answer"
+    skipped_kv: SkippedKV = "project"
+    heads: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.measure not in MEASURES:
+            raise unknown("measure", self.measure, MEASURES)
+        if self.first < 0:
+            raise UsageError(f"first is {self.first}; give the number of a layer, 0 or more.")
+        if self.every < 1:
+            raise UsageError(f"every is {self.every}; give 1 to look before each layer, or more.")
+        value = self.threshold
+        self.thresholds = tuple(value) if isinstance(value, Sequence) else (value,)
         if not self.thresholds:
             raise UsageError("no threshold given; give one, or one for each look.")
-        for one in self.thresholds:
-            check_threshold(measure, one)
-        self.measure, self.first, self.every, self.heads = measure, first, every, heads
-        self.translates = heads
+        for threshold in self.thresholds:
+            _check_threshold(self.measure, threshold)
+        self.threshold = self.thresholds[0] if len(self.thresholds) == 1 else self.thresholds
+        self.translates = self.heads
 
     def looks(self, layer: int) -> bool:
         """Whether tokens may leave before this layer."""
@@ -214,10 +198,10 @@ class EarlyExit(AbstractPolicy):
         if visit.context.training or not self.looks(visit.layer):
             return visit.state
         assert visit.gate is not None
-        tell_untrained(visit, UNTRAINED)
-        own = visit.gate(visit.state)
-        leaving = self._left(visit, own) & ~_left_before(visit)
-        return torch.where(leaving[..., None], own, visit.state)
+        warn_if_untrained(visit, UNTRAINED)
+        translated = visit.gate(visit.state)
+        leaves_here = self._left(visit, translated) & ~_left_before(visit)
+        return torch.where(leaves_here[..., None], translated, visit.state)
 
     def again(self, visit: Visit) -> Answer:
         if visit.context.training:
@@ -227,24 +211,23 @@ class EarlyExit(AbstractPolicy):
         return float(not left) if isinstance(left, bool) else (~left).float()
 
     def _left(self, visit: Visit, state: Tensor | None = None) -> Mask:
-        """Who has left before this layer, noted for the next. Shape: [B, T]."""
+        """Which tokens have left before this layer, noted for the next. Shape: [B, T]."""
         left, notes = _left_before(visit), visit.context.notes
         if self.looks(visit.layer) and not _all_left(left, visit):
-            seen = visit.state if state is None else state
-            left = left | self._sure(visit, seen)
+            left = left | self._is_sure(visit, visit.state if state is None else state)
             notes["looked", visit.layer] = True
         notes["left", visit.layer] = left
         return left
 
     @torch.no_grad()
-    def _sure(self, visit: Visit, state: Tensor) -> Tensor:
+    def _is_sure(self, visit: Visit, state: Tensor) -> Tensor:
         notes = visit.context.notes
-        before = notes.pop(("said", visit.layer - self.every), None)
-        sure, kept = MEASURES[self.measure](visit.context.read(state), before)
-        if kept is not None:
-            notes["said", visit.layer] = kept
-        number = (visit.layer - self.first) // self.every
-        return sure >= self.thresholds[number if len(self.thresholds) > 1 else 0]
+        before = notes.pop(("compared", visit.layer - self.every), None)
+        confidence, to_compare = MEASURES[self.measure](visit.context.read(state), before)
+        if to_compare is not None:
+            notes["compared", visit.layer] = to_compare
+        look = (visit.layer - self.first) // self.every
+        return confidence >= self.thresholds[look if len(self.thresholds) > 1 else 0]
 
     def look_flops(self, visit: Visit) -> int:
         notes, readout = visit.context.notes, visit.context.readout
@@ -254,27 +237,68 @@ class EarlyExit(AbstractPolicy):
         reads = notes.get(("looked", visit.layer), False) and readout is not None
         return translating + (readout.flops if reads else 0)  # type: ignore[union-attr]
 
-    def settings(self) -> dict[str, Any]:
-        one = len(self.thresholds) == 1
-        return {
-            "measure": self.measure,
-            "threshold": self.thresholds[0] if one else list(self.thresholds),
-            "first": self.first,
-            "every": self.every,
-            "scope": self.scope,
-            "skipped_kv": self.skipped_kv,
-            "heads": self.heads,
-        }
+
+def _check_threshold(measure: str, threshold: float) -> None:
+    """Raises `UsageError` where no confidence of this measure is on both sides of `threshold`."""
+    if not isinstance(threshold, Real):
+        raise UsageError(f"threshold is {threshold!r}; give a number, or one for each look.")
+    if measure == "patience":
+        if threshold < 1 or threshold % 1:
+            raise UsageError(
+                f"threshold is {threshold}, but patience counts looks that agree; give 1 or more."
+            )
+    elif not 0 <= threshold <= 1:
+        raise UsageError(f"threshold is {threshold}, but {measure} lies in [0, 1].")
 
 
 def _left_before(visit: Visit) -> Tensor:
-    rows, tokens = visit.state.shape[:2]
-    nobody = torch.zeros(rows, tokens, dtype=torch.bool, device=visit.state.device)
-    return visit.context.notes.get(("left", visit.layer - 1), nobody)
+    none = torch.zeros(visit.state.shape[:2], dtype=torch.bool, device=visit.state.device)
+    return visit.context.notes.get(("left", visit.layer - 1), none)
 
 
 def _all_left(left: Tensor, visit: Visit) -> bool:
-    """Whether nobody is left to look at; looked at only where that may wait for a device."""
+    """Whether all tokens in scope have left; False where finding out is not worth the wait."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return bool((left | ~visit.context.scope(visit.state)).all())
+
+
+@dataclass(eq=False, repr=False)
+class LayerDropout(DataclassPolicy):
+    """a_0 = 0 with probability p_l = rate (exp(l ln 2 / (L - 1)) - 1) in training, else 1.
+
+    LayerSkip (https://arxiv.org/abs/2404.16710, section 4.1.1) with its curve over layers, and
+    without one over time, as it fine-tunes. Each row of a batch draws for itself, from torch's
+    generator. In evaluation this is the plain model. All rows are computed and then selected, so
+    no time is saved.
+
+    Args:
+        rate: p of the last layer, in [0, 1).
+    """
+
+    name = "layer_dropout"
+    decides = True
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("rate", self.rate)
+
+    def share(self, layer: int, layers: int) -> float:
+        """p_l in a stack of `layers` layers."""
+        return self.rate * (math.exp(layer * math.log(2) / max(layers - 1, 1)) - 1)
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(0 if layer and self.rate else 1, 1)
+
+    def again(self, visit: Visit) -> Answer:
+        context = visit.context
+        if not context.training or not self.rate:
+            return 1.0
+        rows, tokens = visit.state.shape[:2]
+        share = self.share(visit.layer, context.layers)
+        # Drawn in any case, so that later draws are the same when a layer runs again.
+        stays = torch.rand(rows, 1, device=visit.state.device) >= share
+        stays = context.notes.setdefault(("stays", visit.layer), stays)
+        return stays.float().expand(rows, tokens)

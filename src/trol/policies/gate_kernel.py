@@ -1,8 +1,8 @@
-"""A gate and its mixture in one launch, for CUDA devices; `Gate` and `mixture` are its twin.
+"""A Triton kernel for CUDA devices that computes a gate and its mixture in one launch.
 
     out = x + sigmoid(2 (w . x + b)) (y - x)            one program for each token, in float32
 
-Triton is never required: where it is missing, the operators run.
+`mixer.Gate` and `depth.policy.mixture` compute the same, and run where Triton is missing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def gated_mixture(state: Tensor, further: Tensor, weight: Tensor, bias: Tensor) 
     out, width = torch.empty_like(state), state.shape[-1]
     block = min(WIDEST, triton.next_power_of_2(width))
     grid = (state.numel() // width,)
-    launch: Any = _gated[grid]  # whose block is a number here, and a constant in the kernel
+    launch: Any = _gated[grid]  # untyped: BLOCK is a number here, and a constant in the kernel
     with torch.cuda.device_of(state):  # Triton launches on the current device
         launch(state, further, weight.contiguous(), bias, out, width, BLOCK=block)
     return out

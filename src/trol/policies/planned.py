@@ -1,28 +1,27 @@
-"""A plan as a policy: skip, repeat and early exit, for all rows or each its own.
+"""Policies that decide nothing while running: a plan, or a trace to repeat.
 
-Plans that are known without looking at a model: which share of the layers is kept, and where.
-
-Every method keeps the same number of layers for the same share, so that plans of one share cost
-the same and differ only in which layers they skip.
-
-Replaying a trace: what happened becomes what is to happen.
+Also the static plans, which keep a share of the layers without looking at a model. All methods keep
+the same number of layers for a share, so that their plans cost the same.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Trace, Visit
+from trol.depth import Answer, Bounds, Plan, Scope, Trace, Visit
 from trol.depth.roles import expand_rows
 from trol.errors import UsageError, unknown
+from trol.policies.base import DataclassPolicy, SkippedKV
 
 
-class Planned(AbstractPolicy):
+@dataclass(eq=False, repr=False)
+class Planned(DataclassPolicy):
     """a_r = 1 while r < n_l, then 0: layer l is visited n_l times.
 
     Skipping a layer is n_l = 0, early exit at e is n_l = 0 for all l >= e.
@@ -31,21 +30,20 @@ class Planned(AbstractPolicy):
         plan: one plan, plan text or its JSON form; or a list of them, one for each row.
 
     Raises:
-        UsageError: a plan is none, or names a layer that the stack does not have.
+        UsageError: a plan is malformed, or names a layer that the stack does not have.
     """
 
     name = "plan"
     decides = True
 
-    def __init__(
-        self,
-        plan: Plan | str | dict[str, Any] | Sequence[Plan | str | dict[str, Any]] = "all",
-        *,
-        scope: Scope = "all",
-        skipped_kv: Literal["project", "hole"] = "project",
-    ) -> None:
-        super().__init__(scope=scope, skipped_kv=skipped_kv)
-        each: Any = plan if isinstance(plan, list | tuple) else [plan]
+    plan: Plan | str | dict[str, Any] | Sequence[Plan | str | dict[str, Any]] = "all"
+    _: KW_ONLY
+    scope: Scope = "all"
+    skipped_kv: SkippedKV = "project"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        each: Any = self.plan if isinstance(self.plan, list | tuple) else [self.plan]
         self.plans = tuple(plan_of(one) for one in each)
         if not self.plans:
             raise UsageError("no plan given; give one, or one for each row.")
@@ -74,15 +72,11 @@ class Planned(AbstractPolicy):
 
     def settings(self) -> dict[str, Any]:
         plans = [plan.to_json() for plan in self.plans]
-        return {
-            "plan": plans[0] if len(plans) == 1 else plans,
-            "scope": self.scope,
-            "skipped_kv": self.skipped_kv,
-        }
+        return super().settings() | {"plan": plans[0] if len(plans) == 1 else plans}
 
 
 def plan_of(plan: Plan | str | dict[str, Any]) -> Plan:
-    """A plan from itself, its text or its JSON form; raises `UsageError` when it is none."""
+    """A plan from itself, its text or its JSON form; raises `UsageError` for anything else."""
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, dict):
@@ -98,6 +92,81 @@ def plan_of(plan: Plan | str | dict[str, Any]) -> Plan:
 def visits_of(plan: Plan, layer: int) -> int:
     """How often a plan visits one layer."""
     return plan.visits[layer] if layer < len(plan.visits) else plan.beyond
+
+
+@dataclass(eq=False, repr=False)
+class Replay(DataclassPolicy):
+    """a_r = (sum_{j>r} w_j) / (sum_{j>=r} w_j): the answers that give a trace's weights again.
+
+    Args:
+        weights: w_r of every layer and token. Shape: [L, R + 1, B, T]; columns count from the
+            first token that the cache ever saw, padding included.
+        visits: how often each token visited each layer. Shape: [L, B, T].
+        scope: the scope of the policy that was traced.
+
+    Raises:
+        UsageError: the stack has another number of layers, or more tokens come than were traced.
+    """
+
+    name = "replay"
+    reads_start = True
+
+    weights: Tensor | list[Any]
+    visits: Tensor | list[Any]
+    _: KW_ONLY
+    scope: Scope = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weights = torch.as_tensor(self.weights, dtype=torch.float32)
+        self.visits = torch.as_tensor(self.visits)
+        # sum_{j>=r} w_j, from behind: 1 - w would round the smallest gates to 0.
+        left = self.weights.flip(1).cumsum(dim=1).flip(1)
+        later = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], dim=1)
+        again = torch.where(left > 0, later / left, 0.0)
+        self.answers = again.clamp(0, 1)  # Shape: [L, R + 1, B, T]
+
+    @classmethod
+    def of(cls, trace: Trace, *, scope: Scope = "all") -> Replay:
+        """The replay of everything that `trace` saw.
+
+        Raises:
+            UsageError: the policy translated states (trained exit heads), which no trace holds.
+        """
+        if trace.translated:
+            raise UsageError(
+                "the traced policy changes states at exits, and a trace holds visits and weights "
+                "alone; attach the policy itself, or trace it with heads=False."
+            )
+        return cls(trace.weights, trace.visits, scope=scope)
+
+    def check(self, layers: int) -> None:
+        if len(self.visits) != layers:
+            raise UsageError(
+                f"the trace has {len(self.visits)} layers, this stack has {layers}; replay it on "
+                "the model it was taken from."
+            )
+
+    def bounds(self, layer: int) -> Bounds:
+        visits: Any = self.visits[layer]
+        return Bounds(int(visits.min()), int(visits.max()))
+
+    def again(self, visit: Visit) -> Answer:
+        rows, tokens = visit.state.shape[:2]
+        traced = self.answers.shape[-1]
+        if visit.start + tokens > traced:
+            raise UsageError(
+                f"the trace covers {traced} tokens, this call ends at {visit.start + tokens}; "
+                "trace the whole run."
+            )
+        here = self.answers[visit.layer, visit.number, :, visit.start : visit.start + tokens]
+        return expand_rows(here.to(visit.state.device), rows)
+
+    def settings(self) -> dict[str, Any]:
+        lists = {
+            name: torch.as_tensor(getattr(self, name)).tolist() for name in ("weights", "visits")
+        }
+        return super().settings() | lists
 
 
 def kept_count(layers: int, keep: float) -> int:
@@ -128,7 +197,6 @@ def uniform(layers: int, kept: int, seed: int) -> list[int]:
     Layer i of the k that stay is round(i (L - 1) / (k - 1)); one alone is the first. Unified Layer
     Skipping (https://arxiv.org/abs/2404.06954, section 3).
     """
-    del seed
     if kept == 1:
         return [0]
     steps = kept - 1
@@ -149,13 +217,11 @@ def at_random(layers: int, kept: int, seed: int) -> list[int]:
 
 def early_exit(layers: int, kept: int, seed: int) -> list[int]:
     """The first layers: the last ones are off, which is an exit before layer `kept`."""
-    del layers, seed
     return list(range(kept))
 
 
 def middle(layers: int, kept: int, seed: int) -> list[int]:
     """All layers but one block in the middle; the front keeps one more where the rest is odd."""
-    del seed
     front = (kept + 1) // 2
     return [*range(front), *range(layers - (kept - front), layers)]
 
@@ -180,74 +246,3 @@ def static_plan(method: str, layers: int, keep: float, seed: int = 0) -> Plan:
     if method not in STATIC:
         raise unknown("method", method, STATIC)
     return plan_keeping(STATIC[method](layers, kept_count(layers, keep), seed), layers)
-
-
-class Replay(AbstractPolicy):
-    """a_r = (sum_{j>r} w_j) / (sum_{j>=r} w_j): the answers that give a trace's weights again.
-
-    Args:
-        weights: w_r of every layer and token. Shape: [L, R + 1, B, T]; columns count from the
-            first token that the cache ever saw, padding included.
-        visits: how often each token visited each layer. Shape: [L, B, T].
-        scope: the scope of the policy that was traced.
-
-    Raises:
-        UsageError: the stack has another number of layers, or more tokens come than were traced.
-    """
-
-    name = "replay"
-    reads_start = True
-
-    def __init__(
-        self, weights: Tensor | list[Any], visits: Tensor | list[Any], *, scope: Scope = "all"
-    ) -> None:
-        super().__init__(scope=scope)
-        self.weights = torch.as_tensor(weights, dtype=torch.float32)
-        self.visits = torch.as_tensor(visits)
-        # sum_{j>=r} w_j, from behind: 1 - w would round the smallest gates to 0.
-        left = self.weights.flip(1).cumsum(dim=1).flip(1)
-        later = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], dim=1)
-        again = torch.where(left > 0, later / left, 0.0)
-        self.answers = again.clamp(0, 1)  # Shape: [L, R + 1, B, T]
-
-    @classmethod
-    def of(cls, trace: Trace, *, scope: Scope = "all") -> Replay:
-        """The replay of everything that `trace` saw.
-
-        Raises:
-            UsageError: the policy translated states (trained exit heads), which a trace holds not.
-        """
-        if trace.translated:
-            raise UsageError(
-                "the traced policy changes states at exits, and a trace holds visits and weights "
-                "alone; attach the policy itself, or trace it with heads=False."
-            )
-        return cls(trace.weights, trace.visits, scope=scope)
-
-    def check(self, layers: int) -> None:
-        if len(self.visits) != layers:
-            raise UsageError(
-                f"the trace has {len(self.visits)} layers, this stack has {layers}; replay it on "
-                "the model it was taken from."
-            )
-
-    def bounds(self, layer: int) -> Bounds:
-        return Bounds(int(self.visits[layer].min()), int(self.visits[layer].max()))
-
-    def again(self, visit: Visit) -> Answer:
-        rows, tokens = visit.state.shape[:2]
-        traced = self.answers.shape[-1]
-        if visit.start + tokens > traced:
-            raise UsageError(
-                f"the trace covers {traced} tokens, this call ends at {visit.start + tokens}; "
-                "trace the whole run."
-            )
-        here = self.answers[visit.layer, visit.number, :, visit.start : visit.start + tokens]
-        return expand_rows(here.to(visit.state.device), rows)
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "weights": self.weights.tolist(),
-            "visits": self.visits.tolist(),
-            "scope": self.scope,
-        }

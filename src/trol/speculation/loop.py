@@ -1,18 +1,17 @@
-"""The decoding loop of speculation: draft on a fork of the cache, verify, keep what stands.
+"""The decoding loop of speculation: draft on a fork of the cache, verify, keep what is accepted.
 
-Rows of a batch gain different numbers of tokens in a round. The cache has one length, so all go
-on by what the slowest row gained; what a faster row has verified beyond it is *known*, and comes
-before its drafts in the next round. Rows that are finished know that padding follows.
-
-Passes of a model inside a decoding loop, prepared as transformers prepares its own.
+Rows of a batch gain different numbers of tokens in a round. The cache has one length, so all rows
+advance by what the slowest one gained; what a faster row has verified beyond that is *known*, and
+comes before its drafts in the next round. For rows that are finished, padding is known to follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import copy
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,10 @@ from torch import Tensor
 from trol.depth import AbstractPolicy
 from trol.depth.call import ambience_of, in_force
 from trol.depth.planes import PlanedCache, forked
-from trol.host.cache import record_past
+from trol.errors import HostError
+from trol.host.cache import can_take_back, record_past
 from trol.host.generation import (
     SLICES_LOGITS,
-    decoded,
-    decoding,
     grown,
     is_stateless,
     next_pass,
@@ -33,25 +31,49 @@ from trol.host.generation import (
     stops_at_tokens,
     with_cache,
 )
-from trol.host.names import CACHE, cache_among
-from trol.speculation.acceptance import Drafts, Known, Room, greedy, sampled
-from trol.speculation.refusals import check_cache, check_config
-
-if TYPE_CHECKING:
-    from trol.speculation.speculate import Speculation
+from trol.host.names import CACHE
+from trol.speculation.acceptance import Drafts, Known, draft_budget, greedy, sampled
 
 
-class Passes:
-    """One model in one `generate` call: its keyword arguments, as long as its tokens are.
+@dataclass
+class Speculation:
+    """A draft, how far it may run ahead, and what came of it in all `generate` calls so far."""
 
-    Args:
-        model: the host.
-        kwargs: what `generate` hands to its decoding loop beside the ids, the cache included.
-    """
+    draft: AbstractPolicy
+    """The policy in force while drafting."""
+    tokens: int
+    """The most tokens drafted before they are verified."""
+    confidence: float | None = None
+    """Drafting ends early once the draft's greatest probability is below this in every row."""
+    rounds: int = 0
+    """Verifying passes of the model's own policy; the pass over the prompt is not counted."""
+    drafted: int = 0
+    """Tokens drafted, of all rows that were not finished."""
+    accepted: int = 0
+    """Drafted tokens that the model would have generated itself."""
+    steps: int = 0
+    """Tokens that `generate` gave in these rounds, counted once for the whole batch."""
 
-    def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        self.model, self.kwargs = model, kwargs
-        self.outputs: Any = None
+    @property
+    def acceptance(self) -> float:
+        """accepted / drafted, in [0, 1]; 0 where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens that each row gained by one verifying pass; 1 without speculation."""
+        return self.steps / self.rounds if self.rounds else 0.0
+
+
+@dataclass
+class ForwardPasses:
+    """The forward passes of one model in one `generate` call, prepared as transformers does."""
+
+    model: Any
+    kwargs: dict[str, Any]
+    """What `generate` hands to its decoding loop beside the ids, the cache included."""
+    outputs: Any = None
+    """Those of the last pass."""
 
     @property
     def cache(self) -> Any:
@@ -62,8 +84,8 @@ class Passes:
         self.outputs = prefill(self.model, ids, config, self.kwargs)
         return self._logits(1)
 
-    def over(self, ids: Tensor, new: int, *, read: int | None = None) -> Tensor:
-        """A pass over the last `new` of the ids [B, n]; `over` and `grow` keep n in step.
+    def run(self, ids: Tensor, new: int, *, read: int | None = None) -> Tensor:
+        """A pass over the last `new` of the ids [B, n]; `extend` keeps masks as long as the ids.
 
         Gives the logits of the last `read` (default: `new`) of them. Shape: [B, read, V].
         """
@@ -74,17 +96,17 @@ class Passes:
         self.outputs = self.model(**inputs, return_dict=True)
         return self._logits(read)
 
-    def grow(self, tokens: int) -> None:
-        """Tells masks and positions that there are `tokens` more ids."""
+    def extend(self, tokens: int) -> None:
+        """Makes masks and positions longer by `tokens` ids."""
         if tokens:
             self.kwargs = grown(self.model, self.outputs, self.kwargs, tokens)
 
-    def fork(self, *, planes: bool) -> Passes:
+    def fork(self, *, planes: bool) -> ForwardPasses:
         """The same passes on a cache of their own, which starts from what this one holds."""
-        twin = Passes(self.model, dict(self.kwargs))
-        cache = twin.kwargs[CACHE] = forked(self.cache, planes=planes)
-        recording(cache, on=False)  # nothing is cut off a fork
-        twin.outputs = with_cache(self.outputs, twin.cache)
+        twin = copy.copy(self)
+        cache = forked(self.cache, planes=planes)
+        _record_past(cache, on=False)  # nothing is cut off a fork
+        twin.kwargs, twin.outputs = {**self.kwargs, CACHE: cache}, with_cache(self.outputs, cache)
         return twin
 
     def _logits(self, read: int) -> Tensor:
@@ -93,102 +115,70 @@ class Passes:
         return logits
 
 
-def recording(cache: Any, *, on: bool) -> None:
+def check_cache(cache: Any) -> None:
+    """Raises `HostError` where tokens cannot be cut off this cache again."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or cache.offloading or not all(can_take_back(layer) for layer in layers):
+        raise HostError(
+            f"drafted tokens cannot be cut off this {type(cache).__name__} (static, quantised and "
+            "offloaded caches stay as they are); use the dynamic cache, which is the default."
+        )
+
+
+def _record_past(cache: Any, *, on: bool) -> None:
     """Has sliding windows keep what a crop may need again, or no longer."""
     planes = cache.planes.values() if isinstance(cache, PlanedCache) else ()
     record_past(cache, (*cache.layers, *planes), on=on)
 
 
 @contextmanager
-def under(stack: Any, policy: AbstractPolicy) -> Generator[None]:
+def with_policy(stack: Any, policy: AbstractPolicy) -> Generator[None]:
     """Puts `policy` in force inside a block of `attachment.decoding`, without its checks."""
     assert stack.depth_ambiences  # or the stack would not look
     with in_force(stack, replace(ambience_of(stack), policy=policy)):
         yield
 
 
-def reads_planes(policy: AbstractPolicy, layers: int) -> bool:
+def _reads_planes(policy: AbstractPolicy, layers: int) -> bool:
     """Whether a policy looks at more of a cache than its first keys and values."""
     deep = any(policy.bounds(layer).most > 1 for layer in range(layers))
     return deep or policy.reads_start or policy.observes or policy.skipped_kv == "hole"
 
 
-def decode(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    *,
-    stack: Any,
-    spoken: Speculation,
-    streamer: Any = None,
-    **model_kwargs: Any,
-) -> Any:
-    """What `generate` gives, in fewer passes: a `custom_generate` of transformers.
+@dataclass
+class Loop:
+    """One `generate` call: `run` decodes until every row is finished."""
 
-    Raises:
-        UsageError, HostError: drafts cannot be verified here; before anything has run.
-    """
-    check_config(generation_config, model_kwargs, logits_processor)
-    check_cache(cache_among(model_kwargs))
-    passes = Passes(model, model_kwargs)
-    asked = _Asked(logits_processor, stopping_criteria, generation_config, streamer)
-    loop = _Loop(passes, stack, spoken, asked)
-    with decoding(model):
-        loop.run(input_ids)
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return loop.ids
-    asked_for: dict[str, Any] = {
-        "scores": tuple(loop.scores) if generation_config.output_scores else None,
-        "logits": tuple(loop.logits) if generation_config.output_logits else None,
-    }
-    return decoded(loop.ids, loop.passes.cache, **asked_for)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What `generate` prepares for whoever decodes."""
-
+    passes: ForwardPasses
+    """Those of the model's own policy."""
+    stack: Any
+    stats: Speculation
     processor: Any
     criteria: Any
     config: Any
     streamer: Any
-
-
-class _Loop:
-    """One `generate` call."""
-
     ids: Tensor
     """The prompt and all tokens given so far. Shape: [B, n]; the cache holds n - 1 of them."""
-    ahead: Tensor
-    """Tokens verified behind those, as many of each row as `lead` says. Shape: [B, any]."""
 
-    def __init__(self, passes: Passes, stack: Any, spoken: Speculation, asked: _Asked) -> None:
-        self.passes, self.stack, self.spoken = passes, stack, spoken
-        self.processor, self.criteria = asked.processor, asked.criteria
-        self.drafter = type(asked.processor)(filter(is_stateless, asked.processor))
-        self.in_order = len(self.drafter) < len(asked.processor)
-        self.config, self.streamer = asked.config, asked.streamer
-        config, criteria = asked.config, asked.criteria
-        self.verdict = sampled if config.do_sample else greedy
+    def __post_init__(self) -> None:
+        rows, device = len(self.ids), self.ids.device
+        self.draft_processor = type(self.processor)(filter(is_stateless, self.processor))
+        self.in_order = len(self.draft_processor) < len(self.processor)
+        self.accept = sampled if self.config.do_sample else greedy
         # As transformers' own loop: without an end token, finished rows go on until all are.
-        self.pads = stops_at_tokens(criteria)
-        self.records = config.return_dict_in_generate
+        self.pads = stops_at_tokens(self.criteria)
+        self.records = self.config.return_dict_in_generate
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
-        self.room = Room(stack.config, criteria.max_length)
-        self.deep = reads_planes(spoken.draft, stack.depth_layers)
+        self.fork_planes = _reads_planes(self.stats.draft, self.stack.depth_layers)
+        # Tokens [B, any] verified behind the ids, as many of each row as its lead.
+        self.ahead, self.lead = self.ids[:, :0], [0] * rows
+        self.unfinished = torch.ones(rows, dtype=torch.bool, device=device)
+        self.active, self.over = [True] * rows, False
 
-    def run(self, ids: Tensor) -> None:
+    def run(self) -> None:
         """Decodes until every row is finished."""
-        self.ids, self.ahead = ids, ids[:, :0]
-        self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        self.active = [True] * len(ids)
-        self.lead = [0] * len(ids)
-        self.over = False
+        ids = self.ids
         logits = self.passes.prompt(ids, self.config)
         check_cache(self.passes.cache)
         self._keep(logits, Drafts(ids[:, :0]), self._known(1))
@@ -196,69 +186,59 @@ class _Loop:
             while not self.over:
                 self._round()
         finally:
-            recording(self.passes.cache, on=False)
+            _record_past(self.passes.cache, on=False)
 
     def _round(self) -> None:
         known, drafts = self._draft()
         columns = drafts.tokens.shape[1] + 1
-        ids = torch.cat([self.ids, drafts.tokens], 1)
-        cache = self.passes.cache
-        recording(cache, on=True)
-        verifying = Passes(self.passes.model, self.passes.kwargs)
-        verifying.outputs = self.passes.outputs
-        verifying.grow(columns - 1)
-        logits = verifying.over(ids, columns)
+        _record_past(self.passes.cache, on=True)
+        verifying = copy.copy(self.passes)
+        verifying.extend(columns - 1)
+        logits = verifying.run(torch.cat([self.ids, drafts.tokens], 1), columns)
         self.passes.outputs = verifying.outputs
         kept = self._keep(logits, drafts, known)
         self.passes.cache.crop(kept - columns)
-        self.spoken.rounds += 1
-        self.spoken.steps += kept
+        self.stats.rounds += 1
+        self.stats.steps += kept
 
     def _draft(self) -> tuple[Known, Drafts]:
-        """Guesses behind what each row knows, by passes of the draft's policy."""
-        lengths = self.passes.kwargs.get("attention_mask")
-        room = self.room.drafts(self.ids.shape[1], self.passes.cache, lengths)
-        most = min(self.spoken.tokens, room)
-        leads = [lead for lead, on in zip(self.lead, self.active, strict=True) if on]
-        least, longest = min([*leads, most]), min(max(leads), most)
+        """Drafts behind what each row knows, by passes of the draft's policy."""
+        passes, confidence = self.passes, self.stats.confidence
+        mask, longest = passes.kwargs.get("attention_mask"), self.criteria.max_length
+        columns = self.ids.shape[1]
+        budget = draft_budget(self.stack.config, longest, columns, passes.cache, mask)
+        most, leads = min(self.stats.tokens, budget), self._of_active(self.lead)
+        least, furthest = min([*leads, most]), min(max(leads), most)
         known = self._known(most + 1)
         tokens, chances = known.tokens[:, :least], []
-        passes = self.passes
         if least < most:
-            passes = passes.fork(planes=self.deep)
-            passes.grow(least)
+            passes = passes.fork(planes=self.fork_planes)
+            passes.extend(least)
         sure = torch.ones_like(self.unfinished)
-        with under(self.stack, self.spoken.draft):
+        with with_policy(self.stack, self.stats.draft):
             while tokens.shape[1] < most:
                 ids = torch.cat([self.ids, tokens], 1)
-                logits = passes.over(ids, 1 if chances else least + 1, read=1)[:, 0]
-                passes.grow(1)
-                token, chance = self._guess(ids, logits)
-                chances.append(chance)
+                new = least + 1 if tokens.shape[1] == least else 1
+                logits = passes.run(ids, new, read=1)[:, 0]
+                passes.extend(1)
+                scores = self.draft_processor(ids, logits)
+                token = scores.argmax(-1, keepdim=True)
+                if self.config.do_sample:
+                    chances.append(scores.softmax(-1))
+                    token = torch.multinomial(chances[-1], 1)
                 tokens = known.over(torch.cat([tokens, token], 1))
-                sure &= self._is_sure(logits)
-                if tokens.shape[1] >= longest and self._all_unsure(sure):
+                if confidence is None:
+                    continue
+                sure &= logits.softmax(-1).amax(-1) >= confidence
+                if tokens.shape[1] >= furthest and not any(self._of_active(sure.tolist())):
                     break
-        self._count_drafted(tokens.shape[1])
-        return known.first(tokens.shape[1] + 1), Drafts(tokens, _stacked(chances, least))
-
-    def _guess(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The draft's next tokens [B, 1], and their distribution [B, V] in sampling."""
-        scores = self.drafter(ids, logits)
-        if not self.config.do_sample:
-            return scores.argmax(-1, keepdim=True), None
-        chances = scores.softmax(-1)
-        return torch.multinomial(chances, 1), chances
-
-    def _is_sure(self, logits: Tensor) -> Tensor:
-        if self.spoken.confidence is None:
-            return torch.ones_like(self.unfinished)
-        return logits.softmax(-1).amax(-1) >= self.spoken.confidence
-
-    def _all_unsure(self, sure: Tensor) -> bool:
-        if self.spoken.confidence is None:
-            return False
-        return not any(a and s for a, s in zip(self.active, sure.tolist(), strict=True))
+        drafted = tokens.shape[1]
+        self.stats.drafted += sum(max(drafted - lead, 0) for lead in leads)
+        known = known.columns(0, drafted + 1)
+        if not chances:
+            return known, Drafts(tokens)
+        nothing = torch.zeros_like(chances[0])  # never read: all rows know these tokens
+        return known, Drafts(tokens, torch.stack([nothing] * least + chances, 1))
 
     def _known(self, columns: int) -> Known:
         """What is known of the next `columns` tokens."""
@@ -274,59 +254,52 @@ class _Loop:
 
     def _keep(self, logits: Tensor, drafts: Drafts, known: Known) -> int:
         """Adds the tokens that all rows have now to the ids; gives how many."""
-        if self.in_order:
-            return self._keep_in_order(logits, drafts, known)
-        columns = logits.shape[1]
-        ids = torch.cat([self.ids, drafts.tokens], 1)
-        length = self.ids.shape[1]
         raw = logits.clone() if self.records else logits
-        scores = torch.stack(
-            [self.processor(ids[:, : length + j], logits[:, j]) for j in range(columns)], 1
-        )
-        tokens, right = self.verdict(scores, drafts, known)
-        gained = [count + 1 for count in right.tolist()]
-        self._count_accepted(gained)
-        kept, slowest = 0, min(n for n, on in zip(gained, self.active, strict=True) if on)
-        while kept < slowest:
-            if self.records:
-                self.scores.append(scores[:, kept])
-                self.logits.append(raw[:, kept])
-            kept += 1
-            if self._give(tokens[:, kept - 1]):
+        keep = self._keep_in_order if self.in_order else self._keep_at_once
+        kept = keep(logits, raw, drafts, known)
+        self.passes.extend(kept)
+        return kept
+
+    def _keep_at_once(self, logits: Tensor, raw: Tensor, drafts: Drafts, known: Known) -> int:
+        ids, length = torch.cat([self.ids, drafts.tokens], 1), self.ids.shape[1]
+        each = range(logits.shape[1])
+        scores = torch.stack([self.processor(ids[:, : length + j], logits[:, j]) for j in each], 1)
+        tokens, accepted = self.accept(scores, drafts, known)
+        gained = [count + 1 for count in accepted.tolist()]
+        pairs = self._of_active(zip(gained, self.lead, strict=True))
+        self.stats.accepted += sum(max(n - 1 - lead, 0) for n, lead in pairs)
+        kept = 0
+        for kept in range(1, min(self._of_active(gained)) + 1):
+            if self._give(tokens[:, kept - 1], scores[:, kept - 1], raw[:, kept - 1]):
                 break
         self.ahead = tokens[:, kept:]
         self.lead = [n - kept for n in gained]
-        self.passes.grow(kept)
         return kept
 
-    def _keep_in_order(self, logits: Tensor, drafts: Drafts, known: Known) -> int:
-        """As `_keep`; but processors see no token that does not stand, and none twice."""
-        raw = logits.clone() if self.records else logits
-        kept, wrong = 0, False
-        while kept < logits.shape[1] and not wrong:
+    def _keep_in_order(self, logits: Tensor, raw: Tensor, drafts: Drafts, known: Known) -> int:
+        """Processors with a state see no token that is rejected, and none twice."""
+        kept, right, waits = 0, True, False
+        while kept < logits.shape[1] and right and not waits:
             scores = self.processor(self.ids, logits[:, kept])
-            if self.records:
-                self.scores.append(scores)
-                self.logits.append(raw[:, kept])
             draft = drafts.column(kept)
             both = scores[:, None].repeat(1, 1 + draft.tokens.shape[1], 1)
-            tokens, right = self.verdict(both, draft, known.columns(kept, both.shape[1]))
-            rights = right.tolist()
-            stood = sum(on and bool(n) for n, on in zip(rights, self.active, strict=True))
-            wrong = not all(n for n, on in zip(rights, self.active, strict=True) if on)
-            self.spoken.accepted += stood
+            tokens, accepted = self.accept(both, draft, known.columns(kept, both.shape[1]))
+            counts = self._of_active(accepted.tolist())
+            right = all(counts)
+            self.stats.accepted += sum(counts)
+            waits = self._give(tokens[:, 0], scores, raw[:, kept])
             kept += 1
-            if self._give(tokens[:, 0]):
-                break
-        self.passes.grow(kept)
         return kept
 
-    def _give(self, tokens: Tensor) -> bool:
+    def _give(self, tokens: Tensor, scores: Tensor, logits: Tensor) -> bool:
         """Gives one token of each row [B]; whether the others of this round must wait."""
+        if self.records:
+            self.scores.append(scores)
+            self.logits.append(logits)
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         # As transformers' own loop: criteria see the scores only where they are returned.
-        scores = tuple(self.scores) if self.records and self.config.output_scores else None
-        self.unfinished = self.unfinished & ~self.criteria(self.ids, scores)
+        shown = tuple(self.scores) if self.records and self.config.output_scores else None
+        self.unfinished = self.unfinished & ~self.criteria(self.ids, shown)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
         unfinished = self.unfinished.tolist()
@@ -337,18 +310,6 @@ class _Loop:
             self.active = unfinished
         return self.over or ended
 
-    def _count_drafted(self, tokens: int) -> None:
-        for lead, on in zip(self.lead, self.active, strict=True):
-            self.spoken.drafted += max(tokens - lead, 0) if on else 0
-
-    def _count_accepted(self, gained: list[int]) -> None:
-        for n, lead, on in zip(gained, self.lead, self.active, strict=True):
-            self.spoken.accepted += max(n - 1 - lead, 0) if on else 0
-
-
-def _stacked(chances: list[Tensor | None], before: int) -> Tensor | None:
-    """One distribution for each draft; of tokens known to all rows nobody asks. [B, k, V]."""
-    some = [one for one in chances if one is not None]
-    if not some:
-        return None
-    return torch.stack([torch.zeros_like(some[0])] * before + some, 1)
+    def _of_active(self, values: Iterable[Any]) -> list[Any]:
+        """The values of the rows that are not finished; `values` has one for each row."""
+        return [value for value, on in zip(values, self.active, strict=True) if on]

@@ -1,52 +1,24 @@
-"""`with trol.speculate(model, draft)`: what is asked for, and what it came to."""
+"""`with trol.speculate(model, draft)`, and what speculation refuses, by name and with the cure."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from trol.depth import AbstractPolicy, PolicyLike
-from trol.depth.attachment import decoding
+from trol.depth import PolicyLike
+from trol.depth.attachment import decoding as decoding_with
 from trol.depth.policy import check_share, resolve
-from trol.errors import UsageError
+from trol.errors import HostError, UsageError
+from trol.host.generation import STEPWISE, decoded, decoding
 from trol.host.layers import find_decoder
-from trol.speculation.loop import decode
-from trol.speculation.refusals import check_arguments, check_draft, check_stack
+from trol.host.names import cache_among
+from trol.speculation.loop import ForwardPasses, Loop, Speculation, check_cache
 
-
-@dataclass
-class Speculation:
-    """A draft, how far it may run ahead, and what came of it in all `generate` calls so far."""
-
-    draft: AbstractPolicy
-    """The policy in force while drafting."""
-    tokens: int
-    """The most tokens drafted before they are verified."""
-    confidence: float | None = None
-    """Drafting ends early once the draft's greatest probability is below this in every row."""
-    rounds: int = 0
-    """Verifying passes of the model's own policy; the pass over the prompt is not counted."""
-    drafted: int = 0
-    """Tokens drafted, of all rows that were not finished."""
-    accepted: int = 0
-    """Drafted tokens that the model would have said itself."""
-    steps: int = 0
-    """Tokens that `generate` gave in these rounds, counted once for the whole batch."""
-
-    @property
-    def acceptance(self) -> float:
-        """accepted / drafted, in [0, 1]; 0 where nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Tokens that each row gained by one verifying pass; 1 without speculation."""
-        return self.steps / self.rounds if self.rounds else 0.0
+ELSEWHERE = "call generate outside `with trol.speculate`"
 
 
 @contextmanager
@@ -61,15 +33,16 @@ def speculate(
 
     A round drafts k tokens, one after another, on a fork of the cache, so that they attend to the
     model's own keys and values of all that is verified. One pass over these k tokens then tells
-    how many a of them the model would have said, and the next one as well: a + 1 tokens. Greedy
-    tokens are those of plain `generate`, up to the rounding of equal logits; sampled ones are of
-    the same distribution (https://arxiv.org/abs/2211.17192, algorithm 1; drafting by skipping
-    layers: https://arxiv.org/abs/2309.08168). In a batch all rows go on by what the slowest row
-    gained, and the others keep what they have verified. RoPE that changes with the length is left
-    to plain steps where a round could cross its switch, and `dynamic` RoPE beyond it.
+    how many a of them the model would have generated, and the next one as well: a + 1 tokens.
+    Greedy tokens are those of plain `generate`, up to the rounding of equal logits; sampled ones
+    are of the same distribution (https://arxiv.org/abs/2211.17192, algorithm 1; drafting by
+    skipping layers: https://arxiv.org/abs/2309.08168). In a batch all rows advance by what the
+    slowest row gained, and the others keep what they have verified. RoPE that changes with the
+    length is left to plain steps where a round could cross its switch, and `dynamic` RoPE beyond
+    it.
 
     Args:
-        model: a model, plain or attached; what it carries is its own policy.
+        model: a model, plain or attached; the policy it carries is its own.
         draft: plan text, a plan, a policy or the name of one.
         tokens: k, at least 1.
         confidence: ends a draft early, in [0, 1); None for always k tokens.
@@ -88,16 +61,98 @@ def speculate(
         )
     if confidence is not None:
         check_share("confidence", confidence)
-    spoken = Speculation(resolve(draft), tokens, confidence)
-    with decoding(model, partial(_with_loop, spoken), spoken.draft):
-        check_stack(find_decoder(model))
-        yield spoken
+    stats = Speculation(resolve(draft), tokens, confidence)
+    with decoding_with(model, partial(_with_loop, stats), stats.draft):
+        stack: Any = find_decoder(model)
+        if stack.depth_recurrent:
+            raise HostError(
+                f"{stack.config.model_type} keeps a recurrent state, which cannot take drafted "
+                f"tokens back; {ELSEWHERE}."
+            )
+        yield stats
 
 
-def _with_loop(spoken: Speculation, host: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_loop(stats: Speculation, host: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `generate` with the drafting loop among them."""
-    stack = find_decoder(host)
-    check_arguments(host, kwargs)
-    check_draft(stack, spoken.draft)
-    loop = partial(decode, stack=stack, spoken=spoken, streamer=kwargs.get("streamer"))
+    stack: Any = find_decoder(host)
+    _check_arguments(host, kwargs)
+    own = stack.depth_policy_in_force()
+    missing = sorted(stack.depth_absent(own) - stack.depth_absent(stats.draft))
+    if missing:
+        raise UsageError(
+            f"the draft visits layers {missing}, which the model's own policy {own!r} skips, so "
+            "they hold no keys and values; name a draft without these layers."
+        )
+    loop = partial(_decode, stack=stack, stats=stats, streamer=kwargs.get("streamer"))
     return {**kwargs, "custom_generate": loop}
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    stack: Any,
+    stats: Speculation,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """What `generate` gives, in fewer passes: a `custom_generate` of transformers.
+
+    Raises:
+        UsageError, HostError: drafts cannot be verified here; before anything has run.
+    """
+    _check_config(generation_config, model_kwargs, logits_processor)
+    check_cache(cache_among(model_kwargs))
+    passes, given = ForwardPasses(model, model_kwargs), (logits_processor, stopping_criteria)
+    loop = Loop(passes, stack, stats, *given, generation_config, streamer, input_ids)
+    with decoding(model):
+        loop.run()
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return loop.ids
+    scores = tuple(loop.scores) if generation_config.output_scores else None
+    logits = tuple(loop.logits) if generation_config.output_logits else None
+    return decoded(loop.ids, loop.passes.cache, scores=scores, logits=logits)
+
+
+def _check_arguments(host: Any, arguments: dict[str, Any]) -> None:
+    """Raises `UsageError` for what `generate` would not hand to a decoding loop of ours."""
+    for name in ("custom_generate", "assistant_model"):
+        if arguments.get(name) is not None:
+            raise UsageError(f"{name} and trol.speculate both decode; drop one of them.")
+    config = arguments.get("generation_config") or host.generation_config
+    if arguments.get("stop_strings", config.stop_strings) is not None:
+        raise UsageError(
+            "stop_strings do not reach a decoding loop of ours; pass "
+            "stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)] instead."
+        )
+    if arguments.get("synced_gpus"):
+        raise UsageError(
+            "synced_gpus: the ranks of a sharded model would make different numbers of passes; "
+            f"{ELSEWHERE}."
+        )
+
+
+def _check_config(config: Any, kwargs: dict[str, Any], processors: Any) -> None:
+    """Raises `UsageError` where this way to generate has no drafts."""
+    mode = config.get_generation_mode()
+    if mode not in ("greedy_search", "sample"):
+        raise UsageError(
+            f"drafts are verified in greedy decoding and sampling, not in {mode.value}; set "
+            f"num_beams=1 and no other strategy, or {ELSEWHERE}."
+        )
+    if not kwargs.get("use_cache"):
+        raise UsageError("use_cache=False leaves no keys and values to draft on; set use_cache.")
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise UsageError(f"{name} is not given together with drafts; drop it, or {ELSEWHERE}.")
+    for processor in processors:
+        if isinstance(processor, STEPWISE):
+            raise UsageError(
+                f"{type(processor).__name__} must see every token exactly once, which drafts break;"
+                f" {ELSEWHERE}."
+            )

@@ -27,7 +27,7 @@ from trol.evaluation.oracle_store import OracleRow
 from trol.host.generation import SLICES_LOGITS
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.planned import plan_of
-from trol.policies.router import Ballot, Router, first_sure
+from trol.policies.router import Router, RouterHead, first_sure
 
 DIALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Dials of a report."""
@@ -238,11 +238,11 @@ def train_router(
     try:
         states = question_states(model, data.questions, prompts or text_prompts(processor))
         learnt, held = _split(len(data.items), lessons)
-        curve, best = _learn(_ballot(model), states, data, (learnt, held), lessons)
+        curve, best = _learn(_router_head(model), states, data, (learnt, held), lessons)
     except BaseException:
         detach(model)
         raise
-    found = report(_logits(_ballot(model), [states[i] for i in held]), data.of(held), DIALS)
+    found = report(_logits(_router_head(model), [states[i] for i in held]), data.of(held), DIALS)
     return RouterTraining(router, curve, best, [data.items[i] for i in held], found)
 
 
@@ -267,9 +267,9 @@ def router_report(
         raise UsageError(
             f"{stack.depth_policy.name} is attached, not a router; load one with trol.load."
         )
-    data = table(rows, metric, stack.depth_layers, stack.depth_policy.menu, tolerance)
+    data = table(rows, metric, stack.depth_layers, stack.depth_policy.plans, tolerance)
     states = question_states(model, data.questions, prompts or text_prompts(processor))
-    return report(_logits(_ballot(model), states), data, dials)
+    return report(_logits(_router_head(model), states), data, dials)
 
 
 def text_prompts(processor: Any) -> Prompts:
@@ -319,7 +319,7 @@ def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> 
     return states
 
 
-def _ballot(model: Any) -> Ballot:
+def _router_head(model: Any) -> RouterHead:
     _, stack = attached(model)
     found: Any = gates_of(stack)[stack.depth_policy.after]
     return found.requires_grad_(True)
@@ -333,18 +333,18 @@ def _split(count: int, lessons: Lessons) -> tuple[list[int], list[int]]:
 
 
 def _learn(
-    ballot: Ballot,
+    head: RouterHead,
     states: Sequence[Tensor],
     data: Table,
     split: tuple[list[int], list[int]],
     lessons: Lessons,
 ) -> tuple[list[dict[str, float]], int]:
-    """Trains the ballot in place, and leaves it as it was after its best epoch."""
+    """Trains the head in place, and leaves it as it was after its best epoch."""
     learnt, held = split
     labels = data.suffices[:, :-1].float()
     loss_of = _balanced(labels[learnt])
     steps = torch.optim.AdamW(
-        ballot.parameters(), lr=lessons.learning_rate, weight_decay=lessons.weight_decay
+        head.parameters(), lr=lessons.learning_rate, weight_decay=lessons.weight_decay
     )
     order, best, curve = random.Random(lessons.seed), 0, []
     kept: dict[str, Tensor] = {}
@@ -352,18 +352,18 @@ def _learn(
         shuffled, losses = order.sample(learnt, len(learnt)), []
         for start in range(0, len(shuffled), lessons.batch):
             some = shuffled[start : start + lessons.batch]
-            logits = ballot(*_padded([states[i] for i in some], ballot))
+            logits = head(*_padded([states[i] for i in some], head))
             loss = _finite(loss_of(logits.cpu(), labels[some]), epoch)
             steps.zero_grad()
             loss.backward()
             steps.step()
             losses.append(loss.item() * len(some))
-        unseen = loss_of(_logits(ballot, [states[i] for i in held]), labels[held])
+        unseen = loss_of(_logits(head, [states[i] for i in held]), labels[held])
         unseen = _finite(unseen, epoch).item()
         curve.append({"loss": sum(losses) / len(learnt), "validation_loss": unseen})
         if unseen <= min(point["validation_loss"] for point in curve):
-            best, kept = epoch, {n: p.detach().clone() for n, p in ballot.named_parameters()}
-    ballot.load_state_dict(kept)
+            best, kept = epoch, {n: p.detach().clone() for n, p in head.named_parameters()}
+    head.load_state_dict(kept)
     return curve, best
 
 
@@ -383,18 +383,18 @@ def _balanced(labels: Tensor) -> nn.BCEWithLogitsLoss:
 
 
 @torch.no_grad()
-def _logits(ballot: Ballot, states: Sequence[Tensor]) -> Tensor:
+def _logits(head: RouterHead, states: Sequence[Tensor]) -> Tensor:
     """Shape: [N, M - 1], on the CPU."""
     parts = [
-        ballot(*_padded(states[start : start + AT_ONCE], ballot)).cpu()
+        head(*_padded(states[start : start + AT_ONCE], head)).cpu()
         for start in range(0, len(states), AT_ONCE)
     ]
     return torch.cat(parts)
 
 
-def _padded(states: Sequence[Tensor], ballot: Ballot) -> tuple[Tensor, Tensor]:
-    """States [B, T, D] and which of them are real [B, T], where the ballot is."""
-    device = ballot.vote_weight.device
+def _padded(states: Sequence[Tensor], head: RouterHead) -> tuple[Tensor, Tensor]:
+    """States [B, T, D] and which of them are real [B, T], where the head is."""
+    device = head.vote_weight.device
     counts = torch.tensor([len(one) for one in states])
     real = torch.arange(int(counts.max()))[None] < counts[:, None]
     return pad_sequence(list(states), batch_first=True).to(device), real.to(device)

@@ -127,7 +127,7 @@ def fills_rotary() -> str | None:
     )
 
 
-@LIBRARIES.row("checkpoints/baking.py, training/opening.py: configurations that cannot be")
+@LIBRARIES.row("checkpoints/export.py, training/opening.py: configurations that cannot be")
 def strict_errors() -> str | None:
     """A configuration that contradicts itself raises StrictDataclassError or ValueError."""
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
