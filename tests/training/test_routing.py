@@ -14,7 +14,7 @@ from trol.errors import DataError, UsageError
 from trol.evaluation.oracle_store import OracleRow
 from trol.policies.router import Router
 from trol.training.routing import (
-    Lessons,
+    RouterTrainingArgs,
     question_states,
     router_report,
     text_prompts,
@@ -23,7 +23,7 @@ from trol.training.routing import (
 
 EASY, HARD = "is it red or blue?", "which digit is it?"
 MENU = ["0", "0-1", "all"]
-LESSONS = Lessons(epochs=12, learning_rate=1e-2)
+ARGS = RouterTrainingArgs(epochs=12, learning_rate=1e-2)
 
 
 def rows(count: int = 40) -> list[OracleRow]:
@@ -58,9 +58,7 @@ def host(folder: Path):
 def test_it_learns_which_questions_a_cheap_plan_answers(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = host(folder)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    found = train_router(
-        model, tokenizer, rows(), metric="rougeL", menu=MENU, hidden=16, lessons=LESSONS
-    )
+    found = train_router(model, tokenizer, rows(), metric="rougeL", menu=MENU, hidden=16, args=ARGS)
     assert len(found.held_out) == 8
     assert found.curve[-1]["loss"] < found.curve[0]["loss"] / 2
     report = found.report
@@ -115,14 +113,14 @@ def test_a_tolerance_lets_cheaper_levels_suffice(folder: Path) -> None:
     """The loss counts the other way round, and all plans of the rows are the menu by default."""
     model, tokenizer = host(folder)
     settings = {"metric": "loss", "hidden": 8, "dial": 0.7}
-    strict = train_router(model, tokenizer, rows(9), lessons=Lessons(epochs=1), **settings)
+    strict = train_router(model, tokenizer, rows(9), args=RouterTrainingArgs(epochs=1), **settings)
     assert strict.report["suffices_by_level"] == [0, 0, 1]
     assert strict.report["oracle"]["cost"] == 3
     assert strict.router.dial == 0.7
     assert [str(plan) for plan in strict.router.menu] == ["0", "0-1", "0-2"]
     trol.detach(model)
-    lenient = Lessons(epochs=1, tolerance=0.15, validation=0.5)
-    loose = train_router(model, tokenizer, rows(9), lessons=lenient, **settings)
+    lenient = RouterTrainingArgs(epochs=1, tolerance=0.15, validation=0.5)
+    loose = train_router(model, tokenizer, rows(9), args=lenient, **settings)
     assert 0 < loose.report["suffices_by_level"][0] < 1
     assert loose.report["oracle"]["cost"] < 3
 
@@ -131,8 +129,8 @@ def test_the_same_seed_learns_the_same(folder: Path) -> None:
     found = []
     for seed in (1, 1, 2):
         model, tokenizer = host(folder)
-        lessons = Lessons(epochs=2, seed=seed)
-        made = train_router(model, tokenizer, rows(12), metric="rougeL", lessons=lessons)
+        args = RouterTrainingArgs(epochs=2, seed=seed)
+        made = train_router(model, tokenizer, rows(12), metric="rougeL", args=args)
         found.append((made.curve, made.held_out))
     assert found[0] == found[1] != found[2]
 
@@ -148,9 +146,9 @@ def test_the_same_seed_learns_the_same(folder: Path) -> None:
         ({"menu": ["0", "0-1"]}, UsageError, "which comes last"),
         ({"after": 2}, UsageError, "plan '0' of the menu does not visit each of the layers 0-1"),
         ({"after": 3}, UsageError, "this stack has 3 layers"),
-        ({"lessons": Lessons(epochs=0)}, UsageError, "epochs is 0"),
-        ({"lessons": Lessons(validation=1.0)}, UsageError, "validation is 1.0"),
-        ({"lessons": Lessons(learning_rate=-1.0)}, UsageError, "learning_rate is -1.0"),
+        ({"args": RouterTrainingArgs(epochs=0)}, UsageError, "epochs is 0"),
+        ({"args": RouterTrainingArgs(validation=1.0)}, UsageError, "validation is 1.0"),
+        ({"args": RouterTrainingArgs(learning_rate=-1.0)}, UsageError, "learning_rate is -1.0"),
     ],
 )
 def test_what_cannot_be_trained_is_told_why(folder: Path, change, error, said: str) -> None:
