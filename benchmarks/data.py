@@ -1,8 +1,8 @@
 """How fast data is read and checked: python benchmarks/data.py [--rows N], one JSON object.
 
 Rows and pictures per second are those of `trol data check` on one core; start-up and memory are
-those of a fresh process that opens a mixture whose files are indexed, orders an epoch by length,
-and reads a thousand conversations of it.
+those of a fresh process that opens a mixture whose files are indexed, shuffles an epoch, and reads
+a thousand conversations of it.
 """
 
 import argparse
@@ -29,18 +29,17 @@ import json, resource, sys, time
 start = time.perf_counter()
 from collections.abc import Mapping
 from pathlib import Path
+import numpy
+from trol.data.conversations import SoundRows
 from trol.data.mixture import open_mixture
-from trol.data.pools import ShardedOrder
-from trol.data.chat import MixtureRows
 mixture = open_mixture(Path(sys.argv[1]), cache=Path(sys.argv[2]))
-rows = MixtureRows(mixture, None)
-order = iter(ShardedOrder(len(rows), 16, lengths=mixture.lengths(tokens_per_image=256)))
-mixture.conversation(next(order))
+order = iter(numpy.random.default_rng(0).permutation(len(mixture)))
+mixture[next(order)]
 ready = time.perf_counter() - start
 for _ in range(1000):
-    mixture.conversation(next(order))
+    mixture[next(order)]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-print(json.dumps({"rows": len(rows), "startup_s": ready, "resident_mb": peak / 1024}))
+print(json.dumps({"rows": len(mixture), "startup_s": ready, "resident_mb": peak / 1024}))
 """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from trol.data.conversations import ConversationCollator
 from trol.data.mixture import Mixture, open_mixture
 
 
@@ -56,4 +57,17 @@ def texts(messages: list[dict[str, Any]]) -> list[str]:
 
 def asked(mixture: Mixture) -> list[str]:
     """The last question of each conversation."""
-    return [texts(mixture.conversation(number))[-2] for number in range(len(mixture))]
+    return [texts(mixture[number])[-2] for number in range(len(mixture))]
+
+
+def talk(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
+    """A conversation of user and assistant in turn."""
+    turns = [("system", system)] if system else []
+    turns += [(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+
+
+def encoded(processor: Any, messages: Any, **settings: Any) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one conversation."""
+    batch = ConversationCollator(processor, **settings)([messages])
+    return batch["input_ids"][0].tolist(), batch["labels"][0].tolist()

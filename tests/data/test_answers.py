@@ -11,10 +11,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
+from data.samples import encoded, talk
 from trol.data.answers import Answers
-from trol.data.chat import IGNORED, encode
 from trol.data.conversations import ConversationCollator
 from trol.data.formats import RowError
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
 from trol.host import chat_templates
 
@@ -48,19 +49,12 @@ def reading(template: str) -> PreTrainedTokenizerFast:
     )
 
 
-def talk(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
-    roles = ("user", "assistant")
-    said = [(roles[number % 2], text) for number, text in enumerate(texts)]
-    said = [*([("system", system)] if system else []), *said]
-    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
-
-
 def learnt(processor: Any, messages: Any) -> list[str]:
     """The runs of learnt tokens, as texts."""
     tokenizer = getattr(processor, "tokenizer", processor)
     batch = ConversationCollator(processor)([messages])
     runs, last = [], -1
-    for at in (batch["labels"][0] != IGNORED).nonzero().flatten().tolist():
+    for at in (batch["labels"][0] != IGNORED_LABEL).nonzero().flatten().tolist():
         runs[-1:] = [[*runs[-1], at]] if at == last + 1 and runs else [*runs[-1:], [at]]
         last = at
     return [tokenizer.decode(batch["input_ids"][0][run]) for run in runs]
@@ -80,27 +74,27 @@ def test_stock_templates_are_learnt_from(name: str, system: str | None, turns: i
         assert "ask" not in run
     if "glm4" not in name:  # which ends a turn by beginning the next
         assert not runs[-1].endswith("!"), "the end of the turn is learnt"
-    row = encode(tokenizer, messages)
-    batch = ConversationCollator(tokenizer)([messages])
-    assert row.labels == batch["labels"][0].tolist(), "one way"
+    ids, _ = encoded(tokenizer, messages)
     if system:
-        assert system in tokenizer.decode(row.input_ids)
+        assert system in tokenizer.decode(ids)
     else:
         told = messages if "idefics" in name or "vlm" in name or "llava" in name else None
         told = told or [{**m, "content": m["content"][0]["text"]} for m in messages]
         whole = chat_templates.render(tokenizer, told)[0]
-        assert tokenizer.decode(row.input_ids) == whole, "exactly what the template renders"
+        assert tokenizer.decode(ids) == whole, "exactly what the template renders"
 
 
 @pytest.mark.parametrize("name", STOCK)
 def test_a_prompt_has_the_roles_that_training_had(name: str) -> None:
     tokenizer = reading(STOCK[name])
-    prompt = encode(tokenizer, talk("ask 0?", "say 0!", "ask 1?"), prompt=True)
-    pairs = zip(prompt.input_ids, prompt.assistant_masks, strict=True)
+    messages = talk("ask 0?", "say 0!", "ask 1?")
+    prompt = Answers(tokenizer).encoded([messages], prompt=True)
+    (ids,), (masks,) = prompt["input_ids"], prompt["assistant_masks"]
+    pairs = zip(ids, masks, strict=True)
     said = tokenizer.decode([token for token, answer in pairs if answer])
     assert "say 0!" in said
     assert "ask" not in said
-    assert prompt.assistant_masks[-1] == 0
+    assert masks[-1] == 0
 
 
 def by_prefixes(tokenizer: Any, messages: Any) -> list[int]:
@@ -112,7 +106,7 @@ def by_prefixes(tokenizer: Any, messages: Any) -> list[int]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     ids = tokenizer(chat_templates.render(tokenizer, told)[0], add_special_tokens=False)
-    labels = [IGNORED] * len(ids["input_ids"])
+    labels = [IGNORED_LABEL] * len(ids["input_ids"])
     for number, message in enumerate(told):
         if message["role"] == "assistant":
             span = slice(length(told[:number], True), length(told[: number + 1], False))
@@ -143,7 +137,7 @@ def test_where_templates_only_append_prefixes_say_the_same(
     template: str, words: tuple[str, ...]
 ) -> None:
     tokenizer, messages = reading(template), talk(*words)
-    assert encode(tokenizer, messages).labels == by_prefixes(tokenizer, messages)
+    assert encoded(tokenizer, messages)[1] == by_prefixes(tokenizer, messages)
 
 
 REWRITING = (
@@ -175,8 +169,8 @@ def test_a_system_message_without_a_place_goes_in_front_of_the_question() -> Non
             "[{{ m.role }}]{{ m.content }};{% endif %}{% endfor %}"
         )
         tokenizer = reading(template)
-        row = encode(tokenizer, talk("ask", "say", system="be brief"))
-        assert tokenizer.decode(row.input_ids) == "[user]be brief\n\nask;[assistant]say;"
+        ids, _ = encoded(tokenizer, talk("ask", "say", system="be brief"))
+        assert tokenizer.decode(ids) == "[user]be brief\n\nask;[assistant]say;"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +188,7 @@ def test_a_system_message_without_a_place_goes_in_front_of_the_question() -> Non
 )
 def test_where_no_way_finds_the_answers_the_row_says_why(template: str, told: str) -> None:
     with pytest.raises(RowError, match=told):
-        encode(reading(template), talk("ask", "say something", "ask", "say"))
+        encoded(reading(template), talk("ask", "say something", "ask", "say"))
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:
@@ -250,13 +244,13 @@ def test_beside_pictures(
 
 def test_words_that_stand_for_a_picture_are_refused(seeing: LlavaProcessor) -> None:
     with pytest.raises(RowError, match="'<image>' stands in its words"):
-        encode(seeing, talk("what is <image>?", "a word"))
+        encoded(seeing, talk("what is <image>?", "a word"))
 
 
 def test_slow_tokenizers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in WORDS:
         tokenizer, messages = reading(REWRITING), talk(*words)
-        wanted = encode(tokenizer, messages).labels
+        wanted = encoded(tokenizer, messages)
         with monkeypatch.context() as slow:
             slow.setattr(type(tokenizer), "is_fast", False)
-            assert encode(tokenizer, messages).labels == wanted
+            assert encoded(tokenizer, messages) == wanted

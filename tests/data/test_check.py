@@ -73,7 +73,7 @@ def test_the_command_counts_lists_and_then_accepts(
     assert "10 damaged rows are listed in" in out
     mixture = opened(damaged.parent, {"bad": {"path": "bad.jsonl"}, "good": {"path": "good.jsonl"}})
     assert mixture.skipped == {"bad": dict.fromkeys(DAMAGED, 1)}
-    assert all(mixture.conversation(number) for number in range(len(mixture)))
+    assert all(mixture[number] for number in range(len(mixture)))
 
 
 def test_without_a_model_lengths_are_not_checked(

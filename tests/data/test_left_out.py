@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trol.data.pools import TOLD, SoundRows
+from trol.data.conversations import NAMED, SoundRows
 from trol.errors import DataError
 
 ERRORS = (DataError, ValueError, TypeError, KeyError, IndexError, RuntimeError, UnicodeEncodeError)
@@ -64,7 +64,7 @@ def test_some_are_named_and_all_are_counted() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         rows.batch(range(60))
-    assert len(told) == TOLD
+    assert len(told) == NAMED
     assert len(rows.left_out) == 30
 
 

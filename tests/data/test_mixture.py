@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from data.samples import asked, jpeg, lines, opened, said, shared, texts
-from trol.data import row_files as indexing
-from trol.data.chat import Collator, MixtureRows, Row, encode, padded, turns
+from trol.data import mixture as mixtures
+from trol.data.conversations import ConversationCollator, SoundRows
 from trol.data.formats import RowError, read_row
-from trol.data.mixture import open_mixture
-from trol.data.mixture_file import Damaged, read_quarantine, write_quarantine
-from trol.data.pools import ShardedOrder
+from trol.data.mixture import Damaged, open_mixture, read_quarantine, write_quarantine
 from trol.errors import DataError
 from trol.family import tiny_processor
 
@@ -44,19 +42,18 @@ def two(tmp_path: Path) -> dict[str, Any]:
 def test_sources_follow_each_other(two: dict[str, Any], tmp_path: Path) -> None:
     mixture = opened(tmp_path, two)
     assert asked(mixture) == ["w0", "w1", "w2", "p0", "p1", "p2"]
-    assert mixture.counts() == {"words": 3, "pictures": 3}
-    assert mixture.lengths(tokens_per_image=100).tolist() == [0, 0, 1, 101, 101, 201]
-    assert mixture.conversation(3)[0]["content"][0]["image"].size == (16, 16)
+    assert [len(part.index) for part in mixture.parts] == [3, 3]
+    assert mixture[3][0]["content"][0]["image"].size == (16, 16)
     assert asked(pickle.loads(pickle.dumps(mixture))) == asked(mixture)
     with pytest.raises(IndexError, match="conversation 6"):
-        mixture.conversation(6)
+        mixture[6]
 
 
 def test_filters_choose_rows(two: dict[str, Any], tmp_path: Path) -> None:
     chosen = {**two["pictures"], "where": {"image": ["ai2d/*", "dvqa/*"]}}
     mixture = opened(tmp_path, {"pictures": chosen})
     assert asked(mixture) == ["p0", "p2"]
-    assert [mixture.parts[0].row_number(place) for place in range(2)] == [0, 2]
+    assert [mixture.parts[0].index["row"][place] for place in range(2)] == [0, 2]
     rest = {**two["pictures"], "unless": {"image": ["ai2d/*"]}}
     assert asked(opened(tmp_path, {"pictures": rest})) == ["p1"]
 
@@ -76,8 +73,8 @@ def test_the_index_is_kept_until_something_changes(
 ) -> None:
     opened(tmp_path, two)
     built: list[Any] = []
-    build = indexing.build
-    monkeypatch.setattr(indexing, "build", lambda c, **k: built.append(c) or build(c, **k))
+    entries = mixtures._entries
+    monkeypatch.setattr(mixtures, "_entries", lambda c, s: built.append(c) or entries(c, s))
     opened(tmp_path, two)
     assert not built
     path = lines(tmp_path / "words.jsonl", [said("new")])
@@ -87,7 +84,7 @@ def test_the_index_is_kept_until_something_changes(
     opened(tmp_path, two)
     opened(tmp_path, {"words": {**two["words"], "placeholder": "<|image|>"}})
     assert len(built) == 3
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob("*.draft"))
 
 
 def test_an_index_is_written_whole_or_not_at_all(
@@ -96,7 +93,7 @@ def test_an_index_is_written_whole_or_not_at_all(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(indexing.np, "savez", interrupted)
+    monkeypatch.setattr(mixtures.np, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, two)
     assert not list((tmp_path / "cache").iterdir())
@@ -105,26 +102,27 @@ def test_an_index_is_written_whole_or_not_at_all(
 ANY = st.text(max_size=12)
 VALID = st.builds(lambda q, a: said(f"q{q}", f"a{a}"), ANY, ANY)
 BROKEN = st.sampled_from(["{", "[]", '{"messages": 1}', said("hi", "")])
+PICTURED = st.builds(lambda n: said("<image>" * n + "hi", image=["a.jpg"] * n), st.integers(1, 3))
 
 
-@given(st.lists(st.one_of(VALID, BROKEN), min_size=1, max_size=8))
+@given(st.lists(st.one_of(VALID, BROKEN, PICTURED), min_size=1, max_size=8))
 def test_the_index_equals_a_plain_read(tmp_path_factory: Any, rows: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("index")
     lines(folder / "a.jsonl", rows)
     index = opened(folder, {"a": {"path": "a.jsonl"}}).parts[0].index
     text = (folder / "a.jsonl").read_bytes()
-    found = [text[start:end] for start, end in zip(index.starts, index.ends, strict=True)]
+    found = [text[start:end] for start, end in zip(index["start"], index["end"], strict=True)]
     assert found == text.splitlines(keepends=True)
-    assert index.characters.tolist() == [characters(line) for line in text.splitlines()]
+    assert index["images"].tolist() == [images_in(line) for line in text.splitlines()]
 
 
-def characters(line: bytes) -> int:
-    """What a plain reader counts in one line."""
+def images_in(line: bytes) -> int:
+    """The count of a plain reader."""
     try:
         messages = read_row(json.loads(line), "messages", {}, "<image>")
     except (json.JSONDecodeError, AttributeError, RowError):
         return 0
-    return sum(map(len, texts(messages)))
+    return texts(messages).count("<image>")
 
 
 def test_a_damaged_row_is_refused_by_name(tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_a_damaged_row_is_refused_by_name(tmp_path: Path) -> None:
     mixture = opened(tmp_path, {"src": {"path": "a.jsonl"}})
     for number, kind in ((1, "broken_row"), (2, "image_missing")):
         with pytest.raises(RowError, match=rf"\.jsonl, row {number}: ") as raised:
-            mixture.conversation(number)
+            mixture[number]
         assert raised.value.kind == kind
 
 
@@ -144,7 +142,7 @@ def test_quarantined_rows_are_skipped_and_counted(two: dict[str, Any], tmp_path:
     mixture = opened(tmp_path, two)
     assert asked(mixture) == ["w0", "w2", "p1", "p2"]
     assert mixture.skipped == {"words": {"empty_answer": 1}, "pictures": {"image_missing": 1}}
-    assert len(mixture.lengths(tokens_per_image=1)) == len(mixture) == 4
+    assert len(mixture) == 4
     elsewhere = listed.rename(tmp_path / "bad.jsonl")
     assert len(opened(tmp_path, two)) == 6
     assert len(opened(tmp_path, two, quarantine=elsewhere)) == 4
@@ -166,54 +164,41 @@ def test_a_quarantine_list_of_other_files_is_refused(two: dict[str, Any], tmp_pa
         read_quarantine(listed, {})
 
 
-def test_token_rows_with_and_without_pictures(two: dict[str, Any], tmp_path: Path) -> None:
+def test_batches_with_and_without_pictures(two: dict[str, Any], tmp_path: Path) -> None:
     processor = tiny_processor(["w0 w1 w2 p0 p1 p2 yes x xx -"])
-    rows = MixtureRows(opened(tmp_path, two), processor)
-    batch = Collator(processor.tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
+    mixture = opened(tmp_path, two)
+    batch = ConversationCollator(processor)([mixture[i] for i in range(len(mixture))])
     assert batch["pixel_values"].shape[0] == 4
     per_row = (batch["input_ids"] == processor.image_token_id).sum(1) // processor.tokens_per_image
     assert per_row.tolist() == [0, 0, 0, 1, 1, 2]
-    longest = len(rows[5].input_ids)
-    assert len(MixtureRows(rows.mixture, processor, longest)[5].input_ids) == longest
-    with pytest.raises(RowError, match=r"pictures.json, row 2: .*tokens long") as raised:
-        MixtureRows(rows.mixture, processor, longest - 1)[5]
+    longest = int(batch["attention_mask"].sum(1).max())
+    assert ConversationCollator(processor, most_tokens=longest)([mixture[5]])
+    short = ConversationCollator(processor, most_tokens=longest - 1)
+    with pytest.raises(RowError, match=f"{longest} tokens long") as raised:
+        short([mixture[5]])
     assert raised.value.kind == "too_long"
-    with pytest.raises(RowError, match=r"pictures.json, row 0: .*has no chat template"):
-        MixtureRows(rows.mixture, processor.tokenizer)[3]
+    rows = SoundRows(mixture, short, mixture.where)
+    with pytest.warns(UserWarning, match=r"pictures.json, row 2: .*tokens long"):
+        assert len(rows.batch([4, 5])["input_ids"]) == 2
+    with pytest.raises(DataError, match="has no chat template"):
+        ConversationCollator(processor.tokenizer)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_load_the_same_batches(workers: int, two: dict[str, Any], tmp_path: Path) -> None:
+    mixture, wanted = opened(tmp_path, two), [3, 0, 5, 1, 4, 2]
     processor = tiny_processor(["w0 w1 w2 p0 p1 p2 yes x xx -"])
-    rows = MixtureRows(opened(tmp_path, two), processor)
-    share = ShardedOrder(len(rows), 2, lengths=rows.mixture.lengths(tokens_per_image=4))
-    collate = Collator(processor.tokenizer.pad_token_id)
-    loader = DataLoader(rows, 2, sampler=share, collate_fn=collate, num_workers=workers)
-    wanted = list(share)
+    rows = SoundRows(mixture, ConversationCollator(processor), mixture.where)
+    loader = DataLoader(rows, 2, sampler=wanted, collate_fn=rows.batch, num_workers=workers)
     for number, batch in enumerate(loader):
-        plain = collate([rows[row] for row in wanted[2 * number : 2 * number + 2]])
+        plain = rows.batch(wanted[2 * number : 2 * number + 2])
         assert plain.keys() == batch.keys()
         assert all(torch.equal(plain[key], batch[key]) for key in plain)
-
-
-def test_one_function_pads() -> None:
-    rows = [[1, 2, 3], [4]]
-    assert padded(rows, 9).tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert padded(rows, 9, side="left", multiple=4).tolist() == [[9, 1, 2, 3], [9, 9, 9, 4]]
-    assert padded([(1,)], 0).dtype == torch.int64
-
-
-def test_pictures_of_several_sizes_do_not_go_into_one_batch() -> None:
-    processor = tiny_processor(["hi yes"])
-    row = encode(processor, turns([("hi", "yes")]))
-    odd = [Row(row.input_ids, row.assistant_masks, torch.zeros(2, 3, n, n)) for n in (4, 5)]
-    with pytest.raises(DataError, match="shapes"):
-        Collator(0)(odd)
-    assert Collator(0)([odd[0], row, odd[0]])["pixel_values"].shape == (4, 3, 4, 4)
 
 
 def test_the_example_mixture_is_sound(tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "examples" / "mixture" / "mixture.yaml"
     mixture = open_mixture(path, cache=tmp_path)
-    assert len([mixture.conversation(i) for i in range(len(mixture))]) == 4
-    assert yaml.safe_load(path.read_text())["sources"].keys() == mixture.counts().keys()
+    assert len([mixture[i] for i in range(len(mixture))]) == 4
+    names = [part.source.name for part in mixture.parts]
+    assert list(yaml.safe_load(path.read_text())["sources"]) == names

@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 
 from data.samples import asked, jpeg, lines, mixture_file, opened, said, shared, texts
-from trol.data.mixture import open_mixture
-from trol.data.mixture_file import names, read_mixture
+from trol.data.mixture import names, open_mixture, read_mixture
 from trol.errors import DataError, UsageError
 
 
 @pytest.mark.parametrize(
     ("sources", "reason"),
     [
-        ({"a": {"paht": "x"}}, "unknown key in sources.a 'paht'. Did you mean 'path'"),
-        ({"a": {"format": "alpaca"}}, "sources.a lacks path"),
+        ({"a": {"paht": "x"}}, r"sources\.a 'paht'. Did you mean 'path'"),
+        ({"a": {"format": "alpaca"}}, r"sources\.a lacks path"),
         ({"a": {"path": "x", "format": "sharegtp"}}, "Did you mean 'sharegpt'"),
         ({"a": {"path": "x", "columns": {"mesages": "m"}}}, "Did you mean 'messages'"),
-        ({"a": {"path": "x", "weight": 0}}, "weight is 0"),
+        ({"a": {"path": "x", "name": "b"}}, "'name'"),
+        ({"a": {"path": "x", "weight": 0}}, r"sources\.a\.weight is 0"),
         ({"a": {"path": "x", "weight": "much"}}, "must be a number"),
         ({"a": {"path": 3}}, "must be a text"),
         ({"a": {"path": "x", "count": 1.5}}, "must be a whole number"),
@@ -112,7 +112,7 @@ def test_a_small_copy_of_the_published_mixture(
         else:
             path.write_text(json.dumps(rows))
     mixture = open_mixture(described, cache=tmp_path / "cache")
-    assert list(mixture.counts().values()) == [1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(part.index) for part in mixture.parts] == [1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert asked(mixture) == ["q", "<image>", *["q"] * 7, "<image>", "q", "q"]
-    pictured = [i for i in range(len(mixture)) if "<image>" in texts(mixture.conversation(i))]
+    pictured = [i for i in range(len(mixture)) if "<image>" in texts(mixture[i])]
     assert pictured == [0, 1, 4, 5, 6, 7, 8, 9]

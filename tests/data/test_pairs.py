@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trol.data.pairs import SPLITS, Pair, is_pairs, pairs_of, shortened
+from trol.data.own_files import SPLITS, Pair, shortened
+from trol.data.pairs import is_pairs, pairs_of
 from trol.errors import DataError, UsageError
 
 

@@ -2,11 +2,24 @@
 
 import random
 from collections import Counter
+from importlib.resources import files
 
 import pytest
+from transformers import AutoTokenizer
 
-from trol.data.boards import ASKERS, PLACES, Board, ask, chance_by_type, make_board, questions
+from trol.data.boards import (
+    ASKERS,
+    PLACES,
+    WORDS,
+    Board,
+    ask,
+    chance_by_type,
+    make_board,
+    questions,
+)
 from trol.errors import UsageError
+from trol.family.presets import word_tokenizer
+from trol.training.losses import NOTHING
 
 MOVES = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 COLOURS = ("red", "green", "blue", "yellow", "purple")
@@ -89,6 +102,20 @@ def test_questions_are_the_same_on_every_call_and_of_every_type() -> None:
     assert {q.type for q in questions(board, 6, kinds=["digit", "colour"])} == {"digit", "colour"}
     seen = Counter(q.type for n in range(200) for q in questions(make_board("test", n), 9))
     assert set(seen) == set(ASKERS)
+
+
+def test_the_word_list_is_all_words_of_questions_and_answers() -> None:
+    """A tokenizer of the list has the ids that one of 400 boards' questions has."""
+    sampled = [q for seed in range(400) for q in questions(make_board("train", seed), 9)]
+    texts = [text for question in sampled for text in (question.text, question.answer)]
+    vocabulary = word_tokenizer(WORDS).get_vocab()
+    assert vocabulary == word_tokenizer(texts).get_vocab()
+    assert len(set(WORDS)) == len(WORDS)
+
+
+def test_the_shipped_model_knows_these_words() -> None:
+    shipped = AutoTokenizer.from_pretrained(str(files("trol") / "models" / "trol-tiny"))
+    assert shipped.get_vocab() == word_tokenizer([NOTHING, *WORDS]).get_vocab()
 
 
 def test_yes_and_no_are_balanced() -> None:

@@ -155,10 +155,9 @@ def test_a_recipe_of_the_paper_trains_a_stand_in(standins: Path, tmp_path: Path,
     recipe = resolve(name, overrides)
     made, tokenizer = opened(recipe, None)
     given = stage_data(made, tokenizer, recipe.stages[stage], 0)
-    assert all(
-        len(row.input_ids) <= recipe.stages[stage].max_tokens
-        for row in map(given.rows.rows.__getitem__, range(len(given.rows)))
-    )
+    longest = given.rows.batch(range(len(given.rows)))["input_ids"].shape[1]
+    assert longest <= recipe.stages[stage].max_tokens
+    assert not given.rows.left_out
     found = run(recipe, tmp_path / "out")
     assert found["steps"] == sized(recipe.stages[stage], given.rows).steps
     model, tokenizer = trol.load_model(tmp_path / "out")

@@ -10,10 +10,9 @@ from transformers import AutoTokenizer
 
 from data.samples import lines, said
 from training import standins
-from trol.data import mixture_file as quarantine
+from trol.data import mixture as quarantine
 from trol.data.check import check
-from trol.data.mixture import open_mixture
-from trol.data.mixture_file import read_mixture
+from trol.data.mixture import open_mixture, read_mixture
 from trol.errors import DataError, TrolError, UsageError
 from trol.training import resolve, run
 from trol.training.recipe import Recipe, Stage

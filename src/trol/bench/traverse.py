@@ -42,9 +42,9 @@ from trol.bench.setting import (
     scaled,
     twin,
 )
-from trol.data.chat import IGNORED
 from trol.depth import attach
 from trol.depth.policy import Plain
+from trol.depth.roles import IGNORED_LABEL
 from trol.evaluation.timing import (
     Timing,
     generated,
@@ -170,7 +170,7 @@ def train(setting: Setting, rounds: int) -> list[Row]:
     for batch, tokens in ((1, whole), (4, whole // 2)):
         ids = setting.ids(batch, tokens)
         labels = ids.clone()
-        labels[:, : tokens // 2] = IGNORED
+        labels[:, : tokens // 2] = IGNORED_LABEL
         inputs = {"input_ids": ids, "labels": labels}
         times = interleaved(
             {

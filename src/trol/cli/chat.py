@@ -12,6 +12,8 @@ from trol.cli.conversation import DEFAULT_NEW_TOKENS, start
 from trol.errors import TrolError, UsageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from trol.cli.conversation import Conversation
 
 EXAMPLES = (
@@ -58,7 +60,7 @@ def chat(
         raise UsageError("--question is empty; say what you want to know.")
     if as_json and question is None:
         raise UsageError("--json needs --question: a conversation is not one object.")
-    _check_pictures(image or [])
+    pictures = _opened(image or [])
     conversation = start(
         model,
         max_new_tokens=max_new_tokens,
@@ -68,8 +70,8 @@ def chat(
     )
     if conversation.completes:
         terminal.note(COMPLETES)
-    for path in image or []:
-        conversation.show(path)
+    for picture in pictures:
+        conversation.show(picture)
     if question is None:
         _converse(conversation)
     elif as_json:
@@ -78,12 +80,11 @@ def chat(
         conversation.ask(question, stream=True)
 
 
-def _check_pictures(paths: list[str]) -> None:
-    """Refuse a bad picture before the model is loaded."""
+def _opened(paths: list[str]) -> list[Image]:
+    """The pictures, so that a bad one is refused before the model is loaded."""
     from trol.data.images import open_image
 
-    for path in paths:
-        open_image(path)
+    return [open_image(path) for path in paths]
 
 
 def _answer_once(conversation: Conversation, model: str, question: str) -> None:

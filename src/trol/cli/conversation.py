@@ -53,8 +53,8 @@ class Conversation:
 
         return own_template(self.processor) is None
 
-    def show(self, path: str) -> None:
-        """Put the picture at `path` before the next question."""
+    def show(self, picture: str | Image.Image) -> None:
+        """Put a picture, open or at a path, before the next question."""
         from trol.data.images import open_image
 
         if self.tokenizer is self.processor:
@@ -64,7 +64,7 @@ class Conversation:
                 "this model has no chat template that says where a picture stands; give one with "
                 "--chat-template, or leave the picture out."
             )
-        self.pictures.append(open_image(path))
+        self.pictures.append(open_image(picture))
 
     def use_plan(self, text: str | None) -> None:
         """Answer under a plan, its text or file, from now on (None: the model's own policy)."""

@@ -15,8 +15,7 @@ from trol.errors import unknown
 
 if TYPE_CHECKING:
     from trol.data.check import Report
-    from trol.data.mixture import Mixture
-    from trol.data.mixture_file import Damaged, MixtureFile
+    from trol.data.mixture import Damaged, Mixture, MixtureFile
 
 EXAMPLES = (
     "trol data check examples/mixture/mixture.yaml",
@@ -68,7 +67,7 @@ def data(
     """
     if action not in ACTIONS:
         raise unknown("action", action, ACTIONS)
-    from trol.data.mixture_file import quarantine_path, read_mixture
+    from trol.data.mixture import quarantine_path, read_mixture
 
     described = read_mixture(mixture, root=root)
     listed = quarantine or quarantine_path(described)
@@ -91,11 +90,10 @@ def _checked(
     described: MixtureFile, listed: Path, model: str | None, workers: int
 ) -> tuple[Report, list[Damaged]]:
     """The report, and the damage in it that the list, which is rewritten, did not hold."""
-    from trol.data.mixture import open_mixture
-    from trol.data.mixture_file import read_quarantine, write_quarantine
+    from trol.data.mixture import open_mixture, read_quarantine, write_quarantine
 
     mixture = open_mixture(
-        described, quarantine=listed, told=lambda name: terminal.note(f"opening {name} ...")
+        described, quarantine=listed, opening=lambda name: terminal.note(f"opening {name} ...")
     )
     report = _read_all(mixture, model, workers)
     known = read_quarantine(listed, mixture.sizes())

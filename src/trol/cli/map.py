@@ -38,9 +38,9 @@ def map_question(
     from trol.reports.maps import draw
     from trol.reports.pages import beside
 
-    open_image(image)
+    shown = open_image(image)
     conversation = start(model, max_new_tokens=max_new_tokens, plan=depth)
-    conversation.show(image)
+    conversation.show(shown)
     with terminal.noise_to_stderr():
         depth_map, found = trace_question(conversation, question)
     picture = folder(out) / "map.png"

@@ -1,11 +1,8 @@
-"""Boards: pictures of 3x3 grids of real handwritten digits on coloured tiles.
+"""Boards: pictures of 3x3 grids of handwritten digits on coloured tiles, and questions about them.
 
 A board is drawn from (split, seed) alone. The digits are the 1,797 8x8 scans that scikit-learn
-carries; each split owns its scans, so no test scan is ever seen in training.
-
-Questions about a board, each with its type and its one right answer.
-
-What the words mean:
+carries; each split owns its scans, so no test scan is ever seen in training. Every question has a
+type and one right answer:
 
 - `what is right of the red 7?` asks for the tile in the very next cell (likewise left, above,
   below); it is asked only where that cell is filled. Hops chain: `what is right of the digit
@@ -21,7 +18,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -48,6 +45,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SPLITS: dict[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
 """Share of the scans that each split owns."""
 
+WORDS = (
+    *COLOURS,
+    *map(str, range(10)),
+    *("yes", "no", "digit", "colour", "tile", "tiles", "show", "centre", "middle"),
+    *("top", "bottom", "left", "right", "above", "below", "in", "on", "of", "the", "a", "an"),
+    *("is", "are", "there", "how", "many", "more", "than", "what", "which", "?"),
+)
+"""All words of all questions and answers."""
+
 _FLOOR = (236, 234, 228)
 _INK = (20, 20, 24)
 _SPLIT_SEED = 20240913
@@ -64,7 +70,7 @@ class Tile:
 
     @property
     def name(self) -> str:
-        """How sentences call the tile, for example `red 7`."""
+        """The tile's name in sentences, for example `red 7`."""
         return f"{self.colour} {self.digit}"
 
 
@@ -192,7 +198,7 @@ PLACES: tuple[str, ...] = (
     *("middle left", "centre", "middle right"),
     *("bottom left", "bottom middle", "bottom right"),
 )
-"""The names of the cells 0-8, reading order."""
+"""Names of the cells 0-8, reading order."""
 
 STEPS: dict[str, tuple[int, int]] = {
     "left of": (0, -1),
@@ -213,14 +219,15 @@ class Question:
 
 
 Asker = Callable[[Board, random.Random], tuple[str, str] | None]
+"""Makes a question and its answer, or None where the board allows none."""
 
 
 def ask(board: Board, kind: str, rng: random.Random) -> Question | None:
     """A question of type `kind` about the board, or None where the board allows none."""
     if kind not in ASKERS:
         raise unknown("question type", kind, ASKERS)
-    made = ASKERS[kind](board, rng)
-    return None if made is None else Question(kind, *made)
+    sentences = ASKERS[kind](board, rng)
+    return None if sentences is None else Question(kind, *sentences)
 
 
 def questions(
@@ -293,16 +300,16 @@ def _ask_colour(board: Board, rng: random.Random) -> tuple[str, str] | None:
 
 def _ask_exists(board: Board, rng: random.Random) -> tuple[str, str] | None:
     tiles = list(board.tiles.values())
-    shape, yes = rng.randrange(3), rng.random() < 0.5
-    if shape == 0:
-        names, there = [f"{c} tile" for c in COLOURS], {f"{t.colour} tile" for t in tiles}
-    elif shape == 1:
-        names, there = [str(n) for n in range(10)], {str(t.digit) for t in tiles}
+    form, yes = rng.randrange(3), rng.random() < 0.5
+    if form == 0:
+        names, present = [f"{c} tile" for c in COLOURS], {f"{t.colour} tile" for t in tiles}
+    elif form == 1:
+        names, present = [str(n) for n in range(10)], {str(t.digit) for t in tiles}
     else:
-        there = {t.name for t in tiles}
+        present = {t.name for t in tiles}
         names = [f"{a.colour} {b.digit}" for a in tiles for b in tiles]  # parts present, or not
         names += [f"{c} {rng.randrange(10)}" for c in COLOURS]
-    fitting = [name for name in names if (name in there) == yes]
+    fitting = [name for name in names if (name in present) == yes]
     if not fitting:
         return None
     name = rng.choice(fitting)
@@ -379,18 +386,6 @@ def _inside(place: int, step: tuple[int, int]) -> bool:
     return 0 <= row + step[0] < SIDE and 0 <= column + step[1] < SIDE
 
 
-def _ask_hop1(board: Board, rng: random.Random) -> tuple[str, str] | None:
-    return _ask_hops(board, rng, 1)
-
-
-def _ask_hop2(board: Board, rng: random.Random) -> tuple[str, str] | None:
-    return _ask_hops(board, rng, 2)
-
-
-def _ask_hop3(board: Board, rng: random.Random) -> tuple[str, str] | None:
-    return _ask_hops(board, rng, 3)
-
-
 ASKERS: dict[str, Asker] = {
     "digit": _ask_digit,
     "colour": _ask_colour,
@@ -398,8 +393,6 @@ ASKERS: dict[str, Asker] = {
     "count": _ask_count,
     "compare": _ask_compare,
     "relation": _ask_relation,
-    "hop1": _ask_hop1,
-    "hop2": _ask_hop2,
-    "hop3": _ask_hop3,
+    **{f"hop{hops}": partial(_ask_hops, hops=hops) for hops in (1, 2, 3)},
 }
-"""Question type -> what makes one."""
+"""Question type -> its asker."""

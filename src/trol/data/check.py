@@ -1,19 +1,18 @@
-"""Reading a whole mixture once, in parallel, to learn which rows cannot be trained on."""
+"""Reads a whole mixture once, in parallel, and reports the rows that cannot be trained on."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
 from trol.data.formats import KINDS, RowError, row_errors
-from trol.data.mixture import Mixture, Part
-from trol.data.mixture_file import Damaged
+from trol.data.mixture import Damaged, Mixture, Part
 from trol.errors import DataError, UsageError
 
 ROWS_AT_ONCE = 256
@@ -25,17 +24,17 @@ Task = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What was found in one source."""
+    """Counts of one source."""
 
     source: str
     rows: int
-    """Rows that were read: all that the source's filter lets through."""
+    """Rows that the source's filter lets through."""
     images: int
     """Pictures that they refer to."""
     expected: int | None
-    """Sound rows that the mixture file says there are."""
+    """Sound rows according to the mixture file."""
     damaged: dict[str, int] = field(default_factory=dict)
-    """Kind of damage -> rows; kinds that did not occur are left out."""
+    """Kind of damage -> rows, for kinds that occur."""
 
     @property
     def sound(self) -> int:
@@ -50,7 +49,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check has found."""
+    """Result of a check."""
 
     sources: tuple[SourceReport, ...]
     damaged: tuple[Damaged, ...]
@@ -69,10 +68,10 @@ def check(
 
     Args:
         mixture: an opened mixture.
-        processor: also encodes every row, which finds what only it can refuse.
+        processor: also encodes every row, and so finds rows that only it refuses.
         most_tokens: positions that the model has; longer rows are damaged. Needs a processor.
         workers: processes that read.
-        progress: is told how many more rows have been read.
+        progress: called with the number of rows that each task has read.
 
     Raises:
         UsageError: `most_tokens` without a processor, or no worker.
@@ -82,14 +81,15 @@ def check(
         raise UsageError("rows have no length in tokens without a processor; name one as well.")
     if workers < 1:
         raise UsageError(f"workers is {workers}; give 1 or more.")
+    collate = None
     if processor is not None:
-        from trol.data.answers import Answers  # noqa: PLC0415 - torch
+        from trol.data.conversations import ConversationCollator  # noqa: PLC0415 - torch
 
-        Answers(processor)  # without a chat template no row is to blame
+        collate = ConversationCollator(processor, most_tokens=most_tokens)
     damaged: list[Damaged] = []
-    for task, found in _results(mixture, (processor, most_tokens), workers):
-        damaged += found
-        progress(task[2] - task[1])
+    for (_, first, end), rows in _results(_Reader(mixture, collate), workers):
+        damaged += rows
+        progress(end - first)
     kinds = Counter((one.source, one.reason) for one in damaged)
     return Report(tuple(_summed(part, kinds) for part in mixture.parts), tuple(damaged))
 
@@ -99,25 +99,44 @@ def _summed(part: Part, kinds: Counter[tuple[str, str]]) -> SourceReport:
     return SourceReport(
         source=name,
         rows=len(part.index),
-        images=int(part.index.images.sum()),
+        images=int(part.index["images"].sum()),
         expected=part.source.count,
         damaged={kind: kinds[name, kind] for kind in KINDS if kinds[name, kind]},
     )
 
 
-def _results(
-    mixture: Mixture, encoding: tuple[Any, int | None], workers: int
-) -> Iterator[tuple[Task, list[Damaged]]]:
-    """Each task with what it found, in order, so that any number of workers reports the same."""
-    tasks = list(_tasks(mixture))
+@dataclass(frozen=True)
+class _Reader:
+    """Does the tasks of a process."""
+
+    mixture: Mixture
+    collate: Callable[..., Any] | None
+
+    def read(self, task: Task) -> list[Damaged]:
+        number, first, end = task
+        part, damaged = self.mixture.parts[number], []
+        for place in range(first, end):
+            try:
+                with row_errors():
+                    messages = part.messages(place)
+                    if self.collate is not None:
+                        self.collate([messages])
+            except RowError as error:
+                row = int(part.index["row"][place])
+                damaged.append(Damaged(part.source.name, row, error.kind, str(error)))
+        return damaged
+
+
+def _results(reader: _Reader, workers: int) -> Iterator[tuple[Task, list[Damaged]]]:
+    """Each task with its damaged rows, in order, so that any number of workers reports the same."""
+    tasks = list(_tasks(reader.mixture))
     if workers == 1 or len(tasks) < 2:
-        reader = _Reader(mixture, *encoding)
         yield from ((task, reader.read(task)) for task in tasks)
         return
     # Not forked: a child of a process with torch's threads can hang.
-    fresh = multiprocessing.get_context("spawn")
+    spawning = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), fresh, initializer=_begin, initargs=(mixture, *encoding)
+        min(workers, len(tasks)), spawning, initializer=_begin, initargs=(reader,)
     ) as pool:
         try:
             yield from zip(tasks, pool.map(_read, tasks), strict=True)
@@ -135,41 +154,13 @@ def _tasks(mixture: Mixture) -> Iterator[Task]:
             yield number, first, min(first + ROWS_AT_ONCE, len(part.index))
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """What a process needs to do tasks."""
-
-    mixture: Mixture
-    processor: Any
-    most_tokens: int | None
-
-    def read(self, task: Task) -> list[Damaged]:
-        number, first, behind = task
-        part, found = self.mixture.parts[number], []
-        for place in range(first, behind):
-            try:
-                with row_errors():
-                    messages = part.messages(place)
-                    if self.processor is not None:
-                        self._encode(messages)
-            except RowError as damage:
-                row = part.row_number(place)
-                found.append(Damaged(part.source.name, row, damage.kind, str(damage)))
-        return found
-
-    def _encode(self, messages: Sequence[dict[str, Any]]) -> None:
-        from trol.data.chat import encode  # noqa: PLC0415 - torch, which reading alone does without
-
-        encode(self.processor, messages, most_tokens=self.most_tokens)
-
-
 _reader: list[_Reader] = []
 """This process's reader, if it is a worker."""
 
 
-def _begin(mixture: Mixture, processor: Any, most_tokens: int | None) -> None:
+def _begin(reader: _Reader) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    _reader[:] = [_Reader(mixture, processor, most_tokens)]
+    _reader[:] = [reader]
 
 
 def _read(task: Task) -> list[Damaged]:

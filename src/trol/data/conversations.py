@@ -1,36 +1,26 @@
-"""Conversations for any processor or tokenizer: batches in the host's own form, answers marked.
+"""Conversations to training batches, for any processor or tokenizer, and what becomes of bad rows.
 
-Chat templates that somebody names.
+A batch has the inputs that the host's own processor makes, and labels at the answers. A row that
+cannot be learnt from is named, counted, and replaced by a sound one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trol.data.answers import Answers, Messages, check_learnt
-from trol.data.chat import IGNORED
+from trol.data.answers import Answers, Messages
+from trol.data.formats import RowError, row_errors
 from trol.data.mixture import Mixture
-from trol.errors import UsageError, unknown
+from trol.depth.roles import IGNORED_LABEL
+from trol.errors import DataError, UsageError, unknown
 from trol.host.chat_templates import template_fault
-
-
-@dataclass(frozen=True)
-class Conversations(Dataset[Messages]):
-    """Item i is the messages of conversation i, its pictures opened."""
-
-    mixture: Mixture
-
-    def __len__(self) -> int:
-        return len(self.mixture)
-
-    def __getitem__(self, number: int) -> Messages:
-        return self.mixture.conversation(number)
 
 
 class ConversationCollator:
@@ -40,7 +30,7 @@ class ConversationCollator:
         processor: a processor or a tokenizer.
         most_tokens: a longer conversation is a `RowError`.
         plain: whether one without a chat template writes plain text; else it is refused.
-        last: whether only what the assistant says last is answer.
+        last: whether only the assistant's last message is answer.
     """
 
     def __init__(
@@ -58,23 +48,127 @@ class ConversationCollator:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def __call__(self, conversations: Sequence[Messages]) -> dict[str, Tensor]:
-        """All that the host's processor makes, and `labels` [B, T]: ids of answers, else -100."""
-        self.tokenizer.padding_side = "right"  # each time: others pad their prompts on the left
+        """The processor's encoding, and `labels` [B, T]: ids at answers, `IGNORED_LABEL` elsewhere.
+
+        Raises:
+            RowError: a conversation cannot be encoded, is too long, or has no token of an answer.
+        """
+        self.tokenizer.padding_side = "right"  # each time: prompts are padded on the left
         batch = dict(self.answers.encoded(conversations, padding=True))
         answered = batch.pop("assistant_masks").bool()
-        if self.last:  # whoever speaks after an answer ends it: from behind, the first run is it
+        if self.last:  # seen from behind, the last answer is the first run
             behind = answered.flip(1)
             begun = behind.long().cumsum(1) > 0
             answered = (behind & ((begun & ~behind).long().cumsum(1) == 0)).flip(1)
         lengths = batch["attention_mask"].sum(1).tolist()
         for length, row in zip(lengths, answered, strict=True):
-            check_learnt(length, bool(row.any()), self.most_tokens)
-        batch["labels"] = batch["input_ids"].where(answered, IGNORED)
+            self._check(length, bool(row.any()))
+        batch["labels"] = batch["input_ids"].where(answered, IGNORED_LABEL)
         return batch
+
+    def _check(self, tokens: int, answered: bool) -> None:
+        if not answered:
+            raise RowError(
+                "empty_answer",
+                "the chat template makes no token of an answer; give a turn of the assistant's.",
+            )
+        if self.most_tokens is not None and tokens > self.most_tokens:
+            raise RowError(
+                "too_long",
+                f"the conversation is {tokens} tokens long, but at most {self.most_tokens} are "
+                "learnt from (max_tokens, or the positions that the model has); shorten the text, "
+                "drop turns, or give fewer or smaller pictures.",
+            )
+
+
+NAMED = 5
+"""Rows left out that are named in a warning; all of them are counted."""
+
+TRIED = 1000
+"""Rows that are tried in the place of a damaged one before training is given up."""
+
+
+class SoundRows(Dataset[int]):
+    """Rows whose batches hold only sound ones. Item i is i itself; `batch` is the collator.
+
+    A damaged row is replaced by another, always the same one, so ranks stay in step and a resumed
+    run goes on as it would have. Of rows that are sound alone but make no batch with each other,
+    the later ones are left out.
+
+    Args:
+        rows: a mixture, or a sequence of messages.
+        collate: rows to a batch.
+        where: number of a row -> its file and row, for messages.
+    """
+
+    def __init__(self, rows: Any, collate: Callable[..., Any], where: Callable[[int], str]) -> None:
+        self.rows, self.collate, self.where = rows, collate, where
+        self.mixture = rows if isinstance(rows, Mixture) else None
+        self.left_out: dict[int, str] = {}
+        """Number of a row -> file, row and what is wrong, in the order in which they came up."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> int:
+        return number
+
+    def batch(self, numbers: Sequence[int]) -> Any:
+        """The batch of these rows.
+
+        Raises:
+            DataError: no row can be learnt from.
+        """
+        try:
+            with row_errors():
+                return self.collate([self.rows[number] for number in numbers])
+        except DataError:
+            return self._without_the_odd([self._sound(number) for number in numbers])
+
+    def _sound(self, number: int) -> int:
+        """The row itself, or the first sound one in an order drawn with its number as seed."""
+        if self._is_sound([number]):
+            return number
+        others = np.random.default_rng([0, number]).permutation(len(self))[:TRIED]
+        for other in others:
+            if self._is_sound([int(other)]):
+                return int(other)
+        reasons = list(self.left_out.values())
+        raise DataError(
+            f"none of the {len(others):,} rows that were tried can be learnt from: "
+            f"{' | '.join(reasons[:3])}"
+        )
+
+    def _without_the_odd(self, numbers: Sequence[int]) -> Any:
+        """The batch of those rows that go with the first."""
+        kept = [numbers[0]]
+        for number in numbers[1:]:
+            if self._is_sound([*kept, number]):
+                kept.append(number)
+        return self.collate([self.rows[number] for number in kept])
+
+    def _is_sound(self, numbers: Sequence[int]) -> bool:
+        """Whether these rows make a batch; if not, the last of them is left out."""
+        try:
+            with row_errors():
+                self.collate([self.rows[number] for number in numbers])
+        except DataError as error:
+            self._leave_out(numbers[-1], str(error))
+            return False
+        return True
+
+    def _leave_out(self, number: int, why: str) -> None:
+        if number in self.left_out:
+            return
+        where = self.where(number)
+        self.left_out[number] = why if why.startswith(where) else f"{where}: {why}"
+        if len(self.left_out) <= NAMED:
+            more = "; more are only counted" if len(self.left_out) == NAMED else ""
+            warnings.warn(f"left out {self.left_out[number]}{more}", stacklevel=2)
 
 
 def read_template(given: str, known: Sequence[str] = ()) -> str:
-    """A chat template that somebody names: its text in Jinja, or a file that holds it.
+    """A chat template by its text in Jinja, or by the file that holds it.
 
     Raises:
         UsageError: it is neither, nor one of the names `known`, or its syntax is wrong.

@@ -1,9 +1,8 @@
-"""Row formats: what a row's columns mean, as messages with references to their pictures.
+"""The formats that rows of training data come in, and what can be wrong with a row, by name.
 
-A message is `{"role", "content": [{"type": "text", "text"}, {"type": "image", "image"}]}`, where
-`image` is a path, an address, a data URL or the bytes of a file: nothing is opened here.
-
-What can be wrong with one row of training data, by name.
+A row becomes messages `{"role", "content"}` whose content is a list of parts, `{"type": "text",
+"text"}` and `{"type": "image", "image"}`, where `image` is a path, an address, a data URL or the
+bytes of a file: nothing is opened here.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KINDS = {
     "image_url": "an address where addresses are not allowed, or that does not answer",
     "too_long": "more tokens than the model has positions",
 }
-"""Kind of damage -> what it means."""
+"""Kind of damage -> its meaning."""
 
 
 class RowError(DataError):
@@ -49,46 +48,46 @@ class RowError(DataError):
 
 @contextmanager
 def row_errors(what: str = "it cannot be read") -> Generator[None]:
-    """While open, whatever goes wrong is a `RowError`; one that has no kind is a wrong format."""
+    """Turns every error in the block into a `RowError`; those without a kind are a wrong format."""
     try:
         yield
     except (RowError, MemoryError):
         raise
     except DataError as error:
         raise RowError("wrong_format", str(error)) from error
-    except Exception as error:  # what a row holds meets templates and processors of many families
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise RowError("wrong_format", f"{what}: {told}") from error
+    except Exception as error:  # rows meet the templates and processors of many families
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RowError("wrong_format", f"{what}: {reason}") from error
 
 
-def sound(
+def read_sound(
     path: object,
     rows: Iterable[Mapping[str, Any] | RowError],
     read: Callable[[Mapping[str, Any]], Read],
     what: str,
 ) -> list[Read]:
-    """What `read` makes of the rows that are whole; the others are counted in a warning.
+    """The results of `read` for all rows without damage; a warning counts the others.
 
     Raises:
-        DataError: not one row is whole; `what` says what they should have been.
+        DataError: every row is damaged; `what` says what they should have been.
     """
-    found: list[Read] = []
+    results: list[Read] = []
     damaged: Counter[str] = Counter()
     first = None
     for row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
-            found.append(read(row))
+            results.append(read(row))
         except RowError as error:
             damaged[error.kind] += 1
             first = first or error
-    if not found:
+    if not results:
         raise DataError(f"{path} has no sound row of {what}: {first or 'it is empty.'}")
     if damaged:
-        told = ", ".join(f"{count} {kind}" for kind, count in damaged.items())
-        warnings.warn(f"rows of {path} left out: {told} (the first: {first})", stacklevel=4)
-    return found
+        counts = ", ".join(f"{count} {kind}" for kind, count in damaged.items())
+        warnings.warn(f"rows of {path} left out: {counts} (the first: {first})", stacklevel=4)
+    return results
 
 
 Messages = list[dict[str, Any]]
@@ -96,61 +95,68 @@ Turn = tuple[str, Any]
 """Role, and a text or a list of parts."""
 
 
+def text_of(message: Mapping[str, Any]) -> str:
+    """All text of a message, pictures left out."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
 def read_messages(row: Mapping[str, Any]) -> list[Turn]:
     """OpenAI messages: role, and a text or a list of text and image parts."""
-    said = _dicts(row, "messages")
-    if any(message.get("tool_calls") for message in said):
+    messages = _dicts(row, "messages")
+    if any(message.get("tool_calls") for message in messages):
         raise RowError("wrong_format", "it calls tools, which is not trained on; take it out.")
-    return [(str(m.get("role")), m.get("content")) for m in said]
+    return [(str(m.get("role")), m.get("content")) for m in messages]
 
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
-"""How ShareGPT calls the roles that have another name here."""
+"""ShareGPT's name of a role -> ours, where they differ."""
 
 
 def read_sharegpt(row: Mapping[str, Any]) -> list[Turn]:
     """ShareGPT, LLaVA and ShareGPT4V conversations: `from` and `value`."""
-    said = _dicts(row, "conversations")
-    return [(SPEAKERS.get(str(m.get("from")), str(m.get("from"))), m.get("value")) for m in said]
+    turns = [(str(m.get("from")), m.get("value")) for m in _dicts(row, "conversations")]
+    return [(SPEAKERS.get(role, role), content) for role, content in turns]
 
 
 def read_alpaca(row: Mapping[str, Any]) -> list[Turn]:
     """Alpaca: one instruction with an input (a list is choices A, B, C ...) and one output."""
-    question, given = row.get("instruction"), row.get("input")
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        given = "\n".join(f"{chr(ord('A') + n)}. {choice}" for n, choice in enumerate(given))
-    if given and isinstance(question, str):
-        question = f"{question}\n{given}"
+    question, details = row.get("instruction"), row.get("input")
+    if isinstance(details, Sequence) and not isinstance(details, str):
+        details = "\n".join(f"{chr(ord('A') + n)}. {choice}" for n, choice in enumerate(details))
+    if details and isinstance(question, str):
+        question = f"{question}\n{details}"
     turns: list[Turn] = [("user", question), ("assistant", row.get("output"))]
     return [("system", row["system"]), *turns] if row.get("system") else turns
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of one format are read."""
+    """One row format."""
 
     read: Callable[[Mapping[str, Any]], list[Turn]]
     """A row's turns."""
     columns: tuple[str, ...]
-    """What it reads; `image` or `images` holds what fills the placeholders in the texts."""
-    marked: bool = True
-    """Whether each picture must have a placeholder; they go before the question otherwise."""
+    """The columns that it reads; the pictures for the placeholders are in `image` or `images`."""
+    needs_placeholders: bool = True
+    """Whether a picture without a placeholder is an error; else it goes before the question."""
 
 
 FORMATS = {
     "messages": Format(read_messages, ("messages", "image", "images")),
     "sharegpt": Format(read_sharegpt, ("conversations", "image", "images")),
     "alpaca": Format(
-        read_alpaca, ("instruction", "input", "output", "system", "image", "images"), marked=False
+        read_alpaca,
+        ("instruction", "input", "output", "system", "image", "images"),
+        needs_placeholders=False,
     ),
 }
-"""Format name -> how its rows are read."""
+"""The formats by name."""
 
 
 def read_row(
     row: Mapping[str, Any], format_name: str, columns: Mapping[str, str], placeholder: str
 ) -> Messages:
-    """The row's messages; `columns` says under which name a column of the format lies in the row.
+    """The row's messages; `columns` maps a column of the format to its name in the row.
 
     Raises:
         RowError: another format, wrong order of roles, an empty text, or a number of pictures
@@ -161,48 +167,50 @@ def read_row(
         row = {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
     turns = form.read(row)
     _check_order([role for role, _ in turns])
-    waiting = _pictures(row)
-    given = len(waiting)
+    pictures = _pictures(row)
     messages = [
         {"role": role, "content": _parts(role, content, placeholder)} for role, content in turns
     ]
-    marks = [part for message in messages for part in message["content"] if _waits(part)]
-    if not marks and given and not form.marked:
-        asked = next(message for message in messages if message["role"] == "user")
-        marks = [{"type": "image", "image": None} for _ in waiting]
-        asked["content"][:0] = marks
-    if len(marks) != given:
+    parts = [part for message in messages for part in message["content"]]
+    empty = [part for part in parts if part["type"] == "image" and part["image"] is None]
+    if not empty and pictures and not form.needs_placeholders:
+        empty = [{"type": "image", "image": None} for _ in pictures]
+        next(m for m in messages if m["role"] == "user")["content"][:0] = empty
+    if len(empty) != len(pictures):
         raise RowError(
             "image_count",
-            f"{given} images for {len(marks)} placeholders {placeholder!r}; "
+            f"{len(pictures)} images for {len(empty)} placeholders {placeholder!r}; "
             "give one placeholder for each image.",
         )
-    for part, picture in zip(marks, waiting, strict=True):
+    for part, picture in zip(empty, pictures, strict=True):
         part["image"] = picture
     for message in messages:
-        _check_said(message)
+        if not text_of(message).strip() and message["role"] == "user":
+            raise RowError("empty_question", "the user says nothing; delete the row.")
+        if not text_of(message).strip() and message["role"] == "assistant":
+            raise RowError("empty_answer", "the assistant says nothing; delete the row.")
     return messages
 
 
 def _dicts(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
-    said = row.get(column)
-    if not isinstance(said, list) or not said or not all(isinstance(m, Mapping) for m in said):
+    value = row.get(column)
+    if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) for m in value):
         raise RowError(
             "wrong_format",
-            f"{column!r} is {_short(said)}, not a list of messages; the row has the columns "
+            f"{column!r} is {_short(value)}, not a list of messages; the row has the columns "
             f"{', '.join(map(str, row)) or 'none'}: set `format` or `columns` of the source.",
         )
-    return said
+    return value
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    spoken = roles[1:] if roles[0] == "system" else roles
+    turns = list(roles[1:] if roles[0] == "system" else roles)
     for role in roles:
         if role not in ("system", "user", "assistant"):
             raise RowError(
                 "wrong_format", f"the role {role!r} is none of system, user and assistant."
             )
-    if not spoken or list(spoken) != ["user", "assistant"] * (len(spoken) // 2):
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise RowError(
             "role_order",
             f"the roles are {', '.join(roles)}; give a user and an assistant in turn, the "
@@ -212,20 +220,21 @@ def _check_order(roles: Sequence[str]) -> None:
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
     """References to the pictures that fill the placeholders."""
-    given = row.get("image") or row.get("images") or []
-    found = [_reference(one) for one in (given if isinstance(given, list) else [given])]
-    if any(not isinstance(one, str | bytes) for one in found):
-        raise RowError("wrong_format", f"the image {_short(given)} is no path and no bytes.")
-    return found
+    value = row.get("image") or row.get("images") or []
+    return [_reference(one) for one in (value if isinstance(value, list) else [value])]
 
 
-def _reference(given: Any) -> Any:
-    """The bytes of `{"bytes", "path"}`, as `datasets` keeps pictures, or else its path."""
-    return given.get("bytes") or given.get("path") if isinstance(given, Mapping) else given
+def _reference(value: Any, *, needed: bool = True) -> str | bytes | None:
+    """A path, an address, or bytes; `datasets` keeps pictures as `{"bytes", "path"}`."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) and (needed or value is not None):
+        raise RowError("wrong_format", f"the image {_short(value)} is no path and no bytes.")
+    return value
 
 
 def _parts(role: str, content: Any, placeholder: str) -> list[dict[str, Any]]:
-    """The parts of a message; a picture that fills from the row is None as yet."""
+    """The parts of a message; `image` is None where one of the row's pictures belongs."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
@@ -258,30 +267,13 @@ def _split(text: str, placeholder: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _inline(part: Mapping[str, Any]) -> Any:
+def _inline(part: Mapping[str, Any]) -> str | bytes | None:
     """The reference that an image part carries itself, if any."""
-    given = next(
-        (part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None
-    )
-    if isinstance(given, Mapping) and "url" in given:
-        given = given["url"]
-    found = _reference(given)
-    if found is not None and not isinstance(found, str | bytes):
-        raise RowError("wrong_format", f"the image {_short(found)} is no path and no bytes.")
-    return found
-
-
-def _waits(part: Mapping[str, Any]) -> bool:
-    return part["type"] == "image" and part["image"] is None
-
-
-def _check_said(message: Mapping[str, Any]) -> None:
-    role = message["role"]
-    if not any(part["type"] == "text" and part["text"].strip() for part in message["content"]):
-        if role == "user":
-            raise RowError("empty_question", "the user says nothing; delete the row.")
-        if role == "assistant":
-            raise RowError("empty_answer", "the assistant says nothing; delete the row.")
+    keys = ("image", "path", "url", "image_url")
+    value = next((part[key] for key in keys if part.get(key)), None)
+    if isinstance(value, Mapping) and "url" in value:
+        value = value["url"]
+    return _reference(value, needed=False)
 
 
 def _short(value: Any) -> str:

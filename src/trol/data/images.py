@@ -1,10 +1,9 @@
-"""Opening pictures safely: always RGB, upright, and never larger than the limit.
+"""Opening pictures: always RGB, upright, decoded, and never larger than the limit.
 
 Grey pictures of more than 8 bits (scans, X-rays, depth maps: integers of 16 or 32, or floats)
 rarely fill what their type can hold, so their darkest value becomes black and their brightest
-white, as viewers show them. What is transparent is white.
-
-Opening the pictures that rows refer to: paths, data URLs, bytes, and addresses if allowed.
+white, as viewers show them. Transparent pixels become white. Rows of data refer to pictures by
+path, data URL, bytes, or, if allowed, address.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from trol.data.formats import RowError
 from trol.errors import DataError
@@ -25,8 +24,14 @@ from trol.errors import DataError
 MOST_PIXELS = 50_000_000
 """Largest width x height that is decoded (150 MB as RGB)."""
 
+MOST_BYTES = 50_000_000
+"""Most bytes that are downloaded from an address."""
+
+PATIENCE = 20
+"""Seconds that an address has to answer."""
+
 DEEP = ("I", "F")
-"""How the modes of grey pictures with more than 8 bits begin: I, I;16, I;16B, F ..."""
+"""First letters of the modes of grey pictures with more than 8 bits: I, I;16, I;16B, F ..."""
 
 
 def open_image(
@@ -34,8 +39,12 @@ def open_image(
 ) -> Image.Image:
     """The picture of a path, or of a file's bytes, as upright RGB (EXIF applied), fully decoded.
 
-    A missing file, no picture, a truncated picture and more than `most_pixels` pixels are a
-    `DataError`; the size is read from the header, before anything is decoded.
+    A picture that was opened already is returned itself. The size is read from the header, before
+    anything is decoded.
+
+    Raises:
+        DataError: a missing file, a file that is no picture, a truncated picture, or one of more
+            than `most_pixels` pixels.
     """
     if isinstance(source, Image.Image):
         return _upright(source, "the given picture", most_pixels)
@@ -71,6 +80,8 @@ def _upright(picture: Image.Image, name: str, most_pixels: int) -> Image.Image:
     width, height = picture.size
     if width * height > most_pixels:
         raise _too_large(name, f"{width}x{height} pixels", most_pixels)
+    if _is_opened(picture):
+        return picture
     try:
         upright = ImageOps.exif_transpose(picture)
         if upright.mode.startswith(DEEP):
@@ -84,20 +95,30 @@ def _upright(picture: Image.Image, name: str, most_pixels: int) -> Image.Image:
         raise _broken(name, broken) from broken
 
 
-def _stretched(picture: Image.Image, name: str) -> Image.Image:
-    """Grey of 8 bits, its darkest value 0 and its brightest 255; one value alone is black or white.
+def _is_opened(picture: Image.Image) -> bool:
+    """Whether this is what `open_image` gives: in memory, RGB, opaque and upright."""
+    rgb = type(picture) is Image.Image and picture.mode == "RGB"
+    return (
+        rgb
+        and not picture.has_transparency_data
+        and picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
 
-    NaNs are black.
+
+def _stretched(picture: Image.Image, name: str) -> Image.Image:
+    """Grey of 8 bits, the darkest value 0 and the brightest 255; NaNs are black.
+
+    A picture of one value is black if that is at most 0, else white.
     """
     values = np.asarray(picture).astype(np.float64)
-    known = values[np.isfinite(values)]
-    if not known.size:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
         raise DataError(f"{name} holds no finite number; save it again.")
-    low, high = known.min(), known.max()
+    low, high = finite.min(), finite.max()
     if low == high:
         low, high = low - (low > 0), high + (low <= 0)
-    shown = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return Image.fromarray(((shown - low) / (high - low) * 255).round().astype(np.uint8))
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
 
 
 def _broken(name: str, cause: Exception) -> DataError:
@@ -110,17 +131,11 @@ def _too_large(name: str, got: str, most_pixels: int) -> DataError:
     )
 
 
-MOST_BYTES = 50_000_000
-"""Bytes that are taken from an address at most."""
-
-PATIENCE = 20
-"""Seconds that an address has to answer."""
-
-
 def open_picture(reference: str | bytes, root: Path, *, allow_urls: bool = False) -> Image.Image:
     """The picture as upright RGB; a relative path begins at `root`.
 
-    `RowError` (`image_missing`, `image_unreadable`, `image_url`) where there is none.
+    Raises:
+        RowError: there is none (`image_missing`, `image_unreadable`, `image_url`).
     """
     if isinstance(reference, str):
         reference = _located(reference, root, allow_urls)
@@ -138,10 +153,10 @@ def _located(reference: str, root: Path, allow_urls: bool) -> str | bytes:
         return _fetched(reference, allow_urls)
     path = root / reference
     try:
-        there = path.exists()
+        exists = path.exists()
     except (OSError, ValueError) as odd:  # too long for a path, or with a zero byte
         raise RowError("image_missing", f"{reference[:60]!r} is no path: {odd}.") from odd
-    if not there:
+    if not exists:
         raise RowError(
             "image_missing",
             f"no picture at {path}: there is no such file; check `images`, the folder that the "
@@ -168,10 +183,10 @@ def _fetched(reference: str, allow_urls: bool) -> bytes:
             "or set `allow_urls: true` for the source.",
         )
     try:
-        with urllib.request.urlopen(reference, timeout=PATIENCE) as answer:
-            fetched = answer.read(MOST_BYTES + 1)
+        with urllib.request.urlopen(reference, timeout=PATIENCE) as response:
+            content = response.read(MOST_BYTES + 1)
     except (OSError, ValueError) as failed:  # URLError and timeouts are OSErrors
         raise RowError("image_url", f"{reference} does not answer: {failed}.") from failed
-    if len(fetched) > MOST_BYTES:
+    if len(content) > MOST_BYTES:
         raise RowError("image_url", f"{reference} is larger than {MOST_BYTES:,} bytes.")
-    return fetched
+    return content

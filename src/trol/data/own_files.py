@@ -1,29 +1,26 @@
-"""Files of one's own to measure a model on: plain text, and chats or prompts with references.
+"""Files to measure or train on: plain text, chats with reference answers, and pairs.
 
-One question with its one answer, in text alone.
-
-The sets of Glavas et al. (arXiv 2410.20022) as pairs, from local files in the paper's format.
-
-A conversation is BOS + template + <SEP> + prompt + response template + <SEP> + response + EOS; the
-question holds what stands between BOS and the second <SEP>.
+A pair is a question and its answer. Its formats are those of Glavas et al. (arXiv 2410.20022),
+where a conversation is BOS + template + <SEP> + prompt + response template + <SEP> + response +
+EOS; a pair's question is the text between BOS and the second <SEP>.
 """
 
 from __future__ import annotations
 
 import csv
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trol.data.formats import Messages, RowError, read_row, sound
+from trol.data.formats import Messages, RowError, read_row, read_sound, text_of
 from trol.data.images import open_picture
-from trol.data.mixture_file import CHATS
-from trol.data.row_files import JsonArray, JsonLines, Table
+from trol.data.row_files import JSON_FILES, Table
 from trol.errors import DataError, UsageError, unknown
 
 PROMPT, REFERENCE = "prompt", "reference"
@@ -32,17 +29,17 @@ PROMPT, REFERENCE = "prompt", "reference"
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation up to where the assistant is to speak, and what it should say."""
+    """A conversation up to its last question, and the reference answer to that."""
 
     turns: Messages
     """At most a system message, then user and assistant in turn; the user is last."""
     answer: str
     type: str
-    """What the row is: a chat or a prompt."""
+    """`chat` or `prompt`, by the columns of the row."""
 
     @property
     def question(self) -> str:
-        """What the user said last."""
+        """The text of the user's last message."""
         return text_of(self.turns[-1])
 
     def shown(self, folder: Path) -> Messages:
@@ -50,11 +47,6 @@ class Chat:
         return [
             {**turn, "content": [_open(p, folder) for p in turn["content"]]} for turn in self.turns
         ]
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """What a message says, pictures left out."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def read_text(path: Path) -> str:
@@ -77,45 +69,42 @@ def read_text(path: Path) -> str:
 def read_chats(path: Path) -> tuple[Chat, ...]:
     """The sound rows of a .jsonl or .json file, each with its last answer as the reference.
 
-    A row is what `trol train` learns from (OpenAI messages), or has a "prompt" and a "reference".
-    Damaged rows are left out, counted in a warning.
+    A row has OpenAI messages, as for `trol train`, or a "prompt" and a "reference". Damaged rows
+    are left out, counted in a warning.
 
     Raises:
         DataError: the file is missing, has another ending, or no sound row.
     """
-    if path.suffix not in CHATS:
+    if path.suffix not in JSON_FILES:
         raise DataError(
-            f"{path} is none of {', '.join(CHATS)}; name a file of chats, or text:{path}."
+            f"{path} is none of {', '.join(JSON_FILES)}; name a file of chats, or text:{path}."
         )
     if not path.is_file():
         raise DataError(f"there is no {path}; name a file of chats.")
-    return _read(path, path.stat().st_mtime_ns)
+    return _chats(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, changed: int) -> tuple[Chat, ...]:
-    del changed  # a file that was written anew is read anew
-    rows = (JsonArray if path.suffix == ".json" else JsonLines)(path).rows()
-    return tuple(sound(path, (row for _, _, row in rows), _chat, "chats"))
+def _chats(path: Path, changed: int) -> tuple[Chat, ...]:
+    del changed  # part of the cache's key: a file that has changed is read again
+    rows = (row for _, _, row in JSON_FILES[path.suffix](path).rows())
+    return tuple(read_sound(path, rows, _chat, "chats"))
 
 
 def _chat(row: Mapping[str, Any]) -> Chat:
+    kind = "chat"
     if PROMPT in row and REFERENCE in row:
-        said = [("user", row[PROMPT]), ("assistant", row[REFERENCE])]
-        row = {"messages": [{"role": role, "content": text} for role, text in said]}
-        return _split(row, "prompt")
-    if "messages" not in row:
+        turns = [("user", row[PROMPT]), ("assistant", row[REFERENCE])]
+        row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+        kind = "prompt"
+    elif "messages" not in row:
         raise RowError(
             "wrong_format",
             f"the row has the columns {', '.join(map(str, row)) or 'none'}; give messages, or "
             f"{PROMPT} and {REFERENCE}.",
         )
-    return _split(row, "chat")
-
-
-def _split(row: Mapping[str, Any], kind: str) -> Chat:
-    *turns, last = read_row(row, "messages", {}, "<image>")
-    return Chat(turns, text_of(last), kind)
+    *messages, last = read_row(row, "messages", {}, "<image>")
+    return Chat(messages, text_of(last), kind)
 
 
 def _open(part: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -130,7 +119,7 @@ SPLITS: dict[str, float] = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
 @dataclass(frozen=True)
 class Pair:
-    """A question, its answer, and the type of question that it is."""
+    """A question, its answer, and the question's type."""
 
     question: str
     answer: str
@@ -138,8 +127,8 @@ class Pair:
 
     def messages(self, *, answered: bool = True) -> list[dict[str, Any]]:
         """The pair as a conversation of user and assistant; of the user alone if not answered."""
-        said = [("user", self.question), ("assistant", self.answer)][: 1 + answered]
-        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        turns = [("user", self.question), ("assistant", self.answer)][: 1 + answered]
+        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
 
 
 def check_split(split: str) -> None:
@@ -160,8 +149,7 @@ def drawn(pairs: Iterable[Pair], limit: int | None, seed: int) -> list[Pair]:
 def shortened(pair: Pair, tokenizer: Any, *, question: int, answer: int | None = None) -> Pair:
     """The pair cut to at most `question` and `answer` tokens; the answer loses its end.
 
-    The question's last paragraph stays (`### Response:` says where to begin): what stands before
-    it loses its end.
+    The question's last paragraph, such as `### Response:`, stays; the text before it loses its end.
 
     Raises:
         UsageError: not even the last paragraph fits.
@@ -178,8 +166,8 @@ def shortened(pair: Pair, tokenizer: Any, *, question: int, answer: int | None =
                 "alone; allow longer questions (max_tokens, prompt_share)."
             )
         text = _cut(tokenizer, head, room) + gap + tail
-    said = pair.answer if answer is None else _cut(tokenizer, pair.answer, answer)
-    return Pair(text, said, pair.type)
+    short = pair.answer if answer is None else _cut(tokenizer, pair.answer, answer)
+    return Pair(text, short, pair.type)
 
 
 def _count(tokenizer: Any, text: str) -> int:
@@ -194,10 +182,10 @@ def _cut(tokenizer: Any, text: str, most: int) -> str:
 
 
 SEPARATOR = "<SEP>"
-"""Stands between the template and the prompt, and between the prompt and the response."""
+"""Divides template and prompt, and prompt and response."""
 
 SPLIT_SEED = 42
-"""Of the paper's split of Alpaca into 70/15/15."""
+"""Seed of the paper's split of Alpaca into 70/15/15."""
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -213,40 +201,37 @@ SUMMARY = f"Summarize the following {{kind}}.{SEPARATOR}{{text}}\n\n### Summary:
 Row = Mapping[str, Any]
 
 
-def read_alpaca(row: Row) -> Pair:
+def alpaca_pair(row: Row) -> Pair:
     """`instruction`, `input` (may be empty) and `output`."""
     _check_columns(row, ("instruction", "output"))
-    given = {"instruction": _text(row, "instruction"), "input": _text(row, "input")}
-    form = ALPACA_WITH_INPUT if given["input"] else ALPACA
-    question = form.format(**given) if given["instruction"] else ""
-    return _pair(question, _text(row, "output"), "input" if given["input"] else "no input")
+    texts = {"instruction": _text(row, "instruction"), "input": _text(row, "input")}
+    form = ALPACA_WITH_INPUT if texts["input"] else ALPACA
+    question = form.format(**texts) if texts["instruction"] else ""
+    return _pair(question, _text(row, "output"), "input" if texts["input"] else "no input")
 
 
-def read_cnn_dailymail(row: Row) -> Pair:
-    """`article` and `highlights`."""
-    return _summary(row, "article", "highlights")
+def summary_pair(row: Row, document: str, summary: str) -> Pair:
+    """Columns `document` (article or dialogue) and `summary`, by their names in the set."""
+    _check_columns(row, (document, summary))
+    text = _text(row, document)
+    question = SUMMARY.format(kind=document, text=text) if text else ""
+    return _pair(question, _text(row, summary), document)
 
 
-def read_samsum(row: Row) -> Pair:
-    """`dialogue` and `summary`."""
-    return _summary(row, "dialogue", "summary")
-
-
-FORMATS: dict[str, Callable[[Row], Pair]] = {
-    "alpaca": read_alpaca,
-    "cnn_dailymail": read_cnn_dailymail,
-    "samsum": read_samsum,
+PAIR_FORMATS: dict[str, Callable[[Row], Pair]] = {
+    "alpaca": alpaca_pair,
+    "cnn_dailymail": partial(summary_pair, document="article", summary="highlights"),
+    "samsum": partial(summary_pair, document="dialogue", summary="summary"),
 }
-"""Name of a set -> how its rows are read."""
+"""Name of a set -> row to pair."""
 
 
 def read_pairs(form: str, path: Path, split: str) -> list[Pair]:
     """The pairs of a split, in the order of a permutation drawn with seed 42.
 
-    A folder, or a file named for its split beside files of the others (`test.csv`,
-    `train-00000-of-00001.parquet`), has splits of its own; the sound and distinct rows of any
-    other file are cut by `SPLITS`. (How the paper's authors permuted theirs is not known.)
-    Damaged rows are left out, counted in a warning.
+    A folder, or a file named after its split (`test.csv`, `train-00000-of-00001.parquet`), has
+    splits of its own; the sound and distinct rows of any other file are cut by `SPLITS`. (The
+    paper does not say how its rows were permuted.) Damaged rows are left out, counted in a warning.
 
     Raises:
         DataError: no such file or split, or no sound row in it.
@@ -257,21 +242,21 @@ def read_pairs(form: str, path: Path, split: str) -> list[Pair]:
     pairs = _sound(form, path, _rows(path))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(pairs))
     ends = np.round(np.cumsum(list(SPLITS.values())) * len(pairs)).astype(int)
-    owned = dict(zip(SPLITS, np.split(order, ends[:-1]), strict=True))[split]
-    if not len(owned):
+    numbers = dict(zip(SPLITS, np.split(order, ends[:-1]), strict=True))[split]
+    if not len(numbers):
         raise DataError(f"{path} has {len(pairs)} sound rows, too few for a {split} split.")
-    return [pairs[number] for number in owned]
+    return [pairs[number] for number in numbers]
 
 
 def check_there(form: str, path: Path) -> None:
-    """Raises `DataError` where there is no such file or folder."""
+    """Raises `DataError` if there is no such file or folder."""
     if not path.exists():
         raise DataError(f"there is no {path}; download the {form} set and name its file.")
 
 
 def _sound(form: str, path: Path, rows: Iterator[Row | RowError]) -> list[Pair]:
-    """The distinct pairs of the rows that are whole."""
-    return list(dict.fromkeys(sound(path, rows, FORMATS[form], form)))
+    """The distinct pairs of the rows without damage."""
+    return list(dict.fromkeys(read_sound(path, rows, PAIR_FORMATS[form], form)))
 
 
 def _own_split(path: Path, split: str) -> Iterator[Row | RowError]:
@@ -279,7 +264,7 @@ def _own_split(path: Path, split: str) -> Iterator[Row | RowError]:
     if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
         return (row for _, _, row in Table(str(path), split).rows())
     folder = path if path.is_dir() else path.parent
-    files = sorted(p for p in folder.iterdir() if p.suffix in _READ and _named_for(p) == split)
+    files = sorted(p for p in folder.iterdir() if p.suffix in PAIR_FILES and _named_for(p) == split)
     files = files if path.is_dir() else [p for p in files if p.suffix == path.suffix]
     if not files:
         raise DataError(
@@ -291,16 +276,23 @@ def _own_split(path: Path, split: str) -> Iterator[Row | RowError]:
 
 def _named_for(path: Path) -> str | None:
     """The split that a file's name begins with."""
-    begins = path.name.lower()
-    short = {"train": "train", "val": "validation", "test": "test"}
-    word = begins.replace("_", "-").replace(".", "-").partition("-")[0]
-    return next((split for name, split in short.items() if word in (name, split)), None)
+    word = re.split(r"[-_.]", path.name.lower())[0]
+    return {"val": "validation"}.get(word, word if word in SPLITS else None)
+
+
+PAIR_FILES = (*JSON_FILES, ".parquet", ".csv")
+"""Endings of files of pairs."""
 
 
 def _rows(path: Path) -> Iterator[Row | RowError]:
-    if path.suffix not in _READ:
-        raise DataError(f"{path} is none of {', '.join(_READ)}; convert it, or name another file.")
-    return _READ[path.suffix](path)
+    if path.suffix not in PAIR_FILES:
+        raise DataError(
+            f"{path} is none of {', '.join(PAIR_FILES)}; convert it, or name another file."
+        )
+    if path.suffix == ".csv":
+        return _csv_rows(path)
+    table = Table(str(path)) if path.suffix == ".parquet" else JSON_FILES[path.suffix](path)
+    return (row for _, _, row in table.rows())
 
 
 def _csv_rows(path: Path) -> Iterator[Row | RowError]:
@@ -310,21 +302,6 @@ def _csv_rows(path: Path) -> Iterator[Row | RowError]:
                 yield row if None not in row else RowError("wrong_format", "a row is too long.")
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path} is no CSV in UTF-8: {error}; save it again.") from error
-
-
-_READ: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
-    ".jsonl": lambda path: (row for _, _, row in JsonLines(path).rows()),
-    ".json": lambda path: (row for _, _, row in JsonArray(path).rows()),
-    ".parquet": lambda path: (row for _, _, row in Table(str(path)).rows()),
-    ".csv": _csv_rows,
-}
-
-
-def _summary(row: Row, asked: str, answered: str) -> Pair:
-    _check_columns(row, (asked, answered))
-    text = _text(row, asked)
-    question = SUMMARY.format(kind=asked, text=text) if text else ""
-    return _pair(question, _text(row, answered), asked)
 
 
 def _check_columns(row: Row, names: tuple[str, ...]) -> None:

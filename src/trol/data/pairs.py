@@ -1,15 +1,15 @@
 """Sets of question and answer pairs by name: built in, or a published set in a local file.
 
-Docstrings: questions about Python's standard library, answered by its own documentation.
-
-A pair asks what a module, class, function, method or property is; the answer is the first
-sentence of its docstring. The sources of the running Python are parsed and never imported: nothing
-runs, opens a window or prints, and the pairs are the same on every call.
+The built-in set, `docstrings`, asks about Python's standard library. A question is about a module,
+class, function, method or property, and the answer is the first sentence of its docstring. The
+sources of the running Python are parsed and never imported: nothing runs, opens a window or prints,
+and the pairs are the same on every call.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 import sysconfig
@@ -20,14 +20,13 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from trol.data.own_files import (
-    FORMATS,
+    PAIR_FORMATS,
     SPLITS,
     Pair,
     check_split,
     check_there,
     drawn,
     read_pairs,
-    shortened,
 )
 from trol.errors import DataError, UsageError, unknown
 
@@ -38,7 +37,7 @@ ASKED = {
     "method": "What does {name}{signature} do?",
     "property": "What is the property {name}?",
 }
-"""Question type -> how it is asked."""
+"""Question type -> sentence."""
 
 WORDS = (3, 20)
 """Fewest and most words of an answer."""
@@ -47,7 +46,7 @@ LONGEST_SIGNATURE = 40
 """Characters; a longer signature is asked without its defaults, or left out."""
 
 LEFT_OUT = ("test", "tests", "idlelib", "turtledemo", "lib2to3", "pydoc_data", "encodings")
-"""Packages that document nothing a reader would ask about."""
+"""Packages whose documentation is of no use to a reader."""
 
 _INSTALLED = ("site-packages", "dist-packages", "ensurepip", "__pycache__")
 _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?](?=\s|$)")
@@ -72,19 +71,19 @@ def docstring_pairs(split: str, *, limit: int | None = None, seed: int = 0) -> l
 @cache
 def _splits() -> dict[str, tuple[Pair, ...]]:
     """All pairs by split; a question or (last name, answer) that came before is left out."""
-    owned: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     seen: set[object] = set()
     for name, pair in _all_pairs():
-        marks = {pair.question, (name.rpartition(".")[2], pair.answer)}
-        if not marks & seen:
-            owned[_split_of(pair.answer)].append(pair)
-        seen |= marks
-    if not all(owned.values()):
+        keys = {pair.question, (name.rpartition(".")[2], pair.answer)}
+        if not keys & seen:
+            pairs[_split_of(pair.answer)].append(pair)
+        seen |= keys
+    if not all(pairs.values()):
         raise DataError(
             f"{_library()} holds no documented sources of Python's standard library; install "
             "them, or use a Python that came with them."
         )
-    return {split: tuple(pairs) for split, pairs in owned.items()}
+    return {split: tuple(some) for split, some in pairs.items()}
 
 
 def _split_of(answer: str) -> str:
@@ -137,7 +136,7 @@ def _pair(kind: str, name: str, signature: str, doc: str | None) -> Iterator[tup
 
 
 def first_sentence(doc: str, name: str) -> str | None:
-    """The first sentence of a docstring, in one line; None where it is no short plain sentence."""
+    """The first sentence of a docstring, in one line; None if it is not short and plain."""
     first, _, rest = inspect.cleandoc(doc).partition("\n\n")
     if first.startswith((f"{name}(", f"{name} (")):  # some begin with the signature
         _, _, after = first.partition("\n")
@@ -158,52 +157,40 @@ def _type(node: Definition, in_class: bool) -> str:
 
 
 def _signature(node: Definition, in_class: bool) -> str:
-    """What stands in brackets behind the name: arguments without their annotations."""
+    """The arguments in brackets, without annotations."""
     if isinstance(node, ast.ClassDef):
-        made = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-        found = next(made, None)
-        return "" if found is None else _signature(found, in_class=True)
+        functions = (n for n in node.body if isinstance(n, ast.FunctionDef))
+        init = next((n for n in functions if n.name == "__init__"), None)
+        return "" if init is None else _signature(init, in_class=True)
     static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
-    given = node.args
-    whole = _arguments(given, bound=in_class and not static, defaults=True)
-    if len(whole) <= LONGEST_SIGNATURE:
-        return whole
-    short = _arguments(given, bound=in_class and not static, defaults=False)
-    return short if len(short) <= LONGEST_SIGNATURE else "(...)"
+    bound = in_class and not static
+    signatures = (_arguments(node.args, bound=bound, defaults=d) for d in (True, False))
+    return next((text for text in signatures if len(text) <= LONGEST_SIGNATURE), "(...)")
 
 
 def _arguments(given: ast.arguments, *, bound: bool, defaults: bool) -> str:
-    """The arguments as Python writes them; a bound method's are without the first."""
-    before, names = list(given.posonlyargs), list(given.args)
+    """The arguments as Python writes them, those of a bound method without the first."""
+    plain = copy.deepcopy(given)
     if bound:
-        (before or names or [None]).pop(0)
-    kept = given.defaults[-len(before + names) :] if defaults and before + names else []
-    plain = ast.arguments(
-        posonlyargs=[_bare(a) for a in before],
-        args=[_bare(a) for a in names],
-        vararg=given.vararg and _bare(given.vararg),
-        kwonlyargs=[_bare(a) for a in given.kwonlyargs],
-        kw_defaults=given.kw_defaults if defaults else [None] * len(given.kwonlyargs),
-        kwarg=given.kwarg and _bare(given.kwarg),
-        defaults=kept,
-    )
+        (plain.posonlyargs or plain.args or [None]).pop(0)
+    positional = plain.posonlyargs + plain.args
+    for argument in (*positional, *plain.kwonlyargs, plain.vararg, plain.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    plain.defaults = plain.defaults[-len(positional) :] if defaults and positional else []
+    if not defaults:
+        plain.kw_defaults = [None] * len(plain.kwonlyargs)
     return f"({ast.unparse(plain)})"
 
 
-def _bare(argument: ast.arg) -> ast.arg:
-    return ast.arg(argument.arg)
-
-
-__all__ = ["NAMES", "SPLITS", "Pair", "check_set", "is_pairs", "pairs_of", "shortened"]
-
-NAMES = ("docstrings", *(f"{form}:FILE" for form in FORMATS))
-"""How sets of pairs are named."""
+NAMES = ("docstrings", *(f"{form}:FILE" for form in PAIR_FORMATS))
+"""Forms of the names of sets."""
 
 
 def is_pairs(name: str) -> bool:
-    """Whether the name is a set of pairs; a file of it is looked for only by `pairs_of`."""
+    """Whether the name is that of a set of pairs, whose file need not be there."""
     form, colon, _ = name.partition(":")
-    return name == "docstrings" or (bool(colon) and form in FORMATS)
+    return name == "docstrings" or (bool(colon) and form in PAIR_FORMATS)
 
 
 def pairs_of(name: str, split: str, *, limit: int | None = None, seed: int = 0) -> list[Pair]:
@@ -223,11 +210,11 @@ def pairs_of(name: str, split: str, *, limit: int | None = None, seed: int = 0) 
         return docstring_pairs(split, limit=limit, seed=seed)
     form, path = _file_of(name)
     changed = path.stat().st_mtime_ns if path.exists() else 0
-    return drawn(_read(form, path, split, changed), limit, seed)
+    return drawn(_pairs(form, path, split, changed), limit, seed)
 
 
 def check_set(name: str) -> None:
-    """Raises where the set of pairs is to be read from a file, and none is named or there."""
+    """Raises if the set is a file's and no file is named, or there is none of that name."""
     if name != "docstrings":
         form, path = _file_of(name)
         check_there(form, path)
@@ -241,6 +228,6 @@ def _file_of(name: str) -> tuple[str, Path]:
 
 
 @lru_cache(maxsize=8)
-def _read(form: str, path: Path, split: str, changed: int) -> tuple[Pair, ...]:
-    del changed  # a file that was written anew is read anew
+def _pairs(form: str, path: Path, split: str, changed: int) -> tuple[Pair, ...]:
+    del changed  # part of the cache's key: a file that has changed is read again
     return tuple(read_pairs(form, path, split))

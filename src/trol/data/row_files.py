@@ -1,46 +1,35 @@
-"""Rows of JSON files, read one at a time: JSON lines, and one large JSON array.
+"""Rows of JSON files and tables, read one at a time by their place.
 
-Rows of tables: parquet files, and whatever else the `datasets` library opens.
-
-`datasets` maps its Arrow files into memory, so any row is read alone and a table of any size
-needs next to no memory; parquet is converted to Arrow once, in the library's own cache.
-
-Writing files that are there whole or not at all.
-
-Where each row of a source lies and how long it is: read through once, then kept on disk.
+JSON lines and JSON arrays are read as bytes. Parquet files, and whatever else the `datasets`
+library opens, are mapped into memory by that library, so a table of any size needs next to no
+memory; parquet is converted to Arrow once, in the library's own cache.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import weakref
-from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-import numpy as np
-
-from trol.data.formats import Messages, RowError
+from trol.data.formats import RowError
 from trol.errors import DataError
 
 WINDOW = 1 << 22
-"""Bytes of an array that are looked at together."""
+"""Bytes of an array that are read at once."""
 
 LONGEST_ROW = 1 << 26
 """Bytes of the longest row of an array; a row that does not end by then is broken."""
 
-Found = tuple[int, int, "dict[str, Any] | RowError"]
-"""First byte, end, and the row that lies there (or why there is none)."""
+PlacedRow = tuple[int, int, "dict[str, Any] | RowError"]
+"""First byte (number, in a table), end, and the row there or what is wrong with it."""
 
 
 class JsonLines:
-    """A file with one JSON object per line; empty lines are passed over."""
+    """A file with one JSON object per line; empty lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,14 +43,14 @@ class JsonLines:
         """The one file."""
         return [self.path]
 
-    def rows(self) -> Iterator[Found]:
-        """All rows in order; a broken line is found as its `RowError`."""
+    def rows(self) -> Iterator[PlacedRow]:
+        """All rows in order, a `RowError` for a broken line."""
         start = 0
         with self.path.open("rb") as file:
             for line in file:
                 end = start + len(line)
                 if not line.isspace():
-                    yield start, end, self._tried(line)
+                    yield start, end, _row_or_error(line)
                 start = end
 
     def read(self, start: int, end: int) -> dict[str, Any]:
@@ -72,27 +61,21 @@ class JsonLines:
         # pread has no position that threads or forked workers could move under each other.
         return _parsed(os.pread(self._descriptor, end - start, start))
 
-    def _tried(self, text: bytes) -> dict[str, Any] | RowError:
-        try:
-            return _parsed(text)
-        except RowError as broken:
-            return broken
-
 
 class JsonArray(JsonLines):
     """A file that is one JSON array of objects; it is never in memory as a whole."""
 
-    def rows(self) -> Iterator[Found]:
+    def rows(self) -> Iterator[PlacedRow]:
         """All rows in order; `DataError` where the array itself is broken."""
         with self.path.open("rb") as file:
             text = _characters(file)
-            opened = _OPENING.match(text)
-            if opened is None:
+            opening = _OPENING.match(text)
+            if opening is None:
                 raise DataError(
                     f"{self.path} begins with {text[:20]!r}, not with '[': give a JSON array of "
                     "rows, or JSON lines in a file whose name ends with .jsonl."
                 )
-            base, place, number = 0, opened.end(), 0
+            base, place, number = 0, opening.end(), 0
             while (span := _next_row(text, place, number)) != _END:
                 if span is None:
                     more = _characters(file)
@@ -104,9 +87,12 @@ class JsonArray(JsonLines):
                         )
                     continue
                 start, place = span
-                yield base + start, base + place, self._tried(text[start:place].encode("latin-1"))
+                yield base + start, base + place, _row_or_error(text[start:place].encode("latin-1"))
                 number += 1
 
+
+JSON_FILES = {".jsonl": JsonLines, ".json": JsonArray}
+"""Ending of a JSON file of rows -> its reader."""
 
 _OPENING = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")  # UTF-8 may begin with a mark of 3 bytes
 _BETWEEN = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
@@ -133,6 +119,13 @@ def _next_row(text: str, place: int, number: int) -> tuple[int, int] | None:
         return None
 
 
+def _row_or_error(text: bytes) -> dict[str, Any] | RowError:
+    try:
+        return _parsed(text)
+    except RowError as broken:
+        return broken
+
+
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
         row = json.loads(text)
@@ -148,16 +141,22 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 ROWS_AT_ONCE = 1000
-"""Rows that are outlined together."""
+"""Rows that are outlined at once."""
 
 LEFT_OUT = "bytes"
-"""Stands for a picture's bytes in a row that is only outlined."""
+"""Put in the place of a picture's bytes where only the outline of a row is read."""
 
 
 class Table:
-    """The rows of one split; `source` is a parquet path or pattern, a folder, or a hub name.
+    """The rows of one split, numbered from 0.
 
-    `subset` is for datasets that have several. `DataError` where there is no such table.
+    Args:
+        source: a parquet path or pattern, a folder, or a hub name.
+        split: the split's name.
+        subset: the configuration, of a dataset that has several.
+
+    Raises:
+        DataError: there is no such table.
     """
 
     def __init__(self, source: str, split: str = "train", subset: str | None = None) -> None:
@@ -169,7 +168,7 @@ class Table:
         """The Arrow files that hold the rows."""
         return [Path(file["filename"]) for file in self._rows.cache_files]
 
-    def rows(self) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
+    def rows(self) -> Iterator[PlacedRow]:
         """Number, next number, and the row with `LEFT_OUT` for the bytes of each picture."""
         start = 0
         for batch in self._rows.with_format("arrow").iter(ROWS_AT_ONCE):
@@ -213,7 +212,7 @@ def _split(saved: Any, source: str, split: str) -> Any:
 
 
 def _without_decoding(rows: Any) -> Any:
-    """The same rows with pictures as their bytes, which are opened as those of all sources are."""
+    """The same rows with pictures as bytes, for `trol.data.images` to open."""
     import datasets  # noqa: PLC0415
 
     plain = datasets.Image(decode=False)
@@ -248,124 +247,5 @@ def _holds_bytes(kind: Any, pyarrow: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def cache_folder() -> Path:
-    """Where trol keeps what it can make again: $XDG_CACHE_HOME/trol, or ~/.cache/trol."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol"
-
-
-@contextmanager
-def whole_file(path: Path, mode: str = "w") -> Generator[IO[Any]]:
-    """A file that becomes `path` when it is complete; nothing stays if writing it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Its own name per process: several may write the same file at once.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-VERSION = 1
-"""Of what an index holds; another version is made anew."""
-
-
-class Container(Protocol):
-    """A file or table that holds rows."""
-
-    @property
-    def files(self) -> list[Path]:
-        """Where the rows lie."""
-        ...
-
-    def rows(self) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
-        """Start, end and content of every row, in order."""
-        ...
-
-    def read(self, start: int, end: int) -> dict[str, Any]:
-        """One row; `RowError` where it is broken."""
-        ...
-
-
-@dataclass(frozen=True)
-class Index:
-    """R rows of a source that its filter lets through."""
-
-    rows: np.ndarray
-    """Number of the row in its source, from 0. Shape: [R], int64."""
-    starts: np.ndarray
-    """First byte (of a file) or number (of a table). Shape: [R], int64."""
-    ends: np.ndarray
-    """The place behind it. Shape: [R], int64."""
-    characters: np.ndarray
-    """Of all texts together; 0 for a damaged row. Shape: [R], int32."""
-    images: np.ndarray
-    """Pictures of the row; 0 for a damaged row. Shape: [R], int16."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def indexed(
-    container: Container,
-    settings: Mapping[str, Any],
-    *,
-    folder: Path,
-    passes: Callable[[Mapping[str, Any]], bool],
-    read: Callable[[Mapping[str, Any]], Messages],
-) -> Index:
-    """The index kept in `folder`, or a new one if the files or the settings have changed.
-
-    `passes` says whether a row belongs to the source, `read` makes its messages; both follow
-    from `settings`, which name the index together with path, size and time of the files.
-    """
-    kept = folder / f"{_key(container, settings)}.npz"
-    if kept.exists():
-        with np.load(kept, allow_pickle=False) as arrays:
-            return Index(**{field.name: arrays[field.name] for field in fields(Index)})
-    index = build(container, passes=passes, read=read)
-    with whole_file(kept, "wb") as file:
-        np.savez(file, **{field.name: getattr(index, field.name) for field in fields(Index)})
-    return index
-
-
-def build(
-    container: Container,
-    *,
-    passes: Callable[[Mapping[str, Any]], bool],
-    read: Callable[[Mapping[str, Any]], Messages],
-) -> Index:
-    """The index from one reading; damaged rows stay in it, for the check to name them."""
-    columns = array("q"), array("q"), array("q"), array("i"), array("h")
-    for number, (start, end, row) in enumerate(container.rows()):
-        if not isinstance(row, RowError) and not passes(row):
-            continue
-        sizes = (0, 0) if isinstance(row, RowError) else _measured(row, read)
-        for column, value in zip(columns, (number, start, end, *sizes), strict=True):
-            column.append(value)
-    return Index(*(np.array(column) for column in columns))
-
-
-def _measured(
-    row: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Messages]
-) -> tuple[int, int]:
-    """Characters of all texts, and how many pictures."""
-    try:
-        messages = read(row)
-    except RowError:
-        return 0, 0
-    parts = [part for message in messages for part in message["content"]]
-    texts = [part["text"] for part in parts if part["type"] == "text"]
-    return sum(map(len, texts)), len(parts) - len(texts)
-
-
-def _key(container: Container, settings: Mapping[str, Any]) -> str:
-    states = [(str(path.resolve()), *_state(path)) for path in container.files]
-    described = json.dumps([VERSION, states, settings], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:32]
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+Container = JsonLines | Table
+"""A file or table that holds rows."""

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trol.data.chat import IGNORED
 from trol.depth import attached, depth, trace
 from trol.depth.attachment import gates_of
 from trol.depth.policy import from_settings
 from trol.depth.readout import Readout
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, HostError, UsageError
 from trol.evaluation.evidence import Progress, check_count, check_wish, p_value
 from trol.evaluation.hidden_states import Batch, states
@@ -184,7 +184,7 @@ def counted(model: Any, processor: Any, items: Sequence[Item]) -> Iterator[tuple
     """Batches, and which of their tokens are answer and have an answer token next: [B, T]."""
     for some in batches(items, BATCH):
         batch = labelled(model, processor, some, tokenizer_of(processor)).to(model.device)
-        answer = batch["labels"] != IGNORED
+        answer = batch["labels"] != IGNORED_LABEL
         chosen = torch.zeros_like(answer)
         chosen[:, :-1] = answer[:, :-1] & answer[:, 1:]
         yield batch, chosen

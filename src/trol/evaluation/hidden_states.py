@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from trol.data.chat import IGNORED
 from trol.depth import Scope, depth
 from trol.depth.policy import PolicyLike
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
 from trol.evaluation.metrics import labelled
 from trol.evaluation.tasks import Item, batches, tokenizer_of
@@ -83,7 +83,7 @@ def states(model: Any, batch: Batch, policy: PolicyLike, chosen: Tensor) -> Tens
 
 def scoped(batch: Batch, scope: Scope) -> Tensor:
     """Which tokens of a batch are in `scope`, padding never. Shape: [B, T]."""
-    answer = batch["labels"] != IGNORED
+    answer = batch["labels"] != IGNORED_LABEL
     real = batch["attention_mask"].bool()
     return {"answer": answer, "question": real & ~answer, "all": real}[scope]
 

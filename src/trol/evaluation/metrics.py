@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import BatchEncoding
 
-from trol.data.chat import IGNORED
 from trol.data.conversations import ConversationCollator
 from trol.depth import is_attached
 from trol.depth.readout import Readout
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import HostError, UsageError, unknown
 from trol.evaluation.tasks import (
     Heard,
@@ -100,7 +100,8 @@ def mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
     """
     labels = inputs.pop("labels")
     if is_attached(model):
-        inputs["assistant_masks"] = labels != IGNORED  # with labels, the host would make all logits
+        # With labels, the host would make all logits.
+        inputs["assistant_masks"] = labels != IGNORED_LABEL
     readout = Readout(model)
     with readout.unread() as kept:
         vocabulary = model(**inputs, use_cache=False).logits.shape[-1]
@@ -110,7 +111,7 @@ def mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
             "would read is not known; measure by a metric of answers, such as rougeL."
         )
     labels = labels[:, 1:].to(kept[0].device)
-    rows, at = (labels != IGNORED).nonzero(as_tuple=True)
+    rows, at = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
     states, wanted = kept[0][rows, at], labels[rows, at]
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     each = torch.cat(
@@ -129,8 +130,8 @@ def labelled(model: Any, processor: Any, items: Sequence[Item], tokenizer: Any) 
     """The items with their references, padded on the right, `labels` at the references."""
     if any(item.ids for item in items):
         inputs = padded([item.ids for item in items])
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
-        labels[:, 0] = IGNORED  # nothing comes before it
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
+        labels[:, 0] = IGNORED_LABEL  # nothing comes before it
         return BatchEncoding({**inputs, "labels": labels})
     longest = max(len(tokenizer(i.answer, add_special_tokens=False)["input_ids"]) for i in items)
     told = [messages(fitted(model, processor, item, longest), answered=True) for item in items]

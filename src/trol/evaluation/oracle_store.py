@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from trol.data.row_files import whole_file
 from trol.depth import Plan
 from trol.errors import DataError, UsageError, unknown
 from trol.evaluation.kept import append_lines, cut_torn_end, differences
+from trol.files import write_whole
 from trol.policies.planned import STATIC, static_plan
 
 HEADER = "rows.json"
@@ -216,8 +216,7 @@ def _agree(path: Path, header: Mapping[str, Any]) -> None:
                 f"{path.parent} holds rows but no {path.name}, so nobody knows what they belong "
                 "to; name another folder with --out, or remove the rows."
             )
-        with whole_file(path) as file:
-            json.dump(wanted, file, indent=2, ensure_ascii=False)
+        write_whole(path, json.dumps(wanted, indent=2, ensure_ascii=False))
         return
     found = read_header(path.parent)
     if told := differences(found, wanted):

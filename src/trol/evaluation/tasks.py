@@ -17,8 +17,8 @@ from transformers import BatchEncoding, ProcessorMixin, StoppingCriteria
 
 from trol.data.answers import Answers
 from trol.data.boards import chance_by_type
-from trol.data.own_files import Pair, read_chats, read_text
-from trol.data.pairs import NAMES, check_set, is_pairs, shortened
+from trol.data.own_files import Pair, read_chats, read_text, shortened
+from trol.data.pairs import NAMES, check_set, is_pairs
 from trol.depth import trace
 from trol.errors import HostError, UsageError, unknown
 from trol.evaluation.items import (

@@ -17,9 +17,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from trol.data.chat import IGNORED
 from trol.depth import attach, attached, is_attached
 from trol.depth.policy import from_settings, to_settings
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
 from trol.family.generation import TrolGenerationMixin, by_row, check_length
@@ -331,7 +331,7 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             # Whoever copies the ids for labels does not mean the image tokens: nobody says them.
-            said = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
+            said = labels.masked_fill(labels == self.config.image_token_id, IGNORED_LABEL)
             loss = self.loss_function(logits=logits, labels=said, vocab_size=vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return TrolCausalLMOutput(loss=loss, logits=logits, **rest)

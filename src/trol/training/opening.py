@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaForCausalLM
 
 from trol.checkpoints.adapter import is_trained
-from trol.data.boards import make_board, questions
+from trol.data.boards import WORDS
 from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import from_settings
@@ -81,9 +81,9 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.decoder:
         return _new_decoder(recipe)
     if "name" in recipe.preset:
-        model, processor = composed(recipe.preset, recipe.policy, _texts())
+        model, processor = composed(recipe.preset, recipe.policy, [NOTHING, *WORDS])
     else:
-        processor = tiny_processor(_texts())
+        processor = tiny_processor([NOTHING, *WORDS])
         model = _tiny(recipe, len(processor.tokenizer))
     dtype = DTYPES[recipe.precision]
     if recipe.bits:
@@ -180,9 +180,3 @@ def _check_policy(model: Any, recipe: Recipe, name: str) -> None:
             f"{name} comes with the policy {policy}, the recipe says {wanted}; write the first "
             "into the recipe, or give a host without a policy."
         )
-
-
-def _texts() -> list[str]:
-    """All words that the boards' questions and answers use."""
-    asked = [q for seed in range(400) for q in questions(make_board("train", seed), 9)]
-    return [NOTHING, *(q.text for q in asked), *(q.answer for q in asked)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from trol.data import mixture_file
+from trol.data import mixture
 from trol.data.conversations import read_template
 from trol.data.pairs import NAMES, is_pairs
 from trol.depth.policy import from_settings
@@ -243,7 +243,7 @@ def _check_stage(where: str, stage: Stage) -> None:
             f"{where}.batch is {stage.batch}, which {stage.accumulate} parts (accumulate) do not "
             "divide; give a multiple."
         )
-    pairs, known = is_pairs(stage.data), (*DATA, *mixture_file.names())
+    pairs, known = is_pairs(stage.data), (*DATA, *mixture.names())
     if not pairs and stage.data not in known and Path(stage.data).suffix not in FILES:
         raise unknown(f"{where}.data", stage.data, (*known, *NAMES))
     if stage.prompt_share and not (pairs and stage.max_tokens):

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from trol.data.pools import TOLD
+from trol.data.conversations import NAMED
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError, unknown
 from trol.host.trainer import tensorboard
@@ -296,11 +296,11 @@ def train_stage(
     del trainer
     gc.collect()
     left = getattr(data.rows, "left_out", {})
-    if len(left) > TOLD:
+    if len(left) > NAMED:
         warnings.warn(f"{name}: {len(left):,} rows were left out as damaged", stacklevel=2)
     resolved = {"steps": stage.steps, "warmup_steps": stage.warmup_steps, "left_out": len(left)}
     done = finished(learner, stage) if step >= stage.steps else None
-    return StageResult(done, step, curve, seconds, resolved, list(left.values())[:TOLD])
+    return StageResult(done, step, curve, seconds, resolved, list(left.values())[:NAMED])
 
 
 def _sized(stage: Stage, rows: Any, label: str) -> Stage:

@@ -109,7 +109,7 @@ def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> st
     sources = () if mixture is None else mixture.parts
     small = sum(source.size for source in sources) <= READ_WHOLE
     for source in sources:
-        columns = (source.index.rows, source.index.starts, source.index.ends)
+        columns = [source.index[name] for name in ("row", "start", "end")]
         parts += [_numbers(torch.from_numpy(column.copy())) for column in columns]
         if small:
             parts += [hashlib.sha256(p.read_bytes()).hexdigest() for p in source.container.files]

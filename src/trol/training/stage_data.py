@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trol.data.board_pool import EMPTY, board_pool
 from trol.data.boards import COLOURS
-from trol.data.chat import Collator, MixtureRows, PairMessages, PairRows
-from trol.data.conversations import ConversationCollator, Conversations
+from trol.data.conversations import ConversationCollator, SoundRows
 from trol.data.mixture import Mixture, open_mixture
-from trol.data.pairs import is_pairs, pairs_of, shortened
-from trol.data.pools import EMPTY, SoundRows, board_pool
+from trol.data.own_files import shortened
+from trol.data.pairs import is_pairs, pairs_of
 from trol.errors import DataError, UsageError
 from trol.family import TrolProcessor
 from trol.training.losses import final_loss
@@ -190,33 +190,25 @@ def _mixture(stage: Stage) -> Mixture:
 
 
 def _conversations(learner: Any, processor: Any, stage: Stage) -> StageData:
-    mixture, most = _mixture(stage), _most_tokens(learner, stage)
+    mixture = _mixture(stage)
     for source, reasons in mixture.skipped.items():
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         warnings.warn(f"rows of {source} left out as quarantined: {counts}", stacklevel=2)
-    if isinstance(processor, TrolProcessor):
-        rows = MixtureRows(mixture, processor, most)
-        collate = Collator(processor.tokenizer.pad_token_id)
-    else:
-        rows = Conversations(mixture)
-        collate = ConversationCollator(processor, most_tokens=most)
-    sound = SoundRows(rows, collate, mixture.where)
+    collate = ConversationCollator(processor, most_tokens=_most_tokens(learner, stage))
+    sound = SoundRows(mixture, collate, mixture.where)
     return StageData(Reader(learner), sound, sound.batch)
 
 
 def _pairs(learner: Any, processor: Any, stage: Stage, seed: int) -> StageData:
     """Questions and answers of the train split, in the order that the seed gives."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    pairs, most = pairs_of(stage.data, "train", seed=seed), _most_tokens(learner, stage)
+    pairs = pairs_of(stage.data, "train", seed=seed)
     if stage.prompt_share:
         question = int(stage.prompt_share * stage.max_tokens)
         answer = max(1, stage.max_tokens - question - TEMPLATE_TOKENS)
         pairs = [shortened(pair, tokenizer, question=question, answer=answer) for pair in pairs]
-    if processor is tokenizer and tokenizer.pad_token is not None:
-        rows, collate = PairRows(pairs, tokenizer, most), Collator(tokenizer.pad_token_id)
-    else:
-        rows = PairMessages(pairs)
-        collate = ConversationCollator(processor, most_tokens=most)
+    rows = [pair.messages() for pair in pairs]
+    collate = ConversationCollator(processor, most_tokens=_most_tokens(learner, stage))
     sound = SoundRows(rows, collate, lambda number: f"{stage.data}, pair {number} of the seed's")
     return StageData(Reader(learner), sound, sound.batch)
 
