@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from trol.data.conversations import NAMED
@@ -34,11 +33,11 @@ from trol.training.run_folder import (
     is_first_process,
     join_processes,
     newest_checkpoint,
-    not_written,
     on_cpu,
     process_count,
     wait_for_processes,
     whole_folder,
+    writing,
 )
 from trol.training.stage_data import check_data, sized, stage_data
 from trol.training.trainer import CheckpointSchedule, GateMeans, StageTrainer, optimiser, schedule
@@ -223,7 +222,7 @@ def _save(
     model: Any, processor: Any, recipe: Recipe, results: dict[str, Any], folder: WorkingFolder
 ) -> None:
     """Writes everything into a folder beside `out`, then moves it into place."""
-    try:
+    with writing("the trained model", folder.path):
         with whole_folder(folder.path / "result") as draft:
             if is_first_process():
                 save_trained(model, recipe, draft)
@@ -233,8 +232,6 @@ def _save(
                 (draft / FINDINGS).write_text(text, encoding="utf-8")
         if is_first_process():
             folder.deliver()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise not_written("the trained model", folder.path, error) from error
     wait_for_processes()
 
 

@@ -164,6 +164,18 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
+def writing(what: str, place: Path) -> Generator[None]:
+    """While open, an error in writing becomes a `TrainingError` that says what goes where."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{what} cannot be written into {place}: {error}. What was saved before is intact; "
+            "make room and run again with --resume."
+        ) from error
+
+
+@contextmanager
 def whole_folder(place: Path) -> Generator[Path]:
     """`trol.files.whole_folder`, filled in `DRAFTS`; all processes take part."""
     drafts, first = place.parent / DRAFTS, is_first_process()
@@ -247,14 +259,11 @@ class WorkingFolder:
     def finish(self, number: int, model: nn.Module, results: dict[str, Any]) -> None:
         """Keeps the model as it is after stage `number`; older states and checkpoints go."""
         place = self.path / "finished" / f"stage-{number}"
-        try:
-            with whole_folder(place) as draft:
-                if is_first_process():
-                    save_file(state_of(model, _is_full), draft / WEIGHTS)
-                    torch.save(random_state(), draft / RANDOM)
-                    (draft / RESULTS).write_text(json.dumps(results), encoding="utf-8")
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise not_written(f"the model after stage {number}", self.path, error) from error
+        with writing(f"the model after stage {number}", self.path), whole_folder(place) as draft:
+            if is_first_process():
+                save_file(state_of(model, _is_full), draft / WEIGHTS)
+                torch.save(random_state(), draft / RANDOM)
+                (draft / RESULTS).write_text(json.dumps(results), encoding="utf-8")
         if is_first_process():
             shutil.rmtree(self.stage(number), ignore_errors=True)
             for old in place.parent.glob("stage-*"):
@@ -282,10 +291,8 @@ class WorkingFolder:
         shutil.rmtree(self.path)
 
     def _note(self, name: str, text: str) -> None:
-        try:
+        with writing(name, self.path):
             files.write_whole(self.path / name, text)
-        except OSError as error:
-            raise not_written(name, self.path, error) from error
 
     def _begun(self) -> dict[str, Any]:
         return json.loads((self.path / RUN).read_text(encoding="utf-8"))
@@ -295,14 +302,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, if there is one."""
     newest = newest_checkpoint_in(folder) if folder.is_dir() else None
     return None if newest is None else Path(newest)
-
-
-def not_written(what: str, place: Path, error: Exception) -> TrainingError:
-    """The error for a disk that takes no more."""
-    return TrainingError(
-        f"{what} cannot be written into {place}: {error}. What was saved before is intact; make "
-        "room and run again with --resume."
-    )
 
 
 def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,11 +31,11 @@ from trol.training.run_folder import (
     any_process,
     is_first_process,
     newest_checkpoint,
-    not_written,
     process_count,
     put_state,
     state_of,
     whole_folder,
+    writing,
 )
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -337,15 +336,13 @@ class StageTrainer(StepwiseTrainer):
         """Lets Trainer write it, and puts it in its place once it is whole."""
         assert self.place is not None
         step = self.state.global_step
-        try:
-            with whole_folder(self.place / f"checkpoint-{step}") as draft:
-                write()
-                between_logs = {**self.since_last_log, "seconds": self.seconds}
-                file = draft / BETWEEN_LOGS.format(rank=self.args.process_index)
-                file.write_text(json.dumps(between_logs), encoding="utf-8")
-        except (OSError, RuntimeError, SafetensorError) as error:
-            what = f"the checkpoint at step {step} of stage {self.name}"
-            raise not_written(what, self.place, error) from error
+        what = f"the checkpoint at step {step} of stage {self.name}"
+        place = self.place / f"checkpoint-{step}"
+        with writing(what, self.place), whole_folder(place) as draft:
+            write()
+            between_logs = {**self.since_last_log, "seconds": self.seconds}
+            file = draft / BETWEEN_LOGS.format(rank=self.args.process_index)
+            file.write_text(json.dumps(between_logs), encoding="utf-8")
         if is_first_process():
             keep_newest(self.place, self.keep)
 
