@@ -96,9 +96,9 @@ def test_processes_that_cannot_share_a_batch_or_are_not_joined_are_refused(
 def test_the_deepspeed_config_is_one_and_sharding_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = load_config_from_file(str(files("trol") / "recipes" / "deepspeed" / "zero2.yaml"))
-    assert found.distributed_type == "DEEPSPEED"
-    assert found.deepspeed_config["zero_stage"] == 2
+    config = load_config_from_file(str(files("trol") / "recipes" / "deepspeed" / "zero2.yaml"))
+    assert config.distributed_type == "DEEPSPEED"
+    assert config.deepspeed_config["zero_stage"] == 2
     monkeypatch.setattr(trainer, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UsageError, match="use DDP or ZeRO-2"):
         run(resolve("demo", SHORT), tmp_path / "out")

@@ -36,7 +36,7 @@ def test_overrides_reach_into_stages_and_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("sed=1", "Did you mean 'seed'"),
         ("stages.step1.step=9", "Did you mean 'steps'"),
@@ -72,8 +72,8 @@ def test_overrides_reach_into_stages_and_policy() -> None:
         ("seed.deep=1", "nothing lies below it"),
     ],
 )
-def test_a_wrong_override_is_told_with_the_cure(override: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told.replace("(", r"\(")):
+def test_a_wrong_override_is_told_with_the_cure(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         resolve("tiny", [override])
 
 

@@ -50,11 +50,11 @@ def seldom_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def same(out: Path, unbroken: tuple[dict[str, Any], Path]) -> bool:
     """Whether losses, gates and weights are those of the unbroken run, bit for bit."""
-    found, place = unbroken
+    results, place = unbroken
     losses = json.loads((out / "training.json").read_text(encoding="utf-8"))["losses"]
     ours, theirs = weights(out), weights(place)
     return (
-        losses == found["losses"]
+        losses == results["losses"]
         and ours.keys() == theirs.keys()
         and all(torch.equal(ours[name], theirs[name]) for name in ours)
     )
@@ -72,11 +72,11 @@ def test_a_run_stopped_again_and_again_ends_the_same(
     """The time is over at every third step that is not the last of its stage."""
     recipe, steps, stops = resolve("demo", SHORT), itertools.count(1), 0
     monkeypatch.setattr(trainer, "any_process", lambda _: next(steps) % 3 == 0)
-    while "stopped" in (found := run(recipe, tmp_path / "out", resume=True, max_hours=1.0)):
+    while "stopped" in (results := run(recipe, tmp_path / "out", resume=True, max_hours=1.0)):
         assert not (tmp_path / "out").exists()
         stops += 1
     assert stops == (sum(STEPS.values()) - len(recipe.stages)) // 3
-    assert found["model"] == str(tmp_path / "out")
+    assert results["model"] == str(tmp_path / "out")
     assert same(tmp_path / "out", unbroken)
 
 
@@ -177,8 +177,8 @@ def test_another_recipe_other_data_or_processes_are_refused_by_name(
 
 def test_a_finished_run_is_not_trained_again_and_not_taken_for_another(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = run(resolve("demo", SHORT), out, only=["vision"], resume=True)
-    assert run(resolve("demo", SHORT), out, only=["vision"], resume=True) == found
+    results = run(resolve("demo", SHORT), out, only=["vision"], resume=True)
+    assert run(resolve("demo", SHORT), out, only=["vision"], resume=True) == results
     with pytest.raises(UsageError, match="finished run of another kind: seed was 0 and is 1"):
         run(resolve("demo", [*SHORT, "seed=1"]), out, only=["vision"], resume=True)
     with pytest.raises(UsageError, match="stages were vision and are vision, reason"):
