@@ -1,4 +1,4 @@
-"""The strict reader of YAML files: dataclasses made of values, their bounds in the fields.
+"""The strict reader of YAML files: dataclasses made of their values, bounds stated at the fields.
 
 Unknown keys, missing keys, values of a wrong kind and values out of bounds are errors that say
 where in the file they stand.

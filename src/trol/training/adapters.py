@@ -50,7 +50,7 @@ _VISIT = CompileableContextVar("trol_visit")
 
 
 class LayerCall(Specialised):
-    """In front of a traversing layer: its visits are counted from 0 in each call."""
+    """Class before the traversing layer: starts the count of visits anew in each call."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output. Shape: [B, T, D]."""
@@ -62,7 +62,7 @@ class LayerCall(Specialised):
 
 
 class LayerVisit(Specialised):
-    """Behind the traversing layer, in front of the host's own: it runs once for each visit."""
+    """Class between the traversing layer and the host's own: counts each visit."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One visit. Shape: [B, T, D]."""
@@ -179,7 +179,7 @@ def _check_same(learner: PeftModel, wanted: LoraConfig, *, per_visit: bool) -> N
 
 
 def learner_of(model: Any, stage: Stage) -> Any:
-    """The model with what this stage lets learn, low-rank updates in place if it wants them.
+    """The model, ready for this stage: its parts free to learn, its low-rank updates in place.
 
     Raises:
         HostError: the model lacks a part that is to learn, or its weights cannot.
@@ -210,7 +210,7 @@ def finished(learner: Any, stage: Stage) -> Any:
 
 
 def save_trained(model: Any, recipe: Recipe, folder: Path) -> None:
-    """Saves what `finished` gave: adapters where updates or weights cannot be merged, else all.
+    """Saves a model after `finished`: adapters where updates cannot be merged, else all weights.
 
     Raises:
         UsageError: no policy is attached.
@@ -227,7 +227,7 @@ def save_trained(model: Any, recipe: Recipe, folder: Path) -> None:
 
 
 def is_plain_host(model: Any) -> bool:
-    """Whether a host carries the plain policy, which may give way to any: it has nothing trained.
+    """Whether a host carries the plain policy, which any other may replace: it has no weights.
 
     A TroL model is none: its own configuration says its policy.
     """

@@ -49,11 +49,11 @@ class ExitLoss(TrainerCallback):
     curriculum: str = "none"
     """One of `trol.training.recipe.CURRICULA`."""
     every: int = 1
-    """Every how many-th exit learns."""
+    """Only each `every`-th exit learns."""
     step: int = 0
     """t, in optimiser steps."""
     steps: int = 1
-    """Of the whole stage."""
+    """Optimiser steps of the whole stage."""
 
     def __call__(self, model: Any, **inputs: Any) -> Tensor:
         """The loss of a batch with `labels` [B, T]; a mean over answer tokens.
@@ -111,7 +111,7 @@ def exit_loss(learner: Any, stage: Stage) -> ExitLoss | None:
 
 
 def exits_of(stack: Any) -> list[int]:
-    """The layers whose outputs can be taught to be the last, but for the last one.
+    """The layers before the last one whose outputs can be taught to be the last.
 
     Raises:
         UsageError: there is none.
@@ -136,7 +136,7 @@ class _Answers:
         self.labels, self.items = labels[:, 1:][self.chosen], items
 
     def of(self, states: Tensor) -> Tensor:
-        """What the states or logits hold at these places. Shape: [B, T, D] -> [N, D]."""
+        """The states or logits at these places. Shape: [B, T, D] -> [N, D]."""
         return states[:, :-1][self.chosen.to(states.device)]
 
     def loss(self, logits: Tensor) -> Tensor:

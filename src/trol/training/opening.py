@@ -1,4 +1,4 @@
-"""Opening what a recipe trains: a new model, an existing host, or what an earlier run left."""
+"""Opens the model of a recipe: a new one, an existing host, or the result of an earlier run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
 
 
 def reopened(folder: str | Path) -> tuple[Any, Any]:
-    """What a run left in `folder`, by the recipe that lies there, free to learn on.
+    """The model and processor that a run saved in `folder`, free to learn on.
 
     Raises as `opened`, and `UsageError` where no recipe lies in the folder.
     """
@@ -75,7 +75,7 @@ def reopened(folder: str | Path) -> tuple[Any, Any]:
 
 
 def _first(recipe: Recipe) -> tuple[Any, Any]:
-    """What the recipe itself names."""
+    """The model and processor that the recipe itself names."""
     if recipe.host:
         return _host(recipe, recipe.host)
     if recipe.decoder:
@@ -109,7 +109,7 @@ def _tiny(recipe: Recipe, vocabulary: int) -> Any:
 
 
 def _new_decoder(recipe: Recipe) -> tuple[Any, Any]:
-    """A text decoder from nothing, its tokenizer learnt from docstrings of the train split."""
+    """A new text decoder, its tokenizer learnt from docstrings of the train split."""
     sizes = set(inspect.signature(text_decoder).parameters) - {"tokenizer"}
     settings = dict(recipe.decoder)
     for key, value in settings.items():

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
 GATE = "gate/"
-"""What the logged names of gates begin with; the layer's number follows."""
+"""Prefix of the logged names of gates, before the layer's number."""
 
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -25,7 +25,7 @@ AS_NUMBERS = 8
 
 
 class Shown:
-    """How far a thing is, on stderr: `shown(done, of)` moves a bar, or prints a line at times.
+    """Progress of one task on stderr: `shown(done, of)` moves a bar, or prints a line at times.
 
     Args:
         name: what is being done.
@@ -35,7 +35,7 @@ class Shown:
     def __init__(self, name: str, unit: str = "") -> None:
         self.name, self.unit = name, unit
         self.figures = ""
-        """What else is shown."""
+        """Text shown behind the bar."""
         self._began = self._said = time.perf_counter()
         self._from: int | None = None
         self._done = self._of = 0
@@ -53,7 +53,7 @@ class Shown:
             self._task = self._bars.add_task(name, total=None, figures="")
 
     def __call__(self, done: int, of: int, name: str | None = None) -> None:
-        """Says that `done` of `of` are done; `name`: what is next, where that changes."""
+        """Shows that `done` of `of` are done; `name` replaces the task's name."""
         if self._from is None:  # a run that goes on has done some of them before
             self._from, self._began = done, time.perf_counter()
         self.name, self._done, self._of = name or self.name, done, of
@@ -65,7 +65,7 @@ class Shown:
             self.say()
 
     def say(self) -> None:
-        """Prints how far it is, as a line."""
+        """Prints the progress as a line."""
         self._said = time.perf_counter()
         fresh = self._done - (self._from or 0)
         count = " ".join(filter(None, (self.unit, f"{self._done}/{self._of}")))

@@ -56,15 +56,15 @@ class Stage:
     """Most of `max_tokens` that the question of a pair may take: longer ones are cut, and answers
     to the rest; 0 for no cutting."""
     boards: int = setting(6000, bounds=(1, 10**9))
-    """Boards that are made; a longer stage sees each of them more than once."""
+    """Number of boards; a longer stage sees each of them more than once."""
     questions: int = setting(6, bounds=(1, 10**6))
     """Questions about each board."""
     packed: float = setting(1.0, bounds=(0, 1))
-    """Share of the boards whose questions do not see each other; turns of one chat elsewhere."""
+    """Share of the boards whose questions do not see each other; other boards have one chat."""
     learning_rate: float = setting(1e-3, bounds=(0, 10))
-    """AdamW's, at its highest."""
+    """Highest learning rate of AdamW."""
     mixer_learning_rate: float = setting(1e-4, bounds=(0, 10))
-    """AdamW's for the mixers (published: 1e-4); a fast one closes the gates before the decoder
+    """AdamW's rate for the mixers (published: 1e-4); a fast one closes the gates before the decoder
     has learnt what to do with a second visit."""
     muon: float = setting(0.0, bounds=(0, 10))
     """Muon's learning rate for the matrices inside decoder layers; 0 leaves them to AdamW."""
@@ -84,9 +84,9 @@ class Stage:
     """How much the outputs of earlier layers, read as if the last, count in the loss (LayerSkip:
     0.1 to 1); 0 for the last layer alone."""
     exit_curriculum: str = setting("none", choices=CURRICULA)
-    """Which of them learn at a step."""
+    """Which of these outputs learn at a step."""
     exit_every: int = setting(1, bounds=(1, 10**6))
-    """Every how many-th of them learns."""
+    """Only each `exit_every`-th of these outputs learns."""
     lora: int = setting(0, bounds=(0, 4096))
     """Rank of low-rank updates that learn in place of the decoder's own matrices; 0 for none."""
     lora_alpha: int = setting(0, bounds=(0, 65536))
@@ -116,17 +116,17 @@ class Recipe:
     policy: dict[str, Any] = field(default_factory=lambda: {"policy": "trol_mixer"})
     """The depth policy that the model is made with."""
     seed: int = setting(0, bounds=(0, 2**32 - 1))
-    """Of the weights, the boards and their order."""
+    """Seed of the weights, the boards and their order."""
     bits: int = setting(0, choices=(0, 4, 8))
-    """Of the decoder's quantised weights: 4 (nf4), 8 (int8), or 0 for full ones."""
+    """Bits of the decoder's quantised weights: 4 (nf4), 8 (int8), or 0 for full weights."""
     precision: str = setting("fp32", choices=("fp32", "bf16"))
-    """What is computed in, and what frozen weights are kept in."""
+    """Precision of the computation and of frozen weights."""
     checkpointing: bool = False
     """Whether activations are computed again in the backward pass rather than kept."""
     save_every: int = setting(0, bounds=(0, 10**9))
     """Optimiser steps between checkpoints; 0 for none within a stage."""
     keep: int = setting(2, bounds=(1, 10**6))
-    """Checkpoints that are kept."""
+    """Number of checkpoints that are kept."""
     stages: dict[str, Stage]
     """Stage name -> stage, in order."""
 
@@ -136,7 +136,7 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes that trol carries."""
+    """The recipes that come with trol."""
     return sorted(path.stem for path in _carried().glob("*.yaml"))
 
 
@@ -227,7 +227,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _check_stage(where: str, stage: Stage) -> None:
-    """What does not hang on the model: length, rates, data and exit loss."""
+    """Raises `UsageError` where length, rates, data or exit loss of a stage are impossible."""
     if (stage.steps > 0) == (stage.epochs > 0):
         raise UsageError(
             f"{where}.steps is {stage.steps} and epochs is {stage.epochs}; give 1 or more of the "
@@ -261,6 +261,7 @@ def _check_stage(where: str, stage: Stage) -> None:
 
 
 def _check_parts(where: str, stage: Stage, recipe: Recipe) -> None:
+    """Raises `UsageError` where the recipe's model cannot learn what the stage trains."""
     if "mixers" in stage.train and recipe.policy.get("policy") == "router":
         raise UsageError(
             f"{where} trains mixers, but a router decides by 0 and 1 and gets no gradient; train "

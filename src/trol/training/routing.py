@@ -36,7 +36,7 @@ AT_ONCE = 32
 """Questions whose states are computed at once."""
 
 MOST_WEIGHT = 20.0
-"""The most that the rarer answer about a level counts against the other one."""
+"""Largest weight of the rarer answer (enough, or not) about a level."""
 
 Prompts = Callable[[Sequence[OracleRow]], Any]
 """Rows, one for each question, to inputs that the host takes, padded anyhow."""
@@ -56,7 +56,7 @@ class RouterTrainingArgs:
     tolerance: float = setting(0.0, bounds=(0, math.inf))
     """How far a level's score may lie below the full model's and still suffice."""
     seed: int = 0
-    """Of the first weights, of which questions are held out, and of the order."""
+    """Seed of the first weights, of the split, and of the order."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RouterTraining:
     held_out: list[int]
     """Numbers of the questions that were not learnt from."""
     report: dict[str, Any]
-    """`router_report` on them."""
+    """`router_report` on the questions that were held out."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Table:
         return self.scores >= self.scores[:, -1:] - self.tolerance
 
     def of(self, places: list[int]) -> Table:
-        """The same of some questions, by their places in the table."""
+        """The table of some of its questions, by their places."""
         questions = tuple(self.questions[i] for i in places)
         return Table(self.menu, questions, self.costs[places], self.scores[places], self.tolerance)
 
@@ -214,7 +214,7 @@ def text_prompts(processor: Any) -> Prompts:
 
 @torch.no_grad()
 def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> list[Tensor]:
-    """What enters the attached router's layer, of each question's tokens: N times [T, D]."""
+    """The input of the attached router's layer for each question: N times [T, D]."""
     host, stack = attached(model)
     layer: Any = (layer_list(stack) or ())[stack.depth_policy.after]
     entered: list[Tensor] = []
@@ -283,7 +283,7 @@ def _table(
 
 
 def _report(logits: Tensor, data: Table, dials: Sequence[float]) -> dict[str, Any]:
-    """See `router_report`. Shape of logits: [N, M - 1]."""
+    """The result of `router_report`. Shape of logits: [N, M - 1]."""
     suffices = data.suffices
     right = (logits > 0) == suffices[:, :-1]
     cheapest = suffices.int().argmax(1)  # the full one suffices always
@@ -373,7 +373,7 @@ def _finite(loss: Tensor, epoch: int) -> Tensor:
 
 @torch.no_grad()
 def _logits(head: RouterHead, states: Sequence[Tensor]) -> Tensor:
-    """Shape: [N, M - 1], on the CPU."""
+    """The head's logits, on the CPU. Shape: [N, M - 1]."""
     starts = range(0, len(states), AT_ONCE)
     return torch.cat([head(*_padded(states[i : i + AT_ONCE], head)).cpu() for i in starts])
 

@@ -60,19 +60,19 @@ class RunContext:
     deadline: float | None = None
     """When to stop, on the clock of `time.monotonic`."""
     label: str = ""
-    """What stands in front of each line of progress."""
+    """Prefix of each line of progress."""
     report_to: Sequence[str] = ()
     """Trackers that get the logs."""
     logs: Path = Path("runs.logs")
-    """Where they write."""
+    """The folder that TensorBoard's files go to."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage gives."""
+    """The result of a stage."""
 
     model: Any
-    """Low-rank updates merged; None where the time was over before the stage."""
+    """The model, updates merged where they can be; None where the time was over first."""
     step: int
     """The last step that was made."""
     curve: dict[str, list[Any]]
@@ -329,7 +329,7 @@ def device_batch(stage: Stage) -> int:
 
 
 def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> TrainingArguments:
-    """Trainer's; checkpointing of activations is turned on in the model, by `opened`.
+    """The arguments of Trainer; `opened` turns checkpointing of activations on, in the model.
 
     Raises:
         UsageError: the batch cannot be divided, or DeepSpeed and Muon are to work together.

@@ -34,16 +34,16 @@ from trol.host.trainer import newest_checkpoint_in
 from trol.training.recipe import Recipe
 
 LOOKED_AT = 64
-"""Rows whose content is looked at, from the first to the last."""
+"""Number of rows, spread over a data set, whose content goes into its fingerprint."""
 
 READ_WHOLE = 1 << 28
-"""Bytes of files that are read to tell whether data have changed."""
+"""Files of at most so many bytes are read whole for the fingerprint of a data set."""
 
 MAY_CHANGE = ("save_every", "keep")
 """Keys of a recipe that say nothing about what is learnt."""
 
 DRAFTS = ".writing"
-"""Beside what is whole: the folder with what is not yet."""
+"""Name of the folder in which folders are filled before they get their place."""
 
 RECIPE, RUN, WEIGHTS = "recipe.yaml", "run.json", "model.safetensors"
 RESULTS, RANDOM = "found.json", "random.pt"
@@ -61,12 +61,12 @@ def is_first_process() -> bool:
 
 
 def on_cpu() -> bool:
-    """Whether there is nothing but processors; Trainer must know, or ranks train alone."""
+    """Whether there is no accelerator; Trainer must know, or each process trains alone."""
     return not torch.accelerator.is_available()
 
 
 def join_processes() -> None:
-    """Opens what the processes talk through; nothing where there is one process."""
+    """Connects the processes, where there are several."""
     if process_count() > 1:
         PartialState(cpu=on_cpu())
 
@@ -87,7 +87,7 @@ def any_process(answer: bool) -> bool:
 
 
 def leave_processes() -> None:
-    """Closes what the processes talk through; nothing where there is one process."""
+    """Ends the connection of the processes, where there are several."""
     if _are_joined():
         distributed.destroy_process_group()
 
@@ -97,7 +97,7 @@ def _are_joined() -> bool:
 
 
 def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> str:
-    """Of a data set: its length, some rows all over it, and the files of a mixture.
+    """A digest of a data set: its length, some of its rows, and the files of a mixture.
 
     Files are read whole where they are at most `READ_WHOLE` bytes together; of larger ones the
     sizes and where each row begins and ends are taken.
@@ -143,7 +143,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states, in a form that `torch.load(weights_only=True)` reads."""
+    """The states of all random generators, in a form that `torch.load(weights_only=True)` reads."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
     state = {
         "python": random.getstate(),
@@ -154,7 +154,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts all sources back to `state`."""
+    """Puts all random generators back to `state`."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
@@ -276,7 +276,7 @@ class WorkingFolder:
         return max((int(p.name[6:]) for p in (self.path / "finished").glob("stage-*")), default=0)
 
     def restore(self, number: int, model: nn.Module) -> dict[str, Any]:
-        """Puts the model and the random state back to the end of stage `number`; its findings."""
+        """Puts model and random state back to the end of stage `number`; gives back its results."""
         place = self.path / "finished" / f"stage-{number}"
         put_state(model, _is_full, place / WEIGHTS)
         set_random_state(torch.load(place / RANDOM, weights_only=True))
@@ -305,7 +305,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, Tensor]:
-    """The parameters that are wanted, each once, and the buffers that belong to the weights."""
+    """The parameters that `wanted` takes, each once, and the buffers that are saved with them."""
     parameters = {name: p for name, p in model.named_parameters() if wanted(p)}
     saved = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
@@ -313,7 +313,7 @@ def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[s
 
 
 def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Path) -> None:
-    """Reads what `state_of` gave back into the model; `TrainingError` where it is of another."""
+    """Puts a saved `state_of` into the model; `TrainingError` where it is another model's."""
     saved, known = load_file(file), state_of(model, wanted)
     if odd := sorted(set(saved) ^ set(known)):
         raise TrainingError(f"{file} is not of this model: {', '.join(odd[:4])} differ.")
@@ -321,5 +321,5 @@ def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Pa
 
 
 def _is_full(parameter: nn.Parameter) -> bool:
-    """Whether it can have changed: quantised weights never do."""
+    """Whether a parameter can have changed: quantised weights never do."""
     return parameter.is_floating_point()

@@ -1,4 +1,4 @@
-"""What a stage learns from: its rows, how rows become a batch, and the module that has the loss."""
+"""The data of a stage: its rows, their batches, and the module that computes a batch's loss."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Reader(nn.Module):
 
 
 class SymbolReader(Reader):
-    """The decoder with each cell's words in place of what a tower would see.
+    """The decoder, with the words of each cell in place of image tokens.
 
     A cell is the sum of its words' embeddings and the projector's position embedding, at the
     place of its image token: the decoder learns to reason before it learns to see.
@@ -106,18 +106,18 @@ class SymbolReader(Reader):
 
 
 class StageData(NamedTuple):
-    """What a Trainer needs besides its arguments."""
+    """The data of a stage, as Trainer takes them."""
 
     reader: Any
     """The module that takes a batch and gives its loss."""
     rows: Any
     """A map-style dataset; item i may be i itself."""
     collate: Callable[..., dict[str, Any]]
-    """Items to a batch."""
+    """Makes a batch of items of `rows`."""
 
 
 def stage_data(learner: Any, processor: Any, stage: Stage, seed: int) -> StageData:
-    """What the stage's data are, for this learner.
+    """The stage's data, for this learner.
 
     Raises:
         UsageError: boards are asked for, but the processor is not a TroL model's.
@@ -169,7 +169,7 @@ def check_data(name: str, stage: Stage) -> None:
 
 
 def sized(stage: Stage, rows: Any) -> Stage:
-    """The stage with its length in steps; call it on `stage_data(...).rows` before all that counts.
+    """The stage with its length in steps, for the rows of its data.
 
     steps = ceil(epochs · rows / batch); the warm-up is at most steps · `WARMUP`
     """

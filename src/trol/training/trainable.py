@@ -89,7 +89,7 @@ def freeze_unvisited(learner: nn.Module) -> None:
 
 
 def restore_dtypes(model: Any, parts: tuple[str, ...]) -> None:
-    """Undoes `set_trainable`: what can learn may, and these parts have the model's own type again.
+    """Undoes `set_trainable`: all may learn, and these parts have the model's own type again.
 
     Gates and low-rank updates stay float32.
     """
@@ -158,6 +158,6 @@ def check_quantised(model: nn.Module) -> None:
 
 
 def let_gradients_through(model: nn.Module) -> None:
-    """Makes 4-bit maps on a CPU differentiable, whatever runs before; call it before training."""
+    """Makes 4-bit linear maps on a CPU differentiable, even after an evaluation."""
     for four_bit in four_bit_maps(model):
         keep_differentiable(four_bit)

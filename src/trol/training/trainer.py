@@ -44,7 +44,7 @@ MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MUON_ITERATIONS = 5
 
 BETWEEN_LOGS = "between_logs_{rank}.json"
-"""What Trainer itself forgets: the losses since it last logged."""
+"""File of a checkpoint with the losses since the last log, which Trainer does not save."""
 
 
 class BatchedMuon(torch.optim.Optimizer):
@@ -175,9 +175,9 @@ def schedule(optimiser: torch.optim.Optimizer, stage: Stage) -> LambdaLR:
 
 
 class GateMeans:
-    """The mean of each layer's gate over the tokens of one step, looked at only when asked.
+    """The mean of each layer's gate over the tokens of one step, taken from `watch` to `take`.
 
-    Of gates that are called with their scope (a controller's), over the tokens in it.
+    Gates that are called with their scope (a controller's) count the tokens in scope.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -188,7 +188,7 @@ class GateMeans:
         self._handles: dict[int, RemovableHandle] = {}
 
     def watch(self) -> None:
-        """Looks at all gates until `take`."""
+        """Records all gates until `take`."""
         self._means.clear()
         for layer, gate in enumerate(self._gates):
             if gate is not None and layer not in self._handles:
@@ -234,7 +234,7 @@ class Speed:
 
 
 class CheckpointSchedule(TrainerCallback):
-    """When a stage is saved, and when the time is over.
+    """Saves a stage every few steps, and stops it when the time is over.
 
     Args:
         save_every: steps between checkpoints; 0 for none.
@@ -245,7 +245,7 @@ class CheckpointSchedule(TrainerCallback):
         self.save_every, self.deadline = save_every, deadline
 
     def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-        """Asks for a checkpoint, or for the end; the last step's state is the stage's result."""
+        """Requests a checkpoint or the end; the last step is saved as the result instead."""
         if state.global_step >= state.max_steps:
             return
         if self.save_every and state.global_step % self.save_every == 0:
@@ -295,7 +295,7 @@ class StageTrainer(StepwiseTrainer):
 
     @property
     def reader(self) -> nn.Module:
-        """The module that learns, and the loss with it."""
+        """The module that computes the loss; it holds the model."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -305,7 +305,7 @@ class StageTrainer(StepwiseTrainer):
         return self.seconds_before + time.perf_counter() - self.began
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:  # type: ignore[override]
-        """Trainer's, counted and checked."""
+        """The step of Trainer; counts its tokens and checks its loss."""
         if self.by_tokens:
             self.speed.count(inputs["input_ids"].numel() * process_count())
         loss = super().training_step(model, inputs, *rest)
@@ -323,7 +323,7 @@ class StageTrainer(StepwiseTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with tokens per second and the mean gate of each layer."""
+        """The log of Trainer, with tokens per second and the mean gate of each layer."""
         if "loss" in logs:
             logs |= self.speed.since_last() | self.gates.take()
         super().log(logs, start_time)
@@ -347,12 +347,12 @@ class StageTrainer(StepwiseTrainer):
             keep_newest(self.place, self.keep)
 
     def write_weights(self, folder: Path) -> None:
-        """Only what learns: the rest is in the state that the stage began with."""
+        """Writes the parameters that learn; the others are as the stage began with them."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state_of(self.reader, _learns), folder / WEIGHTS)
 
     def read_weights(self, folder: Path) -> None:
-        """Only what learns."""
+        """Reads the parameters that learn."""
         put_state(self.reader, _learns, folder / WEIGHTS)
 
     def recall_between_logs(self, checkpoint: Path) -> None:
@@ -364,7 +364,7 @@ class StageTrainer(StepwiseTrainer):
 
 
 class _Guard(TrainerCallback):
-    """Does at Trainer's own moments what it has no method for."""
+    """Steps in at Trainer's events: resuming, watching gates, and checking gradients."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
