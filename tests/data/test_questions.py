@@ -19,7 +19,7 @@ from trol.data.boards import (
 )
 from trol.errors import UsageError
 from trol.family.presets import word_tokenizer
-from trol.training.losses import NOTHING
+from trol.training.stage_data import NOTHING
 
 MOVES = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 COLOURS = ("red", "green", "blue", "yellow", "purple")

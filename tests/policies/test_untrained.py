@@ -22,7 +22,7 @@ from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.router import Router
-from trol.training import trainable as adapters
+from trol.training import adapters
 
 LEARNT: dict[str, Callable[[], AbstractPolicy]] = {
     "mixer": lambda: TrolMixer(scope="all"),

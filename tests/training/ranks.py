@@ -37,8 +37,8 @@ def train(folder: Path, words: list[str]) -> None:
     save = module._save  # type: ignore[attr-defined]
 
     def save_on_each_rank(model: nn.Module, *rest: object) -> None:
-        kept = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        save_file(kept, folder / f"rank-{RANK}.safetensors")
+        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        save_file(weights, folder / f"rank-{RANK}.safetensors")
         save(model, *rest)
 
     module._save = save_on_each_rank  # type: ignore[attr-defined]
@@ -54,9 +54,9 @@ def shard(folder: Path) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
-    found = measured(model, ids)
+    tensors = measured(model, ids)
     if RANK == 0:
-        save_file(found, folder / "sharded.safetensors")
+        save_file(tensors, folder / "sharded.safetensors")
     distributed.barrier()
     distributed.destroy_process_group()
     os._exit(0)  # gloo's threads can outlive the group, and then abort a process that ends as usual
@@ -74,15 +74,15 @@ def measured(model: LlamaForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     """The loss, every parameter's gradient, and what `generate` adds to the tokens."""
     loss = model.train()(input_ids=ids, labels=ids).loss
     loss.backward()
-    found = {"loss": loss.detach()}
+    tensors = {"loss": loss.detach()}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None, name
         whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        found[name] = whole.detach().contiguous()
+        tensors[name] = whole.detach().contiguous()
     with torch.no_grad():
-        found["new"] = model.eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    return found
+        tensors["new"] = model.eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    return tensors
 
 
 if __name__ == "__main__":

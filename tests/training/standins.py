@@ -53,9 +53,12 @@ def chats(folder: Path, *, pictures: bool, rows: int = 8) -> str:
         messages = []
         for turn in (row, row + 1):
             mark = "<image>\n" if seen and turn == row else ""
-            said = zip(("user", "assistant"), (ASKED[turn % 4], ANSWERED[turn % 4]), strict=True)
+            turn_texts = zip(
+                ("user", "assistant"), (ASKED[turn % 4], ANSWERED[turn % 4]), strict=True
+            )
             messages += [
-                {"role": role, "content": mark * (role == "user") + text} for role, text in said
+                {"role": role, "content": mark * (role == "user") + text}
+                for role, text in turn_texts
             ]
         lines.append(json.dumps({"messages": messages, **({"image": "red.png"} if seen else {})}))
     path = folder / "chat.jsonl"

@@ -16,35 +16,42 @@ from training.test_quantised import batch_of, recipe
 from trol.checkpoints.adapter import PARTS_NAME
 from trol.cli import main
 from trol.errors import AdapterError, UsageError
+from trol.training.adapters import (
+    finished,
+    learner_of,
+    merged,
+    open_adapters,
+    save_adapters,
+    save_trained,
+)
 from trol.training.opening import opened
-from trol.training.stage_data import finished, learner_of, material
-from trol.training.trainable import merge_adapters, open_adapters, save_adapters, save_trained
+from trol.training.stage_data import stage_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("hosts")
-    standins.vlm(made / "vlm")
-    standins.llm(made / "llm")
-    standins.llm(made / "other", num_hidden_layers=3)
-    standins.chats(made, pictures=True)
-    standins.chats(made / "text", pictures=False)
-    return made
+    place = tmp_path_factory.mktemp("hosts")
+    standins.vlm(place / "vlm")
+    standins.llm(place / "llm")
+    standins.llm(place / "other", num_hidden_layers=3)
+    standins.chats(place, pictures=True)
+    standins.chats(place / "text", pictures=False)
+    return place
 
 
 def trained(model, processor, stage, steps: int = 3):
     """The learner after some steps of the stage, and the batch that it learnt from."""
     learner = learner_of(model, stage)
-    given = material(learner, processor, stage, 0)
-    given.reader.train()
-    batch = batch_of(given)
-    made = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], 1e-2)
+    data = stage_data(learner, processor, stage, 0)
+    data.reader.train()
+    batch = batch_of(data)
+    adamw = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], 1e-2)
     for _ in range(steps):
-        made.zero_grad()
-        given.reader(**batch)["loss"].backward()
-        made.step()
+        adamw.zero_grad()
+        data.reader(**batch)["loss"].backward()
+        adamw.step()
     return learner, batch
 
 
@@ -60,12 +67,12 @@ def test_saved_opened_and_trained_on(
     folder: Path, tmp_path: Path, name: str, bits: int, per_visit: bool
 ) -> None:
     changes = (f"bits={bits}", "precision=fp32", f"stages.step2.per_visit={per_visit}")
-    made = recipe(folder, *changes, "stages.step2.lora=4", name=name)
-    stage = made.stages["step2"]
-    learner, batch = trained(*opened(made, None), stage)
+    built = recipe(folder, *changes, "stages.step2.lora=4", name=name)
+    stage = built.stages["step2"]
+    learner, batch = trained(*opened(built, None), stage)
     learner = finished(learner, stage)
-    save_trained(learner, made, tmp_path / "saved")
-    again, processor = opened(made, tmp_path / "saved")
+    save_trained(learner, built, tmp_path / "saved")
+    again, processor = opened(built, tmp_path / "saved")
     assert isinstance(again, PeftModel)
     assert torch.equal(logits(again, batch), logits(learner, batch))
     more, _ = trained(again, processor, stage)
@@ -76,47 +83,47 @@ def test_saved_opened_and_trained_on(
 def test_gates_and_projector_of_step_1_are_saved_without_updates(
     folder: Path, tmp_path: Path
 ) -> None:
-    made = recipe(folder, "bits=8", "precision=fp32")
-    stage = made.stages["step1"]
-    model, batch = trained(*opened(made, None), stage)
+    built = recipe(folder, "bits=8", "precision=fp32")
+    stage = built.stages["step1"]
+    model, batch = trained(*opened(built, None), stage)
     model = finished(model, stage)
-    save_trained(model, made, tmp_path / "saved")
-    again, _ = opened(made, tmp_path / "saved")
+    save_trained(model, built, tmp_path / "saved")
+    again, _ = opened(built, tmp_path / "saved")
     assert not isinstance(again, PeftModel)
     assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 def test_adapters_of_four_bits_are_merged_into_full_weights(folder: Path, tmp_path: Path) -> None:
-    made = recipe(folder, "bits=4", "precision=fp32")
-    learner, batch = trained(*opened(made, None), made.stages["step2"])
+    built = recipe(folder, "bits=4", "precision=fp32")
+    learner, batch = trained(*opened(built, None), built.stages["step2"])
     save_adapters(learner, tmp_path / "saved")
     full = recipe(folder, "bits=0", "precision=fp32")
     learner, _ = opened(full, tmp_path / "saved")
     host = trol.detach(opened(full, None)[0])
-    model = merge_adapters(host, tmp_path / "saved")
+    model = merged(open_adapters(host, tmp_path / "saved"))
     assert not any("lora_" in key for key in model.state_dict())
     assert (logits(model, batch) - logits(learner, batch)).abs().max() < 1e-4
 
 
 def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) -> None:
-    made = recipe(folder, "precision=fp32", name="any-llm")
-    learner, _ = trained(*opened(made, None), made.stages["step2"])
+    built = recipe(folder, "precision=fp32", name="any-llm")
+    learner, _ = trained(*opened(built, None), built.stages["step2"])
     saved = save_adapters(learner, tmp_path / "saved")
     other = recipe(folder, "precision=fp32", f"host={folder / 'other'}", name="any-llm")
     with pytest.raises(AdapterError, match="load it onto the model it was trained on"):
         opened(other, saved)
     with pytest.raises(UsageError, match="comes with the policy"):
         opened(recipe(folder, "policy.passes=3", name="any-llm"), saved)
-    model, _ = opened(made, None)
+    model, _ = opened(built, None)
     with pytest.raises(AdapterError, match="holds no trained adapters"):
         open_adapters(model, tmp_path)
 
 
 def test_damaged_files_are_told(folder: Path, tmp_path: Path) -> None:
-    made = recipe(folder, "precision=fp32")
-    learner, _ = trained(*opened(made, None), made.stages["step2"])
+    built = recipe(folder, "precision=fp32")
+    learner, _ = trained(*opened(built, None), built.stages["step2"])
     saved = save_adapters(learner, tmp_path / "saved")
-    for damage, told in (
+    for damage, message in (
         (lambda at: (at / PARTS_NAME).write_bytes(b"no"), "is damaged"),
         (lambda at: _resize(at / PARTS_NAME), "this host has"),
         (lambda at: (at / "adapter_model.safetensors").write_bytes(b"no"), "cannot be put on"),
@@ -125,8 +132,8 @@ def test_damaged_files_are_told(folder: Path, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         shutil.copytree(saved, tmp_path / "broken")
         damage(tmp_path / "broken")
-        with pytest.raises(AdapterError, match=told):
-            opened(made, tmp_path / "broken")
+        with pytest.raises(AdapterError, match=message):
+            opened(built, tmp_path / "broken")
 
 
 def _resize(file: Path) -> None:
@@ -140,11 +147,11 @@ def test_a_run_with_updates_is_exported_where_a_plain_model_can_be_it(
     settings = {"plan": "{policy: plan, plan: '1:2', scope: all}"}
     changes = [f"policy={settings.get(policy, f'{{policy: {policy}}}')}", "precision=fp32"]
     changes += ["stages.step2.train=[decoder]", "stages.step2.lora=4"]
-    made = recipe(folder, *changes, name="any-llm")
-    learner, batch = trained(*opened(made, None), made.stages["step2"])
+    built = recipe(folder, *changes, name="any-llm")
+    learner, batch = trained(*opened(built, None), built.stages["step2"])
     run, plain = tmp_path / "run", tmp_path / "plain"
-    save_trained(learner, made, run)
-    (run / "recipe.yaml").write_text(made.yaml(), encoding="utf-8")
+    save_trained(learner, built, run)
+    (run / "recipe.yaml").write_text(built.yaml(), encoding="utf-8")
     with pytest.raises(SystemExit) as left:
         main(["export", str(run), str(plain), "--plan", "1:2" if policy == "plan" else "all"])
     if policy == "trol_mixer":
@@ -156,7 +163,7 @@ def test_a_run_with_updates_is_exported_where_a_plain_model_can_be_it(
     own = AutoModelForCausalLM.from_pretrained(plain)
     assert not any("lora" in name for name, _ in own.named_parameters())
     difference = (logits(own, batch) - logits(learner, batch)).abs().max()
-    host = AutoModelForCausalLM.from_pretrained(made.host)
+    host = AutoModelForCausalLM.from_pretrained(built.host)
     learnt = (logits(host, batch) - logits(learner, batch)).abs().max()
     assert difference < 1e-4
     assert learnt > 1e-2

@@ -23,10 +23,10 @@ LAYERS = 5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("controller")
-    standins.llm(made / "llm", num_hidden_layers=LAYERS)
-    standins.chats(made / "read", pictures=False, rows=16)
-    return made
+    place = tmp_path_factory.mktemp("controller")
+    standins.llm(place / "llm", num_hidden_layers=LAYERS)
+    standins.chats(place / "read", pictures=False, rows=16)
+    return place
 
 
 def recipe(folder: Path, policy: dict[str, Any], **changes: Any) -> Recipe:
@@ -70,16 +70,16 @@ def executed(folder: Path, out: Path, *, training: bool = False) -> float:
 
 
 def test_a_target_is_reached_and_told(folder: Path, tmp_path: Path) -> None:
-    made = recipe(folder, {"target": 0.6, "weight": 10.0})
-    found = run(made, tmp_path / "out")
-    logged = found["losses"]["control"]["gates"]
+    settings = recipe(folder, {"target": 0.6, "weight": 10.0})
+    results = run(settings, tmp_path / "out")
+    logged = results["losses"]["control"]["gates"]
     assert len(logged[0]) == LAYERS - 2
     first, last = ((sum(means) + 2) / LAYERS for means in (logged[0], logged[-1]))
     assert first > 0.9
     assert abs(last - 0.6) < 0.1
     assert abs(executed(folder, tmp_path / "out", training=True) - 0.6) < 0.1
-    kept = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert kept["model_type"] == "trol_host"
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "trol_host"
 
 
 @pytest.mark.parametrize(("alpha", "share"), [(0.0, 1.0), (20.0, 2 / LAYERS)])
@@ -88,8 +88,8 @@ def test_what_visits_cost_decides_how_many_are_made(
 ) -> None:
     """Free, and never pushed: the full model. Dear: only the layers that always run are left."""
     rate = 0.1 if alpha else 0.005  # random layers help nobody: fast controllers would drop them
-    made = recipe(folder, {"alpha": alpha}, steps=20, mixer_learning_rate=rate)
-    run(made, tmp_path / "out")
+    settings = recipe(folder, {"alpha": alpha}, steps=20, mixer_learning_rate=rate)
+    run(settings, tmp_path / "out")
     assert executed(folder, tmp_path / "out") == pytest.approx(share)
 
 
@@ -117,9 +117,9 @@ def test_the_token_agnostic_control_decides_for_all_tokens_alike(
 )
 def test_every_way_to_train(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Every module moves; the backbone moves only where it is to."""
-    made = recipe(folder, {"alpha": 1.0}, steps=3, **changes)
-    before, _ = reopened_untrained(made)
-    run(made, tmp_path / "out")
+    settings = recipe(folder, {"alpha": 1.0}, steps=3, **changes)
+    before, _ = reopened_untrained(settings)
+    run(settings, tmp_path / "out")
     after, _ = reopened(tmp_path / "out")
     weights = zip(before.state_dict().items(), after.state_dict().values(), strict=True)
     moved = {name for (name, old), new in weights if not torch.equal(old, new)}
@@ -134,10 +134,10 @@ def test_a_router_is_not_trained_by_a_recipe(folder: Path) -> None:
         recipe(folder, {"policy": "router", "menu": ["0-1", "all"]})
 
 
-def reopened_untrained(made: Recipe) -> tuple[Any, Any]:
+def reopened_untrained(settings: Recipe) -> tuple[Any, Any]:
     from transformers import set_seed
 
     from trol.training.opening import opened
 
-    set_seed(made.seed)
-    return opened(made, None)
+    set_seed(settings.seed)
+    return opened(settings, None)

@@ -19,7 +19,8 @@ from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
 from trol.policies.exits import EarlyExit, LayerDropout
 from trol.training import resolve, run
-from trol.training.losses import CURRICULA, ExitLoss, exits_of, final_loss, weights
+from trol.training.losses import ExitLoss, exits_of, final_loss, weights
+from trol.training.recipe import CURRICULA
 
 HOST = HOSTS["llama"]
 SOME = [pytest.param(HOSTS[name], id=name) for name in ("llama", "gpt2", "gemma2", "llava", "opt")]
@@ -48,9 +49,9 @@ def test_the_loss_is_its_formula(host: Host) -> None:
     shares = weights(5, 0.3)
     expected = sum(e * loss for e, loss in zip(shares, losses, strict=True)) / sum(shares)
     attach(model, "all")
-    found = ExitLoss(0.3)(model, **inputs)
-    assert abs(found - expected) <= 1e-5
-    assert abs(found - final_loss(model, **inputs)) > 1e-3
+    loss = ExitLoss(0.3)(model, **inputs)
+    assert abs(loss - expected) <= 1e-5
+    assert abs(loss - final_loss(model, **inputs)) > 1e-3
     assert abs(ExitLoss(0.0)(model, **inputs) - final_loss(model, **inputs)) <= 1e-6
 
 
@@ -125,12 +126,12 @@ def test_only_heads_learn_and_they_learn() -> None:
 def _read_early(model: PreTrainedModel, inputs: Inputs, heads: dict[int, nn.Module]) -> list[float]:
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
-        found = []
+        losses = []
         for layer, head in heads.items():
             logits = Readout(model)(head(states[layer]))[:, :-1].flatten(0, 1)
             labels = inputs["labels"][:, 1:].flatten()
-            found.append(nn.functional.cross_entropy(logits, labels).item())
-    return found
+            losses.append(nn.functional.cross_entropy(logits, labels).item())
+    return losses
 
 
 def test_checkpointed_activations_change_nothing() -> None:
@@ -159,17 +160,17 @@ def test_exits_that_are_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
-        ("exit_loss=-0.1", "0.0 to 1.0"),
-        ("exit_loss=2", "0.0 to 1.0"),
+        ("exit_loss=-0.1", "0 to 1"),
+        ("exit_loss=2", "0 to 1"),
         ("exit_curriculum=rotating", "Did you mean 'rotational'"),
-        ("exit_every=0", "1 or more"),
+        ("exit_every=0", "give 1 to"),
         ("exit_curriculum=gradual", "give 0.2"),
     ],
 )
-def test_settings_that_cannot_be(setting: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_settings_that_cannot_be(setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         resolve("any-llm", [f"stages.{_stage()}.{setting}"])
     with pytest.raises(UsageError, match="cells teach the vision tower"):
         resolve("demo", ["stages.vision.exit_loss=0.2"])
@@ -192,8 +193,8 @@ def test_a_stage_teaches_exit_heads(tmp_path: Path) -> None:
         "    exit_loss: 0.5\n    exit_curriculum: rotational\n    exit_every: 2\n",
         encoding="utf-8",
     )
-    found = run(resolve(recipe), tmp_path / "out")
-    assert "gates" not in found["losses"]["heads"]
+    results = run(resolve(recipe), tmp_path / "out")
+    assert "gates" not in results["losses"]["heads"]
     model, _ = load_model(str(tmp_path / "out"))
     bare = AutoModelForCausalLM.from_pretrained(host)
     moved = {

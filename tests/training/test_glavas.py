@@ -16,9 +16,10 @@ from trol.evaluation.items import Item
 from trol.family import word_tokenizer
 from trol.family.presets import byte_level_tokenizer, separate, text_decoder
 from trol.training import names, resolve, run
+from trol.training.adapters import learner_of
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
-from trol.training.stage_data import learner_of, material, sized
+from trol.training.stage_data import sized, stage_data
 
 TINY = [name for name in names() if name.startswith("glavas-tiny-")]
 PAPERS = [name for name in names() if name.startswith("glavas-") and name not in TINY]
@@ -96,8 +97,8 @@ def test_a_stage_without_the_policy_freezes_nothing(full: Path) -> None:
 def test_answers_skip_and_prompts_do_not(full: Path) -> None:
     model, tokenizer = opened(short("glavas-tiny-skip"), full)
     stage = short("glavas-tiny-skip").stages["skip"]
-    given = material(model, tokenizer, stage, 0)
-    batch = given.collate([given.rows[0], given.rows[1]])
+    data = stage_data(model, tokenizer, stage, 0)
+    batch = data.collate([data.rows[0], data.rows[1]])
     with trace(model) as seen, torch.no_grad():
         model(**batch)
     answer = batch["labels"] != -100
@@ -136,8 +137,8 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"instruction": f"add {n}", "input": "", "output": "three " * n} for n in range(1, 12)]
     (folder / "alpaca.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "cnn").mkdir()
-    told = json.dumps({"article": "news of the day " * 600, "highlights": "news"})
-    (folder / "cnn" / "train.jsonl").write_text(told + "\n", encoding="utf-8")
+    article = json.dumps({"article": "news of the day " * 600, "highlights": "news"})
+    (folder / "cnn" / "train.jsonl").write_text(article + "\n", encoding="utf-8")
     return folder
 
 
@@ -152,13 +153,13 @@ def test_a_recipe_of_the_paper_trains_a_stand_in(standins: Path, tmp_path: Path,
         f"stages.{stage}.accumulate=1",
     ]
     recipe = resolve(name, overrides)
-    made, tokenizer = opened(recipe, None)
-    given = material(made, tokenizer, recipe.stages[stage], 0)
-    longest = given.rows.batch(range(len(given.rows)))["input_ids"].shape[1]
+    fresh, tokenizer = opened(recipe, None)
+    data = stage_data(fresh, tokenizer, recipe.stages[stage], 0)
+    longest = data.rows.batch(range(len(data.rows)))["input_ids"].shape[1]
     assert longest <= recipe.stages[stage].max_tokens
-    assert not given.rows.left_out
-    found = run(recipe, tmp_path / "out")
-    assert found["steps"] == sized(recipe.stages[stage], given.rows).steps
+    assert not data.rows.left_out
+    results = run(recipe, tmp_path / "out")
+    assert results["steps"] == sized(recipe.stages[stage], data.rows).steps
     model, tokenizer = trol.load_model(tmp_path / "out")
     assert tokenizer.sep_token == "<SEP>"
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
@@ -179,27 +180,27 @@ def test_settings_of_the_paper() -> None:
 
 
 def test_the_paper_s_form_is_bos_user_sep_assistant_eos(standins: Path) -> None:
-    made, tokenizer = opened(resolve("glavas-full-alpaca", [f"host={standins / 'opt'}"]), None)
-    said = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "three"}]
-    text = tokenizer.apply_chat_template(said, tokenize=False)
+    model, tokenizer = opened(resolve("glavas-full-alpaca", [f"host={standins / 'opt'}"]), None)
+    chat = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "three"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
     assert text == "<bos>add one<SEP>three<eos>"
-    rest = tokenizer.apply_chat_template(said[:1], tokenize=False, add_generation_prompt=True)
+    rest = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     assert rest == "<bos>add one<SEP>"
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    with depth(made, "plain"), torch.no_grad():
-        assert made(ids).logits.isfinite().all()
+    with depth(model, "plain"), torch.no_grad():
+        assert model(ids).logits.isfinite().all()
 
 
 def test_a_byte_level_tokenizer_reads_any_text() -> None:
-    made, again = (byte_level_tokenizer(["sum of the sums"] * 3, 270) for _ in range(2))
-    assert made.get_vocab() == again.get_vocab()
+    tokenizer, again = (byte_level_tokenizer(["sum of the sums"] * 3, 270) for _ in range(2))
+    assert tokenizer.get_vocab() == again.get_vocab()
     for text in ("sum of the sums", "Größe → 日本", "a\n\tb  c"):
-        assert made.decode(made(text)["input_ids"]) == text
-    assert [made.pad_token_id, made.bos_token_id, made.eos_token_id] == [0, 1, 2]
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["decoder.layer=3"], "Did you mean 'layers'"),
         (["decoder.layers=many"], "decoder.layers is 'many'"),
@@ -215,8 +216,8 @@ def test_a_byte_level_tokenizer_reads_any_text() -> None:
         (["stages.full.prompt_share=1"], "prompt_share is 1.0"),
     ],
 )
-def test_a_decoder_that_cannot_be_is_told(overrides: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_decoder_that_cannot_be_is_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         opened(resolve("glavas-tiny-full", overrides), None)
 
 

@@ -8,9 +8,8 @@ import trol
 from hosts import HOSTS
 from trol.errors import HostError, UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.training.low_rank import low_rank, merged
+from trol.training.adapters import finished, learner_of, low_rank, merged
 from trol.training.recipe import Stage
-from trol.training.stage_data import finished, learner_of
 from trol.training.trainable import part_of
 
 FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "opt", "mixtral", "llava", "smolvlm", "internvl")
@@ -115,7 +114,7 @@ def test_what_it_computes_is_two_layers_with_two_sets_of_weights() -> None:
     rope = first.model.rotary_emb(state, place)
     layer = learner.get_base_model().model.layers[0]
     seen = {}
-    layer.register_forward_hook(lambda _, given, out: seen.update(x=given[0], out=out))
+    layer.register_forward_hook(lambda _, inputs, out: seen.update(x=inputs[0], out=out))
     with torch.no_grad():
         learner(inputs_embeds=state, use_cache=False)
         mask = {"position_embeddings": rope, "attention_mask": None}
@@ -130,15 +129,15 @@ def test_what_it_computes_is_two_layers_with_two_sets_of_weights() -> None:
 def test_both_updates_learn_with_and_without_checkpointing(checkpointing: bool) -> None:
     host = HOSTS["llama"]
     learner = per_visit(host, again=0.5).train()
-    found = []
+    gradients = []
     for on in (False, checkpointing):
         learner.zero_grad()
         if on:
             checkpoint_activations(learner.get_base_model())
         loss_of(learner, host.inputs(2)).backward()
-        found.append({n: p.grad for n, p in learner.named_parameters() if "lora_" in n})
-    assert all(g is not None and g.abs().max() > 0 for g in found[0].values())
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+        gradients.append({n: p.grad for n, p in learner.named_parameters() if "lora_" in n})
+    assert all(g is not None and g.abs().max() > 0 for g in gradients[0].values())
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
 def test_updates_that_cannot_be_merged_stay() -> None:
@@ -171,7 +170,7 @@ def test_a_detached_model_counts_no_visits() -> None:
 
 def test_a_missing_part_is_told_with_what_there_is() -> None:
     model = trol.attach(HOSTS["llama"].build(), "trol_mixer")
-    with pytest.raises(HostError, match=r"no projector to train; found: decoder \(\d+ param"):
+    with pytest.raises(HostError, match=r"no projector to train; it has: decoder \(\d+ param"):
         learner_of(model, stage("projector", "mixers"))
     plain = trol.attach(HOSTS["llava"].build(), "plain")
     with pytest.raises(HostError, match="no mixers"):

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from trol.training.optimiser import BatchedMuon, Together, optimiser, schedule
 from trol.training.recipe import Stage
+from trol.training.trainer import BatchedMuon, ChainedOptimizer, optimiser, schedule
 
 
 def test_batched_muon_is_torchs_muon_up_to_its_bfloat16() -> None:
@@ -29,17 +29,17 @@ def test_a_schedule_reaches_every_part_and_state_comes_back() -> None:
     layers = nn.ModuleDict({"x": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})})
     model = nn.Sequential(layers["x"], nn.Linear(4, 1))
     stage = Stage(train=("decoder",), data="boards", steps=10, muon=0.1, warmup_steps=2)
-    made = optimiser(model, stage)
-    assert isinstance(made, Together)
-    rates = schedule(made, stage)
-    assert [group["lr"] for part in made.parts for group in part.param_groups] == [0.05, 0.0005]
+    optim = optimiser(model, stage)
+    assert isinstance(optim, ChainedOptimizer)
+    rates = schedule(optim, stage)
+    assert [group["lr"] for part in optim.parts for group in part.param_groups] == [0.05, 0.0005]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    made.step()
+    optim.step()
     rates.step()
-    assert [group["lr"] for part in made.parts for group in part.param_groups] == [0.1, 0.001]
+    assert [group["lr"] for part in optim.parts for group in part.param_groups] == [0.1, 0.001]
     other = optimiser(model, stage)
-    other.load_state_dict(made.state_dict())
+    other.load_state_dict(optim.state_dict())
     assert [g["lr"] for g in other.param_groups] == [0.1, 0.001]
 
 
@@ -58,12 +58,12 @@ def test_a_cosine_falls_to_the_final_rate_of_every_group() -> None:
         {"params": [weight], "lr": settings[name]}
         for weight, name in zip(weights, ("learning_rate", "mixer_learning_rate"), strict=True)
     ]
-    made = torch.optim.SGD(groups)
-    rates = schedule(made, stage)
+    optim = torch.optim.SGD(groups)
+    rates = schedule(optim, stage)
     seen = []
     for _ in range(11):
-        seen.append([group["lr"] for group in made.param_groups])
-        made.step()
+        seen.append([group["lr"] for group in optim.param_groups])
+        optim.step()
         rates.step()
     half = 1e-4 + (1e-2 - 1e-4) / 2
     for step, wanted in ((0, 5e-3), (1, 1e-2), (2, 1e-2), (6, half), (10, 1e-4)):

@@ -17,7 +17,6 @@ from torch.distributed.run import __file__ as torchrun
 from trol.errors import TrainingError, UsageError
 from trol.host import trainer
 from trol.training import resolve, run
-from trol.training import run as stage
 
 from .ranks import attached_model, measured
 from .short import SHORT, weights
@@ -83,12 +82,13 @@ def test_a_sharded_model_computes_the_same(tmp_path: Path) -> None:
 def test_processes_that_cannot_share_a_batch_or_are_not_joined_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage.processes, "join", lambda: None)
+    module = sys.modules[run.__module__]
+    monkeypatch.setattr(module, "join_processes", lambda: None)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(UsageError, match="batch of 3 cannot be divided among 2 processes"):
             run(resolve("demo", [*SHORT, "stages.vision.batch=3"]), tmp_path / "out")
-    monkeypatch.setattr(stage.processes, "count", lambda: 2)
+    monkeypatch.setattr(module, "process_count", lambda: 2)
     with pytest.raises(TrainingError, match="each would train alone"):
         run(resolve("demo", SHORT), tmp_path / "out")
 
@@ -96,9 +96,9 @@ def test_processes_that_cannot_share_a_batch_or_are_not_joined_are_refused(
 def test_the_deepspeed_config_is_one_and_sharding_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = load_config_from_file(str(files("trol") / "recipes" / "deepspeed" / "zero2.yaml"))
-    assert found.distributed_type == "DEEPSPEED"
-    assert found.deepspeed_config["zero_stage"] == 2
+    config = load_config_from_file(str(files("trol") / "recipes" / "deepspeed" / "zero2.yaml"))
+    assert config.distributed_type == "DEEPSPEED"
+    assert config.deepspeed_config["zero_stage"] == 2
     monkeypatch.setattr(trainer, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UsageError, match="use DDP or ZeRO-2"):
         run(resolve("demo", SHORT), tmp_path / "out")

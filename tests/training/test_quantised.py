@@ -11,10 +11,10 @@ from training import standins
 from trol.errors import HostError, UsageError
 from trol.host.weights import is_quantised
 from trol.training import resolve
-from trol.training.low_rank import merged
+from trol.training.adapters import finished, learner_of, merged
 from trol.training.opening import opened
 from trol.training.recipe import Recipe
-from trol.training.stage_data import finished, learner_of, material
+from trol.training.stage_data import stage_data
 from trol.training.trainable import check_quantised, let_gradients_through, part_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("hosts")
-    standins.llm(made / "llm")
-    standins.vlm(made / "vlm")
-    standins.chats(made, pictures=True)
-    standins.chats(made / "text", pictures=False)
-    return made
+    place = tmp_path_factory.mktemp("hosts")
+    standins.llm(place / "llm")
+    standins.vlm(place / "vlm")
+    standins.chats(place, pictures=True)
+    standins.chats(place / "text", pictures=False)
+    return place
 
 
 def recipe(folder: Path, *overrides: str, name: str = "any-vlm") -> Recipe:
@@ -42,8 +42,8 @@ def recipe(folder: Path, *overrides: str, name: str = "any-vlm") -> Recipe:
     return resolve(name, [f"host={folder / host}", *stages, "checkpointing=false", *overrides])
 
 
-def batch_of(given) -> dict[str, torch.Tensor]:
-    return given.collate([given.rows[i] for i in range(4)])
+def batch_of(data) -> dict[str, torch.Tensor]:
+    return data.collate([data.rows[i] for i in range(4)])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -52,9 +52,9 @@ def test_the_decoder_alone_is_quantised(folder: Path, bits: int, name: str) -> N
     model, _ = opened(recipe(folder, f"bits={bits}", name=name), None)
     kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
     maps = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {n for n, m in model.named_modules() if isinstance(m, kind)}
+    quantised = {n for n, m in model.named_modules() if isinstance(m, kind)}
     wanted = {n for n in maps if part_of(f"{n}.weight") == "decoder" and not n.endswith("lm_head")}
-    assert found == wanted
+    assert quantised == wanted
     assert all(
         p.dtype in (torch.float32, torch.bfloat16)
         for n, p in model.named_parameters()
@@ -66,20 +66,20 @@ def test_the_decoder_alone_is_quantised(folder: Path, bits: int, name: str) -> N
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_pass_after_an_evaluation(folder: Path, bits: int, precision: str) -> None:
     """bitsandbytes repacks 4-bit weights in an evaluation, and then has no gradient."""
-    made = recipe(folder, f"bits={bits}", f"precision={precision}")
-    model, processor = opened(made, None)
-    stage = made.stages["step1"]
+    settings = recipe(folder, f"bits={bits}", f"precision={precision}")
+    model, processor = opened(settings, None)
+    stage = settings.stages["step1"]
     grads = []
     for evaluate in (False, True):
         learner = learner_of(model, stage)
-        given = material(learner, processor, stage, 0)
-        batch = batch_of(given)
+        data = stage_data(learner, processor, stage, 0)
+        batch = batch_of(data)
         learner.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             if evaluate:
                 with torch.no_grad():
-                    given.reader.eval()(**batch)
-            given.reader.train()(**batch)["loss"].backward()
+                    data.reader.eval()(**batch)
+            data.reader.train()(**batch)["loss"].backward()
         grads.append({n: p.grad.clone() for n, p in learner.named_parameters() if p.requires_grad})
     assert {part_of(n) for n in grads[0]} == {"projector", "mixers"}
     for name, grad in grads[1].items():
@@ -106,19 +106,19 @@ def test_a_model_that_was_packed_before_is_unpacked(folder: Path) -> None:
 def test_it_learns_as_the_full_weights_do(folder: Path, bits: int) -> None:
     losses = {}
     for kind in (0, bits):
-        made = recipe(folder, f"bits={kind}", "precision=fp32", name="any-llm")
+        settings = recipe(folder, f"bits={kind}", "precision=fp32", name="any-llm")
         torch.manual_seed(0)
-        model, tokenizer = opened(made, None)
-        stage = made.stages["step2"]
+        model, tokenizer = opened(settings, None)
+        stage = settings.stages["step2"]
         torch.manual_seed(0)
         learner = learner_of(model, stage)
-        given = material(learner, tokenizer, stage, 0)
-        given.reader.train()
-        batch = batch_of(given)
+        data = stage_data(learner, tokenizer, stage, 0)
+        data.reader.train()
+        batch = batch_of(data)
         steps = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], 3e-3)
         curve = []
         for _ in range(30):
-            loss = given.reader(**batch)["loss"]
+            loss = data.reader(**batch)["loss"]
             steps.zero_grad()
             loss.backward()
             steps.step()
@@ -134,14 +134,14 @@ def test_it_learns_as_the_full_weights_do(folder: Path, bits: int) -> None:
 def test_what_cannot_be_is_told(folder: Path) -> None:
     with pytest.raises(UsageError, match="8 bits and cannot learn"):
         recipe(folder, "bits=8", "stages.step2.lora=0", "stages.step2.merge=true")
-    with pytest.raises(UsageError, match="give 4, 8, or 0"):
+    with pytest.raises(UsageError, match="Known: 0, 4, 8"):
         recipe(folder, "bits=3")
-    made = recipe(folder, "bits=4")
-    model, _ = opened(made, None)
+    settings = recipe(folder, "bits=4")
+    model, _ = opened(settings, None)
     with pytest.raises(HostError, match="is quantised and cannot learn"):
         learner_of(model, resolve("tiny").stages["step2"])
     with pytest.raises(HostError, match="would round them away"):
-        merged(learner_of(model, made.stages["step2"]))
+        merged(learner_of(model, settings.stages["step2"]))
     full, _ = opened(recipe(folder, "bits=0"), None)
     with pytest.raises(HostError, match="quantised are: none"):
         check_quantised(full)

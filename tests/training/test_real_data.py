@@ -24,10 +24,10 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3, the README's example host, with the template that it comes with."""
     folder = tmp_path_factory.mktemp("hosts") / "qwen3"
     standins.llm(folder, "qwen3", head_dim=16)
-    found = find_spec("trl")
-    if found is None:
+    trl = find_spec("trl")
+    if trl is None:
         pytest.skip("TRL, which carries the template, is not installed")
-    template = Path(str(found.origin)).parent / "chat_templates" / "qwen3.jinja"
+    template = Path(str(trl.origin)).parent / "chat_templates" / "qwen3.jinja"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     tokenizer.save_pretrained(folder)
@@ -44,22 +44,22 @@ def recipe(host: Path, data: Path, *more: str) -> Recipe:
     return resolve("any-llm", [f"host={host}", *steps, *settings, *more])
 
 
-def told(turn: int) -> list[dict[str, str]]:
+def turns(turn: int) -> list[dict[str, str]]:
     pairs = zip(standins.ASKED * 2, standins.ANSWERED * 2, strict=True)
-    asked, answered = list(pairs)[turn]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    question, answer = list(pairs)[turn]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def two_turns(rows: int) -> list[Any]:
-    return [{"messages": [*told(row % 4), *told(row % 4 + 1)]} for row in range(rows)]
+    return [{"messages": [*turns(row % 4), *turns(row % 4 + 1)]} for row in range(rows)]
 
 
 def test_the_readmes_host_trains_on_two_turns(qwen3: Path, tmp_path: Path) -> None:
     data = lines(tmp_path / "chat.jsonl", two_turns(8))
-    found = run(recipe(qwen3, data), tmp_path / "out")
-    assert found["steps"] == 4
-    kept = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert kept["stages"]["step1"] == {"steps": 2, "warmup_steps": 0, "left_out": 0}
+    results = run(recipe(qwen3, data), tmp_path / "out")
+    assert results["steps"] == 4
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert written["stages"]["step1"] == {"steps": 2, "warmup_steps": 0, "left_out": 0}
     tokenizer = AutoTokenizer.from_pretrained(qwen3)
     assert not check(open_mixture(data), processor=tokenizer).damaged, "one door"
 
@@ -70,9 +70,9 @@ def test_damaged_rows_are_counted_and_the_run_goes_on(qwen3: Path, tmp_path: Pat
     rows[5]["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "look"}}]
     data = lines(tmp_path / "chat.jsonl", [json.dumps(row) for row in rows])
     with pytest.warns(UserWarning, match=r"left out chat\.jsonl, row \d: "):
-        found = run(recipe(qwen3, data), tmp_path / "out")
-    assert [one["left_out"] for one in found["stages"].values()] == [2, 2]
-    assert {one.split(":")[0] for one in found["left_out"]["step1"]} == {
+        results = run(recipe(qwen3, data), tmp_path / "out")
+    assert [one["left_out"] for one in results["stages"].values()] == [2, 2]
+    assert {one.split(":")[0] for one in results["left_out"]["step1"]} == {
         "chat.jsonl, row 2",
         "chat.jsonl, row 5",
     }
@@ -131,7 +131,7 @@ def test_a_quarantine_that_holds_all_rows_is_named(
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (6, 1), (79, 19), (80, 20), (9000, 20)])
 def test_the_warm_up_of_a_short_run_is_a_share_of_it(steps: int, warmup: int) -> None:
-    asked = Stage(train=("mixers",), data="chat.jsonl", epochs=1, batch=2)
-    resolved = sized(asked, range(2 * steps))
+    stage = Stage(train=("mixers",), data="chat.jsonl", epochs=1, batch=2)
+    resolved = sized(stage, range(2 * steps))
     assert (resolved.steps, resolved.warmup_steps) == (steps, warmup)
     assert resolved.warmup_steps <= WARMUP * steps

@@ -13,9 +13,11 @@ from trol.depth import attached
 from trol.errors import DataError, HostError, UsageError
 from trol.family import TrolForConditionalGeneration, TrolProcessor
 from trol.training import resolve, run
+from trol.training.adapters import learner_of
 from trol.training.opening import opened, reopened
 from trol.training.recipe import Recipe, Stage
-from trol.training.stage_data import learner_of, material, sized, trainer_settings
+from trol.training.run import device_batch
+from trol.training.stage_data import sized, stage_data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*"),
@@ -25,12 +27,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("hosts")
+    place = tmp_path_factory.mktemp("hosts")
     for name in ("vlm", "idefics3", "llm", "clip", "internvit", "internlm2", "phi3"):
-        getattr(standins, name)(made / name)
-    standins.chats(made / "seen", pictures=True)
-    standins.chats(made / "read", pictures=False)
-    return made
+        getattr(standins, name)(place / name)
+    standins.chats(place / "seen", pictures=True)
+    standins.chats(place / "read", pictures=False)
+    return place
 
 
 NAMED = {
@@ -60,9 +62,9 @@ def recipe(folder: Path, name: str, *overrides: str) -> Recipe:
 def test_the_recipe_trains_both_steps_and_what_is_saved_opens(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
-    made = recipe(folder, name)
-    found = run(made, tmp_path / "out")
-    assert found["steps"] == 4  # 8 conversations in batches of 4, once each, in two stages
+    settings = recipe(folder, name)
+    results = run(settings, tmp_path / "out")
+    assert results["steps"] == 4  # 8 conversations in batches of 4, once each, in two stages
     model, processor = reopened(tmp_path / "out")
     assert isinstance(model, PeftModel)
     assert attached(model)[1].depth_policy.passes == 2
@@ -86,9 +88,9 @@ def test_a_published_checkpoint_is_trained_on(
     host = published_folder(tmp_path / "host", family)
     policy = "{policy: trol_mixer, sharing: shared}"
     settings = (f"host={host}", f"policy={policy}", f"bits={bits}", "precision=fp32")
-    made = recipe(folder, "any-vlm", *settings)
-    before, _ = opened(made, None)
-    run(made, tmp_path / "out")
+    settings = recipe(folder, "any-vlm", *settings)
+    before, _ = opened(settings, None)
+    run(settings, tmp_path / "out")
     after, _ = reopened(tmp_path / "out")
     gates = [attached(model)[0].get_parameter(GATE).detach() for model in (before, after)]
     assert 0 < (gates[0] - gates[1]).abs().max() < 1e-2
@@ -96,8 +98,8 @@ def test_a_published_checkpoint_is_trained_on(
 
 @pytest.mark.parametrize("name", ["trol-1.8b"])
 def test_updates_of_full_weights_are_merged(folder: Path, tmp_path: Path, name: str) -> None:
-    made = recipe(folder, name, "bits=0", "precision=fp32")
-    run(made, tmp_path / "out")
+    settings = recipe(folder, name, "bits=0", "precision=fp32")
+    run(settings, tmp_path / "out")
     model = TrolForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert not any("lora_" in key for key in model.state_dict())
     assert TrolProcessor.from_pretrained(tmp_path / "out").tokens_per_image > 0
@@ -108,16 +110,16 @@ def test_a_composed_model_computes_what_its_parts_do(folder: Path, name: str) ->
     """The decoder and the tower inside are those of the folders, at the published resolution."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    made = recipe(folder, name, "bits=0", "precision=fp32")
-    model, processor = opened(made, None)
+    settings = recipe(folder, name, "bits=0", "precision=fp32")
+    model, processor = opened(settings, None)
     size = model.config.vision_config.image_size
     assert size in (490, (448, 448))
-    tower = AutoModel.from_pretrained(made.preset["vision"]).state_dict()
+    tower = AutoModel.from_pretrained(settings.preset["vision"]).state_dict()
     inner = model.model.vision_tower.state_dict()
     same = {key for key in tower if key in inner and torch.equal(tower[key], inner[key])}
     assert len(set(tower) - same) <= 2  # the position table, and its buffer of numbers
     if name == "trol-3.8b":
-        text = AutoModelForCausalLM.from_pretrained(made.preset["text"]).eval()
+        text = AutoModelForCausalLM.from_pretrained(settings.preset["text"]).eval()
         ids = torch.tensor([[3, 9, 17, 4, 21]])
         from trol import depth
 
@@ -128,13 +130,13 @@ def test_a_composed_model_computes_what_its_parts_do(folder: Path, name: str) ->
 
 def test_published_settings_are_those_of_the_paper() -> None:
     for name, bits in (("trol-1.8b", 4), ("trol-3.8b", 8), ("trol-7b", 4)):
-        made = resolve(name)
-        assert (made.bits, made.precision, made.checkpointing) == (bits, "bf16", True)
-        for stage in made.stages.values():
+        settings = resolve(name)
+        assert (settings.bits, settings.precision, settings.checkpointing) == (bits, "bf16", True)
+        for stage in settings.stages.values():
             assert (stage.learning_rate, stage.final_rate) == (1e-4, 1e-6)
             assert (stage.epochs, stage.batch, stage.schedule) == (1, 768, "cosine")
-        assert made.stages["step1"].train == ("projector", "mixers")
-        assert (made.stages["step2"].lora, made.stages["step2"].lora_alpha) == (64, 64)
+        assert settings.stages["step1"].train == ("projector", "mixers")
+        assert (settings.stages["step2"].lora, settings.stages["step2"].lora_alpha) == (64, 64)
 
 
 def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,24 +146,23 @@ def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.Monke
     small = internlm2().config
     small.text_config.vocab_size = 512
     monkeypatch.setitem(presets.PUBLISHED, "trol-1.8b", lambda: small)
-    made = resolve("trol-1.8b", ["preset={name: trol-1.8b}", "bits=0", "precision=fp32"])
-    model, processor = opened(made, None)
+    settings = resolve("trol-1.8b", ["preset={name: trol-1.8b}", "bits=0", "precision=fp32"])
+    model, processor = opened(settings, None)
     stage = Stage(train=("projector", "mixers"), data="boards", steps=1, batch=2, boards=2)
-    given = material(learner_of(model, stage), processor, stage, 0)
-    assert given.reader(**given.collate([0, 1]))["loss"].isfinite()
+    data = stage_data(learner_of(model, stage), processor, stage, 0)
+    assert data.reader(**data.collate([0, 1]))["loss"].isfinite()
 
 
 def test_a_batch_is_divided_among_parts_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = resolve("trol-1.8b")
-    stage = sized(made.stages["step1"], range(7681))
+    settings = resolve("trol-1.8b")
+    stage = sized(settings.stages["step1"], range(7681))
     assert stage.steps == 11
     monkeypatch.setenv("WORLD_SIZE", "8")
-    told = trainer_settings(made, stage)
-    assert told["per_device_train_batch_size"] == 16
-    assert told["gradient_accumulation_steps"] == 6
+    assert device_batch(stage) == 16
+    assert stage.accumulate == 6
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(UsageError, match="a multiple of 42"):
-        trainer_settings(made, stage)
+        device_batch(stage)
 
 
 def test_a_host_that_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
@@ -176,18 +177,18 @@ def test_a_host_that_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
 
         for file in ("tokenizer.json", "tokenizer_config.json"):
             copy(folder / "llm" / file, tmp_path / name / file)
-    for host, told in (
+    for host, message in (
         (tmp_path / "bert", "no list of decoder layers"),
         (tmp_path / "t5", "no model can be opened"),
         (folder / "clip", "no model can be opened"),
         (tmp_path / "none", "no such folder"),
     ):
-        with pytest.raises((HostError, UsageError), match=told):
+        with pytest.raises((HostError, UsageError), match=message):
             opened(resolve("any-llm", [f"host={host}"]), None)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["preset.name=trol-2b"], "Did you mean 'trol-"),
         (["preset.txt=x"], "Did you mean 'text'"),
@@ -197,13 +198,13 @@ def test_a_host_that_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
         (["preset.text=nowhere"], "no text decoder can be opened"),
     ],
 )
-def test_a_preset_that_cannot_be_is_told(folder: Path, overrides: list[str], told: str) -> None:
+def test_a_preset_that_cannot_be_is_told(folder: Path, overrides: list[str], message: str) -> None:
     known = ("llm", "nowhere")
     placed = [
         f"{key}={folder / value}" if value in known else f"{key}={value}"
         for key, value in (one.split("=") for one in overrides)
     ]
-    with pytest.raises((HostError, UsageError), match=told):
+    with pytest.raises((HostError, UsageError), match=message):
         opened(recipe(folder, "trol-1.8b", *placed), None)
 
 
@@ -211,27 +212,27 @@ def test_a_policy_that_is_trained_is_not_replaced() -> None:
     with pytest.raises(UsageError, match="write the first into the recipe"):
         opened(resolve("any-vlm", ["host=trol-tiny", "policy.passes=3"]), None)
     policy = {"policy": "trol_mixer", "passes": 2, "scope": "question", "training_scope": "all"}
-    made = resolve("any-vlm", ["host=trol-tiny", f"policy={policy}", "precision=fp32"])
-    model, processor = opened(made, None)
+    settings = resolve("any-vlm", ["host=trol-tiny", f"policy={policy}", "precision=fp32"])
+    model, processor = opened(settings, None)
     stage = Stage(train=("projector",), data="boards", steps=1, batch=2, boards=2)
-    assert material(learner_of(model, stage), processor, stage, 0).rows
+    assert stage_data(learner_of(model, stage), processor, stage, 0).rows
 
 
 def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = opened(recipe(folder, "any-llm", "precision=fp32"), None)
 
-    def given(data: object, **settings):
+    def data_of(data: object, **settings):
         stage = Stage(train=("mixers",), data=str(data), steps=1, **settings)
-        return material(learner_of(model, stage), tokenizer, stage, 0)
+        return stage_data(learner_of(model, stage), tokenizer, stage, 0)
 
     with pytest.raises(UsageError, match="are made for TroL models"):
-        given("boards")
+        data_of("boards")
     with pytest.raises(UsageError, match="to read conversations from"):
-        given(tmp_path / "none.jsonl")
-    seen = given(folder / "seen" / "chat.jsonl")
+        data_of(tmp_path / "none.jsonl")
+    seen = data_of(folder / "seen" / "chat.jsonl")
     with pytest.warns(UserWarning, match=r"left out chat\.jsonl, row \d: .*host reads text alone"):
         assert len(seen.collate([0, 1])["input_ids"]) == 2
-    long = given(folder / "read" / "chat.jsonl", max_tokens=5)
+    long = data_of(folder / "read" / "chat.jsonl", max_tokens=5)
     with (
         pytest.warns(UserWarning, match="left out"),
         pytest.raises(DataError, match=r"none of the 8 rows .*row 0: .*at most 5 are learnt from"),
@@ -239,7 +240,7 @@ def test_data_that_do_not_fit_the_host_are_told(folder: Path, tmp_path: Path) ->
         long.collate([0])
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
-        given(folder / "read" / "chat.jsonl")
+        data_of(folder / "read" / "chat.jsonl")
 
 
 def test_a_host_is_given_the_template_of_a_file(folder: Path, tmp_path: Path) -> None:
@@ -247,24 +248,24 @@ def test_a_host_is_given_the_template_of_a_file(folder: Path, tmp_path: Path) ->
     text = "{% for m in messages %}{{ m.content }} {% endfor %}"
     file = tmp_path / "chat.jinja"
     file.write_text(text)
-    made = recipe(folder, "any-llm", "bits=0", "precision=fp32", f"chat_template={file}")
+    settings = recipe(folder, "any-llm", "bits=0", "precision=fp32", f"chat_template={file}")
     file.unlink()
-    assert made.chat_template == text
-    assert opened(made, None)[1].chat_template == text
+    assert settings.chat_template == text
+    assert opened(settings, None)[1].chat_template == text
 
 
 def test_labels_are_the_answers_and_no_more(folder: Path) -> None:
     for name in ("any-llm", "any-vlm", "trol-1.8b"):
-        made = recipe(folder, name, "bits=0", "precision=fp32")
-        model, processor = opened(made, None)
-        given = material(
-            learner_of(model, made.stages["step1"]), processor, made.stages["step1"], 0
+        settings = recipe(folder, name, "bits=0", "precision=fp32")
+        model, processor = opened(settings, None)
+        data = stage_data(
+            learner_of(model, settings.stages["step1"]), processor, settings.stages["step1"], 0
         )
-        batch = given.collate([given.rows[0], given.rows[1]])
+        batch = data.collate([data.rows[0], data.rows[1]])
         tokenizer = getattr(processor, "tokenizer", processor)
         for row, wanted in enumerate((("7", "red"), ("red", "nothing"))):
             labels = batch["labels"][row]
-            said = tokenizer.decode(labels[labels >= 0])
+            answers = tokenizer.decode(labels[labels >= 0])
             for word in wanted:
-                assert word in said, (name, said)
-            assert "which" not in said
+                assert word in answers, (name, answers)
+            assert "which" not in answers

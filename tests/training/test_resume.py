@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -22,12 +23,13 @@ from torch import nn
 from trol import files
 from trol.cli import main
 from trol.errors import TrainingError, UsageError
-from trol.training import processes, resolve, run, trainer
-from trol.training import run as stage
-from trol.training.losses import BoardReader
+from trol.training import resolve, run, trainer
 from trol.training.run_folder import newest_checkpoint, whole_folder
+from trol.training.stage_data import Reader
 
-from .short import SHORT, weights
+from .short import SHORT, STEPS, weights
+
+MODULE = sys.modules[run.__module__]
 
 KILLS = 10
 
@@ -37,22 +39,22 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     """What the run finds when nobody interrupts it, and where."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "LOGS", 3)  # logs and checkpoints fall on different steps
+        patch.setattr(MODULE, "LOGS", 3)  # logs and checkpoints fall on different steps
         return run(resolve("demo", SHORT), out), out
 
 
 @pytest.fixture(autouse=True)
 def seldom_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "LOGS", 3)
+    monkeypatch.setattr(MODULE, "LOGS", 3)
 
 
 def same(out: Path, unbroken: tuple[dict[str, Any], Path]) -> bool:
     """Whether losses, gates and weights are those of the unbroken run, bit for bit."""
-    found, place = unbroken
+    results, place = unbroken
     losses = json.loads((out / "training.json").read_text(encoding="utf-8"))["losses"]
     ours, theirs = weights(out), weights(place)
     return (
-        losses == found["losses"]
+        losses == results["losses"]
         and ours.keys() == theirs.keys()
         and all(torch.equal(ours[name], theirs[name]) for name in ours)
     )
@@ -69,18 +71,18 @@ def test_a_run_stopped_again_and_again_ends_the_same(
 ) -> None:
     """The time is over at every third step that is not the last of its stage."""
     recipe, steps, stops = resolve("demo", SHORT), itertools.count(1), 0
-    monkeypatch.setattr(processes, "any_of", lambda _: next(steps) % 3 == 0)
-    while "stopped" in (found := run(recipe, tmp_path / "out", resume=True, max_hours=1.0)):
+    monkeypatch.setattr(trainer, "any_process", lambda _: next(steps) % 3 == 0)
+    while "stopped" in (results := run(recipe, tmp_path / "out", resume=True, max_hours=1.0)):
         assert not (tmp_path / "out").exists()
         stops += 1
-    assert stops == (recipe.steps - len(recipe.stages)) // 3
-    assert found["model"] == str(tmp_path / "out")
+    assert stops == (sum(STEPS.values()) - len(recipe.stages)) // 3
+    assert results["model"] == str(tmp_path / "out")
     assert same(tmp_path / "out", unbroken)
 
 
 def _train(out: str, settings: list[str]) -> None:
     """`trol train`, in a process of its own."""
-    stage.LOGS = 3
+    MODULE.LOGS = 3  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     main(["train", "demo", *settings, "--resume", "--questions", "0", "--out", out])
 
@@ -168,15 +170,15 @@ def test_another_recipe_other_data_or_processes_are_refused_by_name(
         run(resolve("demo", [*settings, "stages.step2.learning_rate=1e-3"]), out, resume=True)
     with pytest.raises(UsageError, match=r"only was .* and is"):
         run(resolve("demo", settings), out, resume=True, only=["vision"])
-    monkeypatch.setattr(stage, "data_fingerprint", lambda *_: "others")
+    monkeypatch.setattr(MODULE, "data_fingerprint", lambda *_: "others")
     with pytest.raises(UsageError, match="data of stage vision have changed"):
         run(resolve("demo", [*settings, "save_every=3"]), out, resume=True)
 
 
 def test_a_finished_run_is_not_trained_again_and_not_taken_for_another(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = run(resolve("demo", SHORT), out, only=["vision"], resume=True)
-    assert run(resolve("demo", SHORT), out, only=["vision"], resume=True) == found
+    results = run(resolve("demo", SHORT), out, only=["vision"], resume=True)
+    assert run(resolve("demo", SHORT), out, only=["vision"], resume=True) == results
     with pytest.raises(UsageError, match="finished run of another kind: seed was 0 and is 1"):
         run(resolve("demo", [*SHORT, "seed=1"]), out, only=["vision"], resume=True)
     with pytest.raises(UsageError, match="stages were vision and are vision, reason"):
@@ -225,7 +227,7 @@ def test_a_nan_stops_before_the_parameters_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     seen: list[Any] = []
-    forward = BoardReader.forward
+    forward = Reader.forward
 
     def breaks(self: Any, **inputs: Any) -> Any:
         out = forward(self, **inputs)
@@ -237,7 +239,7 @@ def test_a_nan_stops_before_the_parameters_are_written(
             out["loss"] = out["loss"] + bad
         return out
 
-    monkeypatch.setattr(BoardReader, "forward", breaks)
+    monkeypatch.setattr(Reader, "forward", breaks)
     recipe = resolve("demo", [*SHORT, "save_every=3"])
     with pytest.raises(TrainingError, match=f"step1, step 4: the {where}.*checkpoint-3"):
         run(recipe, tmp_path / "out")

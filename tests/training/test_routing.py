@@ -14,7 +14,7 @@ from trol.errors import DataError, UsageError
 from trol.evaluation.store import OracleRow
 from trol.policies.router import Router
 from trol.training.routing import (
-    Lessons,
+    RouterTrainingArgs,
     question_states,
     router_report,
     text_prompts,
@@ -23,29 +23,29 @@ from trol.training.routing import (
 
 EASY, HARD = "is it red or blue?", "which digit is it?"
 MENU = ["0", "0-1", "all"]
-LESSONS = Lessons(epochs=12, learning_rate=1e-2)
+ARGS = RouterTrainingArgs(epochs=12, learning_rate=1e-2)
 
 
 def rows(count: int = 40) -> list[OracleRow]:
     """Easy questions are answered well by one layer, hard ones by three."""
-    made = []
+    answers = []
     for item in range(count):
         easy = item % 3 != 0
         question = (EASY if easy else HARD) + " what comes next?" * (item % 4)
         for plan, cost, score in (("0", 1, 0.9), ("0-1", 2, 0.9), ("0-2", 3, 1.0)):
             good = score if easy or cost == 3 else 0.2
             scores = {"rougeL": 0.9 if easy else good, "loss": 1 - good}
-            made.append(
+            answers.append(
                 OracleRow(item, question, "red", "red", "t", plan, cost, 0, 2, scores=scores)
             )
-    return made
+    return answers
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("host")
-    standins.llm(made, num_hidden_layers=3)
-    return made
+    place = tmp_path_factory.mktemp("host")
+    standins.llm(place, num_hidden_layers=3)
+    return place
 
 
 def host(folder: Path):
@@ -58,12 +58,12 @@ def host(folder: Path):
 def test_it_learns_which_questions_a_cheap_plan_answers(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = host(folder)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    found = train_router(
-        model, tokenizer, rows(), metric="rougeL", menu=MENU, hidden=16, lessons=LESSONS
+    training = train_router(
+        model, tokenizer, rows(), metric="rougeL", menu=MENU, hidden=16, args=ARGS
     )
-    assert len(found.held_out) == 8
-    assert found.curve[-1]["loss"] < found.curve[0]["loss"] / 2
-    report = found.report
+    assert len(training.held_out) == 8
+    assert training.curve[-1]["loss"] < training.curve[0]["loss"] / 2
+    report = training.report
     assert report["accuracy"] == 1
     assert report["menu"] == ["0", "0-1", "all"]
     dials = {point["dial"]: point for point in report["dials"]}
@@ -81,8 +81,8 @@ def test_it_learns_which_questions_a_cheap_plan_answers(folder: Path, tmp_path: 
     trol.save(model, tmp_path)
     again, _ = host(folder)
     trol.load(again, tmp_path)
-    assert attached(again)[1].depth_policy == found.router
-    held = [row for row in rows() if row.item in found.held_out]
+    assert attached(again)[1].depth_policy == training.router
+    held = [row for row in rows() if row.item in training.held_out]
     assert router_report(again, tokenizer, held, metric="rougeL") == report
     _decides_as_reported(again, tokenizer)
 
@@ -102,9 +102,9 @@ def test_the_states_are_those_that_a_running_router_sees(folder: Path) -> None:
     """Padded questions give the states that they have alone, and the later layers do not run."""
     model, tokenizer = host(folder)
     trol.attach(model, Router(MENU, after=1))
-    asked = [replace(rows()[0], question=text) for text in (EASY, HARD + " what comes next?")]
-    together = question_states(model, asked, text_prompts(tokenizer))
-    for row, states in zip(asked, together, strict=True):
+    questions = [replace(rows()[0], question=text) for text in (EASY, HARD + " what comes next?")]
+    padded = question_states(model, questions, text_prompts(tokenizer))
+    for row, states in zip(questions, padded, strict=True):
         inputs = text_prompts(tokenizer)([row])
         with torch.no_grad():
             wanted = model(**inputs, output_hidden_states=True).hidden_states[1][0]
@@ -115,30 +115,30 @@ def test_a_tolerance_lets_cheaper_levels_suffice(folder: Path) -> None:
     """The loss counts the other way round, and all plans of the rows are the menu by default."""
     model, tokenizer = host(folder)
     settings = {"metric": "loss", "hidden": 8, "dial": 0.7}
-    strict = train_router(model, tokenizer, rows(9), lessons=Lessons(epochs=1), **settings)
+    strict = train_router(model, tokenizer, rows(9), args=RouterTrainingArgs(epochs=1), **settings)
     assert strict.report["suffices_by_level"] == [0, 0, 1]
     assert strict.report["oracle"]["cost"] == 3
     assert strict.router.dial == 0.7
     assert [str(plan) for plan in strict.router.menu] == ["0", "0-1", "0-2"]
     trol.detach(model)
-    lenient = Lessons(epochs=1, tolerance=0.15, validation=0.5)
-    loose = train_router(model, tokenizer, rows(9), lessons=lenient, **settings)
+    lenient = RouterTrainingArgs(epochs=1, tolerance=0.15, validation=0.5)
+    loose = train_router(model, tokenizer, rows(9), args=lenient, **settings)
     assert 0 < loose.report["suffices_by_level"][0] < 1
     assert loose.report["oracle"]["cost"] < 3
 
 
 def test_the_same_seed_learns_the_same(folder: Path) -> None:
-    found = []
+    outcomes = []
     for seed in (1, 1, 2):
         model, tokenizer = host(folder)
-        lessons = Lessons(epochs=2, seed=seed)
-        made = train_router(model, tokenizer, rows(12), metric="rougeL", lessons=lessons)
-        found.append((made.curve, made.held_out))
-    assert found[0] == found[1] != found[2]
+        args = RouterTrainingArgs(epochs=2, seed=seed)
+        training = train_router(model, tokenizer, rows(12), metric="rougeL", args=args)
+        outcomes.append((training.curve, training.held_out))
+    assert outcomes[0] == outcomes[1] != outcomes[2]
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         ({"metric": "rouge"}, UsageError, "Did you mean 'rougeL'"),
         ({"rows": []}, UsageError, "no rows"),
@@ -148,15 +148,15 @@ def test_the_same_seed_learns_the_same(folder: Path) -> None:
         ({"menu": ["0", "0-1"]}, UsageError, "which comes last"),
         ({"after": 2}, UsageError, "plan '0' of the menu does not visit each of the layers 0-1"),
         ({"after": 3}, UsageError, "this stack has 3 layers"),
-        ({"lessons": Lessons(epochs=0)}, UsageError, "epochs is 0"),
-        ({"lessons": Lessons(validation=1.0)}, UsageError, "validation is 1.0"),
-        ({"lessons": Lessons(learning_rate=-1.0)}, UsageError, "learning_rate is -1.0"),
+        ({"args": RouterTrainingArgs(epochs=0)}, UsageError, "epochs is 0"),
+        ({"args": RouterTrainingArgs(validation=1.0)}, UsageError, "validation is 1.0"),
+        ({"args": RouterTrainingArgs(learning_rate=-1.0)}, UsageError, "learning_rate is -1.0"),
     ],
 )
-def test_what_cannot_be_trained_is_told_why(folder: Path, change, error, said: str) -> None:
+def test_what_cannot_be_trained_is_told_why(folder: Path, change, error, message: str) -> None:
     model, tokenizer = host(folder)
     settings = {"rows": rows(), "metric": "rougeL"} | change
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         train_router(model, tokenizer, settings.pop("rows"), **settings)
     assert not is_attached(model)
 

@@ -46,23 +46,23 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     [("step1", {"projector", "mixers"}), ("step2", {"projector", "mixers", "decoder"})],
 )
 def test_only_the_named_parts_learn(shared: Path, tmp_path: Path, stage: str, parts: set) -> None:
-    made = run(resolve("demo", SHORT), tmp_path / "one", start=shared, only=[stage])
-    assert changed(weights(shared), weights(Path(made["model"]))) == parts
-    assert len(made["losses"][stage]["losses"]) > 1
+    results = run(resolve("demo", SHORT), tmp_path / "one", start=shared, only=[stage])
+    assert changed(weights(shared), weights(Path(results["model"]))) == parts
+    assert len(results["losses"][stage]["losses"]) > 1
 
 
 def test_the_twin_never_traverses_and_leaves_its_gates_alone(shared: Path, tmp_path: Path) -> None:
     recipe = resolve("demo", [*SHORT, "policy.passes=1"])
-    made = run(recipe, tmp_path / "twin", start=shared, only=["step1"])
-    model, _ = load_model(made["model"])
+    results = run(recipe, tmp_path / "twin", start=shared, only=["step1"])
+    model, _ = load_model(results["model"])
     assert attached(model)[1].depth_policy.passes == 1
     assert changed(weights(shared), dict(model.state_dict())) == {"projector"}
 
 
 def test_low_rank_updates_train_the_decoder_and_are_merged(shared: Path, tmp_path: Path) -> None:
     recipe = resolve("demo", [*SHORT, "stages.step2.lora=2", "stages.step2.muon=0"])
-    made = run(recipe, tmp_path / "lora", start=shared, only=["step2"])
-    before, after = weights(shared), weights(Path(made["model"]))
+    results = run(recipe, tmp_path / "lora", start=shared, only=["step2"])
+    before, after = weights(shared), weights(Path(results["model"]))
     assert set(after) == set(before)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     inside = {name for name in moved if part_of(name) == "decoder"}

@@ -14,7 +14,7 @@ def test_the_example_learns_with_gates_alone_and_with_everything(
 ) -> None:
     pytest.importorskip("trl")
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    told = capsys.readouterr().out
-    assert "8 tensors moved,\n    all of them gates: True" in told  # weight and bias of 4 layers
-    assert "answer: 6 <end>" in told
-    assert "visits of the question: [2, 2, 2, 2]" in told
+    output = capsys.readouterr().out
+    assert "8 tensors moved,\n    all of them gates: True" in output  # weight and bias of 4 layers
+    assert "answer: 6 <end>" in output
+    assert "visits of the question: [2, 2, 2, 2]" in output

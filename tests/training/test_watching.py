@@ -18,14 +18,15 @@ from trol.reports import card, training_page
 from trol.training import progress, resolve, run
 from trol.training import progress as watching
 from trol.training import run as training
-from trol.training.progress import GateMeans, Progress, Speed
+from trol.training.progress import Progress
+from trol.training.trainer import GateMeans, Speed
 
 from .ranks import attached_model
 from .short import SHORT
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of `trol train`."""
     out = tmp_path_factory.mktemp("runs") / "made"
     with pytest.raises(SystemExit) as left:
@@ -73,9 +74,9 @@ def test_speed_counts_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_progress_shows_loss_rate_speed_gates_and_time(
     monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
-    told = io.StringIO()
-    monkeypatch.setattr(told, "isatty", lambda: terminal)
-    monkeypatch.setattr(sys, "stderr", told)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     monkeypatch.setenv("COLUMNS", "160")
     shown, state, control = Progress("step2"), TrainerState(), TrainerControl()
@@ -87,25 +88,25 @@ def test_progress_shows_loss_rate_speed_gates_and_time(
     state.global_step = 15
     shown.on_step_end(args, state, control)
     shown.on_train_end(args, state, control)
-    assert "loss 1.250, lr 2.0e-03, 5400 tokens/s, gates 0.25" in told.getvalue()
-    assert "15/20" in told.getvalue()
+    assert "loss 1.250, lr 2.0e-03, 5400 tokens/s, gates 0.25" in stream.getvalue()
+    assert "15/20" in stream.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_long_thing_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    told = io.StringIO()
-    monkeypatch.setattr(told, "isatty", lambda: terminal)
-    monkeypatch.setattr(sys, "stderr", told)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     monkeypatch.setenv("COLUMNS", "160")
     with progress_of("measuring", "plan") as shown:
         shown(5, 20)  # goes on from there
         shown(6, 20, "last look")
-    assert "6/20" in told.getvalue()
-    assert "last look" in told.getvalue()
+    assert "6/20" in stream.getvalue()
+    assert "last look" in stream.getvalue()
     if not terminal:
-        assert told.getvalue().startswith("measuring: plan 5/20\nlast look: plan 6/20, ")
-        assert told.getvalue().endswith(" s left\n")
+        assert stream.getvalue().startswith("measuring: plan 5/20\nlast look: plan 6/20, ")
+        assert stream.getvalue().endswith(" s left\n")
 
 
 def test_what_is_quick_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,19 +120,21 @@ def test_many_gates_are_shown_as_heights() -> None:
     assert progress._figures(logs).endswith("gates ▁▂▃▄▅▆▇██")
 
 
-def test_a_run_leaves_curves_a_page_and_a_card(made: Path) -> None:
-    found = json.loads((made / "training.json").read_text(encoding="utf-8"))
-    assert "gates" not in found["losses"]["reason"]  # the plain model learns
-    curve = found["losses"]["step2"]
+def test_a_run_leaves_curves_a_page_and_a_card(folder: Path) -> None:
+    results = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert "gates" not in results["losses"]["reason"]  # the plain model learns
+    curve = results["losses"]["step2"]
     assert [len(gates) for gates in curve["gates"]] == [2] * len(curve["steps"])
-    assert found["validation"]["n"] == 18
-    page = (made / "report.html").read_text(encoding="utf-8")
+    assert results["validation"]["n"] == 18
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 7  # four losses, two stages with gates, accuracy
-    for kind in found["validation"]["by_type"]:
+    for kind in results["validation"]["by_type"]:
         assert f"<td>{kind}</td>" in page
-    told = (made / "README.md").read_text(encoding="utf-8")
-    assert told.startswith("---\nlibrary_name: transformers\ntags:\n- trol\n")
-    assert f"| step2 | projector, mixers, decoder | boards | {curve['losses'][-1]:.3f} |" in told
+    card_text = (folder / "README.md").read_text(encoding="utf-8")
+    assert card_text.startswith("---\nlibrary_name: transformers\ntags:\n- trol\n")
+    assert (
+        f"| step2 | projector, mixers, decoder | boards | {curve['losses'][-1]:.3f} |" in card_text
+    )
 
 
 def test_page_and_card_need_a_finished_run(tmp_path: Path) -> None:
@@ -148,13 +151,13 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "out"
-    found = run(resolve("demo", SHORT), out, only=["step1"], report_to=["tensorboard"])
+    results = run(resolve("demo", SHORT), out, only=["step1"], report_to=["tensorboard"])
     read = EventAccumulator(str(tmp_path / "out.logs" / "step1"))
     read.Reload()
     losses = [event.value for event in read.Scalars("train/loss")]
-    assert losses == pytest.approx(found["losses"]["step1"]["losses"])
+    assert losses == pytest.approx(results["losses"]["step1"]["losses"])
     gates = [event.value for event in read.Scalars("train/gate/1")]
-    assert gates == pytest.approx([both[1] for both in found["losses"]["step1"]["gates"]])
+    assert gates == pytest.approx([both[1] for both in results["losses"]["step1"]["gates"]])
 
 
 def test_trackio_gets_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +168,9 @@ def test_trackio_gets_the_same_figures(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(trackio, "finish", lambda: None)
     monkeypatch.setattr(trackio, "config", {}, raising=False)
     monkeypatch.setattr(trackio, "freeze", lambda **_: pytest.fail("nothing may leave"))
-    found = run(resolve("demo", SHORT), tmp_path / "out", only=["step1"], report_to=["trackio"])
+    results = run(resolve("demo", SHORT), tmp_path / "out", only=["step1"], report_to=["trackio"])
     losses = [logs["train/loss"] for logs in logged if "train/loss" in logs]
-    assert losses == found["losses"]["step1"]["losses"]
+    assert losses == results["losses"]["step1"]["losses"]
 
 
 def test_a_tracker_that_is_not_installed_is_named(

@@ -86,7 +86,7 @@ def _host(model: Any) -> Any:
     from peft import PeftModel
 
     from trol.checkpoints.export import check_policy, plain_host
-    from trol.training.low_rank import merged
+    from trol.training.adapters import merged
 
     if isinstance(model, PeftModel):
         check_policy(model)

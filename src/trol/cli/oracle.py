@@ -265,7 +265,7 @@ def train(
     """Trains a router on the rows of a finished oracle, and saves it with its report.
 
     Returns:
-        `{"folder", "metric", "task", "split", ...}` and what `trol.training.routing.report`
+        `{"folder", "metric", "task", "split", ...}` and what `trol.training.routing.router_report`
         says of the questions that were held out.
     """
     import trol
@@ -273,7 +273,7 @@ def train(
     from trol.evaluation.items import Item, fitted, prompts
     from trol.evaluation.store import read_header, read_rows
     from trol.files import write_json
-    from trol.training.routing import Lessons, train_router
+    from trol.training.routing import RouterTrainingArgs, train_router
 
     def inputs(some: Any) -> Any:
         items = [Item(None, row.question, row.reference, row.type) for row in some]
@@ -285,7 +285,7 @@ def train(
         read_rows(rows),
         metric=metric,
         after=after,
-        lessons=Lessons(seed=seed),
+        args=RouterTrainingArgs(seed=seed),
         prompts=inputs,
     )
     trol.save(model, folder)

@@ -52,7 +52,7 @@ def train(  # noqa: PLR0917 - a command's options
 ) -> None:
     """Train a model as RECIPE says, stage by stage."""
     from trol import training
-    from trol.training import processes
+    from trol.training.run_folder import is_first_process, leave_processes
 
     resolved = training.resolve(recipe, overrides or [])
     if show:
@@ -74,8 +74,8 @@ def train(  # noqa: PLR0917 - a command's options
             max_hours=max_hours,
             report_to=report_to or [],
         )
-        processes.leave()
-        if not processes.is_first():
+        leave_processes()
+        if not is_first_process():
             return
         result = {"run": run_record(found.get("seed")), **found}
         if "model" in found and "run" not in found:  # else it was finished and told before

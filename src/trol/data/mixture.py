@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from trol.data.formats import FORMATS, KINDS, Messages, RowError, read_row, row_errors
 from trol.data.images import open_picture
 from trol.data.row_files import JSON_FILES, Container, Table
 from trol.errors import DataError, UsageError, unknown
 from trol.files import whole_file
-from trol.strict import built
+from trol.strict import built, read_yaml
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,7 @@ def read_mixture(mixture: str | Path, *, root: Path | None = None) -> MixtureFil
     path = _file_of(mixture)
     if path.suffix in JSON_FILES:
         return MixtureFile(path, root or path.parent, (Source(name=path.stem, path=path.name),))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as broken:
-        raise UsageError(f"{path} is no YAML: {broken}") from broken
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds {type(data).__name__}, not the keys root and sources.")
+    data = read_yaml(path)
     for key in data:
         if key not in ("root", "sources"):
             raise unknown(f"key in {path.name}", key, ("root", "sources"))

@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 from trol.data.answers import Answers
 from trol.data.boards import ASKERS, ask, draw, make_board
 from trol.data.conversations import ConversationCollator
-from trol.data.own_files import Chat, Pair, read_chats, read_text
+from trol.data.own_files import Chat, Pair, read_chats, read_text, shortened
 from trol.data.pairs import pairs_of
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, UsageError

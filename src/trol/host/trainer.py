@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from trol.errors import HostError
@@ -163,3 +164,10 @@ def rebind(wrapper: nn.Module, model: nn.Module) -> None:
     for around in wrapper.modules():
         if getattr(vars(around).get(KEPT), "__self__", None) is model:
             setattr(around, KEPT, MethodType(getattr(type(model), PREPARES), model))
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """The callback that writes Trainer's logs into `folder`, for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - tensorboard is optional
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))

@@ -1,4 +1,7 @@
-"""Training: recipes, the stage table, and the run on transformers' Trainer."""
+"""Training: recipes, and the run of their stages on transformers' Trainer.
+
+Imports `evaluation`, `family` and every room below them.
+"""
 
 from trol.training.opening import reopened
 from trol.training.recipe import Recipe, Stage, names, resolve

@@ -1,4 +1,4 @@
-"""Opening what a recipe trains: a new model, an existing host, or what an earlier run left."""
+"""Opens the model of a recipe: a new one, an existing host, or the result of an earlier run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from trol.family.loading import load_model
 from trol.family.presets import TEMPLATES, byte_level_tokenizer, composed, separate, text_decoder
 from trol.family.published.files import CONFIG, read_json
 from trol.host.trainer import checkpoint_activations
-from trol.training.losses import NOTHING
+from trol.training.adapters import is_plain_host, open_adapters
 from trol.training.recipe import Recipe, resolve
-from trol.training.trainable import check_quantised, is_plain_host, open_adapters, quantisation
+from trol.training.stage_data import NOTHING
+from trol.training.trainable import check_quantised, quantisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision of a recipe -> type of the weights that do not learn."""
@@ -52,7 +53,7 @@ def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
         model, processor = _first(recipe)
     elif is_trained(start):
         model, processor = _first(recipe)
-        model = open_adapters(model, start, trainable=True)
+        model = open_adapters(model, start)
         _check_policy(model, recipe, str(start))
     else:
         model, processor = _saved(recipe, start)
@@ -64,7 +65,7 @@ def opened(recipe: Recipe, start: Path | None) -> tuple[Any, Any]:
 
 
 def reopened(folder: str | Path) -> tuple[Any, Any]:
-    """What a run left in `folder`, by the recipe that lies there, free to learn on.
+    """The model and processor that a run saved in `folder`, free to learn on.
 
     Raises as `opened`, and `UsageError` where no recipe lies in the folder.
     """
@@ -73,7 +74,7 @@ def reopened(folder: str | Path) -> tuple[Any, Any]:
 
 
 def _first(recipe: Recipe) -> tuple[Any, Any]:
-    """What the recipe itself names."""
+    """The model and processor that the recipe itself names."""
     if recipe.host:
         return _host(recipe, recipe.host)
     if recipe.decoder:
@@ -81,7 +82,8 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
     if "name" in recipe.preset:
         model, processor = composed(recipe.preset, recipe.policy, [NOTHING, *WORDS])
     else:
-        model, processor = _tiny(recipe), tiny_processor([NOTHING, *WORDS])
+        processor = tiny_processor([NOTHING, *WORDS])
+        model = _tiny(recipe, len(processor.tokenizer))
     dtype = DTYPES[recipe.precision]
     if recipe.bits:
         # from_pretrained is what quantises; it reads the weights from the model in memory.
@@ -93,12 +95,11 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
     return model, processor
 
 
-def _tiny(recipe: Recipe) -> Any:
+def _tiny(recipe: Recipe, vocabulary: int) -> Any:
     sizes = set(inspect.signature(tiny).parameters) - {"vocab_size", "depth"}
     for key in recipe.preset:
         if key not in sizes:
             raise unknown("key in recipe.preset", key, {*sizes, "name"})
-    vocabulary = len(tiny_processor([NOTHING, *WORDS]).tokenizer)
     try:
         config = tiny(vocabulary, **recipe.preset, depth=recipe.policy)
         return TrolForConditionalGeneration(config)
@@ -107,7 +108,7 @@ def _tiny(recipe: Recipe) -> Any:
 
 
 def _new_decoder(recipe: Recipe) -> tuple[Any, Any]:
-    """A text decoder from nothing, its tokenizer learnt from docstrings of the train split."""
+    """A new text decoder, its tokenizer learnt from docstrings of the train split."""
     sizes = set(inspect.signature(text_decoder).parameters) - {"tokenizer"}
     settings = dict(recipe.decoder)
     for key, value in settings.items():
@@ -129,8 +130,8 @@ def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
     try:
         model, processor = load_model(name, **_settings(recipe))
     except ImportError as error:  # some hosts' processors need packages that trol does not
-        told = " ".join(str(error).split())
-        raise HostError(f"{name} needs a package that is not installed: {told}") from error
+        reason = " ".join(str(error).split())
+        raise HostError(f"{name} needs a package that is not installed: {reason}") from error
     if is_plain_host(model):
         detach(model)
     if recipe.chat_template in TEMPLATES:
@@ -171,10 +172,10 @@ def _to(model: Any, dtype: torch.dtype) -> None:
 
 
 def _check_policy(model: Any, recipe: Recipe, name: str) -> None:
-    """What is trained already must not be replaced without a word."""
-    found, wanted = attached(model)[1].depth_policy, from_settings(recipe.policy)
-    if found != wanted:
+    """Raises `UsageError` where the recipe would replace a policy that is trained already."""
+    policy, wanted = attached(model)[1].depth_policy, from_settings(recipe.policy)
+    if policy != wanted:
         raise UsageError(
-            f"{name} comes with the policy {found}, the recipe says {wanted}; write the first "
+            f"{name} comes with the policy {policy}, the recipe says {wanted}; write the first "
             "into the recipe, or give a host without a policy."
         )

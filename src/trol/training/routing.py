@@ -2,13 +2,12 @@
 
 The model stays as it is. Its states at the router's layer are computed once for each question;
 what is learnt from them is small.
-
-What an oracle saw, as a table of questions and levels, and what a router makes of it.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,52 @@ from trol.host.generation import SLICES_LOGITS
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.planned import plan_of
 from trol.policies.router import Router, RouterHead, first_sure
+from trol.strict import check, setting
 
 DIALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Dials of a report."""
+
+AT_ONCE = 32
+"""Questions whose states are computed at once."""
+
+MOST_WEIGHT = 20.0
+"""Largest weight of the rarer answer (enough, or not) about a level."""
+
+Prompts = Callable[[Sequence[OracleRow]], Any]
+"""Rows, one for each question, to inputs that the host takes, padded anyhow."""
+
+
+@dataclass(frozen=True)
+class RouterTrainingArgs:
+    """How a router is trained."""
+
+    epochs: int = setting(30, bounds=(1, math.inf))
+    batch: int = setting(32, bounds=(1, math.inf))
+    """Questions in one step."""
+    learning_rate: float = setting(1e-3, bounds=(0, math.inf))
+    weight_decay: float = setting(0.01, bounds=(0, math.inf))
+    validation: float = 0.2
+    """Share of the questions that are held out, in (0, 1)."""
+    tolerance: float = setting(0.0, bounds=(0, math.inf))
+    """How far a level's score may lie below the full model's and still suffice."""
+    seed: int = 0
+    """Seed of the first weights, of the split, and of the order."""
+
+
+@dataclass(frozen=True)
+class RouterTraining:
+    """The result of `train_router`."""
+
+    router: Router
+    """The policy that is attached now."""
+    curve: list[dict[str, float]]
+    """`{"loss", "validation_loss"}` of each epoch."""
+    best: int
+    """The epoch whose weights were kept."""
+    held_out: list[int]
+    """Numbers of the questions that were not learnt from."""
+    report: dict[str, Any]
+    """`router_report` on the questions that were held out."""
 
 
 @dataclass(frozen=True)
@@ -47,146 +89,14 @@ class Table:
     tolerance: float = 0.0
 
     @property
-    def items(self) -> list[int]:
-        """The questions' numbers."""
-        return [row.item for row in self.questions]
-
-    @property
     def suffices(self) -> Tensor:
         """Where a level scores at least what the full one does, within the tolerance: [N, M]."""
         return self.scores >= self.scores[:, -1:] - self.tolerance
 
-    def of(self, some: Sequence[int]) -> Table:
-        """The same of some questions, by their places in the table."""
-        picked = tuple(self.questions[i] for i in some)
-        where = list(some)
-        return Table(self.menu, picked, self.costs[where], self.scores[where], self.tolerance)
-
-
-def table(
-    rows: Iterable[OracleRow],
-    metric: str,
-    layers: int,
-    menu: Sequence[Plan | str] | None,
-    tolerance: float,
-) -> Table:
-    """The table of an oracle's greedy answers; of all their plans where `menu` is None.
-
-    Raises:
-        UsageError: the metric is none of the rows', or there are no rows.
-        DataError: a question lacks a level of the menu.
-    """
-    greedy = [row for row in rows if row.sample == 0]
-    if not greedy:
-        raise UsageError("no rows to learn from; give those of a folder that `trol oracle` wrote.")
-    known = set.intersection(*(set(row.scores) for row in greedy))
-    if metric not in known:
-        raise unknown("metric of these rows", metric, known)
-    cells = {(row.item, Plan(row.plan).for_layers(layers)): row for row in greedy}
-    plans = {row.plan: row.cost for row in greedy}
-    cheap_first = sorted(plans, key=lambda text: (plans[text], text))
-    levels = tuple(plan_of(plan) for plan in (cheap_first if menu is None else menu))
-    visits = [plan.for_layers(layers) for plan in levels]
-    items = sorted({row.item for row in greedy})
-    for item in items:
-        for plan, counts in zip(levels, visits, strict=True):
-            if (item, counts) not in cells:
-                raise DataError(
-                    f"question {item} was not answered at level '{plan}'; finish the oracle's "
-                    "folder, or leave the level out of the menu."
-                )
-    found = [[cells[item, counts] for counts in visits] for item in items]
-    return Table(
-        levels,
-        tuple(line[0] for line in found),
-        torch.tensor([[float(row.cost) for row in line] for line in found]),
-        torch.tensor([[row.value(metric) for row in line] for line in found]),
-        tolerance,
-    )
-
-
-def report(logits: Tensor, data: Table, dials: Sequence[float]) -> dict[str, Any]:
-    """How right a router is, and what it costs and scores at each dial, by what the oracle saw.
-
-    `random` deals the levels that the router chose to questions at random: the same budget,
-    expected. `oracle` takes the cheapest level that suffices. Shape of logits: [N, M - 1].
-    """
-    suffices = data.suffices
-    right = (logits > 0) == suffices[:, :-1]
-    cheapest = suffices.int().argmax(1)  # the full one suffices always
-    full = torch.full_like(cheapest, len(data.menu) - 1)
-    return {
-        "questions": len(data.items),
-        "menu": [str(plan) for plan in data.menu],
-        "accuracy": right.float().mean().item(),
-        "accuracy_by_level": right.float().mean(0).tolist(),
-        "suffices_by_level": suffices.float().mean(0).tolist(),
-        "full": _means(full, data),
-        "oracle": _means(cheapest, data),
-        "dials": [_at(dial, logits, data) for dial in dials],
-    }
-
-
-def _at(dial: float, logits: Tensor, data: Table) -> dict[str, Any]:
-    levels = first_sure(logits, dial)
-    shares = torch.bincount(levels, minlength=len(data.menu)) / len(levels)
-    dealt = {
-        "cost": (shares * data.costs.mean(0)).sum().item(),
-        "score": (shares * data.scores.mean(0)).sum().item(),
-    }
-    return {"dial": dial, **_means(levels, data), "random": dealt, "shares": shares.tolist()}
-
-
-def _means(levels: Tensor, data: Table) -> dict[str, float]:
-    """Mean cost and score where question i is answered at level levels[i]."""
-    picked = levels[:, None]
-    return {
-        "cost": data.costs.gather(1, picked).mean().item(),
-        "score": data.scores.gather(1, picked).mean().item(),
-    }
-
-
-Prompts = Callable[[Sequence[OracleRow]], Any]
-"""Rows, one for each question, to inputs that the host takes, padded anyhow."""
-
-AT_ONCE = 32
-"""Questions whose states are computed at once."""
-
-MOST_WEIGHT = 20.0
-"""The most that the rarer answer about a level counts against the other one."""
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """How a router is trained."""
-
-    epochs: int = 30
-    batch: int = 32
-    """Questions in one step."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    validation: float = 0.2
-    """Share of the questions that are held out."""
-    tolerance: float = 0.0
-    """How far a level's score may lie below the full model's and still suffice."""
-    seed: int = 0
-    """Of the first weights, of who is held out, and of the order."""
-
-
-@dataclass(frozen=True)
-class RouterTraining:
-    """What `train_router` found."""
-
-    router: Router
-    """The policy that is attached now."""
-    curve: list[dict[str, float]]
-    """`{"loss", "validation_loss"}` of each epoch."""
-    best: int
-    """The epoch whose weights were kept."""
-    held_out: list[int]
-    """Numbers of the questions that were not learnt from."""
-    report: dict[str, Any]
-    """`router_report` on them."""
+    def of(self, places: list[int]) -> Table:
+        """The table of some of its questions, by their places."""
+        questions = tuple(self.questions[i] for i in places)
+        return Table(self.menu, questions, self.costs[places], self.scores[places], self.tolerance)
 
 
 def train_router(
@@ -199,7 +109,7 @@ def train_router(
     after: int = 1,
     hidden: int = 64,
     dial: float = 0.5,
-    lessons: Lessons | None = None,
+    args: RouterTrainingArgs | None = None,
     prompts: Prompts | None = None,
 ) -> RouterTraining:
     """Attaches a router to a plain model, in place, and trains it on what an oracle saw.
@@ -214,9 +124,9 @@ def train_router(
         metric: which of their scores counts.
         menu: the router's plans, from the cheapest to the full one; all plans of the rows if None.
         after: layers that run before the router chooses.
-        hidden: width of a vote.
+        hidden: width of the router's hidden layer.
         dial: the dial that the router is left with; see `Router`.
-        lessons: how it is trained.
+        args: how it is trained.
         prompts: makes the inputs of questions, where they are more than text.
 
     Raises:
@@ -225,25 +135,32 @@ def train_router(
         DataError: an item lacks a level.
         TrainingError: the loss is no number any more.
     """
-    lessons = lessons or Lessons()
-    _check(lessons)
+    args = args or RouterTrainingArgs()
+    check(args)
+    if not 0 < args.validation < 1:
+        raise UsageError(f"validation is {args.validation}, but must lie in (0, 1).")
     layers = len(layer_list(find_decoder(model)) or ())
-    data = table(rows, metric, layers, menu, lessons.tolerance)
-    if len(data.items) < 2:
-        raise UsageError(f"{len(data.items)} questions are too few to hold some out; give more.")
+    data = _table(rows, metric, layers, menu, args.tolerance)
+    count = len(data.questions)
+    if count < 2:
+        raise UsageError(f"{count} questions are too few to hold some out; give more.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lessons.seed)
+        torch.manual_seed(args.seed)
         router = Router(data.menu, after=after, hidden=hidden, dial=dial)
         attach(model, router)
+    order = list(range(count))
+    random.Random(f"router/{args.seed}").shuffle(order)
+    held = min(count - 1, max(1, round(count * args.validation)))
+    learnt, held_out = sorted(order[held:]), sorted(order[:held])
     try:
         states = question_states(model, data.questions, prompts or text_prompts(processor))
-        learnt, held = _split(len(data.items), lessons)
-        curve, best = _learn(_router_head(model), states, data, (learnt, held), lessons)
+        curve, best = _learn(_head(model), states, data, (learnt, held_out), args)
     except BaseException:
         detach(model)
         raise
-    found = report(_logits(_router_head(model), [states[i] for i in held]), data.of(held), DIALS)
-    return RouterTraining(router, curve, best, [data.items[i] for i in held], found)
+    unseen = data.of(held_out)
+    report = _report(_logits(_head(model), [states[i] for i in held_out]), unseen, DIALS)
+    return RouterTraining(router, curve, best, [row.item for row in unseen.questions], report)
 
 
 def router_report(
@@ -256,7 +173,10 @@ def router_report(
     dials: Sequence[float] = DIALS,
     prompts: Prompts | None = None,
 ) -> dict[str, Any]:
-    """What an attached router would have cost and scored on an oracle's rows; see `report`.
+    """What an attached router would have cost and scored on an oracle's rows, at each dial.
+
+    `random` deals the levels that the router chose to questions at random: the same budget,
+    expected. `oracle` takes the cheapest level that suffices.
 
     Raises:
         UsageError: no router is attached.
@@ -267,39 +187,39 @@ def router_report(
         raise UsageError(
             f"{stack.depth_policy.name} is attached, not a router; load one with trol.load."
         )
-    data = table(rows, metric, stack.depth_layers, stack.depth_policy.plans, tolerance)
+    data = _table(rows, metric, stack.depth_layers, stack.depth_policy.plans, tolerance)
     states = question_states(model, data.questions, prompts or text_prompts(processor))
-    return report(_logits(_router_head(model), states), data, dials)
+    return _report(_logits(_head(model), states), data, dials)
 
 
 def text_prompts(processor: Any) -> Prompts:
     """Questions in text through the processor's chat template, padded on the left."""
 
-    def made(rows: Sequence[OracleRow]) -> Any:
-        sees = isinstance(processor, ProcessorMixin)
-        told: list[Any] = [[{"role": "user", "content": row.question}] for row in rows]
-        if sees:
-            told = [Pair(row.question, "", row.type).messages(answered=False) for row in rows]
+    def encode(rows: Sequence[OracleRow]) -> Any:
         tokenizer = getattr(processor, "tokenizer", processor)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
-        padding: dict[str, Any] = {"padding": True}
-        settings = {"processor_kwargs": padding} if sees else padding
         form: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return processor.apply_chat_template(told, add_generation_prompt=True, **form, **settings)
+        if isinstance(processor, ProcessorMixin):
+            chats = [Pair(row.question, "", row.type).messages(answered=False) for row in rows]
+            form["processor_kwargs"] = {"padding": True}
+        else:
+            chats = [[{"role": "user", "content": row.question}] for row in rows]
+            form["padding"] = True
+        return processor.apply_chat_template(chats, add_generation_prompt=True, **form)
 
-    return made
+    return encode
 
 
 @torch.no_grad()
 def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> list[Tensor]:
-    """What enters the attached router's layer, of each question's tokens: N times [T, D]."""
+    """The input of the attached router's layer for each question: N times [T, D]."""
     host, stack = attached(model)
     layer: Any = (layer_list(stack) or ())[stack.depth_policy.after]
     entered: list[Tensor] = []
     hook = layer.register_forward_pre_hook(
-        lambda _, given, named: entered.append(given[0] if given else named["hidden_states"]),
+        lambda _, inputs, named: entered.append(inputs[0] if inputs else named["hidden_states"]),
         with_kwargs=True,
     )
     lean = SLICES_LOGITS in inspect.signature(host.forward).parameters
@@ -319,17 +239,89 @@ def question_states(model: Any, rows: Sequence[OracleRow], prompts: Prompts) -> 
     return states
 
 
-def _router_head(model: Any) -> RouterHead:
+def _table(
+    rows: Iterable[OracleRow],
+    metric: str,
+    layers: int,
+    menu: Sequence[Plan | str] | None,
+    tolerance: float,
+) -> Table:
+    """The table of an oracle's greedy answers; of all their plans where `menu` is None.
+
+    Raises:
+        UsageError: the metric is none of the rows', or there are no rows.
+        DataError: a question lacks a level of the menu.
+    """
+    greedy = [row for row in rows if row.sample == 0]
+    if not greedy:
+        raise UsageError("no rows to learn from; give those of a folder that `trol oracle` wrote.")
+    metrics = set.intersection(*(set(row.scores) for row in greedy))
+    if metric not in metrics:
+        raise unknown("metric of these rows", metric, metrics)
+    cells = {(row.item, Plan(row.plan).for_layers(layers)): row for row in greedy}
+    costs = {row.plan: row.cost for row in greedy}
+    cheap_first = sorted(costs, key=lambda text: (costs[text], text))
+    plans = tuple(plan_of(plan) for plan in (cheap_first if menu is None else menu))
+    answers: list[list[OracleRow]] = []
+    for item in sorted({row.item for row in greedy}):
+        answers.append([])
+        for plan in plans:
+            row = cells.get((item, plan.for_layers(layers)))
+            if row is None:
+                raise DataError(
+                    f"question {item} was not answered at level '{plan}'; finish the oracle's "
+                    "folder, or leave the level out of the menu."
+                )
+            answers[-1].append(row)
+    return Table(
+        plans,
+        tuple(levels[0] for levels in answers),
+        torch.tensor([[float(row.cost) for row in levels] for levels in answers]),
+        torch.tensor([[row.value(metric) for row in levels] for levels in answers]),
+        tolerance,
+    )
+
+
+def _report(logits: Tensor, data: Table, dials: Sequence[float]) -> dict[str, Any]:
+    """The result of `router_report`. Shape of logits: [N, M - 1]."""
+    suffices = data.suffices
+    right = (logits > 0) == suffices[:, :-1]
+    cheapest = suffices.int().argmax(1)  # the full one suffices always
+    full = torch.full_like(cheapest, len(data.menu) - 1)
+    at_dials = []
+    for dial in dials:
+        levels = first_sure(logits, dial)
+        shares = torch.bincount(levels, minlength=len(data.menu)) / len(levels)
+        dealt = {
+            "cost": (shares * data.costs.mean(0)).sum().item(),
+            "score": (shares * data.scores.mean(0)).sum().item(),
+        }
+        point = {"dial": dial, **_means(levels, data), "random": dealt, "shares": shares.tolist()}
+        at_dials.append(point)
+    return {
+        "questions": len(data.questions),
+        "menu": [str(plan) for plan in data.menu],
+        "accuracy": right.float().mean().item(),
+        "accuracy_by_level": right.float().mean(0).tolist(),
+        "suffices_by_level": suffices.float().mean(0).tolist(),
+        "full": _means(full, data),
+        "oracle": _means(cheapest, data),
+        "dials": at_dials,
+    }
+
+
+def _means(levels: Tensor, data: Table) -> dict[str, float]:
+    """Mean cost and score where question i is answered at level levels[i]."""
+    return {
+        "cost": data.costs.gather(1, levels[:, None]).mean().item(),
+        "score": data.scores.gather(1, levels[:, None]).mean().item(),
+    }
+
+
+def _head(model: Any) -> RouterHead:
     _, stack = attached(model)
-    found: Any = gates_of(stack)[stack.depth_policy.after]
-    return found.requires_grad_(True)
-
-
-def _split(count: int, lessons: Lessons) -> tuple[list[int], list[int]]:
-    order = list(range(count))
-    random.Random(f"router/{lessons.seed}").shuffle(order)
-    held = min(count - 1, max(1, round(count * lessons.validation)))
-    return sorted(order[held:]), sorted(order[:held])
+    head: Any = gates_of(stack)[stack.depth_policy.after]
+    return head.requires_grad_(True)
 
 
 def _learn(
@@ -337,33 +329,37 @@ def _learn(
     states: Sequence[Tensor],
     data: Table,
     split: tuple[list[int], list[int]],
-    lessons: Lessons,
+    args: RouterTrainingArgs,
 ) -> tuple[list[dict[str, float]], int]:
     """Trains the head in place, and leaves it as it was after its best epoch."""
-    learnt, held = split
+    learnt, held_out = split
     labels = data.suffices[:, :-1].float()
-    loss_of = _balanced(labels[learnt])
-    steps = torch.optim.AdamW(
-        head.parameters(), lr=lessons.learning_rate, weight_decay=lessons.weight_decay
+    # Yes and no count the same for each level, up to a bound.
+    yes = labels[learnt].sum(0)
+    weight = ((len(learnt) - yes) / yes.clamp(min=1)).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+    loss_of = nn.BCEWithLogitsLoss(pos_weight=weight)
+    adamw = torch.optim.AdamW(
+        head.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
     )
-    order, best, curve = random.Random(lessons.seed), 0, []
-    kept: dict[str, Tensor] = {}
-    for epoch in range(lessons.epochs):
+    order, best, curve = random.Random(args.seed), 0, []
+    best_weights: dict[str, Tensor] = {}
+    for epoch in range(args.epochs):
         shuffled, losses = order.sample(learnt, len(learnt)), []
-        for start in range(0, len(shuffled), lessons.batch):
-            some = shuffled[start : start + lessons.batch]
-            logits = head(*_padded([states[i] for i in some], head))
-            loss = _finite(loss_of(logits.cpu(), labels[some]), epoch)
-            steps.zero_grad()
+        for start in range(0, len(shuffled), args.batch):
+            batch = shuffled[start : start + args.batch]
+            logits = head(*_padded([states[i] for i in batch], head))
+            loss = _finite(loss_of(logits.cpu(), labels[batch]), epoch)
+            adamw.zero_grad()
             loss.backward()
-            steps.step()
-            losses.append(loss.item() * len(some))
-        unseen = loss_of(_logits(head, [states[i] for i in held]), labels[held])
+            adamw.step()
+            losses.append(loss.item() * len(batch))
+        unseen = loss_of(_logits(head, [states[i] for i in held_out]), labels[held_out])
         unseen = _finite(unseen, epoch).item()
         curve.append({"loss": sum(losses) / len(learnt), "validation_loss": unseen})
         if unseen <= min(point["validation_loss"] for point in curve):
-            best, kept = epoch, {n: p.detach().clone() for n, p in head.named_parameters()}
-    head.load_state_dict(kept)
+            best = epoch
+            best_weights = {name: p.detach().clone() for name, p in head.named_parameters()}
+    head.load_state_dict(best_weights)
     return curve, best
 
 
@@ -375,21 +371,11 @@ def _finite(loss: Tensor, epoch: int) -> Tensor:
     return loss
 
 
-def _balanced(labels: Tensor) -> nn.BCEWithLogitsLoss:
-    """Binary cross-entropy in which yes and no count the same for each level, up to a bound."""
-    yes = labels.sum(0)
-    weight = ((len(labels) - yes) / yes.clamp(min=1)).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
-    return nn.BCEWithLogitsLoss(pos_weight=weight)
-
-
 @torch.no_grad()
 def _logits(head: RouterHead, states: Sequence[Tensor]) -> Tensor:
-    """Shape: [N, M - 1], on the CPU."""
-    parts = [
-        head(*_padded(states[start : start + AT_ONCE], head)).cpu()
-        for start in range(0, len(states), AT_ONCE)
-    ]
-    return torch.cat(parts)
+    """The head's logits, on the CPU. Shape: [N, M - 1]."""
+    starts = range(0, len(states), AT_ONCE)
+    return torch.cat([head(*_padded(states[i : i + AT_ONCE], head)).cpu() for i in starts])
 
 
 def _padded(states: Sequence[Tensor], head: RouterHead) -> tuple[Tensor, Tensor]:
@@ -398,15 +384,3 @@ def _padded(states: Sequence[Tensor], head: RouterHead) -> tuple[Tensor, Tensor]
     counts = torch.tensor([len(one) for one in states])
     real = torch.arange(int(counts.max()))[None] < counts[:, None]
     return pad_sequence(list(states), batch_first=True).to(device), real.to(device)
-
-
-def _check(lessons: Lessons) -> None:
-    if lessons.epochs < 1 or lessons.batch < 1:
-        raise UsageError(
-            f"epochs is {lessons.epochs} and batch is {lessons.batch}; give 1 or more of each."
-        )
-    for name in ("learning_rate", "weight_decay", "tolerance"):
-        if not getattr(lessons, name) >= 0:
-            raise UsageError(f"{name} is {getattr(lessons, name)}; give 0 or more.")
-    if not 0 < lessons.validation < 1:
-        raise UsageError(f"validation is {lessons.validation}, but must lie in (0, 1).")

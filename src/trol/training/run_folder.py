@@ -1,22 +1,17 @@
-"""The working folder of a run: what it was begun with, stages that are over, checkpoints.
+"""The working folder of a run, and the processes that share it.
 
 OUT.partial/
 run.json  recipe.yaml       what the run was begun with
 stage-1/checkpoint-200/     the running stage: what learns, optimiser, schedule, RNG, ...
 finished/stage-1/           the model after the last stage that is over
 result/                     on its way to OUT
-
-What a run is made of, in a few characters: to tell whether it can be gone on with.
-
-The state of every source of randomness of a process: Python, NumPy, torch.
-
-Folders and files that are on disk whole or not at all, whenever the power goes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Generator, Mapping
@@ -27,30 +22,82 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from trol import files
 from trol.checkpoints.adapter import numbers_digest, text_digest, weights_digest
-from trol.data.mixture import Mixture
 from trol.errors import TrainingError, UsageError
 from trol.host.trainer import newest_checkpoint_in
-from trol.training import processes
 from trol.training.recipe import Recipe
 
 LOOKED_AT = 64
-"""Rows whose content is looked at, from the first to the last."""
+"""Number of rows, spread over a data set, whose content goes into its fingerprint."""
 
 READ_WHOLE = 1 << 28
-"""Bytes of files that are read to tell whether data have changed."""
+"""Files of at most so many bytes are read whole for the fingerprint of a data set."""
 
 MAY_CHANGE = ("save_every", "keep")
 """Keys of a recipe that say nothing about what is learnt."""
 
+DRAFTS = ".writing"
+"""Name of the folder in which folders are filled before they get their place."""
+
+RECIPE, RUN, WEIGHTS = "recipe.yaml", "run.json", "model.safetensors"
+RESULTS, RANDOM = "found.json", "random.pt"
+"""Names of the files."""
+
+
+def process_count() -> int:
+    """How many processes train together, as `torchrun` and `accelerate launch` start them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_cpu() -> bool:
+    """Whether there is no accelerator; Trainer must know, or each process trains alone."""
+    return not torch.accelerator.is_available()
+
+
+def join_processes() -> None:
+    """Connects the processes, where there are several."""
+    if process_count() > 1:
+        PartialState(cpu=on_cpu())
+
+
+def wait_for_processes() -> None:
+    """Waits until every process is here."""
+    if _are_joined():
+        distributed.barrier()
+
+
+def any_process(answer: bool) -> bool:
+    """Whether any process answers yes; all of them get the same answer."""
+    if not _are_joined():
+        return answer
+    most = torch.tensor(float(answer), device=PartialState().device)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return bool(most.item())
+
+
+def leave_processes() -> None:
+    """Ends the connection of the processes, where there are several."""
+    if _are_joined():
+        distributed.destroy_process_group()
+
+
+def _are_joined() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
 
 def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> str:
-    """Of a data set: its length, some rows all over it, and the files of a mixture.
+    """A digest of a data set: its length, some of its rows, and the files of a mixture.
 
     Files are read whole where they are at most `READ_WHOLE` bytes together; of larger ones the
     sizes and where each row begins and ends are taken.
@@ -58,49 +105,45 @@ def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> st
     places = np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).round().astype(int)
     batch = collate([rows[int(place)] for place in places])
     parts = [str(len(rows)), *(f"{key}{_numbers(batch[key])}" for key in sorted(batch))]
-    return text_digest("\n".join([*parts, *_files(getattr(rows, "mixture", None))]))
-
-
-def differences(before: str, now: Recipe) -> list[str]:
-    """How a recipe written as YAML differs from another: `"seed was 0 and is 1"`."""
-    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(now.yaml()))
-    keys = [key for key in {**old, **new} if key not in MAY_CHANGE]
-    absent = "not there"
-    return [
-        f"{key} was {old.get(key, absent)} and is {new.get(key, absent)}"
-        for key in keys
-        if old.get(key, absent) != new.get(key, absent)
-    ]
-
-
-def _files(mixture: Mixture | None) -> list[str]:
-    if mixture is None:
-        return []
-    small = sum(part.size for part in mixture.parts) <= READ_WHOLE
-    found: list[str] = []
-    for part in mixture.parts:
-        columns = (part.index[name] for name in ("row", "start", "end"))
-        found += [_numbers(torch.from_numpy(column.copy())) for column in columns]
+    mixture = getattr(rows, "mixture", None)
+    sources = () if mixture is None else mixture.parts
+    small = sum(source.size for source in sources) <= READ_WHOLE
+    for source in sources:
+        columns = [source.index[name] for name in ("row", "start", "end")]
+        parts += [_numbers(torch.from_numpy(column.copy())) for column in columns]
         if small:
-            found += [hashlib.sha256(p.read_bytes()).hexdigest() for p in part.container.files]
-    return found
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{path}.{key}" if path else str(key))
-    return found
+            parts += [hashlib.sha256(p.read_bytes()).hexdigest() for p in source.container.files]
+    return text_digest("\n".join(parts))
 
 
 def _numbers(value: Any) -> str:
     return numbers_digest(value) if isinstance(value, Tensor) else repr(value)
 
 
+def differences(before: str, now: Recipe) -> list[str]:
+    """How a recipe written as YAML differs from another: `"seed was 0 and is 1"`."""
+    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(now.yaml()))
+    keys = [key for key in {**old, **new} if key not in MAY_CHANGE]
+    return _changes(keys, old, new, "not there")
+
+
+def _changes(keys: Any, old: Mapping[str, Any], new: Mapping[str, Any], absent: Any) -> list[str]:
+    both = [(key, old.get(key, absent), new.get(key, absent)) for key in keys]
+    return [f"{key} was {was} and is {now}" for key, was, now in both if was != now]
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Every value under its dotted key."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= _flat(value, f"{path}.{key}" if path else str(key))
+    return values
+
+
 def random_state() -> dict[str, Any]:
-    """The states, in a form that `torch.load(weights_only=True)` reads."""
+    """The states of all random generators, in a form that `torch.load(weights_only=True)` reads."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
     state = {
         "python": random.getstate(),
@@ -111,7 +154,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts all sources back to `state`."""
+    """Puts all random generators back to `state`."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
@@ -120,31 +163,30 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-DRAFTS = ".writing"
-"""Beside what is whole: the folder with what is not yet."""
+@contextmanager
+def writing(what: str, place: Path) -> Generator[None]:
+    """While open, an error in writing becomes a `TrainingError` that says what goes where."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{what} cannot be written into {place}: {error}. What was saved before is intact; "
+            "make room and run again with --resume."
+        ) from error
 
 
 @contextmanager
 def whole_folder(place: Path) -> Generator[Path]:
     """`trol.files.whole_folder`, filled in `DRAFTS`; all processes take part."""
-    drafts, first = place.parent / DRAFTS, processes.is_first()
+    drafts, first = place.parent / DRAFTS, is_first_process()
     try:
         with files.whole_folder(
-            place, draft=drafts / place.name, first=first, wait=processes.wait
+            place, draft=drafts / place.name, first=first, wait=wait_for_processes
         ) as draft:
             yield draft
     finally:
         if first:
             shutil.rmtree(drafts, ignore_errors=True)
-
-
-RECIPE, RUN, WEIGHTS, FOUND, RANDOM = (
-    "recipe.yaml",
-    "run.json",
-    "model.safetensors",
-    "found.json",
-    "random.pt",
-)
 
 
 class WorkingFolder:
@@ -171,11 +213,7 @@ class WorkingFolder:
         """Raises `UsageError` where this is another run than the one that lies here."""
         changed = differences((self.path / RECIPE).read_text(encoding="utf-8"), recipe)
         before = self._begun()
-        changed += [
-            f"{key} was {before.get(key)} and is {value}"
-            for key, value in begun.items()
-            if before.get(key) != value
-        ]
+        changed += _changes(begun, before, begun, None)
         if changed:
             raise UsageError(
                 f"the run in {self.path} cannot be resumed as another one: {'; '.join(changed)}. "
@@ -185,19 +223,19 @@ class WorkingFolder:
     def begin(self, recipe: Recipe, begun: dict[str, Any], model: nn.Module) -> None:
         """Notes what the run begins with, or checks that the model is still the same."""
         mark = weights_digest(model)
-        processes.wait()  # until all have looked whether there is a run
+        wait_for_processes()  # until all have looked whether there is a run
         if self.is_begun:
             if self._begun()["model"] != mark:
                 raise UsageError(
                     f"the model that the run in {self.path} began with has changed; give the "
                     "same one, or another --out."
                 )
-        elif processes.is_first():
+        elif is_first_process():
             shutil.rmtree(self.path, ignore_errors=True)
             noted = {**begun, "model": mark, "data": {}}
             self._note(RECIPE, recipe.yaml())
             self._note(RUN, json.dumps(noted, indent=2))
-        processes.wait()
+        wait_for_processes()
 
     def check_data(self, stage: str, mark: str) -> None:
         """Notes a stage's data, or raises `UsageError` where they are not what they were."""
@@ -208,48 +246,41 @@ class WorkingFolder:
                 f"the data of stage {stage} have changed since the run in {self.path} saw them "
                 f"(fingerprint {known}, now {mark}); put them back, or give another --out."
             )
-        processes.wait()  # until all have read
-        if known is None and processes.is_first():
+        wait_for_processes()  # until all have read
+        if known is None and is_first_process():
             begun["data"][stage] = mark
             self._note(RUN, json.dumps(begun, indent=2))
-        processes.wait()
+        wait_for_processes()
 
     def stage(self, number: int) -> Path:
         """Where checkpoints of the stage go; stages count from 1."""
         return self.path / f"stage-{number}"
 
-    def newest(self, number: int) -> Path | None:
-        """The newest checkpoint of a stage."""
-        return newest_checkpoint(self.stage(number))
-
-    def finish(self, number: int, model: nn.Module, found: dict[str, Any]) -> None:
+    def finish(self, number: int, model: nn.Module, results: dict[str, Any]) -> None:
         """Keeps the model as it is after stage `number`; older states and checkpoints go."""
         place = self.path / "finished" / f"stage-{number}"
-        try:
-            with whole_folder(place) as draft:
-                if processes.is_first():
-                    save_file(state_of(model, _is_full), draft / WEIGHTS)
-                    torch.save(random_state(), draft / RANDOM)
-                    (draft / FOUND).write_text(json.dumps(found), encoding="utf-8")
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise not_written(f"the model after stage {number}", self.path, error) from error
-        if processes.is_first():
+        with writing(f"the model after stage {number}", self.path), whole_folder(place) as draft:
+            if is_first_process():
+                save_file(state_of(model, _is_full), draft / WEIGHTS)
+                torch.save(random_state(), draft / RANDOM)
+                (draft / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+        if is_first_process():
             shutil.rmtree(self.stage(number), ignore_errors=True)
             for old in place.parent.glob("stage-*"):
                 if old != place:
                     shutil.rmtree(old, ignore_errors=True)
-        processes.wait()
+        wait_for_processes()
 
     def finished(self) -> int:
         """How many stages are over."""
         return max((int(p.name[6:]) for p in (self.path / "finished").glob("stage-*")), default=0)
 
     def restore(self, number: int, model: nn.Module) -> dict[str, Any]:
-        """Puts the model and the random state back to the end of stage `number`; its findings."""
+        """Puts model and random state back to the end of stage `number`; gives back its results."""
         place = self.path / "finished" / f"stage-{number}"
         put_state(model, _is_full, place / WEIGHTS)
         set_random_state(torch.load(place / RANDOM, weights_only=True))
-        return json.loads((place / FOUND).read_text(encoding="utf-8"))
+        return json.loads((place / RESULTS).read_text(encoding="utf-8"))
 
     def deliver(self) -> None:
         """Moves `result` to where the model belongs, and removes the rest."""
@@ -260,10 +291,8 @@ class WorkingFolder:
         shutil.rmtree(self.path)
 
     def _note(self, name: str, text: str) -> None:
-        try:
+        with writing(name, self.path):
             files.write_whole(self.path / name, text)
-        except OSError as error:
-            raise not_written(name, self.path, error) from error
 
     def _begun(self) -> dict[str, Any]:
         return json.loads((self.path / RUN).read_text(encoding="utf-8"))
@@ -271,20 +300,12 @@ class WorkingFolder:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, if there is one."""
-    found = newest_checkpoint_in(folder) if folder.is_dir() else None
-    return None if found is None else Path(found)
-
-
-def not_written(what: str, place: Path, error: Exception) -> TrainingError:
-    """The error for a disk that takes no more."""
-    return TrainingError(
-        f"{what} cannot be written into {place}: {error}. What was saved before is intact; make "
-        "room and run again with --resume."
-    )
+    newest = newest_checkpoint_in(folder) if folder.is_dir() else None
+    return None if newest is None else Path(newest)
 
 
 def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, Tensor]:
-    """The parameters that are wanted, each once, and the buffers that belong to the weights."""
+    """The parameters that `wanted` takes, each once, and the buffers that are saved with them."""
     parameters = {name: p for name, p in model.named_parameters() if wanted(p)}
     saved = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
@@ -292,7 +313,7 @@ def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[s
 
 
 def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Path) -> None:
-    """Reads what `state_of` gave back into the model; `TrainingError` where it is of another."""
+    """Puts a saved `state_of` into the model; `TrainingError` where it is another model's."""
     saved, known = load_file(file), state_of(model, wanted)
     if odd := sorted(set(saved) ^ set(known)):
         raise TrainingError(f"{file} is not of this model: {', '.join(odd[:4])} differ.")
@@ -300,5 +321,5 @@ def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Pa
 
 
 def _is_full(parameter: nn.Parameter) -> bool:
-    """Whether it can have changed: quantised weights never do."""
+    """Whether a parameter can have changed: quantised weights never do."""
     return parameter.is_floating_point()

@@ -200,7 +200,7 @@ def modules_to_save() -> str | None:
     return differs("calls of the copy in one pass", len(calls), 1)
 
 
-@LIBRARIES.row("host/classes.py second_maps; training/low_rank.py")
+@LIBRARIES.row("host/classes.py second_maps; training/adapters.py")
 def low_rank_maps() -> str | None:
     """PEFT calls a module lora_B.NAME for each low-rank update."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
