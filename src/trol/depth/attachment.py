@@ -31,7 +31,7 @@ from trol.host.classes import (
     undeclare_tied,
 )
 from trol.host.head import readers
-from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
+from trol.host.layers import check_stack, find_decoder, layer_list, layer_signature, quirk_of
 from trol.host.releases import check_release
 from trol.host.runtime import missing
 from trol.host.trainer import model_inside, rebind
@@ -85,7 +85,7 @@ def _attach(model: nn.Module, policy: AbstractPolicy, *, probe: bool) -> None:
     check_stack(decoder)
     check(decoder, policy)
     # All that can fail comes before anything is changed.
-    sites = [layer_site(layer) for layer in layers]
+    sites = [layer_signature(layer) for layer in layers]
     gates = _new_gates(layers, policy, decoder.config.hidden_size)
     for module in (*layers, decoder, model):
         check_hooks(module)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trol.depth.planes import Holes, LayerPlanes
 from trol.execution.token_wise import Attending, Going
 from trol.host.cache import KeysWritten
-from trol.host.layers import LayerSite, hiding, is_causal
+from trol.host.layers import LayerSignature, hiding, is_causal
 from trol.host.names import with_parts
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -24,7 +24,7 @@ class LayerRun:
         self,
         layer: nn.Module,
         forward: Any,
-        site: LayerSite,
+        site: LayerSignature,
         given: Inputs,
         cache: Any,
         *,

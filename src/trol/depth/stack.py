@@ -28,7 +28,7 @@ from trol.depth.trace import StackCost, stack_cost
 from trol.depth.visits import check_rows, traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSite, argument, attention_of, by_layer, layer_list
+from trol.host.layers import LayerSignature, argument, attention_of, by_layer, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
 
 
@@ -36,7 +36,7 @@ class LayerMixin(Specialised):
     """A decoder layer whose tokens may visit it zero, one or several times."""
 
     depth_index: int
-    depth_site: LayerSite
+    depth_site: LayerSignature
     depth: nn.Module
     """The policy's parameters on this layer; present only where the policy has any."""
     depth_beside: int | None = None

@@ -91,7 +91,7 @@ QUIRKS: dict[str, Quirk] = {
 
 
 @dataclass(frozen=True)
-class LayerSite:
+class LayerSignature:
     """Where a family's layer takes its cache and its mask."""
 
     cache_name: str
@@ -144,7 +144,7 @@ def _replaced(
     return args, {**kwargs, name: value}
 
 
-def layer_site(layer: nn.Module) -> LayerSite:
+def layer_signature(layer: nn.Module) -> LayerSignature:
     """Reads off the signature of a layer where its cache and mask go.
 
     Raises:
@@ -173,7 +173,7 @@ def layer_site(layer: nn.Module) -> LayerSite:
             "see; it attaches to transformers decoder layers."
         )
     mask = names.index("attention_mask") if "attention_mask" in names else None
-    return LayerSite(cache, names.index(cache), mask, tuple(names), token_wise_parts(layer))
+    return LayerSignature(cache, names.index(cache), mask, tuple(names), token_wise_parts(layer))
 
 
 def check_stack(stack: nn.Module) -> None:

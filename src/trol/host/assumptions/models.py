@@ -47,7 +47,7 @@ def name_in_outputs() -> str | None:
     return differs("the cache's names", [cache_key(out), cache_key(said)], [CACHE, CACHE])
 
 
-@MODELS.row("host/layers.py layer_site: every visit", at_attach=True)
+@MODELS.row("host/layers.py layer_signature: every visit", at_attach=True)
 def layer_takes() -> str | None:
     """A decoder layer takes hidden_states first, and attention_mask and the cache by name."""
     taken = _parameters(LlamaDecoderLayer.forward)[1:]
