@@ -51,7 +51,7 @@ NGRAMS = {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ff
 @pytest.fixture(autouse=True)
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
     """No family has a row of its own, and none was probed before."""
-    monkeypatch.setattr(layers, "QUIRKS", {})
+    monkeypatch.setattr(layers, "FAMILY_NOTES", {})
     monkeypatch.setattr(probe, "_FINDINGS", {})
 
 

@@ -31,7 +31,7 @@ from trol.host.classes import (
     undeclare_tied,
 )
 from trol.host.head import readers
-from trol.host.layers import check_stack, find_decoder, layer_list, layer_signature, quirk_of
+from trol.host.layers import check_stack, family_note, find_decoder, layer_list, layer_signature
 from trol.host.releases import check_release
 from trol.host.runtime import missing
 from trol.host.trainer import model_inside, rebind
@@ -219,13 +219,13 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     layers = _layers(decoder)
     policy.check(len(layers))
     bounds = StackBounds.of(policy, len(layers)).layers
-    if max(one.most for one in bounds) > 1 and quirk_of(decoder).no_second_visit:
+    if max(one.most for one in bounds) > 1 and family_note(decoder).no_second_visit:
         raise HostError(
             f"{decoder.config.model_type} layers cannot be visited twice: "
-            f"{quirk_of(decoder).no_second_visit}; skip layers of it, or exit early."
+            f"{family_note(decoder).no_second_visit}; skip layers of it, or exit early."
         )
     skips = any(one.least == 0 for one in bounds)
-    quirk = quirk_of(decoder)
+    quirk = family_note(decoder)
     no_holes = quirk.no_holes or (
         "its recurrent layers have no positions to leave out" if is_recurrent(decoder) else ""
     )
@@ -402,7 +402,7 @@ def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> lis
 
 def is_recurrent(decoder: Any) -> bool:
     """Whether some layer keeps a recurrent state, in the cache or in itself."""
-    return has_recurrent_layers(decoder.config) or bool(quirk_of(decoder).no_second_visit)
+    return has_recurrent_layers(decoder.config) or bool(family_note(decoder).no_second_visit)
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

@@ -37,7 +37,7 @@ from trol.host.generation import (
     last_on_cache,
 )
 from trol.host.head import count_flops, miscounted
-from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
+from trol.host.layers import COUNTED, attention_of, family_note, layer_list
 
 TOKENS = 5
 NOISE = 8
@@ -173,7 +173,7 @@ def _probed(
 
     layers[-1].register_forward_hook(keep_layer)
     stack.register_forward_hook(keep)
-    visits = 1 if quirk_of(stack).no_second_visit else 2
+    visits = 1 if family_note(stack).no_second_visit else 2
     plan = " ".join(f"{index}:{visits}" for index in which)
     try:
         with torch.no_grad():

@@ -58,7 +58,7 @@ NOT_STATES = {*KNOWN_CACHE_NAMES, *PER_TOKEN, *PER_KEY, "use_cache"}
 
 
 @dataclass(frozen=True)
-class Quirk:
+class FamilyNote:
     """How one family differs from all others."""
 
     refused: str = ""
@@ -72,20 +72,22 @@ class Quirk:
 _SHARES_KV = "its layers share keys and values with each other, so a second visit overwrites them"
 _PURE_RECURRENT = "it has no attention layer, so its cache does not know how long it is"
 
-QUIRKS: dict[str, Quirk] = {
-    "gemma3n_text": Quirk(refused=_SHARES_KV),
-    "gemma4_text": Quirk(refused=_SHARES_KV),
-    "gpt_neo": Quirk(no_holes="its attention builds its own causal mask"),
-    "longcat_flash": Quirk(refused="its layers have two attentions, and two places in the cache"),
-    "mamba": Quirk(refused=_PURE_RECURRENT),
-    "mamba2": Quirk(refused=_PURE_RECURRENT),
-    "falcon_mamba": Quirk(refused=_PURE_RECURRENT),
-    "recurrent_gemma": Quirk(
+FAMILY_NOTES: dict[str, FamilyNote] = {
+    "gemma3n_text": FamilyNote(refused=_SHARES_KV),
+    "gemma4_text": FamilyNote(refused=_SHARES_KV),
+    "gpt_neo": FamilyNote(no_holes="its attention builds its own causal mask"),
+    "longcat_flash": FamilyNote(
+        refused="its layers have two attentions, and two places in the cache"
+    ),
+    "mamba": FamilyNote(refused=_PURE_RECURRENT),
+    "mamba2": FamilyNote(refused=_PURE_RECURRENT),
+    "falcon_mamba": FamilyNote(refused=_PURE_RECURRENT),
+    "recurrent_gemma": FamilyNote(
         no_second_visit="its layers keep their recurrent state in themselves, not in the cache"
     ),
-    "minimax": Quirk(refused="its lightning attention keeps a cache of its own kind"),
-    "mpt": Quirk(no_holes="its mask marks what is hidden, not what is seen"),
-    "bloom": Quirk(no_holes="its alibi slopes are added where the mask would be"),
+    "minimax": FamilyNote(refused="its lightning attention keeps a cache of its own kind"),
+    "mpt": FamilyNote(no_holes="its mask marks what is hidden, not what is seen"),
+    "bloom": FamilyNote(no_holes="its alibi slopes are added where the mask would be"),
 }
 """Families by `model_type` of the text configuration."""
 
@@ -237,7 +239,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no list of decoder layers named "
             f"{' or '.join(LAYER_LISTS)}; attach to a transformers decoder-only model."
         )
-    quirk = quirk_of(decoder)
+    quirk = family_note(decoder)
     if quirk.refused:
         raise HostError(f"trol cannot treat {decoder.config.model_type} rightly: {quirk.refused}.")
     return decoder
@@ -252,9 +254,11 @@ def layer_list(decoder: nn.Module) -> nn.ModuleList | None:
     return None
 
 
-def quirk_of(decoder: nn.Module) -> Quirk:
+def family_note(decoder: nn.Module) -> FamilyNote:
     """How this decoder's family differs."""
-    return QUIRKS.get(str(getattr(getattr(decoder, "config", None), "model_type", "")), Quirk())
+    return FAMILY_NOTES.get(
+        str(getattr(getattr(decoder, "config", None), "model_type", "")), FamilyNote()
+    )
 
 
 TAKE_NO_HOLES = {
