@@ -21,9 +21,9 @@ from torch import Tensor
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
-    PositionSlot,
     Slot,
-    VisitSlot,
+    TokenState,
+    VisitCacheLayer,
     Written,
     capacity,
     check_cache,
@@ -55,7 +55,7 @@ class PlanedCache(Specialised):
     layers: list[Slot]
     offloading: bool
     planes: dict[tuple[int, int], Slot]
-    """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `PositionSlot`."""
+    """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `TokenState`."""
     absent: frozenset[int]
     """Layers that have no keys and values because the whole batch skips them."""
 
@@ -207,7 +207,7 @@ class LayerPlanes:
         some = in_scope is not True
         self.remembers = (most > 1 and some) or (keep and self.held >= (1 if some else least))
         self.fresh: Written | None = None
-        self._open: VisitSlot | None = None
+        self._open: VisitCacheLayer | None = None
         self._slot: Slot = None
 
     @property
@@ -226,7 +226,7 @@ class LayerPlanes:
         if self.cache.offloading:
             prefetch(self.cache, slot)
         if leaves or (self.remembers and has_keys(slot)):
-            self._open = slot = VisitSlot(slot, self.in_scope, self.fresh, leaves=leaves)
+            self._open = slot = VisitCacheLayer(slot, self.in_scope, self.fresh, leaves=leaves)
         if slot is self.cache.layers[self.layer]:
             return self.cache
         layers = list(self.cache.layers)
@@ -306,9 +306,9 @@ class Holes:
         kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
         if self.room is None:
             past = need.new_zeros(rows, cast(int, self.start)) if kept is None else kept.values
-            kept = PositionSlot(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
+            kept = TokenState(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
         else:
-            kept = kept or PositionSlot(need.new_zeros(rows, self.room), is_static=True)
+            kept = kept or TokenState(need.new_zeros(rows, self.room), is_static=True)
             here = torch.arange(tokens, device=need.device) + self.start
             kept.values.index_copy_(1, here, ~need)
         self.holes = kept.values
@@ -343,5 +343,5 @@ def remembered(cache: Any, layer: int, values: Tensor, start: int) -> Tensor:
                 "a new cache with it."
             )
         adopt(cache)
-        cache.planes[layer, ALONG] = PositionSlot(values)
+        cache.planes[layer, ALONG] = TokenState(values)
     return values

@@ -277,7 +277,7 @@ class KeysWritten(Exception):
     """Leaves a layer once its keys and values are stored."""
 
 
-class VisitSlot:
+class VisitCacheLayer:
     """A slot as one visit sees it: merges new keys and values, remembers them, then stores them."""
 
     slot: Slot = None  # on the class too: dynamo asks for `__class__` before `__init__` has run
@@ -341,7 +341,7 @@ def store(slot: Slot, written: Written) -> None:
         slot.update_indexer(written[2])
 
 
-class PositionSlot:
+class TokenState:
     """Something of each position, kept beside a layer's planes and cropped, reordered with them."""
 
     def __init__(self, values: Tensor, *, is_static: bool = False) -> None:
