@@ -14,7 +14,7 @@ from trol import depth
 from trol.depth import attach, detach, executor
 from trol.depth.planes import cache_bytes
 from trol.errors import HostError, TrolError
-from trol.execution.rows import RowsKept
+from trol.execution.rows import RowSubsetLayer
 from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
@@ -36,7 +36,7 @@ def opened(host: Host, *plans: str, **settings) -> PreTrainedModel:
 def held(cache: Cache) -> dict[int, list[int] | None]:
     """Which rows each layer holds; None for all."""
     return {
-        i: slot.kept.tolist() if isinstance(slot, RowsKept) else None
+        i: slot.kept.tolist() if isinstance(slot, RowSubsetLayer) else None
         for i, slot in enumerate(cache.layers)
     }
 

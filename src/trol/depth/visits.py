@@ -27,7 +27,7 @@ from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, adopt
 from trol.depth.policy import AbstractPolicy, Answer, StackBounds, Visit, mixture
 from trol.depth.roles import Mask
 from trol.errors import UsageError
-from trol.execution.rows import RowsKept, keep_rows, rows_known, rows_taken
+from trol.execution.rows import RowSubsetLayer, hold_rows, rows_are_known, select_rows
 from trol.execution.token_wise import Attending, Going
 from trol.host.cache import is_growing_and_empty
 
@@ -41,7 +41,7 @@ def check_rows(
     """
     places = [((layer, 1), slot) for layer, slot in enumerate(cache.layers)]
     for (layer, plane), slot in [*places, *cache.planes.items()]:
-        if "kept" not in vars(slot):  # which only a RowsKept has
+        if "kept" not in vars(slot):  # which only a RowSubsetLayer has
             continue
         most = bounds.layers[layer].most
         if most:  # else the layer is left alone
@@ -61,7 +61,7 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
         return None
     slot = None if run.planes is None else run.planes.slots[visit.number]
     going = [row for row, goes in enumerate(fixed) if goes]
-    if isinstance(slot, RowsKept):
+    if isinstance(slot, RowSubsetLayer):
         slot.check(going)
         return slot.kept
     fresh = slot is None or is_growing_and_empty(slot)
@@ -70,7 +70,7 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
     rows, device = torch.tensor(going), visit.state.device
     if slot is not None:
         adopt(run.cache)  # whoever comes next is asked
-        keep_rows(slot, rows, len(fixed), device)
+        hold_rows(slot, rows, len(fixed), device)
     return rows.to(device)
 
 
@@ -78,9 +78,9 @@ def visit_alone(run: LayerRun, state: Tensor, plane: int, rows: Tensor) -> Tenso
     """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
     args, kwargs = run.inputs(state)
     batch = len(state)
-    given = {name: rows_taken(one, name, rows, batch) for name, one in kwargs.items()}
+    given = {name: select_rows(one, name, rows, batch) for name, one in kwargs.items()}
     names = run.site.names[: len(args)]
-    placed = [rows_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
+    placed = [select_rows(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
     visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
     return state.index_copy(0, rows, visited)
 
@@ -89,7 +89,7 @@ def _understood(run: LayerRun, batch: int) -> bool:
     """Whether it is known of every side input of a layer what belongs to which row."""
     args, kwargs = run.given
     placed = zip(run.site.names[: len(args)], args, strict=True)
-    return all(rows_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
+    return all(rows_are_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
 
 
 WORTH = 10_000_000

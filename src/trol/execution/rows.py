@@ -18,7 +18,7 @@ from trol.host.classes import Specialised, specialised
 from trol.host.layers import PER_KEY, PER_TOKEN
 
 
-class RowsKept(AttentionLayer, Specialised):  # only in this order can a slot become it
+class RowSubsetLayer(AttentionLayer, Specialised):  # only in this order can a slot become it
     """Mixin for a slot that is told whole batches, and holds some of their rows."""
 
     kept: Tensor
@@ -80,18 +80,18 @@ class RowsKept(AttentionLayer, Specialised):  # only in this order can a slot be
         return places
 
 
-def keep_rows(slot: object, rows: Tensor, batch: int, device: torch.device) -> None:
+def hold_rows(slot: object, rows: Tensor, batch: int, device: torch.device) -> None:
     """Makes an empty slot one that holds these rows alone, in place."""
-    slot.__class__ = specialised(type(slot), RowsKept)
-    kept = cast(RowsKept, slot)
+    slot.__class__ = specialised(type(slot), RowSubsetLayer)
+    kept = cast(RowSubsetLayer, slot)
     kept.kept, kept.batch = rows.to(device), batch
     kept.looked_at = kept.kept, rows.tolist()
 
 
-def rows_known(value: Any, name: str, batch: int) -> bool:
+def rows_are_known(value: Any, name: str, batch: int) -> bool:
     """Whether it is known what of a layer's side input belongs to which row."""
     if isinstance(value, tuple | list):
-        return all(rows_known(part, name, batch) for part in value)
+        return all(rows_are_known(part, name, batch) for part in value)
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, bool | int | float | str | Cache)
     if name in PER_KEY:
@@ -99,17 +99,17 @@ def rows_known(value: Any, name: str, batch: int) -> bool:
     return value.ndim == len(PER_TOKEN.get(name, ())) and len(value) in (1, batch)
 
 
-def rows_taken(value: Any, name: str, rows: Tensor, batch: int) -> Any:
+def select_rows(value: Any, name: str, rows: Tensor, batch: int) -> Any:
     """The part of a side input that belongs to some rows [b]; all of what belongs to none.
 
     Raises:
         HostError: it is not known.
     """
     if isinstance(value, tuple | list):
-        return tuple(rows_taken(part, name, rows, batch) for part in value)
+        return tuple(select_rows(part, name, rows, batch) for part in value)
     if not isinstance(value, Tensor) or len(value) == 1:
         return value
-    if not rows_known(value, name, batch):
+    if not rows_are_known(value, name, batch):
         raise HostError(
             f"a layer takes {name} of shape {list(value.shape)}, of which trol does not know what "
             "belongs to which row, and its cache holds some rows alone; start a new one under "
