@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trol.depth.planes import Holes, LayerPlanes
-from trol.execution.token_wise import Attending, Going
+from trol.execution.token_wise import VisitingQueries, VisitingTokens
 from trol.host.cache import KeysWritten
 from trol.host.layers import LayerSignature, hiding, is_causal
 from trol.host.names import with_parts
@@ -46,9 +46,9 @@ class LayerRun:
         self,
         state: Tensor,
         plane: int,
-        going: Going | None = None,
+        going: VisitingTokens | None = None,
         *,
-        attending: Attending | None = None,
+        attending: VisitingQueries | None = None,
         inputs: Inputs | None = None,
         leaves: bool = False,
     ) -> Tensor:

@@ -28,7 +28,7 @@ from trol.depth.policy import AbstractPolicy, Answer, StackBounds, Visit, mixtur
 from trol.depth.roles import Mask
 from trol.errors import UsageError
 from trol.execution.rows import RowSubsetLayer, hold_rows, rows_are_known, select_rows
-from trol.execution.token_wise import Attending, Going
+from trol.execution.token_wise import VisitingQueries, VisitingTokens
 from trol.host.cache import is_growing_and_empty
 
 
@@ -102,26 +102,26 @@ FEW = {"cpu": 8, "cuda": 128}
 """Tokens of a call from which on fewer take less time: products of less wait for the weights."""
 
 
-def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | None:
+def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> VisitingTokens | None:
     """Who goes, if that can be used and is not everybody.
 
     `last`: nobody goes again after this visit.
     """
     fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
     if fixed is not None:
-        return Going.of_rows(fixed, visit.state)
+        return VisitingTokens.of_rows(fixed, visit.state)
     if last and visit.number and call.only_last_of(visit.layer):
-        return Going.last(visit.state)
-    return Going.of(need) if isinstance(need, Tensor) and call.looks else None
+        return VisitingTokens.last(visit.state)
+    return VisitingTokens.of(need) if isinstance(need, Tensor) and call.looks else None
 
 
-def nobody_goes(need: Mask, going: Going | None) -> bool:
+def nobody_goes(need: Mask, going: VisitingTokens | None) -> bool:
     """Whether it is known that nobody makes the visit."""
     return need is False or (going is not None and not going.count)
 
 
 def make_visit(
-    run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
+    run: LayerRun, visit: Visit, need: Mask, going: VisitingTokens | None, call: Call, *, last: bool
 ) -> Tensor:
     """One more visit; `going` and `last` as in `going_of`. Shape: [B, T, D].
 
@@ -157,7 +157,7 @@ def _selected(visited: Tensor, state: Tensor, need: Mask) -> Tensor:
     return torch.where(need[..., None], visited, state)
 
 
-def _pays(going: Going, visit: Visit, call: Call) -> bool:
+def _pays(going: VisitingTokens, visit: Visit, call: Call) -> bool:
     """Whether the token-wise executor is taken: where it can be, and saves more than it takes."""
     if call.executor == "token-wise" or not call.parts:
         return call.parts
@@ -166,13 +166,13 @@ def _pays(going: Going, visit: Visit, call: Call) -> bool:
     return saved >= WORTH and total >= FEW.get(device.type, FEW["cuda"])
 
 
-def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
+def _attending(going: VisitingTokens, visit: Visit, call: Call) -> VisitingQueries | None:
     """Attention of those that go alone, where that pays: not on a device that launches kernels."""
     cost = call.costs().layers[visit.layer]
     if visit.state.device.type != "cpu" or cost is None:
         return None
     saved = going.staying * going.shape[1] * cost.per_key // 2
-    return Attending(going) if saved >= STRETCHES else None
+    return VisitingQueries(going) if saved >= STRETCHES else None
 
 
 def traverse(

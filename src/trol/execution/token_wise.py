@@ -27,16 +27,16 @@ from trol.host.runtime import CompileableContextVar
 _COMPUTED = CompileableContextVar("trol_computed_tokens")
 
 
-def of_computed_tokens(values: Tensor) -> Tensor:
+def of_visiting_tokens(values: Tensor) -> Tensor:
     """What of `values` [B, T, ...] belongs to the tokens that the running part computes.
 
     For parts that read something of each token past their arguments. Shape: [1, n, ...].
     """
-    going: Going | None = _COMPUTED.get()
+    going: VisitingTokens | None = _COMPUTED.get()
     return values if going is None else going.taken(values)
 
 
-class Going:
+class VisitingTokens:
     """The tokens of a call that make one visit, where not all of them do."""
 
     def __init__(self, rows: int, tokens: int, places: Tensor) -> None:
@@ -46,13 +46,13 @@ class Going:
         """Where they lie among the B * T tokens; the first, where nobody goes. Shape: [n]."""
 
     @classmethod
-    def of(cls, need: Tensor) -> Going:
+    def of(cls, need: Tensor) -> VisitingTokens:
         """Those of a BoolTensor [B, T]: the one look at a device's values that a visit takes."""
         rows, tokens = need.shape
         return cls(rows, tokens, need.flatten().nonzero()[:, 0])
 
     @classmethod
-    def of_rows(cls, going: Sequence[bool], state: Tensor) -> Going:
+    def of_rows(cls, going: Sequence[bool], state: Tensor) -> VisitingTokens:
         """All tokens of the rows that go. Shape of state: [B, T, D]."""
         tokens = state.shape[1]
         rows = torch.tensor([row for row, goes in enumerate(going) if goes])
@@ -60,7 +60,7 @@ class Going:
         return cls(len(going), tokens, places.to(state.device))
 
     @classmethod
-    def last(cls, state: Tensor) -> Going:
+    def last(cls, state: Tensor) -> VisitingTokens:
         """The last token of each row. Shape of state: [B, T, D]."""
         rows, tokens = state.shape[:2]
         return cls(rows, tokens, torch.arange(tokens - 1, rows * tokens, tokens).to(state.device))
@@ -90,15 +90,15 @@ class Going:
         whole.index_copy_(0, self.places, value.flatten(0, -2))
         return whole.view(*given.shape[:-1], width)
 
-    def computing(self, part: nn.Module) -> ComputedPart:
+    def computing(self, part: nn.Module) -> VisitingPart:
         """What stands in the place of a token-wise part during the visit."""
-        return ComputedPart(part, self)
+        return VisitingPart(part, self)
 
 
-class ComputedPart:
+class VisitingPart:
     """A token-wise part of a layer that computes the tokens that go."""
 
-    def __init__(self, part: nn.Module, going: Going) -> None:
+    def __init__(self, part: nn.Module, going: VisitingTokens) -> None:
         self.part, self.going = part, going
 
     def __getattr__(self, name: str) -> Any:
@@ -128,10 +128,10 @@ STRETCH = 64
 """Queries that attend together: under a causal mask, later ones see more keys than earlier ones."""
 
 
-class Attending(TorchFunctionMode):
+class VisitingQueries(TorchFunctionMode):
     """Inside, in this thread, sdpa computes the queries of the tokens that go; others are 0."""
 
-    def __init__(self, going: Going) -> None:
+    def __init__(self, going: VisitingTokens) -> None:
         super().__init__()
         rows, tokens = going.shape
         counts = (going.places // tokens).bincount(minlength=rows).tolist()
