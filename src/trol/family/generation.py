@@ -88,7 +88,7 @@ def by_row(decoder: nn.Module, config: Any) -> None:
 
 
 @contextmanager
-def rows_are_known(lengths: Tensor) -> Generator[None]:
+def rows_known(lengths: Tensor) -> Generator[None]:
     """While prompts are read in chunks: each row's whole length, in tokens [B]."""
     token = _AT_LEAST.set(lengths[:, None])
     try:
@@ -146,7 +146,7 @@ class TrolGenerationMixin(GenerationMixin):
         )
         tokens = input_ids if embeds is None else embeds
         lengths = tokens.new_full(tokens.shape[:1], total) if mask is None else mask.sum(-1)
-        with rows_are_known(lengths):
+        with rows_known(lengths):
             return super()._prefill(  # type: ignore[misc]
                 input_ids, generation_config, model_kwargs, **kwargs
             )
