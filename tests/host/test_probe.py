@@ -15,7 +15,7 @@ from hosts.host import Host
 from trol.depth import attached, is_attached, probe
 from trol.errors import HostError
 from trol.host import layers
-from trol.host.head import FINAL_NORMS, MULTIPLIED_BY_DIVISOR
+from trol.host.layers import FINAL_NORMS, MULTIPLIED_BY_DIVISOR
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 
@@ -128,7 +128,7 @@ def test_a_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_read_refuses_who_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exits and nothing else: a plan reads no logits."""
-    monkeypatch.setattr("trol.host.head.MULTIPLIED_BY_DIVISOR", ())
+    monkeypatch.setattr("trol.host.layers.MULTIPLIED_BY_DIVISOR", ())
     model = random_model("hyperclovax", **HYPERCLOVA)
     with pytest.raises(HostError, match=r"early_exit reads predictions .* differ from head"):
         trol.attach(model, EarlyExit("margin", 0.5))

@@ -16,7 +16,7 @@ from trol.depth import visits as executors
 from trol.errors import HostError, UsageError
 from trol.host import names as parts
 from trol.host.names import CACHE
-from trol.host.runtime import Launches
+from trol.host.torch_internals import Launches
 from trol.policies.chance import RandomTokens
 from trol.policies.planned import Planned
 

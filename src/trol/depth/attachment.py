@@ -30,10 +30,16 @@ from trol.host.classes import (
     trained_copy,
     undeclare_tied,
 )
-from trol.host.head import readers
-from trol.host.layers import check_stack, family_note, find_decoder, layer_list, layer_signature
+from trol.host.layers import (
+    check_stack,
+    family_note,
+    find_decoder,
+    layer_list,
+    layer_signature,
+    readers,
+)
 from trol.host.releases import check_release
-from trol.host.runtime import missing
+from trol.host.torch_internals import why_no_triton
 from trol.host.trainer import model_inside, rebind
 from trol.host.weights import running_device
 
@@ -325,7 +331,7 @@ def executor(model: nn.Module, which: str = "auto", *, kernel: str = "auto") -> 
     if kernel not in get_args(Kernel):
         raise unknown("kernel", kernel, get_args(Kernel))
     _, stack = attached(model)
-    if kernel == "triton" and (why := missing(next(stack.parameters()).device)):
+    if kernel == "triton" and (why := why_no_triton(next(stack.parameters()).device)):
         raise HostError(f"no Triton kernel can run: {why}; take 'auto' or 'operators'.")
     if which == "token-wise" and stack.depth_entangled:
         raise HostError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trol.depth.planes import Holes, LayerPlanes
 from trol.execution.token_wise import VisitingQueries, VisitingTokens
 from trol.host.cache import KeysWritten
-from trol.host.layers import LayerSignature, hiding, is_causal
+from trol.host.layers import LayerSignature, hide_keys, is_causal
 from trol.host.names import with_parts
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -70,7 +70,7 @@ class LayerRun:
         if going is None:
             out = self.forward(state, *args, **kwargs)
         else:
-            layer = with_parts(self.layer, self.site.parts, going.computing)
+            layer = with_parts(self.layer, self.site.parts, going.stand_in)
             with attending or nullcontext():
                 out = self.forward.__func__(layer, state, *args, **kwargs)
         self.applied += 1
@@ -96,7 +96,7 @@ class LayerRun:
         if self.holes is None:
             return self.given
         args, kwargs = self.given
-        mask = hiding(
+        mask = hide_keys(
             self.site.mask_in(args, kwargs),
             *self.holes.hidden_from(state),
             attention=self.attention,

@@ -21,7 +21,7 @@ from torch import Tensor
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
-    Slot,
+    CacheLayer,
     TokenState,
     VisitCacheLayer,
     Written,
@@ -52,9 +52,9 @@ lie beside its planes."""
 class PlanedCache(Specialised):
     """Mixin for a live cache that also holds planes above 1, or has layers that never run."""
 
-    layers: list[Slot]
+    layers: list[CacheLayer]
     offloading: bool
-    planes: dict[tuple[int, int], Slot]
+    planes: dict[tuple[int, int], CacheLayer]
     """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `TokenState`."""
     absent: frozenset[int]
     """Layers that have no keys and values because the whole batch skips them."""
@@ -98,8 +98,8 @@ class PlanedCache(Specialised):
     def activate_past_recording(self) -> None:
         super().activate_past_recording()  # type: ignore[misc]
         for slot in self.planes.values():
-            if hasattr(slot, "activate_past_recording"):
-                slot.activate_past_recording()
+            if record := getattr(slot, "activate_past_recording", None):
+                record()
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -191,12 +191,12 @@ class LayerPlanes:
         if layer >= len(cache.layers):
             grow(cache, layer)
         self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
-        held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
+        held = cache.planes if isinstance(cache, PlanedCache) else {}
         self.held = 0
         """How many planes above 1 the cache holds of this layer."""
         while (layer, self.held + 2) in held:
             self.held += 1
-        self.slots: list[Slot] = [cache.layers[layer]]
+        self.slots: list[CacheLayer] = [cache.layers[layer]]
         least, most = bounds
         if in_scope is False and not (keep and self.recurrent):
             most = 1
@@ -208,7 +208,7 @@ class LayerPlanes:
         self.remembers = (most > 1 and some) or (keep and self.held >= (1 if some else least))
         self.fresh: Written | None = None
         self._open: VisitCacheLayer | None = None
-        self._slot: Slot = None
+        self._slot: CacheLayer | None = None
 
     @property
     def recurrent(self) -> bool:

@@ -27,6 +27,7 @@ from trol.depth.readout import Readout
 from trol.depth.trace import StackCost
 from trol.errors import HostError
 from trol.host.classes import original_class
+from trol.host.flops import COUNTED, count_flops, miscounted
 from trol.host.generation import (
     allowed,
     at_rest,
@@ -36,8 +37,7 @@ from trol.host.generation import (
     kinds_of,
     last_on_cache,
 )
-from trol.host.head import count_flops, miscounted
-from trol.host.layers import COUNTED, attention_of, family_note, layer_list
+from trol.host.layers import attention_of, family_note, layer_list
 
 TOKENS = 5
 NOISE = 8

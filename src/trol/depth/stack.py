@@ -28,8 +28,9 @@ from trol.depth.trace import StackCost, stack_cost
 from trol.depth.visits import check_rows, traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSignature, argument, attention_of, by_layer, layer_list
+from trol.host.layers import LayerSignature, argument, attention_of, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
+from trol.host.torch_internals import captured_by_layer
 
 
 class LayerMixin(Specialised):
@@ -283,7 +284,7 @@ class StackMixin(Specialised):
         attentions = getattr(out, "attentions", None)
         if attentions and not torch.compiler.is_compiling():
             layers = list(layer_list(cast(nn.Module, self)) or ())
-            out.attentions = by_layer(attentions, layers, call.applied, "attentions")
+            out.attentions = captured_by_layer(attentions, layers, call.applied, "attentions")
         return out
 
     def _cache(self, args: Any, kwargs: Any) -> Any:

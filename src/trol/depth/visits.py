@@ -41,7 +41,7 @@ def check_rows(
     """
     places = [((layer, 1), slot) for layer, slot in enumerate(cache.layers)]
     for (layer, plane), slot in [*places, *cache.planes.items()]:
-        if "kept" not in vars(slot):  # which only a RowSubsetLayer has
+        if not isinstance(slot, RowSubsetLayer):
             continue
         most = bounds.layers[layer].most
         if most:  # else the layer is left alone
@@ -63,7 +63,7 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Tensor | None:
     going = [row for row, goes in enumerate(fixed) if goes]
     if isinstance(slot, RowSubsetLayer):
         slot.check(going)
-        return slot.kept
+        return slot.held_rows
     fresh = slot is None or is_growing_and_empty(slot)
     if not (call.looks and fresh and _understood(run, len(fixed))):
         return None
@@ -109,10 +109,10 @@ def going_of(visit: Visit, need: Mask, call: Call, *, last: bool) -> VisitingTok
     """
     fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
     if fixed is not None:
-        return VisitingTokens.of_rows(fixed, visit.state)
+        return VisitingTokens.from_rows(fixed, visit.state)
     if last and visit.number and call.only_last_of(visit.layer):
-        return VisitingTokens.last(visit.state)
-    return VisitingTokens.of(need) if isinstance(need, Tensor) and call.looks else None
+        return VisitingTokens.last_of_rows(visit.state)
+    return VisitingTokens.from_mask(need) if isinstance(need, Tensor) and call.looks else None
 
 
 def nobody_goes(need: Mask, going: VisitingTokens | None) -> bool:
@@ -140,7 +140,7 @@ def make_visit(
         visited = run.apply(state, plane, going, attending=attending)
         out = _selected(visited, state, need if going.count else False)
         if call.recorder is not None and attending is not None:
-            call.recorder.spared_pairs(visit.layer, attending.spared)
+            call.recorder.spared_pairs(visit.layer, attending.skipped_pairs)
     else:
         # What a token does not take weighs 0, but the gradient of that choice is made of it.
         shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from trol.execution.token_wise import of_visiting_tokens
-from trol.host.runtime import CompileableContextVar
+from trol.host.torch_internals import CompileableContextVar
 
 _IMAGE_TOKENS = CompileableContextVar("trol_image_tokens")
 """Which tokens of the running layer are image tokens [B, T]; None where none is."""

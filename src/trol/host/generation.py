@@ -26,7 +26,7 @@ from transformers.utils.generic import TransformersKwargs
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
 from trol.host.names import CACHE, cache_among
-from trol.host.runtime import watched, without_hooks
+from trol.host.torch_internals import watched, without_hooks
 from trol.host.weights import is_at_hand
 
 SHOWN = tuple(name for name in TransformersKwargs.__annotations__ if name.startswith("output_"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trol.depth import AbstractPolicy, Answer, Bounds, Scope, Visit
 from trol.depth.roles import Mask
 from trol.errors import UsageError, unknown
-from trol.host.head import matrix_flops
+from trol.host.flops import matrix_flops
 from trol.policies.parameters import OwnLinear, tell_untrained
 
 Confidence = tuple[Tensor, Tensor | None]

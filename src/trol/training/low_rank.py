@@ -16,7 +16,7 @@ from trol.depth.stack import LayerMixin
 from trol.errors import HostError, UsageError
 from trol.host.classes import Specialised, restore, second_maps, specialise
 from trol.host.layers import LINEAR, find_decoder, layer_list
-from trol.host.runtime import CompileableContextVar
+from trol.host.torch_internals import CompileableContextVar
 from trol.host.weights import is_quantised
 
 AGAIN = "again"

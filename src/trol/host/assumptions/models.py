@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trol.host.assumptions.table import Table, differs, ids, tiny_model
 from trol.host.generation import CONTINUOUS, SHOWN, SLICES_LOGITS
-from trol.host.head import behind_the_stack, finished, head_of
+from trol.host.layers import final_norm, head_of, scaled_logits
 from trol.host.names import (
     CACHE,
     KNOWN_CACHE_NAMES,
@@ -215,7 +215,7 @@ def parts() -> str | None:
     return differs("the parts entered", entered, wanted)
 
 
-@MODELS.row("host/head.py: exits, calibration and the exit loss read logits")
+@MODELS.row("host/layers.py: exits, calibration and the exit loss read logits")
 def readout() -> str | None:
     """The logits of a Llama are its head on its final norm on what leaves its last layer."""
     model = tiny_model()
@@ -223,7 +223,7 @@ def readout() -> str | None:
     model.model.layers[-1].register_forward_hook(lambda _layer, _inputs, out: states.append(out))
     with torch.no_grad():
         logits = model(ids(), use_cache=False).logits
-        read = finished(head_of(model)(behind_the_stack(model.model, states[0])), model.config)
+        read = scaled_logits(head_of(model)(final_norm(model.model, states[0])), model.config)
     return None if torch.equal(logits, read) else "other logits"
 
 
