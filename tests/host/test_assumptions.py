@@ -18,9 +18,9 @@ import trol
 from hosts import HOSTS
 from trol.errors import HostError
 from trol.host import assumptions
-from trol.host.assumptions import ASSUMPTIONS, rendered, told
-from trol.host.assumptions.table import Assumption
+from trol.host.assumptions import ASSUMPTIONS, failure, page
 from trol.host.cache import copy_on_write
+from trol.host.trial import Assumption
 
 ROOT = Path(__file__).parents[2]
 BY_LOOK = {one.look.__name__: one for one in ASSUMPTIONS}
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
 
 @pytest.mark.parametrize("one", ASSUMPTIONS, ids=lambda one: one.look.__name__)
 def test_it_holds(one: Assumption) -> None:
-    found = one.found()
-    assert found is None, told(one, found or "")
+    finding = one.finding()
+    assert finding is None, failure(one, finding or "")
 
 
 def test_every_row_says_what_and_who() -> None:
@@ -44,8 +44,8 @@ def test_every_row_says_what_and_who() -> None:
 
 
 def test_the_page_is_the_table() -> None:
-    page = ROOT / "docs" / "host-assumptions.md"
-    assert page.read_text(encoding="utf-8") == rendered()
+    written = ROOT / "docs" / "host-assumptions.md"
+    assert written.read_text(encoding="utf-8") == page()
 
 
 def written_in_place(layer: Any, keys: Any, values: Any, *_: Any, **__: Any) -> Any:
@@ -101,7 +101,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
 def test_a_change_is_found(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, value in CHANGES[look]:
         monkeypatch.setattr(owner, name, value, raising=False)
-    assert BY_LOOK[look].found() is not None
+    assert BY_LOOK[look].finding() is not None
 
 
 def test_attach_names_the_first_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import trol
 from trol.depth import attached
 from trol.errors import HostError
 from trol.host.cache import new_cache
-from trol.host.generation import difference
 from trol.host.names import CACHE
+from trol.host.trial import difference
 from trol.policies.chance import RandomTokens
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer

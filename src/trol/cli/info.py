@@ -49,7 +49,7 @@ def _collect() -> dict[str, Any]:
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # what is looked up is not meant for anybody's eyes
     assumptions = [
-        {"name": one.name, "used_by": one.used_by, "found": one.found()} for one in ASSUMPTIONS
+        {"name": one.name, "used_by": one.used_by, "found": one.finding()} for one in ASSUMPTIONS
     ]
     logging.set_verbosity(said)
     return {

@@ -23,6 +23,8 @@ from trol.host.cache import check_cache, has_recurrent_layers
 from trol.host.classes import (
     check_hooks,
     declare_tied,
+    model_inside,
+    rebind_wrappers,
     remove_submodule,
     restore,
     specialise,
@@ -40,7 +42,6 @@ from trol.host.layers import (
 )
 from trol.host.releases import check_release
 from trol.host.torch_internals import why_no_triton
-from trol.host.trainer import model_inside, rebind
 from trol.host.weights import running_device
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,7 +78,7 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
             )
         inside = model_inside(model)
         _attach(inside, resolve(policy), probe=probe)
-        rebind(model, inside)
+        rebind_wrappers(model, inside)
         return model
 
 
@@ -196,7 +197,7 @@ def _detach(model: Model) -> Model:
     restore(stack)
     if host is not stack:
         restore(host)
-    rebind(model, host)
+    rebind_wrappers(model, host)
     undeclare_tied(host, GATE)
     return model
 

@@ -23,9 +23,9 @@ from trol.depth.planes import PlanedCache, forked
 from trol.host.cache import record_past
 from trol.host.generation import (
     SLICES_LOGITS,
-    decoded,
     decoding,
-    grown,
+    extended,
+    generate_output,
     is_stateless,
     next_pass,
     padding_token,
@@ -77,7 +77,7 @@ class Passes:
     def grow(self, tokens: int) -> None:
         """Tells masks and positions that there are `tokens` more ids."""
         if tokens:
-            self.kwargs = grown(self.model, self.outputs, self.kwargs, tokens)
+            self.kwargs = extended(self.model, self.outputs, self.kwargs, tokens)
 
     def fork(self, *, planes: bool) -> Passes:
         """The same passes on a cache of their own, which starts from what this one holds."""
@@ -145,7 +145,7 @@ def decode(
         "scores": tuple(loop.scores) if generation_config.output_scores else None,
         "logits": tuple(loop.logits) if generation_config.output_logits else None,
     }
-    return decoded(loop.ids, loop.passes.cache, **asked_for)
+    return generate_output(loop.ids, loop.passes.cache, **asked_for)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trol.depth import attached
 from trol.depth.stack import LayerMixin
 from trol.errors import HostError, UsageError
-from trol.host.classes import Specialised, restore, second_maps, specialise
+from trol.host.classes import Specialised, lora_b_maps, restore, specialise
 from trol.host.layers import LINEAR, find_decoder, layer_list
 from trol.host.torch_internals import CompileableContextVar
 from trol.host.weights import is_quantised
@@ -66,7 +66,7 @@ def only_again(learner: nn.Module) -> None:
     for layer in layers:
         restore(layer)
         specialise(layer, LayerCall, LayerMixin, LayerVisit)
-    for update in second_maps(learner, AGAIN):
+    for update in lora_b_maps(learner, AGAIN):
         specialise(update, UpdateAgain)
 
 
