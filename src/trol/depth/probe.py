@@ -116,7 +116,7 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     which, key = _sample(host, stack, layers)
     if key in _FINDINGS:
         return _FINDINGS[key]
-    with trial_run(host, layers):
+    with trial_run(host):
         found = _probed(host, stack, layers, which, under)
     if not found.broken:  # what breaks a model may be mended
         _FINDINGS[key] = found
@@ -137,7 +137,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
         counter = FlopCounterMode(display=False)
         counts = dict.fromkeys(which, 0)
         ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
-        with trial_run(host, layers), under(" ".join(map(str, which))), torch.no_grad(), counter:
+        with trial_run(host), under(" ".join(map(str, which))), torch.no_grad(), counter:
             for index in which:
                 count_flops(layers[index], index, counts, counter)
             stack(ids, use_cache=False)

@@ -36,7 +36,7 @@ class CacheLayer(Protocol):
         """Stores new keys and values [B, H, T, d]; returns those to attend to [B, H, S, d]."""
 
     def get_seq_length(self) -> Any:
-        """How many tokens it holds; a tensor where compiled code counts them."""
+        """How many tokens it has stored; a tensor where compiled code counts them."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys so many new tokens will see, and how many before them they will not."""
@@ -125,7 +125,7 @@ def grow(cache: Any, layer: int) -> None:
 
 def has_keys(layer: object) -> bool:
     """Whether a cache layer keeps keys and values."""
-    return isinstance(layer, CacheLayerMixin)
+    return isinstance(layer, AttentionLayer)
 
 
 def is_recurrent(layer: object) -> bool:

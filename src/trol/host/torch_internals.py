@@ -11,8 +11,7 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from importlib.util import find_spec
 from typing import Any
@@ -31,17 +30,9 @@ CAPTURING = output_capturing.__name__
 layers, such as attentions, when a caller asks for them. They stay on the modules afterwards."""
 
 
-@contextmanager
-def without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Inside, these modules have no forward hooks but those that are added inside."""
-    before = [(module, {name: vars(module)[name] for name in HOOKS}) for module in modules]
-    for module, hooks in before:
-        vars(module).update({name: type(own)() for name, own in hooks.items()})
-    try:
-        yield
-    finally:
-        for module, hooks in before:
-            vars(module).update(hooks)
+def remove_hooks(module: nn.Module) -> None:
+    """Removes the forward hooks of a module; the dictionaries that held them stay as they are."""
+    vars(module).update({name: type(vars(module)[name])() for name in HOOKS})
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trol.host.cache import new_cache
 from trol.host.classes import original_class
 from trol.host.names import CACHE
-from trol.host.torch_internals import without_hooks
+from trol.host.torch_internals import remove_hooks
 from trol.host.weights import is_at_hand
 
 Look = Callable[[], str | None]
@@ -164,23 +164,22 @@ def harmless_ids(config: Any, count: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def trial_run(host: nn.Module, layers: list[nn.Module]) -> Generator[None]:
+def trial_run(host: nn.Module) -> Generator[None]:
     """Inside: evaluation mode, without hooks, and no draws from the caller's random state.
 
-    Afterwards the model's mode, hooks and attributes are what they were.
+    Afterwards the attributes of all modules are what they were: their mode, their hooks, and what
+    some models note of their last inputs.
     """
-    training = [module for module in host.modules() if module.training]
-    inside = {part for layer in layers for part in layer.modules()}
-    devices = sorted({p.device.index or 0 for p in layers[0].parameters() if p.is_cuda})
-    # Some models note what they read last on themselves, above the stack.
-    attributes = [(module, dict(vars(module))) for module in host.modules() if module not in inside]
+    attributes = [(module, dict(vars(module))) for module in host.modules()]
+    devices = sorted({p.device.index or 0 for p in host.parameters() if p.is_cuda})
     host.eval()
     try:
-        with torch.random.fork_rng(devices=devices), without_hooks(host.modules()):
+        with torch.random.fork_rng(devices=devices):
+            for module, _ in attributes:
+                remove_hooks(module)
             yield
     finally:
         for module, values in attributes:
-            vars(module).clear()
+            for name in set(vars(module)) - set(values):
+                delattr(module, name)
             vars(module).update(values)
-        for module in training:
-            module.training = True
