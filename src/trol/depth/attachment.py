@@ -18,6 +18,7 @@ from trol.depth.probe import Under, findings, miscounts
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, StackCost, Trace, stack_cost
 from trol.errors import HostError, UsageError, unknown
+from trol.host import check_release
 from trol.host.assumptions import check_at_attach
 from trol.host.cache import check_cache, has_recurrent_layers
 from trol.host.classes import (
@@ -40,7 +41,6 @@ from trol.host.layers import (
     layer_signature,
     readers,
 )
-from trol.host.releases import check_release
 from trol.host.torch_internals import why_no_triton
 from trol.host.weights import running_device
 

@@ -72,6 +72,10 @@ FAMILY_NOTES: dict[str, FamilyNote] = {
 """Families by `model_type` of the text configuration."""
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer takes beside the hidden states, by place and by keyword."""
+
+
 @dataclass(frozen=True)
 class LayerSignature:
     """Where a family's layer takes its cache and its mask."""
@@ -88,31 +92,28 @@ class LayerSignature:
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
-        if self.cache_name in kwargs:
-            return kwargs[self.cache_name]
-        return _taken(args, kwargs, cache_key(kwargs) or self.cache_name, self.cache_position)
+        return _argument(args, kwargs, self._cache_key(kwargs), self.cache_position)
 
     def mask_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The attention mask among a layer's arguments, or None."""
-        return _taken(args, kwargs, "attention_mask", self.mask_position)
+        return _argument(args, kwargs, "attention_mask", self.mask_position)
 
-    def with_cache(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> Arguments:
         """The same arguments with another cache."""
-        if self.cache_name in kwargs:
-            return args, {**kwargs, self.cache_name: cache}
-        name = cache_key(kwargs) or self.cache_name
-        return _replaced(args, kwargs, name, self.cache_position, cache)
+        return _replaced(args, kwargs, self._cache_key(kwargs), self.cache_position, cache)
 
-    def with_mask(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Arguments:
         """The same arguments with another attention mask."""
         return _replaced(args, kwargs, "attention_mask", self.mask_position, mask)
 
+    def _cache_key(self, kwargs: dict[str, Any]) -> str:
+        own = self.cache_name
+        return own if own in kwargs else cache_key(kwargs) or own
 
-def _taken(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: int | None) -> Any:
+
+def _argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: int | None
+) -> Any:
     if name in kwargs:
         return kwargs[name]
     return args[position] if position is not None and position < len(args) else None
@@ -120,7 +121,7 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: i
 
 def _replaced(
     args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: int | None, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> Arguments:
     if position is not None and position < len(args):
         return (*args[:position], value, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: value}
@@ -176,8 +177,7 @@ def argument(
     if name in kwargs or not args:
         return kwargs.get(name)
     places = _places.__wrapped__ if torch.compiler.is_compiling() else _places
-    where = places(forward).get(name, len(args))
-    return args[where] if where < len(args) else None
+    return _argument(args, kwargs, name, places(forward).get(name))
 
 
 @functools.cache
