@@ -38,7 +38,9 @@ def test_another_release_is_refused(installed, text: str, how: str) -> None:
     assert "\n" not in message
 
 
-def test_commands_say_so_and_end_with_1(installed, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_print_the_refusal_and_end_with_1(
+    installed, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed("5.99.0")
     with pytest.raises(SystemExit) as ended:
         main(["plan", "trol-tiny", "--method", "uniform", "--keep", "0.5"])

@@ -56,9 +56,9 @@ def left_padding(host: Host, model: PreTrainedModel) -> float:
 def right_padding(host: Host, model: PreTrainedModel) -> float:
     """A right-padded batch gives each row the logits that it has alone."""
     rows = host.right_padded()
-    together = model(**rows.batch).logits
+    batched = model(**rows.batch).logits
     alone = [model(**row).logits[0] for row in rows.alone]
-    return max(_difference(together[i, : len(one)], one) for i, one in enumerate(alone))
+    return max(_difference(batched[i, : len(one)], one) for i, one in enumerate(alone))
 
 
 def chunks(host: Host, model: PreTrainedModel) -> float:

@@ -13,14 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trol.host import classes, weights
 from trol.host.chat_templates import IN_PIECES, PIECES
-from trol.host.classes import (
-    HOOKED_FORWARD,
-    ORIGINAL_PREPARES,
-    lora_b_maps,
-    tied_names,
-    trained_copy,
-)
 from trol.host.trial import (
     Assumption,
     differs,
@@ -31,7 +25,6 @@ from trol.host.trial import (
     tiny_config,
     tiny_model,
 )
-from trol.host.weights import PACKS_FLAG, running_device
 
 LIBRARIES: list[Assumption] = []
 used_by = partial(row, LIBRARIES)
@@ -40,17 +33,15 @@ used_by = partial(row, LIBRARIES)
 @used_by("host/classes.py declare_tied: shared gates are saved once", at_attach=True)
 def tied() -> str | None:
     """Which parameters are one is a dictionary: of the class, and of each model."""
-    if not isinstance(LlamaForCausalLM._tied_weights_keys, dict):
-        return f"_tied_weights_keys is {LlamaForCausalLM._tied_weights_keys!r}"
-    return None
+    tied_keys = LlamaForCausalLM._tied_weights_keys
+    return None if isinstance(tied_keys, dict) else f"_tied_weights_keys is {tied_keys!r}"
 
 
 @used_by("host/classes.py tied_names; family/loading.py")
 def all_tied() -> str | None:
     """A model lists under all_tied_weights_keys which of its parameters are another one's."""
-    return differs(
-        "of a tied Llama", tied_names(tiny_model(tie_word_embeddings=True)), {"lm_head.weight"}
-    )
+    names = classes.tied_names(tiny_model(tie_word_embeddings=True))
+    return differs("of a tied Llama", names, {"lm_head.weight"})
 
 
 @used_by("host/chat_templates.py: which words a conversation trains, and roles")
@@ -157,7 +148,7 @@ def hooks() -> str | None:
 
     module = nn.Linear(2, 2)
     add_hook_to_module(module, ModelHook())
-    missing = [name for name in ("forward", HOOKED_FORWARD) if name not in vars(module)]
+    missing = [name for name in ("forward", classes.HOOKED_FORWARD) if name not in vars(module)]
     return f"a hooked module has no {missing} of its own" if missing else None
 
 
@@ -170,7 +161,7 @@ def execution_device() -> str | None:
     layer = model.model.layers[0]
     if not next(layer.parameters()).is_meta:
         return "the weights of an offloaded layer stay where they were"
-    return differs("where it computes", str(running_device(layer)), "cpu")
+    return differs("where it computes", str(weights.running_device(layer)), "cpu")
 
 
 @used_by("host/classes.py rebind_wrappers: roles under prompt tuning that came first")
@@ -180,9 +171,11 @@ def kept_method() -> str | None:
 
     model = tiny_model()
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
-    method = vars(get_peft_model(model, tuning)).get(ORIGINAL_PREPARES)
+    method = vars(get_peft_model(model, tuning)).get(classes.ORIGINAL_PREPARES)
     return (
-        None if getattr(method, "__self__", None) is model else f"{ORIGINAL_PREPARES} is {method!r}"
+        None
+        if getattr(method, "__self__", None) is model
+        else f"{classes.ORIGINAL_PREPARES} is {method!r}"
     )
 
 
@@ -203,7 +196,7 @@ def modules_to_save() -> str | None:
     config = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["o_proj"])
     learner = get_peft_model(tiny_model(), config)
     wrapped = next(m for name, m in learner.named_modules() if name.endswith("0.self_attn.o_proj"))
-    copy: Any = trained_copy(wrapped)
+    copy: Any = classes.trained_copy(wrapped)
     calls: list[int] = []
     copy.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
@@ -220,7 +213,7 @@ def low_rank_maps() -> str | None:
 
     learner = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"]))
     calls: list[int] = []
-    for update in lora_b_maps(learner, "default"):
+    for update in classes.lora_b_maps(learner, "default"):
         update.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         learner(ids())
@@ -262,7 +255,7 @@ def packs_for_cpu() -> str | None:
     from bitsandbytes import functional  # noqa: PLC0415 - an optional dependency
     from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415
 
-    if not hasattr(Linear4bit(64, 64), PACKS_FLAG):
-        return f"Linear4bit has no {PACKS_FLAG}"
+    if not hasattr(Linear4bit(64, 64), weights.PACKS_FLAG):
+        return f"Linear4bit has no {weights.PACKS_FLAG}"
     unpack = "_convert_weight_packed_for_cpu_inverse"
     return None if hasattr(functional, unpack) else f"bitsandbytes.functional has no {unpack}"

@@ -19,28 +19,11 @@ from transformers.cache_utils import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from trol.host.cache import (
-    GROWING,
-    MOVING_METHODS,
-    PLAIN_METHODS,
-    TENSORS,
-    VisitCacheLayer,
-    has_keys,
-    held_bytes,
-    is_recurrent,
-    is_sliding,
-    record_past,
-)
+from trol.host import cache as caches
+from trol.host import names
 from trol.host.generation import CONTINUOUS, SHOWN, SLICES_LOGITS
 from trol.host.layers import final_norm, head_of, scaled_logits
-from trol.host.names import (
-    CACHE,
-    KNOWN_CACHE_NAMES,
-    cache_among,
-    cache_key,
-    token_wise_parts,
-    with_parts,
-)
+from trol.host.names import CACHE
 from trol.host.trial import (
     Assumption,
     differs,
@@ -71,7 +54,8 @@ def name_in_outputs() -> str | None:
     with torch.no_grad():
         out = model(ids(), use_cache=True)
         answer = model.generate(ids(), max_new_tokens=2, return_dict_in_generate=True)
-    return differs("the cache's names", [cache_key(out), cache_key(answer)], [CACHE, CACHE])
+    keys = [names.cache_key(out), names.cache_key(answer)]
+    return differs("the cache's names", keys, [CACHE, CACHE])
 
 
 @used_by("host/layers.py layer_signature: every visit", at_attach=True)
@@ -114,8 +98,8 @@ def enters_by_call() -> str | None:
 @used_by("depth/generation.py HostMixin.forward: roles by labels, penalties", at_attach=True)
 def model_takes() -> str | None:
     """A causal model takes labels, attention_mask and logits_to_keep by these names."""
-    names = ("input_ids", "attention_mask", "inputs_embeds", "labels", SLICES_LOGITS)
-    return lacks(LlamaForCausalLM.forward, *names)
+    wanted = ("input_ids", "attention_mask", "inputs_embeds", "labels", SLICES_LOGITS)
+    return lacks(LlamaForCausalLM.forward, *wanted)
 
 
 @used_by("depth/generation.py _penalised: penalties join the loss")
@@ -144,8 +128,8 @@ def keeps_last() -> str | None:
 @used_by("host/generation.py shows_all: where tokens may be left out", at_attach=True)
 def shown() -> str | None:
     """A pass can be asked to show hidden states, attentions and router logits, and no more."""
-    names = {"output_attentions", "output_hidden_states", "output_router_logits"}
-    return differs("what can be shown", set(SHOWN), names)
+    expected = {"output_attentions", "output_hidden_states", "output_router_logits"}
+    return differs("what can be shown", set(SHOWN), expected)
 
 
 @used_by("depth/stack.py _close: attentions of first visits")
@@ -176,7 +160,7 @@ class _ArgumentOfPass(LlamaForCausalLM):
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:
         inputs: Any = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
-        has_cache = cache_among(inputs) is not None
+        has_cache = names.cache_among(inputs) is not None
         return {**inputs, "own": (input_ids.shape[1], inputs["input_ids"].shape[1], has_cache)}
 
     def forward(self, *args: Any, own: Any = None, **kwargs: Any) -> Any:
@@ -223,7 +207,7 @@ def parts() -> str | None:
     def noting(part: torch.nn.Module) -> Callable[..., Any]:
         return lambda *args, **kwargs: (entered.append(part), part(*args, **kwargs))[1]
 
-    model.model.layers[0] = with_parts(layer, token_wise_parts(layer), noting)
+    model.model.layers[0] = names.with_parts(layer, names.token_wise_parts(layer), noting)
     with torch.no_grad():
         model(ids(), use_cache=False)
     expected = [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp]
@@ -248,7 +232,7 @@ def known_names() -> str | None:
     taken = {
         name for name in parameters(LlamaDecoderLayer.forward) if "cache" in name or "past" in name
     }
-    unknown = sorted(taken - {*KNOWN_CACHE_NAMES, "use_cache", "cache_position"})
+    unknown = sorted(taken - {*names.KNOWN_CACHE_NAMES, "use_cache", "cache_position"})
     return f"LlamaDecoderLayer.forward also takes {unknown}" if unknown else None
 
 
@@ -279,8 +263,8 @@ def methods() -> str | None:
     """The methods of a cache that move rows or positions are those that planes follow."""
     public = {name for name in dir(Cache) if not name.startswith("_")}
     present = {name for name in public if callable(getattr(Cache, name))}
-    unknown = sorted(present - {*MOVING_METHODS, *PLAIN_METHODS})
-    missing = [name for name in MOVING_METHODS if name not in present]
+    unknown = sorted(present - {*caches.MOVING_METHODS, *caches.PLAIN_METHODS})
+    missing = [name for name in caches.MOVING_METHODS if name not in present]
     return f"Cache also has {unknown} and lacks {missing}" if unknown or missing else None
 
 
@@ -332,7 +316,7 @@ def mask_sizes() -> str | None:
 @used_by("depth/visits.py: layers that hold some rows alone", at_attach=True)
 def empty_shows_its_own() -> str | None:
     """A cache layer that grows, while it is empty, shows the keys that a step brings."""
-    for kind in GROWING:
+    for kind in caches.GROWING:
         layer: Any = kind(*([4] if kind is DynamicSlidingWindowLayer else []))
         step = _step(5)
         shown = layer.update(*step)
@@ -345,14 +329,12 @@ def empty_shows_its_own() -> str | None:
 def kinds() -> str | None:
     """A cache layer tells by its class whether it keeps keys, a window, or a recurrent state."""
     layers = (DynamicLayer(), DynamicSlidingWindowLayer(4), StaticLayer(4), LinearAttentionLayer())
-    of_each = [(has_keys(one), is_sliding(one), is_recurrent(one)) for one in layers]
-    expected = [
-        (True, False, False),
-        (True, True, False),
-        (True, False, False),
-        (False, False, True),
+    answers = [
+        [is_kind(layer) for layer in layers]
+        for is_kind in (caches.has_keys, caches.is_sliding, caches.is_recurrent)
     ]
-    return differs("(keys, window, recurrent) of the four kinds", of_each, expected)
+    expected = [[True, True, True, False], [False, True, False, False], [False] * 3 + [True]]
+    return differs("keys, window, recurrent state of the four kinds", answers, expected)
 
 
 @used_by("host/cache.py held_bytes: kv_bytes of every trace", at_attach=True)
@@ -361,16 +343,16 @@ def names_of_tensors() -> str | None:
     layers: list[Any] = [*_replacing(), StaticLayer(8)]
     for layer in layers:
         layer.update(*_step(3))
-        tensors = {name: v for name, v in vars(layer).items() if isinstance(v, Tensor)}
-        growing = [name for name, tensor in tensors.items() if tensor.ndim >= 3]
-        if not growing or not held_bytes([layer]):
+        tensors = [(name, v) for name, v in vars(layer).items() if isinstance(v, Tensor)]
+        growing = [name for name, tensor in tensors if tensor.ndim >= 3]
+        if not growing or not caches.held_bytes([layer]):
             return f"{type(layer).__name__} holds {sorted(vars(layer))}, none of them counted"
-        if unknown := [name for name in growing if name not in TENSORS]:
+        if unknown := [name for name in growing if name not in caches.TENSORS]:
             return f"{type(layer).__name__} holds {unknown}, which held_bytes does not count"
     state, part = LinearAttentionLayer(), torch.ones(1, 2, 3)
     state.update_conv_state(part)
     state.update_recurrent_state(part.clone())
-    if held_bytes([state]) < 2 * part.nbytes:
+    if caches.held_bytes([state]) < 2 * part.nbytes:
         return f"LinearAttentionLayer holds {sorted(vars(state))}, not all of it counted"
     return None
 
@@ -393,7 +375,7 @@ def nothing_beside_layers() -> str | None:
 def stands_in() -> str | None:
     """A cache calls `update` of a layer and reads its attributes; an object may stand in for it."""
     cache: Any = DynamicCache(config=tiny_config())
-    cache.layers[0] = VisitCacheLayer(cache.layers[0], True, None)
+    cache.layers[0] = caches.VisitCacheLayer(cache.layers[0], True, None)
     cache.update(*_step(), 0)
     state = (cache.get_seq_length(), cache.get_mask_sizes(1, 0), list(cache.is_sliding))
     return differs("length, mask sizes, windows", state, (1, (2, 0), [False, False]))
@@ -406,11 +388,11 @@ def records() -> str | None:
     window: Any = DynamicSlidingWindowLayer(3)
     cache.layers[0] = window
     window.update(*_step(4))
-    record_past(cache, cache.layers, on=True)
+    caches.record_past(cache, cache.layers, on=True)
     window.update(*_step(2))
     recorded = window.keys.shape[-2]
     window.crop(-2)
-    record_past(cache, cache.layers, on=False)
+    caches.record_past(cache, cache.layers, on=False)
     window.update(*_step(1))
     sizes = (recorded, window.get_seq_length(), window.keys.shape[-2])
     return differs("keys while recording, length and keys after", sizes, (4, 5, 2))
