@@ -1,6 +1,6 @@
 """What trol assumes of transformers, torch, PEFT and bitsandbytes holds here; run before all else.
 
-A failure names the assumption, who uses it, the version, and what was found instead.
+A failure names the assumption, the files that use it, the version, and what is the case instead.
 """
 
 import re
@@ -18,9 +18,9 @@ import trol
 from hosts import HOSTS
 from trol.errors import HostError
 from trol.host import assumptions
-from trol.host.assumptions import ASSUMPTIONS, rendered, told
-from trol.host.assumptions.table import Assumption
+from trol.host.assumptions import ASSUMPTIONS, failure, page
 from trol.host.cache import copy_on_write
+from trol.host.trial import Assumption
 
 ROOT = Path(__file__).parents[2]
 BY_LOOK = {one.look.__name__: one for one in ASSUMPTIONS}
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*")
 
 @pytest.mark.parametrize("one", ASSUMPTIONS, ids=lambda one: one.look.__name__)
 def test_it_holds(one: Assumption) -> None:
-    found = one.found()
-    assert found is None, told(one, found or "")
+    finding = one.finding()
+    assert finding is None, failure(one, finding or "")
 
 
-def test_every_row_says_what_and_who() -> None:
+def test_every_row_has_a_sentence_and_names_files_that_exist() -> None:
     assert len({one.name for one in ASSUMPTIONS}) == len(ASSUMPTIONS) > 40
     for one in ASSUMPTIONS:
         assert one.name[0].isupper() or one.name.startswith(("crop", "generate", "get_", "from_",
@@ -44,12 +44,12 @@ def test_every_row_says_what_and_who() -> None:
 
 
 def test_the_page_is_the_table() -> None:
-    page = ROOT / "docs" / "host-assumptions.md"
-    assert page.read_text(encoding="utf-8") == rendered()
+    written = ROOT / "docs" / "host-assumptions.md"
+    assert written.read_text(encoding="utf-8") == page()
 
 
 def written_in_place(layer: Any, keys: Any, values: Any, *_: Any, **__: Any) -> Any:
-    """A dynamic layer that has room for more and writes into it: what upstream may do one day."""
+    """The `update` of a dynamic layer that writes into spare room: what upstream may do one day."""
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
         layer.room = torch.zeros(*keys.shape[:2], 64, keys.shape[-1])
@@ -68,13 +68,13 @@ def renamed(name: str) -> Callable[..., Any]:
 
 
 def cropped_to(layer: Any, tokens: int) -> None:
-    """What `crop` meant before: keep so many."""
+    """What `crop` meant in earlier releases: keep so many tokens."""
     layer.keys = layer.keys[..., : abs(tokens), :]
     layer.values = layer.values[..., : abs(tokens), :]
 
 
-def called_past(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A stack that calls its layers' forward."""
+def calls_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a stack that calls its layers' forward, not the layers."""
     for layer in self.layers:
         layer.forward(args[0] if args else kwargs["inputs_embeds"])
 
@@ -88,7 +88,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "kinds": ((CacheLayerMixin, "is_sliding", True), (DynamicLayer, "is_sliding", True)),
     "layer_takes": ((LlamaDecoderLayer, "forward", renamed("layer")),),
     "one_name": ((LlamaDecoderLayer, "forward", renamed("layer")),),
-    "enters_by_call": ((LlamaModel, "forward", called_past),),
+    "enters_by_call": ((LlamaModel, "forward", calls_forward),),
     "tied": ((LlamaForCausalLM, "_tied_weights_keys", ["lm_head.weight"]),),
     "private_steps": ((LlamaForCausalLM, "_prefill", lambda self, ids: None),),
     "generate_takes": ((LlamaForCausalLM, "generate", lambda self, config, ids: None),),
@@ -98,14 +98,14 @@ CHANGES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
 
 
 @pytest.mark.parametrize("look", CHANGES)
-def test_a_change_is_found(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_is_noticed(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, value in CHANGES[look]:
         monkeypatch.setattr(owner, name, value, raising=False)
-    assert BY_LOOK[look].found() is not None
+    assert BY_LOOK[look].finding() is not None
 
 
 def test_attach_names_the_first_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line: what is assumed, what was found, by whom it is used, where all are to be seen."""
+    """In one line: the assumption, what is the case, the files that use it, the command for all."""
     monkeypatch.setattr(Cache, "trim", lambda cache, n: None, raising=False)
     assumptions.check_at_attach.cache_clear()
     model = HOSTS["llama"].build()
@@ -124,7 +124,7 @@ def test_attach_names_the_first_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Roomy(DynamicLayer):
-    """A cache layer of somebody else's, which writes into room that it made before."""
+    """A cache layer of another library, which writes into spare room."""
 
     update = written_in_place
 
@@ -143,7 +143,7 @@ def test_layers_of_other_makers_share_nothing() -> None:
 
 
 def test_a_forward_that_was_replaced_on_the_object_is_refused() -> None:
-    """It would be called past the class in which trol steps in; accelerate's hooks are known."""
+    """Calling it would bypass the class, and so trol; accelerate's hooks are known."""
     model = HOSTS["llama"].build()
     layer = model.model.layers[1]
     layer.forward = lambda *args, **kwargs: args[0]
@@ -151,15 +151,15 @@ def test_a_forward_that_was_replaced_on_the_object_is_refused() -> None:
         trol.attach(model, "0-3:2")
 
 
-def test_a_pass_inside_generate_that_nobody_told_is_refused() -> None:
+def test_a_pass_inside_generate_without_roles_is_refused() -> None:
     """A processor that calls the model itself: its tokens must not be question by default."""
     model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
 
-    class Asks(LogitsProcessor):
+    class CallsModel(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             return scores + 0 * model(input_ids.flip(1)).logits[:, -1]
 
-    settings = {"max_new_tokens": 2, "logits_processor": [Asks()]}
+    settings = {"max_new_tokens": 2, "logits_processor": [CallsModel()]}
     trol.attach(model, trol.TrolMixer(scope="all"))
     model.generate(**inputs, **settings)
     trol.detach(model)
@@ -168,8 +168,8 @@ def test_a_pass_inside_generate_that_nobody_told_is_refused() -> None:
         model.generate(**inputs, **settings)
 
 
-def test_layers_called_past_trol_are_found_out() -> None:
-    """A stack that calls `layer.forward` would run plain, without a word."""
+def test_layers_called_past_trol_are_refused() -> None:
+    """A stack that calls `layer.forward` would run without the policy, and without an error."""
     model, inputs = HOSTS["llama"].build(), HOSTS["llama"].inputs()
     trol.attach(model, "0-3:2")
     kind = type(model.model)

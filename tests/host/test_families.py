@@ -1,4 +1,4 @@
-"""Families that nobody listed: the same with a cache and without, and read as they are made."""
+"""Families without a note of their own: cached equals uncached, and logits are read rightly."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ import trol
 from trol.depth import attached
 from trol.errors import HostError
 from trol.host.cache import new_cache
-from trol.host.generation import difference
 from trol.host.names import CACHE
+from trol.host.trial import difference
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
@@ -72,7 +72,7 @@ POLICIES = {
 }
 
 
-def cached_apart(model: Any, ids: torch.Tensor, **given: Any) -> float:
+def cached_difference(model: Any, ids: torch.Tensor, **given: Any) -> float:
     """How far the logits of decoding with a cache are from those without, as a share."""
     ask: Any = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     pair = [
@@ -83,14 +83,14 @@ def cached_apart(model: Any, ids: torch.Tensor, **given: Any) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_that_nobody_listed_are_right(family: str) -> None:
-    """Cached = uncached under every kind of policy, and logits are read as they are made."""
+def test_families_without_a_note_are_right(family: str) -> None:
+    """Cached = uncached under every kind of policy, and the probe can read their logits."""
     model = random_model(family, **FAMILIES[family])
     ids = torch.randint(10, 90, (1, 7))
-    for name, made in POLICIES.items():
-        trol.attach(model, made())
+    for name, new_policy in POLICIES.items():
+        trol.attach(model, new_policy())
         assert not attached(model)[1].depth_unreadable
-        assert cached_apart(model, ids) <= 1e-4, name
+        assert cached_difference(model, ids) <= 1e-4, name
         trol.detach(model)
 
 
@@ -140,13 +140,13 @@ def test_layers_that_look_at_pictures_are_right() -> None:
         "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
         "cross_attention_mask": torch.ones(1, 7, 1, 1, dtype=torch.long),
     }
-    for name, made in POLICIES.items():
+    for name, new_policy in POLICIES.items():
         try:
-            trol.attach(model, Planned("0 2-3") if name == "skip" else made())
+            trol.attach(model, Planned("0 2-3") if name == "skip" else new_policy())
         except HostError as error:  # transformers 5.16 runs these layers without a picture as well
             pytest.skip(str(error))
         for given in ({}, seen):
-            assert cached_apart(model, ids, **given) <= 1e-4, name
+            assert cached_difference(model, ids, **given) <= 1e-4, name
         trol.detach(model)
     with pytest.raises(HostError, match="last layer is not called where there are ids alone"):
         trol.attach(mllama(1, 3), TrolMixer())

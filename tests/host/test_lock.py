@@ -1,4 +1,4 @@
-"""What is installed is what was tested: the locked packages, or a ground that says so itself."""
+"""The installed packages are the tested ones: those of the lock, or of the file that is named."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def test_every_installed_distribution_is_the_locked_one() -> None:
 
 @pytest.mark.parametrize("file", ["lock", "oldest"])
 def test_the_lock_keeps_what_pyproject_asks(file: str) -> None:
-    """Whoever changes a bound and not the lock is told to run `make lock`."""
+    """A bound that was changed without the lock fails, and names `make lock`."""
     locked = {one.name: one for one in pins(ROOT / "requirements" / f"{file}.txt")}
     wanted = [Requirement(line) for line in requires("trol-vlm") or ()]
     for one in wanted:

@@ -1,4 +1,4 @@
-"""The probe at attach: families that nobody listed are right, or refused with what was seen."""
+"""The probe at attach: a family without a note is right, or refused with what the probe saw."""
 
 import warnings
 from typing import Any
@@ -15,7 +15,7 @@ from hosts.host import Host
 from trol.depth import attached, is_attached, probe
 from trol.errors import HostError
 from trol.host import layers
-from trol.host.head import FINAL_NORMS, MULTIPLIED_BY_DIVISOR
+from trol.host.layers import FINAL_NORMS, MULTIPLIED_BY_DIVISOR
 from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 
@@ -51,7 +51,7 @@ NGRAMS = {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ff
 @pytest.fixture(autouse=True)
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
     """No family has a row of its own, and none was probed before."""
-    monkeypatch.setattr(layers, "QUIRKS", {})
+    monkeypatch.setattr(layers, "FAMILY_NOTES", {})
     monkeypatch.setattr(probe, "_FINDINGS", {})
 
 
@@ -76,7 +76,7 @@ def test_a_family_that_would_be_wrong_is_refused(family: str, settings: Any, see
 
 @pytest.mark.parametrize("host", [pytest.param(h, id=h.name) for h in HOSTS.values()])
 def test_every_host_of_the_zoo_passes(host: Host) -> None:
-    """And is as it was: mode, random state, hooks, and what it notes of its last inputs."""
+    """Afterwards it is as before: mode, random state, hooks, what it notes of its last inputs."""
     torch.manual_seed(5)
     trol.attach(host.build(), TrolMixer(), probe=False)
     expected = torch.rand(3)
@@ -96,7 +96,7 @@ def test_every_host_of_the_zoo_passes(host: Host) -> None:
 
 @pytest.mark.parametrize("what", ["error", "warning"])
 def test_a_model_that_fails_by_itself_is_not_trols_fault(what: str) -> None:
-    """And is tried again once it was mended."""
+    """The probe tries it again after it was mended."""
     model = HOSTS["llama"].build()
     layer = model.model.layers[0].mlp
     forward = layer.forward
@@ -126,9 +126,11 @@ def test_a_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(runs) == 2
 
 
-def test_what_cannot_be_read_refuses_who_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exits and nothing else: a plan reads no logits."""
-    monkeypatch.setattr("trol.host.head.MULTIPLIED_BY_DIVISOR", ())
+def test_policies_that_read_logits_are_refused_where_they_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Early exits are refused; a plan reads no logits."""
+    monkeypatch.setattr("trol.host.layers.MULTIPLIED_BY_DIVISOR", ())
     model = random_model("hyperclovax", **HYPERCLOVA)
     with pytest.raises(HostError, match=r"early_exit reads predictions .* differ from head"):
         trol.attach(model, EarlyExit("margin", 0.5))
@@ -152,7 +154,7 @@ def test_families_with_a_head_of_their_own_are_read(family: str, settings: Any) 
 
 
 def test_weights_that_are_not_at_hand_are_left_alone() -> None:
-    """On `meta` nothing can be run, and nothing is found out about the class."""
+    """On `meta` nothing can be run, and the probe notes nothing of the class."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(HOSTS["llama"].config())
     trol.attach(model, "0-3:2")

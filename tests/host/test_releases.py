@@ -4,24 +4,24 @@ import pytest
 
 import trol
 from hosts import HOSTS
+from trol import host
 from trol.cli import main
 from trol.errors import HostError
-from trol.host import releases
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch):
-    real = releases.version
+    real = host.version
 
     def set_version(text: str) -> None:
-        releases.check_release.cache_clear()
+        host.check_release.cache_clear()
         monkeypatch.setattr(
-            releases, "version", lambda name: text if name == "transformers" else real(name)
+            host, "version", lambda name: text if name == "transformers" else real(name)
         )
 
     yield set_version
     monkeypatch.undo()
-    releases.check_release.cache_clear()
+    host.check_release.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,15 @@ def test_another_release_is_refused(installed, text: str, how: str) -> None:
     installed(text)
     with pytest.raises(HostError) as raised:
         trol.attach(HOSTS["llama"].build(), "all")
-    said = str(raised.value)
-    assert f"transformers {text} is {how}" in said
-    assert "pip install 'transformers" in said
-    assert "\n" not in said
+    message = str(raised.value)
+    assert f"transformers {text} is {how}" in message
+    assert "pip install 'transformers" in message
+    assert "\n" not in message
 
 
-def test_commands_say_so_and_end_with_1(installed, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_print_the_refusal_and_end_with_1(
+    installed, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed("5.99.0")
     with pytest.raises(SystemExit) as ended:
         main(["plan", "trol-tiny", "--method", "uniform", "--keep", "0.5"])
@@ -47,9 +49,9 @@ def test_commands_say_so_and_end_with_1(installed, capsys: pytest.CaptureFixture
 
 
 def test_the_allowed_ones_are_those_of_the_metadata(installed) -> None:
-    wanted = releases.allowed("transformers")
-    assert wanted is not None
+    tested = host.required("transformers")
+    assert tested is not None
     for text in ("5.16.1", "5.23.0", "5.24.0"):
         installed(text)
-        releases.check_release()
-        assert text in wanted.specifier
+        host.check_release()
+        assert text in tested.specifier

@@ -20,7 +20,7 @@ Check = Callable[[Host, PreTrainedModel], float]
 
 
 def greedy(model: PreTrainedModel, inputs: Inputs, **settings) -> tuple[Tensor, Tensor]:
-    """`generate`'s new tokens [B, N] and their logits [B, N, V], settings added to greedy."""
+    """New tokens [B, N] of greedy `generate` with these settings, and their logits [B, N, V]."""
     settings = {"max_new_tokens": NEW, "do_sample": False} | settings
     out = model.generate(**inputs, **settings, output_logits=True, return_dict_in_generate=True)
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
@@ -42,7 +42,7 @@ def generate(host: Host, model: PreTrainedModel) -> float:
 
 
 def left_padding(host: Host, model: PreTrainedModel) -> float:
-    """A left-padded batch decodes each row as alone, and its plain forward agrees."""
+    """A left-padded batch decodes each row as if it were alone, and its plain forward agrees."""
     rows = host.left_padded()
     alone = [greedy(model, row) for row in rows.alone]
     alone_tokens, alone_logits = (torch.cat(parts) for parts in zip(*alone, strict=True))
@@ -56,9 +56,9 @@ def left_padding(host: Host, model: PreTrainedModel) -> float:
 def right_padding(host: Host, model: PreTrainedModel) -> float:
     """A right-padded batch gives each row the logits that it has alone."""
     rows = host.right_padded()
-    together = model(**rows.batch).logits
+    batched = model(**rows.batch).logits
     alone = [model(**row).logits[0] for row in rows.alone]
-    return max(_difference(together[i, : len(one)], one) for i, one in enumerate(alone))
+    return max(_difference(batched[i, : len(one)], one) for i, one in enumerate(alone))
 
 
 def chunks(host: Host, model: PreTrainedModel) -> float:
@@ -105,7 +105,7 @@ def early_exit_assistant(host: Host, model: PreTrainedModel) -> float:
 
 
 def beams(host: Host, model: PreTrainedModel) -> float:
-    """Beams reorder the cache rightly: they are the beams found without one."""
+    """Beams reorder the cache rightly: without a cache, the beams are the same."""
     inputs = host.inputs()
     cached, _ = greedy(model, inputs, num_beams=2)
     plain, _ = greedy(model, inputs, num_beams=2, use_cache=False)

@@ -26,8 +26,8 @@ PAD = 0
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """Inputs of shape [B, T]; every other input lists images, one or more to a row."""
 
-KEPT = ("A_log", "dt_bias", ".D", "sinks")
-"""Parameters with a range of their own: they keep the family's initial values."""
+OWN_RANGE = ("A_log", "dt_bias", ".D", "sinks")
+"""Parameters whose range matters: they keep the family's initial values."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
     tied = embedding.weight is head.weight
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=source)
-        if name.endswith(KEPT):
+        if name.endswith(OWN_RANGE):
             continue
         if weight is embedding.weight or weight is head.weight:
             weight.copy_((0.1 if tied else 0.5) * noise)

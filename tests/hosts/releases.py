@@ -53,10 +53,10 @@ BARE_ONLY: dict[str, tuple[str, ...]] = {"gpt_oss": ("early_exit_assistant",)} i
 EVERY_ATTENTION: tuple[str, ...] = ("gemma2",) if OLDEST else ()
 """Hosts that do not refuse the attention that they cannot run."""
 
-ROWS_TOGETHER = {"falcon_h1": "each of its layers has a recurrent state"}
+SAME_VISITS_FOR_ALL_ROWS = {"falcon_h1": "each of its layers has a recurrent state"}
 if OLDEST:
-    ROWS_TOGETHER["qwen2_5_vl"] = "its rotary tables have three axes before the rows"
-"""Hosts whose rows make every visit together."""
+    SAME_VISITS_FOR_ALL_ROWS["qwen2_5_vl"] = "its rotary tables have three axes before the rows"
+"""Hosts whose rows cannot have visits of their own."""
 
 
 def here(host: Host) -> Host:

@@ -1,6 +1,5 @@
-"""The zoo is what it says: every bare host does what the laws will ask of an attached one."""
+"""The zoo: every bare host does what the laws will ask of an attached one, but for `cannot`."""
 
-import time
 from functools import cache
 
 import pytest
@@ -80,11 +79,8 @@ def test_every_layer_and_the_image_matter(host: Host) -> None:
 
 
 @every_host
-def test_build_is_quick_seeded_and_deep(host: Host) -> None:
-    first = built(host.name, host.attns[-1])
-    start = time.perf_counter()
-    again = host.build()
-    assert time.perf_counter() - start < 0.5
+def test_build_is_seeded_and_deep(host: Host) -> None:
+    first, again = built(host.name, host.attns[-1]), host.build()
     for (name, a), b in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     deeper = host.build(layers=6)

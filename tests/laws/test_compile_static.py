@@ -130,7 +130,7 @@ def test_hosts_that_break_the_graph_are_right_in_pieces(name: str, policy: str) 
     host = HOSTS[name]
     model, inputs = attach_settled(host.build(), made(policy)), host.inputs(length=5)
     expected = decoded(model, inputs, None)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"VisitSlot|Observed exception"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"VisitCacheLayer|Observed exception"):
         decoded(model, inputs, one_graph())
     pieces = one_graph()
     pieces.fullgraph = False

@@ -11,7 +11,7 @@ from hosts import HOSTS
 from hosts.host import Inputs
 from trol.depth import attach, trace
 from trol.errors import HostError
-from trol.host.layers import hiding
+from trol.host.layers import hide_keys
 from trol.policies.random_tokens import RandomTokens
 
 from .subjects import gap, layers_of
@@ -110,7 +110,7 @@ def test_holes_are_hidden_and_nothing_else(attn: str, causal: bool, form: str) -
 def test_attentions_that_cannot_be_told_are_refused(attention: str, said: str) -> None:
     hidden, earlier = torch.zeros(1, 1, 2, 2, dtype=torch.bool), torch.ones(2, 2).tril().bool()
     with pytest.raises(HostError, match=rf"{said}.*sdpa.*skipped_kv"):
-        hiding(None, hidden, earlier, attention=attention, causal=True, dtype=torch.float32)
+        hide_keys(None, hidden, earlier, attention=attention, causal=True, dtype=torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, while it compiles

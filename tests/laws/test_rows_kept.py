@@ -14,7 +14,7 @@ from trol import depth
 from trol.depth import attach, detach, executor
 from trol.depth.planes import cache_bytes
 from trol.errors import HostError, TrolError
-from trol.execution.rows import RowsKept
+from trol.execution.rows import RowSubsetLayer
 from trol.host.names import CACHE
 from trol.policies.planned import Planned
 
@@ -36,7 +36,7 @@ def opened(host: Host, *plans: str, **settings) -> PreTrainedModel:
 def held(cache: Cache) -> dict[int, list[int] | None]:
     """Which rows each layer holds; None for all."""
     return {
-        i: slot.kept.tolist() if isinstance(slot, RowsKept) else None
+        i: slot.held_rows.tolist() if isinstance(slot, RowSubsetLayer) else None
         for i, slot in enumerate(cache.layers)
     }
 
@@ -97,7 +97,7 @@ def test_a_cache_of_kept_rows_is_smaller(host: Host) -> None:
     with depth(model, "all"):
         model(ids, **{CACHE: bare})
     assert cache_bytes(cache) * 12 == cache_bytes(bare) * 9
-    assert cache.planes[0, 2].kept.tolist() == [0]
+    assert cache.planes[0, 2].held_rows.tolist() == [0]
 
 
 @pytest.mark.parametrize("host", HOLDERS)
@@ -128,7 +128,7 @@ def test_rows_are_repeated_chosen_and_taken_back(host: Host) -> None:
 
     twice = copy.deepcopy(cache)
     twice.batch_repeat_interleave(2)
-    assert twice.layers[0].kept.tolist() == [0, 1, 4, 5]
+    assert twice.layers[0].held_rows.tolist() == [0, 1, 4, 5]
     found, _ = read(model, tail.repeat_interleave(2, 0), twice)
     assert gap(found, whole.repeat_interleave(2, 0)) <= host.default_exact
 

@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from hosts import HOSTS, Host
 from hosts.checks import greedy
-from hosts.releases import ROWS_TOGETHER
+from hosts.releases import SAME_VISITS_FOR_ALL_ROWS
 from hosts.text import GATED
 from trol.depth import Trace, attach, attached, depth, executor, trace
 from trol.depth import visits as executors
 from trol.errors import HostError, UsageError
 from trol.host import names as parts
 from trol.host.names import CACHE
-from trol.host.runtime import Launches
+from trol.host.torch_internals import Launches
 from trol.policies.planned import Planned
 from trol.policies.random_tokens import RandomTokens
 
@@ -42,8 +42,8 @@ LINEAR_HOSTS = some_hosts("llama", "phi3", "gemma3", "opt", "gpt2", "gpt_neox", 
 @pytest.mark.parametrize("name", SHARES)
 def test_those_that_go_are_computed_and_nobody_else(host: Host, name: str) -> None:
     """What enters an MLP is what the trace says that visits, in a prompt and in steps."""
-    if name.startswith("rows") and host.name in ROWS_TOGETHER:
-        pytest.skip(ROWS_TOGETHER[host.name])
+    if name.startswith("rows") and host.name in SAME_VISITS_FOR_ALL_ROWS:
+        pytest.skip(SAME_VISITS_FOR_ALL_ROWS[host.name])
     model, inputs = attach(host.build(), SHARES[name]), host.inputs(batch=3, length=24)
     settings = {"max_new_tokens": 3, "do_sample": False}
     with executor(model, "token-wise"), entered(model) as counts, trace(model) as seen:

@@ -13,7 +13,7 @@ from hosts import HOSTS
 from laws.subjects import attach_settled
 from trol.depth import attach, executor
 from trol.errors import HostError, UsageError
-from trol.host import runtime as triton_
+from trol.host import torch_internals as triton_
 from trol.policies import mixer
 from trol.policies.mixer import TrolMixer
 

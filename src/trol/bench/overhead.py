@@ -38,7 +38,7 @@ from trol.depth.policy import Plain
 from trol.evaluation.timing import Timing, generated, interleaved, time_forward, time_generate
 from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
 from trol.host.names import CACHE
-from trol.host.runtime import Launches
+from trol.host.torch_internals import Launches
 from trol.policies.mixer import TrolMixer
 
 POLICIES: dict[str, tuple[Callable[[], AbstractPolicy], dict[str, tuple[int, float]]]] = {

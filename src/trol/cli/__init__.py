@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from trol.errors import TrolError, UsageError
-from trol.host.releases import check_release
+from trol.host import check_release
 
 if TYPE_CHECKING:
     import typer

@@ -42,14 +42,14 @@ def _collect() -> dict[str, Any]:
 
     from trol.depth.policy import names
     from trol.host.assumptions import ASSUMPTIONS
-    from trol.host.layers import QUIRKS
+    from trol.host.layers import FAMILY_NOTES
 
     cuda = torch.cuda.is_available()
     terminal.no_library_bars()
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # what is looked up is not meant for anybody's eyes
     assumptions = [
-        {"name": one.name, "used_by": one.used_by, "found": one.found()} for one in ASSUMPTIONS
+        {"name": one.name, "used_by": one.used_by, "found": one.finding()} for one in ASSUMPTIONS
     ]
     logging.set_verbosity(said)
     return {
@@ -62,7 +62,9 @@ def _collect() -> dict[str, Any]:
         "policies": list(names()),
         "hosts": {
             kind: {
-                name: getattr(quirk, kind) for name, quirk in QUIRKS.items() if getattr(quirk, kind)
+                name: getattr(quirk, kind)
+                for name, quirk in FAMILY_NOTES.items()
+                if getattr(quirk, kind)
             }
             for kind in ("refused", "no_second_visit", "no_holes")
         },

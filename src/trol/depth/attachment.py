@@ -18,11 +18,14 @@ from trol.depth.probe import Under, findings, miscounts
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, StackCost, Trace, stack_cost
 from trol.errors import HostError, UsageError, unknown
+from trol.host import check_release
 from trol.host.assumptions import check_at_attach
 from trol.host.cache import check_cache, has_recurrent_layers
 from trol.host.classes import (
     check_hooks,
     declare_tied,
+    model_inside,
+    rebind_wrappers,
     remove_submodule,
     restore,
     specialise,
@@ -30,11 +33,15 @@ from trol.host.classes import (
     trained_copy,
     undeclare_tied,
 )
-from trol.host.head import readers
-from trol.host.layers import check_stack, find_decoder, layer_list, layer_site, quirk_of
-from trol.host.releases import check_release
-from trol.host.runtime import missing
-from trol.host.trainer import model_inside, rebind
+from trol.host.layers import (
+    check_stack,
+    family_note,
+    find_decoder,
+    layer_list,
+    layer_signature,
+    readers,
+)
+from trol.host.torch_internals import why_no_triton
 from trol.host.weights import running_device
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,7 +78,7 @@ def attach(model: Model, policy: PolicyLike = "trol_mixer", *, probe: bool = Tru
             )
         inside = model_inside(model)
         _attach(inside, resolve(policy), probe=probe)
-        rebind(model, inside)
+        rebind_wrappers(model, inside)
         return model
 
 
@@ -85,7 +92,7 @@ def _attach(model: nn.Module, policy: AbstractPolicy, *, probe: bool) -> None:
     check_stack(decoder)
     check(decoder, policy)
     # All that can fail comes before anything is changed.
-    sites = [layer_site(layer) for layer in layers]
+    sites = [layer_signature(layer) for layer in layers]
     gates = _new_gates(layers, policy, decoder.config.hidden_size)
     for module in (*layers, decoder, model):
         check_hooks(module)
@@ -190,7 +197,7 @@ def _detach(model: Model) -> Model:
     restore(stack)
     if host is not stack:
         restore(host)
-    rebind(model, host)
+    rebind_wrappers(model, host)
     undeclare_tied(host, GATE)
     return model
 
@@ -219,13 +226,13 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
     layers = _layers(decoder)
     policy.check(len(layers))
     bounds = StackBounds.of(policy, len(layers)).layers
-    if max(one.most for one in bounds) > 1 and quirk_of(decoder).no_second_visit:
+    if max(one.most for one in bounds) > 1 and family_note(decoder).no_second_visit:
         raise HostError(
             f"{decoder.config.model_type} layers cannot be visited twice: "
-            f"{quirk_of(decoder).no_second_visit}; skip layers of it, or exit early."
+            f"{family_note(decoder).no_second_visit}; skip layers of it, or exit early."
         )
     skips = any(one.least == 0 for one in bounds)
-    quirk = quirk_of(decoder)
+    quirk = family_note(decoder)
     no_holes = quirk.no_holes or (
         "its recurrent layers have no positions to leave out" if is_recurrent(decoder) else ""
     )
@@ -325,7 +332,7 @@ def executor(model: nn.Module, which: str = "auto", *, kernel: str = "auto") -> 
     if kernel not in get_args(Kernel):
         raise unknown("kernel", kernel, get_args(Kernel))
     _, stack = attached(model)
-    if kernel == "triton" and (why := missing(next(stack.parameters()).device)):
+    if kernel == "triton" and (why := why_no_triton(next(stack.parameters()).device)):
         raise HostError(f"no Triton kernel can run: {why}; take 'auto' or 'operators'.")
     if which == "token-wise" and stack.depth_entangled:
         raise HostError(
@@ -402,7 +409,7 @@ def _new_gates(layers: nn.ModuleList, policy: AbstractPolicy, width: int) -> lis
 
 def is_recurrent(decoder: Any) -> bool:
     """Whether some layer keeps a recurrent state, in the cache or in itself."""
-    return has_recurrent_layers(decoder.config) or bool(quirk_of(decoder).no_second_visit)
+    return has_recurrent_layers(decoder.config) or bool(family_note(decoder).no_second_visit)
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

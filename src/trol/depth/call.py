@@ -25,7 +25,7 @@ from trol.depth.roles import Context, Prompt, Roles
 from trol.depth.trace import Recorder, StackCost
 from trol.host.cache import new_cache
 from trol.host.generation import shows_all
-from trol.host.runtime import CompileableContextVar
+from trol.host.torch_internals import CompileableContextVar
 
 
 @dataclass(frozen=True)

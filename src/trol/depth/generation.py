@@ -25,7 +25,7 @@ from trol.depth.policy import settings_to_save
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL, Prompt
 from trol.errors import HostError, UsageError
-from trol.host.classes import Specialised, mark, saves_adapters_alone
+from trol.host.classes import Specialised, mark_as_trol_host, saves_adapters_alone
 from trol.host.generation import CONTINUOUS, predicts_tokens, reads_last_only, returns_cache
 from trol.host.layers import argument
 from trol.host.names import cache_among, generation_cache
@@ -183,7 +183,7 @@ class HostMixin(Specialised):
         # The TroL family's own configuration says already that it needs trol.
         in_config = getattr(self.trol_original, "depth_in_config", False)
         if not in_config and (Path(folder) / "config.json").is_file():
-            mark(folder, settings)
+            mark_as_trol_host(folder, settings)
         elif saves_adapters_alone(self):
             warnings.warn(
                 f"{folder} holds PEFT's adapters alone, as save_pretrained writes them beside a "

@@ -9,9 +9,9 @@ from torch import nn
 
 from trol.axes import States
 from trol.depth.planes import Holes, LayerPlanes
-from trol.execution.token_wise import Attending, Going
+from trol.execution.token_wise import VisitingQueries, VisitingTokens
 from trol.host.cache import KeysWritten
-from trol.host.layers import LayerSite, hiding, is_causal
+from trol.host.layers import LayerSignature, hide_keys, is_causal
 from trol.host.names import with_parts
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -25,7 +25,7 @@ class LayerRun:
         self,
         layer: nn.Module,
         forward: Any,
-        site: LayerSite,
+        site: LayerSignature,
         given: Inputs,
         cache: Any,
         *,
@@ -47,9 +47,9 @@ class LayerRun:
         self,
         state: States,
         plane: int,
-        going: Going | None = None,
+        going: VisitingTokens | None = None,
         *,
-        attending: Attending | None = None,
+        attending: VisitingQueries | None = None,
         inputs: Inputs | None = None,
         leaves: bool = False,
     ) -> States:
@@ -71,7 +71,7 @@ class LayerRun:
         if going is None:
             out = self.forward(state, *args, **kwargs)
         else:
-            layer = with_parts(self.layer, self.site.parts, going.computing)
+            layer = with_parts(self.layer, self.site.parts, going.stand_in)
             with attending or nullcontext():
                 out = self.forward.__func__(layer, state, *args, **kwargs)
         self.times_applied += 1
@@ -97,7 +97,7 @@ class LayerRun:
         if self.holes is None:
             return self.given
         args, kwargs = self.given
-        mask = hiding(
+        mask = hide_keys(
             self.site.mask_in(args, kwargs),
             *self.holes.hidden_from(state),
             attention=self.attention,

@@ -22,9 +22,9 @@ from trol.axes import States
 from trol.depth.roles import Mask
 from trol.errors import HostError
 from trol.host.cache import (
-    PositionSlot,
-    Slot,
-    VisitSlot,
+    CacheLayer,
+    TokenState,
+    VisitCacheLayer,
     Written,
     capacity,
     check_cache,
@@ -52,10 +52,10 @@ HOLES, TOKEN_STATE = 0, -1
 class PlanedCache(Specialised):
     """Mixin for a live cache that also holds planes above 1, or has layers that never run."""
 
-    layers: list[Slot]
+    layers: list[CacheLayer]
     offloading: bool
-    planes: dict[tuple[int, int], Slot]
-    """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `PositionSlot`."""
+    planes: dict[tuple[int, int], CacheLayer]
+    """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `TokenState`."""
     absent: frozenset[int]
     """Layers that have no keys and values because the whole batch skips them."""
 
@@ -98,8 +98,8 @@ class PlanedCache(Specialised):
     def activate_past_recording(self) -> None:
         super().activate_past_recording()  # type: ignore[misc]
         for slot in self.planes.values():
-            if hasattr(slot, "activate_past_recording"):
-                slot.activate_past_recording()
+            if record := getattr(slot, "activate_past_recording", None):
+                record()
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -191,12 +191,12 @@ class LayerPlanes:
         if layer >= len(cache.layers):
             grow(cache, layer)
         self.cache, self.layer, self.in_scope, self.keep = cache, layer, in_scope, keep
-        held: dict[tuple[int, int], Slot] = cache.planes if isinstance(cache, PlanedCache) else {}
+        held = cache.planes if isinstance(cache, PlanedCache) else {}
         self.held = 0
         """How many planes above 1 the cache holds of this layer."""
         while (layer, self.held + 2) in held:
             self.held += 1
-        self.slots: list[Slot] = [cache.layers[layer]]
+        self.slots: list[CacheLayer] = [cache.layers[layer]]
         least, most = bounds
         if in_scope is False and not (keep and self.recurrent):
             most = 1
@@ -207,8 +207,8 @@ class LayerPlanes:
         some = in_scope is not True
         self.remembers = (most > 1 and some) or (keep and self.held >= (1 if some else least))
         self.fresh: Written | None = None
-        self._open: VisitSlot | None = None
-        self._slot: Slot = None
+        self._open: VisitCacheLayer | None = None
+        self._slot: CacheLayer | None = None
 
     @property
     def recurrent(self) -> bool:
@@ -226,7 +226,7 @@ class LayerPlanes:
         if self.cache.offloading:
             prefetch(self.cache, slot)
         if leaves or (self.remembers and has_keys(slot)):
-            self._open = slot = VisitSlot(slot, self.in_scope, self.fresh, leaves=leaves)
+            self._open = slot = VisitCacheLayer(slot, self.in_scope, self.fresh, leaves=leaves)
         if slot is self.cache.layers[self.layer]:
             return self.cache
         layers = list(self.cache.layers)
@@ -306,9 +306,9 @@ class Holes:
         kept = getattr(self.cache, "planes", {}).get((self.layer, HOLES))
         if self.room is None:
             past = need.new_zeros(rows, cast(int, self.start)) if kept is None else kept.values
-            kept = PositionSlot(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
+            kept = TokenState(torch.cat([past, ~need], dim=1))  # Shape: [B, start + T]
         else:
-            kept = kept or PositionSlot(need.new_zeros(rows, self.room), is_static=True)
+            kept = kept or TokenState(need.new_zeros(rows, self.room), is_static=True)
             here = torch.arange(tokens, device=need.device) + self.start
             kept.values.index_copy_(1, here, ~need)
         self.holes = kept.values
@@ -345,5 +345,5 @@ def append_token_state(
                 "a new cache with it."
             )
         install_planes(cache)
-        cache.planes[layer, TOKEN_STATE] = PositionSlot(values)
+        cache.planes[layer, TOKEN_STATE] = TokenState(values)
     return values

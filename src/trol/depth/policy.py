@@ -24,7 +24,7 @@ from trol.depth.plan import Plan
 from trol.depth.planes import append_token_state
 from trol.depth.roles import Context, Scope, check_scope
 from trol.errors import UsageError, unknown
-from trol.host.head import matrix_flops
+from trol.host.flops import matrix_flops
 
 Answer = float | Float[Tensor, "B T"]
 """a_r: one number for all tokens, known without looking at the device, or FloatTensor [B, T]."""

@@ -26,17 +26,17 @@ from trol.depth.readout import Readout
 from trol.depth.trace import StackCost
 from trol.errors import HostError
 from trol.host.classes import original_class
-from trol.host.generation import (
-    allowed,
-    at_rest,
+from trol.host.flops import COUNTED, count_flops, miscounted
+from trol.host.layers import attention_of, family_note, layer_list
+from trol.host.trial import (
     can_run,
     difference,
     harmless_ids,
-    kinds_of,
     last_on_cache,
+    layer_kinds,
+    tolerance,
+    trial_run,
 )
-from trol.host.head import count_flops, miscounted
-from trol.host.layers import COUNTED, attention_of, layer_list, quirk_of
 
 TOKENS = 5
 NOISE = 8
@@ -111,7 +111,7 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     which, key = _sample(host, stack, layers)
     if key in _FINDINGS:
         return _FINDINGS[key]
-    with at_rest(host, layers):
+    with trial_run(host):
         result = _probed(host, stack, layers, which, under)
     if not result.broken:  # the user may mend what breaks the model
         _FINDINGS[key] = result
@@ -132,7 +132,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
         counter = FlopCounterMode(display=False)
         counts = dict.fromkeys(which, 0)
         ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
-        with at_rest(host, layers), under(" ".join(map(str, which))), torch.no_grad(), counter:
+        with trial_run(host), under(" ".join(map(str, which))), torch.no_grad(), counter:
             for index in which:
                 count_flops(layers[index], index, counts, counter)
             stack(ids, use_cache=False)
@@ -144,7 +144,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
 
 def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], tuple[Any, ...]]:
     """One layer of each kind, fewer of a large model; and a key for this class of models."""
-    kinds = kinds_of(layers, stack.config)
+    kinds = layer_kinds(layers, stack.config)
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     size = sum(parameter.numel() for parameter in host.parameters())
     which = sorted(first.values())
@@ -168,7 +168,7 @@ def _probed(
 
     layers[-1].register_forward_hook(keep_layer)
     stack.register_forward_hook(keep)
-    visits = 1 if quirk_of(stack).no_second_visit else 2
+    visits = 1 if family_note(stack).no_second_visit else 2
     plan = " ".join(f"{index}:{visits}" for index in which)
     try:
         with torch.no_grad():
@@ -180,7 +180,7 @@ def _probed(
                 return Findings(wrong=shape if len(outputs) > 1 else _NOT_CALLED)
             with under(plan):
                 apart = difference(last_on_cache(stack, ids), whole[:, -1])
-            if apart > allowed(whole):
+            if apart > tolerance(whole):
                 # Some families are no more exact than this: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
                 with under(bare):
@@ -227,7 +227,7 @@ def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, under: Under) ->
     except Exception as error:  # as above
         return f"some tokens alone end in {type(error).__name__}: {error}"
     apart = max(difference(*pair) for pair in zip(alone, among_all, strict=True))
-    if apart <= allowed(alone[0]):
+    if apart <= tolerance(alone[0]):
         return ""
     return f"some tokens alone give other states, by {apart:.2g} of the largest number"
 
@@ -241,6 +241,6 @@ def _unreadable(host: Any, state: Tensor, out: Any) -> str:
     except HostError as error:
         return str(error)
     apart = difference(read, logits)
-    if apart <= allowed(logits):
+    if apart <= tolerance(logits):
         return ""
     return f"its logits differ from head(norm(state)) by {apart:.2g} of the largest"

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trol.axes import Logits, States
-from trol.host.head import behind_the_stack, finished, head_of
-from trol.host.layers import find_decoder
+from trol.host.layers import final_norm, find_decoder, head_of, scaled_logits
 
 
 class Readout:
@@ -29,11 +28,11 @@ class Readout:
     def __call__(self, state: States) -> Logits:
         """The logits of states that leave the stack here. Shape: [..., D] -> [..., V]."""
         stack: Any = find_decoder(self.host)
-        return finished(self.head(behind_the_stack(stack, state)), stack.config)
+        return scaled_logits(self.head(final_norm(stack, state)), stack.config)
 
     def behind_norm(self, state: States) -> States:
         """The logits of what the head is about to read: `unread` kept it. [..., D] -> [..., V]."""
-        return finished(self.head(state), find_decoder(self.host).config)
+        return scaled_logits(self.head(state), find_decoder(self.host).config)
 
     @contextmanager
     def unread(self) -> Generator[list[Tensor]]:

@@ -28,15 +28,16 @@ from trol.depth.trace import StackCost, stack_cost
 from trol.depth.visits import check_rows, traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSite, argument, attention_of, by_layer, layer_list
+from trol.host.layers import LayerSignature, argument, attention_of, layer_list
 from trol.host.names import CACHE, cache_among, returned_cache
+from trol.host.torch_internals import captured_by_layer
 
 
 class LayerMixin(Specialised):
     """A decoder layer whose tokens may visit it zero, one or several times."""
 
     depth_index: int
-    depth_site: LayerSite
+    depth_site: LayerSignature
     depth: nn.Module
     """The policy's parameters on this layer; present only where the policy has any."""
     depth_beside: int | None = None
@@ -282,7 +283,7 @@ class StackMixin(Specialised):
         attentions = getattr(out, "attentions", None)
         if attentions and not torch.compiler.is_compiling():
             layers = list(layer_list(cast(nn.Module, self)) or ())
-            out.attentions = by_layer(attentions, layers, call.times_applied, "attentions")
+            out.attentions = captured_by_layer(attentions, layers, call.times_applied, "attentions")
         return out
 
     def _cache(self, args: Any, kwargs: Any) -> Any:

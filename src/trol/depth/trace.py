@@ -20,7 +20,7 @@ from trol.depth.planes import cache_bytes
 from trol.depth.policy import Answer, Visit
 from trol.depth.roles import Mask
 from trol.errors import UsageError
-from trol.host.head import LayerCost, image_flops, layer_cost, matrix_flops, part_flops
+from trol.host.flops import LayerCost, image_flops, layer_cost, matrix_flops, part_flops
 from trol.host.names import parts_in, token_wise_parts
 
 

@@ -23,8 +23,8 @@ from trol.depth.planes import HOLES, Holes, LayerPlanes, PlanedCache, install_pl
 from trol.depth.policy import AbstractPolicy, Answer, StackBounds, Visit, mixture
 from trol.depth.roles import Mask
 from trol.errors import UsageError
-from trol.execution.rows import RowsKept, keep_rows, rows_known, rows_taken
-from trol.execution.token_wise import Attending, Going
+from trol.execution.rows import RowSubsetLayer, hold_rows, rows_are_known, select_rows
+from trol.execution.token_wise import VisitingQueries, VisitingTokens
 from trol.host.cache import is_growing_and_empty
 
 
@@ -144,26 +144,26 @@ def _mixed(left: list[tuple[Visit, Answer | None]], state: States, call: Call) -
     return state
 
 
-def tokens_going(visit: Visit, need: Mask, call: Call, *, last: bool) -> Going | None:
+def tokens_going(visit: Visit, need: Mask, call: Call, *, last: bool) -> VisitingTokens | None:
     """The tokens that make this visit; None where all do, or the executor cannot leave any out.
 
     `last`: no token goes again after this visit.
     """
     fixed = call.rows_going(visit) if isinstance(need, Tensor) and call.looks else None
     if fixed is not None:
-        return Going.of_rows(fixed, visit.state)
+        return VisitingTokens.from_rows(fixed, visit.state)
     if last and visit.number and call.only_last_of(visit.layer):
-        return Going.last(visit.state)
-    return Going.of(need) if isinstance(need, Tensor) and call.looks else None
+        return VisitingTokens.last_of_rows(visit.state)
+    return VisitingTokens.from_mask(need) if isinstance(need, Tensor) and call.looks else None
 
 
-def none_go(need: Mask, going: Going | None) -> bool:
+def none_go(need: Mask, going: VisitingTokens | None) -> bool:
     """Whether it is known that no token makes the visit."""
     return need is False or (going is not None and not going.count)
 
 
 def make_visit(
-    run: LayerRun, visit: Visit, need: Mask, going: Going | None, call: Call, *, last: bool
+    run: LayerRun, visit: Visit, need: Mask, going: VisitingTokens | None, call: Call, *, last: bool
 ) -> States:
     """One more visit; `going` and `last` as in `tokens_going`. Shape: [B, T, D].
 
@@ -182,7 +182,7 @@ def make_visit(
         visited = run.apply(state, plane, going, attending=attending)
         out = _selected(visited, state, need if going.count else False)
         if call.recorder is not None and attending is not None:
-            call.recorder.skipped_pairs(visit.layer, attending.spared)
+            call.recorder.skipped_pairs(visit.layer, attending.skipped_pairs)
     else:
         # A skipped visit weighs 0, but the gradient of the choice to skip needs its output.
         shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
@@ -211,7 +211,7 @@ LEAST_TOKENS = {"cpu": 8, "cuda": 128}
 """Fewest tokens of a call for which fewer take less time: below, products wait for the weights."""
 
 
-def _is_worth(going: Going, visit: Visit, call: Call) -> bool:
+def _is_worth(going: VisitingTokens, visit: Visit, call: Call) -> bool:
     """Whether the token-wise executor can run, and saves more than gathering takes."""
     if call.executor == "token-wise" or not call.parts:
         return call.parts
@@ -220,13 +220,13 @@ def _is_worth(going: Going, visit: Visit, call: Call) -> bool:
     return saved >= LEAST_SAVED and total >= LEAST_TOKENS.get(device.type, LEAST_TOKENS["cuda"])
 
 
-def _attending(going: Going, visit: Visit, call: Call) -> Attending | None:
+def _attending(going: VisitingTokens, visit: Visit, call: Call) -> VisitingQueries | None:
     """Attention for the queries that go, where it saves time: on CPUs, for long inputs."""
     cost = call.costs().layers[visit.layer]
     if visit.state.device.type != "cpu" or cost is None:
         return None
     saved = going.staying * going.shape[1] * cost.per_key // 2
-    return Attending(going) if saved >= LEAST_SAVED_ATTENTION else None
+    return VisitingQueries(going) if saved >= LEAST_SAVED_ATTENTION else None
 
 
 def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Integer[Tensor, " rows"] | None:
@@ -240,16 +240,16 @@ def rows_alone(run: LayerRun, visit: Visit, call: Call) -> Integer[Tensor, " row
         return None
     slot = None if run.planes is None else run.planes.slots[visit.number]
     going = [row for row, goes in enumerate(fixed) if goes]
-    if isinstance(slot, RowsKept):
+    if isinstance(slot, RowSubsetLayer):
         slot.check(going)
-        return slot.kept
+        return slot.held_rows
     fresh = slot is None or is_growing_and_empty(slot)
     if not (call.looks and fresh and _rows_of_all_inputs_known(run, len(fixed))):
         return None
     rows, device = torch.tensor(going), visit.state.device
     if slot is not None:
         install_planes(run.cache)  # so that `check_rows` sees the next policy
-        keep_rows(slot, rows, len(fixed), device)
+        hold_rows(slot, rows, len(fixed), device)
     return rows.to(device)
 
 
@@ -257,9 +257,9 @@ def visit_alone(run: LayerRun, state: States, plane: int, rows: Integer[Tensor, 
     """One visit by some rows; the others keep their state. Shape: [B, T, D], rows [b]."""
     args, kwargs = run.inputs(state)
     batch = len(state)
-    given = {name: rows_taken(one, name, rows, batch) for name, one in kwargs.items()}
+    given = {name: select_rows(one, name, rows, batch) for name, one in kwargs.items()}
     names = run.site.names[: len(args)]
-    placed = [rows_taken(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
+    placed = [select_rows(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
     visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
     return state.index_copy(0, rows, visited)
 
@@ -268,7 +268,7 @@ def _rows_of_all_inputs_known(run: LayerRun, batch: int) -> bool:
     """Whether each input of the layer beside its states says which part belongs to which row."""
     args, kwargs = run.given
     placed = zip(run.site.names[: len(args)], args, strict=True)
-    return all(rows_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
+    return all(rows_are_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
 
 
 def check_rows(
@@ -280,7 +280,7 @@ def check_rows(
     """
     places = [((layer, 1), slot) for layer, slot in enumerate(cache.layers)]
     for (layer, plane), slot in [*places, *cache.planes.items()]:
-        if "kept" not in vars(slot):  # only a `RowsKept` has it
+        if not isinstance(slot, RowSubsetLayer):
             continue
         most = bounds.layers[layer].most
         if most:  # else the layer is left alone

@@ -1,11 +1,11 @@
-"""Token-wise execution: a layer is entered with all tokens, and parts of it compute those that go.
+"""Token-wise execution: a layer runs on all tokens, but its parts compute the visiting ones alone.
 
-What a layer's token-wise parts (`trol.host.names`) make of a token is read by that token alone. So
-norms, keys, values, attention and cache stay as the host wrote them, for all tokens; the parts take
-the tokens that go and put theirs in place. What the others get there is never read: their state is
-put back behind the layer, and their keys and values were made before.
+What a token-wise part of a layer (`trol.host.names.TOKEN_WISE`) makes of a token, only that token
+reads. So norms, keys, values, attention and cache stay as the host wrote them, for all tokens; the
+parts compute the tokens that make the visit, and give the others 0. That 0 is never read: the
+other tokens' state is put back behind the layer, and their keys and values were computed before.
 
-Attention of the tokens that go, where products are dear: sdpa is asked for their queries alone.
+On a CPU, attention computes the queries of the visiting tokens alone as well:
 
     sdpa(q, k, v, mask)[places]  ==  sdpa(q[places], k, v, mask[places])
 
@@ -22,56 +22,56 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from trol.host.runtime import CompileableContextVar
+from trol.host.torch_internals import CompileableContextVar
 
-_COMPUTED = CompileableContextVar("trol_computed_tokens")
+_VISITING = CompileableContextVar("trol_visiting_tokens")
 
 
-def of_computed_tokens(values: Tensor) -> Tensor:
+def of_visiting_tokens(values: Tensor) -> Tensor:
     """What of `values` [B, T, ...] belongs to the tokens that the running part computes.
 
-    For parts that read something of each token past their arguments. Shape: [1, n, ...].
+    For parts that read something of each token beside their arguments. Shape: [1, n, ...].
     """
-    going: Going | None = _COMPUTED.get()
-    return values if going is None else going.taken(values)
+    visiting: VisitingTokens | None = _VISITING.get()
+    return values if visiting is None else visiting.select(values)
 
 
-class Going:
-    """The tokens of a call that make one visit, where not all of them do."""
+class VisitingTokens:
+    """Which of a call's B * T tokens make one visit of a layer, where not all of them do."""
 
     def __init__(self, rows: int, tokens: int, places: Tensor) -> None:
         self.shape = rows, tokens
         self.count = len(places)
         self.places = places if self.count else places.new_zeros(1)
-        """Where they lie among the B * T tokens; the first, where nobody goes. Shape: [n]."""
+        """Their indices among the B * T tokens; if there are none, the first token. Shape: [n]."""
 
     @classmethod
-    def of(cls, need: Tensor) -> Going:
+    def from_mask(cls, mask: Tensor) -> VisitingTokens:
         """Those of a BoolTensor [B, T]: the one look at a device's values that a visit takes."""
-        rows, tokens = need.shape
-        return cls(rows, tokens, need.flatten().nonzero()[:, 0])
+        rows, tokens = mask.shape
+        return cls(rows, tokens, mask.flatten().nonzero()[:, 0])
 
     @classmethod
-    def of_rows(cls, going: Sequence[bool], state: Tensor) -> Going:
-        """All tokens of the rows that go. Shape of state: [B, T, D]."""
+    def from_rows(cls, visits: Sequence[bool], state: Tensor) -> VisitingTokens:
+        """All tokens of some rows; `visits` says of each row whether it is one. State [B, T, D]."""
         tokens = state.shape[1]
-        rows = torch.tensor([row for row, goes in enumerate(going) if goes])
+        rows = torch.tensor([row for row, visit in enumerate(visits) if visit])
         places = (rows[:, None] * tokens + torch.arange(tokens)).flatten()
-        return cls(len(going), tokens, places.to(state.device))
+        return cls(len(visits), tokens, places.to(state.device))
 
     @classmethod
-    def last(cls, state: Tensor) -> Going:
+    def last_of_rows(cls, state: Tensor) -> VisitingTokens:
         """The last token of each row. Shape of state: [B, T, D]."""
         rows, tokens = state.shape[:2]
         return cls(rows, tokens, torch.arange(tokens - 1, rows * tokens, tokens).to(state.device))
 
     @property
     def staying(self) -> int:
-        """How many tokens do not go."""
+        """How many tokens do not make the visit."""
         return self.shape[0] * self.shape[1] - self.count
 
-    def taken(self, value: Any) -> Any:
-        """Their part of [B, T, ...] or [B * T, ...]; anything else as it is.
+    def select(self, value: Any) -> Any:
+        """The visiting tokens' part of a tensor [B, T, ...] or [B * T, ...]; other values as is.
 
         Shape: [1, n, ...] or [n, ...].
         """
@@ -83,62 +83,59 @@ class Going:
             return value.index_select(0, self.places)
         return value
 
-    def put(self, value: Tensor, given: Tensor) -> Tensor:
-        """`value` in their places, 0 in all others; in front shaped like `given`."""
+    def scatter(self, value: Tensor, like: Tensor) -> Tensor:
+        """`value` at the visiting tokens' places, 0 at all others; leading axes are `like`'s."""
         size, width = self.shape[0] * self.shape[1], value.shape[-1]
         whole = value.new_zeros(size, width)
         whole.index_copy_(0, self.places, value.flatten(0, -2))
-        return whole.view(*given.shape[:-1], width)
+        return whole.view(*like.shape[:-1], width)
 
-    def computing(self, part: nn.Module) -> ComputedPart:
-        """What stands in the place of a token-wise part during the visit."""
-        return ComputedPart(part, self)
+    def stand_in(self, part: nn.Module) -> VisitingPart:
+        """What takes the place of a token-wise part during the visit."""
+        return VisitingPart(part, self)
 
 
-class ComputedPart:
-    """A token-wise part of a layer that computes the tokens that go."""
+class VisitingPart:
+    """A token-wise part of a layer that computes the visiting tokens alone."""
 
-    def __init__(self, part: nn.Module, going: Going) -> None:
-        self.part, self.going = part, going
+    def __init__(self, part: nn.Module, visiting: VisitingTokens) -> None:
+        self.part, self.visiting = part, visiting
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
-    def __call__(self, given: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The part's output, of tokens that stay something finite. Shape: [B, T, ...]."""
-        going = self.going
-        taken = going.taken(given)
-        if taken is given:
-            return self.part(given, *args, **kwargs)
-        token = _COMPUTED.set(going)
+    def __call__(self, state: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The part's output; 0 for tokens that stay. Shape: [B, T, ...]."""
+        select = self.visiting.select
+        selected = select(state)
+        if selected is state:
+            return self.part(state, *args, **kwargs)
+        token = _VISITING.set(self.visiting)
         try:
-            out = self.part(
-                taken,
-                *(going.taken(value) for value in args),
-                **{name: going.taken(value) for name, value in kwargs.items()},
-            )
+            own = {name: select(value) for name, value in kwargs.items()}
+            out = self.part(selected, *(select(value) for value in args), **own)
         finally:
-            _COMPUTED.reset(token)
-        if isinstance(out, tuple):  # what comes beside it is shown to nobody, or all are computed
-            return going.put(out[0], given), *out[1:]
-        return going.put(out, given)
+            _VISITING.reset(token)
+        if isinstance(out, tuple):  # further outputs are router logits; if shown, all are computed
+            return self.visiting.scatter(out[0], state), *out[1:]
+        return self.visiting.scatter(out, state)
 
 
 STRETCH = 64
-"""Queries that attend together: under a causal mask, later ones see more keys than earlier ones."""
+"""Queries that attend in one call: under a causal mask, later ones see more keys than earlier."""
 
 
-class Attending(TorchFunctionMode):
-    """Inside, in this thread, sdpa computes the queries of the tokens that go; others are 0."""
+class VisitingQueries(TorchFunctionMode):
+    """Inside, in this thread, sdpa computes the visiting tokens' queries alone; others are 0."""
 
-    def __init__(self, going: Going) -> None:
+    def __init__(self, visiting: VisitingTokens) -> None:
         super().__init__()
-        rows, tokens = going.shape
-        counts = (going.places // tokens).bincount(minlength=rows).tolist()
-        self.shape = going.shape
-        self.places = [own % tokens for own in going.places.split(counts)]
-        self.spared = 0
-        """Pairs of a query and a key that were left out."""
+        rows, tokens = visiting.shape
+        counts = (visiting.places // tokens).bincount(minlength=rows).tolist()
+        self.shape = visiting.shape
+        self.places = [own % tokens for own in visiting.places.split(counts)]
+        self.skipped_pairs = 0
+        """Pairs of a query and a key that were not computed."""
 
     def __torch_function__(
         self,
@@ -159,35 +156,34 @@ class Attending(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         *,
         is_causal: bool = False,
-        **named: Any,
+        **settings: Any,
     ) -> Tensor:
         out = value.new_zeros(*query.shape[:-1], value.shape[-1])
-        self.spared += query.shape[0] * query.shape[2] * key.shape[-2]
+        self.skipped_pairs += query.shape[0] * query.shape[2] * key.shape[-2]
         for row, places in enumerate(self.places):
-            one, mine = slice(row, row + 1), []
+            one, results = slice(row, row + 1), []
             for part in places.split(STRETCH) if len(places) else ():
+                mask, columns = None, slice(None)
                 if is_causal:
                     mask = torch.arange(int(part[-1]) + 1) <= part[:, None]
-                    seen: Tensor | slice = slice(mask.shape[-1])
+                    columns = slice(mask.shape[-1])
                 elif attn_mask is not None:
                     mask = attn_mask[one if len(attn_mask) > 1 else slice(1)].index_select(-2, part)
-                    seen = _seen(mask)
-                    mask = mask[..., seen]
-                else:
-                    mask, seen = None, slice(None)
-                asked, keys, values = query[one].index_select(2, part), key[one], value[one]
-                keys, values = keys[:, :, seen], values[:, :, seen]
-                mine.append(
-                    scaled_dot_product_attention(asked, keys, values, attn_mask=mask, **named)
+                    columns = _seen_columns(mask)
+                    mask = mask[..., columns]
+                keys, values = key[one][:, :, columns], value[one][:, :, columns]
+                queries = query[one].index_select(2, part)
+                results.append(
+                    scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **settings)
                 )
-                self.spared -= len(part) * keys.shape[-2]
-            if mine:
-                out[row].index_copy_(1, places, torch.cat(mine, dim=2)[0])
+                self.skipped_pairs -= len(part) * keys.shape[-2]
+            if results:
+                out[row].index_copy_(1, places, torch.cat(results, dim=2)[0])
         return out
 
 
-def _seen(mask: Tensor) -> Tensor | slice:
-    """Keys that some query sees; all where there is none, so that what comes of it is as before."""
-    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    columns = shown.flatten(0, -2).any(0).nonzero()[:, 0]
+def _seen_columns(mask: Tensor) -> Any:
+    """Keys that some query sees; all where there is none, so that the output is as before."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    columns = seen.flatten(0, -2).any(0).nonzero()[:, 0]
     return columns if 0 < len(columns) < mask.shape[-1] else slice(None)

@@ -21,7 +21,7 @@ from trol.errors import DataError
 from trol.family.configuration import repeat_images
 from trol.host.generation import prompt_columns
 from trol.host.names import generation_cache
-from trol.host.runtime import CompileableContextVar
+from trol.host.torch_internals import CompileableContextVar
 
 _AT_LEAST = CompileableContextVar("trol_row_lengths")
 """Each row's length once its whole prompt is read [B, 1]; None where its positions tell."""

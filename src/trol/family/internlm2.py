@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from trol.execution.token_wise import of_computed_tokens
-from trol.host.runtime import CompileableContextVar
+from trol.execution.token_wise import of_visiting_tokens
+from trol.host.torch_internals import CompileableContextVar
 
 _IMAGE_TOKENS = CompileableContextVar("trol_image_tokens")
 """Which tokens of the running layer are image tokens [B, T]; None where none is."""
@@ -69,7 +69,7 @@ class PartialLora(nn.Module):
         if image_tokens is None:
             return out
         update = self.scale * self.image_up(self.image_down(self.dropout(state)))
-        mine = of_computed_tokens(image_tokens)
+        mine = of_visiting_tokens(image_tokens)
         return torch.where(mine[..., None], out + update, out)
 
 

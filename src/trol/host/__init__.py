@@ -1,6 +1,41 @@
-"""What trol assumes of transformers, torch, PEFT and bitsandbytes, in one room.
+"""What trol assumes of transformers, torch, PEFT, accelerate and bitsandbytes, in one room.
 
-Nothing outside this room (and `family/`, where it subclasses) names a private or internal thing
-of theirs. Names are found by looking at signatures and attributes, never at a version; what is
-taken for granted stands in the table `trol.host.assumptions.ASSUMPTIONS`, each row with its check.
+Nothing outside this room, and `family/` where it subclasses, names a private thing of theirs. What
+differs between releases is learnt from signatures and attributes, never from a version; every other
+assumption is a row of `trol.host.assumptions`, with a check. Imports `errors` and `files`.
+
+Here itself: which releases of transformers trol is tested with, those that its metadata allows.
 """
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+from trol.errors import HostError
+
+
+def required(name: str) -> Requirement | None:
+    """What trol's metadata asks of a distribution; None in a source tree that is not installed."""
+    try:
+        lines = requires("trol-vlm") or ()
+    except PackageNotFoundError:
+        return None
+    requirements = (Requirement(line) for line in lines)
+    return next(one for one in requirements if one.name == name and one.marker is None)
+
+
+@functools.cache
+def check_release() -> None:
+    """Raises `HostError`, in one line, for a transformers older or newer than what is tested."""
+    tested, installed = required("transformers"), version("transformers")
+    if tested is None or tested.specifier.contains(installed):
+        return
+    newest = max(tested.specifier, key=lambda one: one.operator.startswith("<"))
+    how = "newer" if not newest.contains(installed) else "older"
+    raise HostError(
+        f"transformers {installed} is {how} than what this trol is tested with "
+        f"({tested.specifier}); run: pip install '{tested.name}{tested.specifier}'"
+    )

@@ -1,11 +1,8 @@
-"""Layers of a transformers cache: what they hold, what they can do, and a private copy of one.
+"""Layers of a transformers cache: their kinds, private copies, and what one visit sees.
 
 A cache layer keeps keys and values (`CacheLayerMixin`), a recurrent state
-(`LinearAttentionCacheLayerMixin`), or both.
-
-One layer's place in a cache, as one visit sees it.
-
-What is kept for each position along with a cache, and moves as its layers do.
+(`LinearAttentionCacheLayerMixin`), or both. Beside them a cache may keep a `TokenState`, something
+of each token, which is cropped and reordered as the layers are.
 """
 
 from __future__ import annotations
@@ -33,24 +30,23 @@ AttentionLayer = CacheLayerMixin
 
 
 class CacheLayer(Protocol):
-    """One layer's place in a cache: all that trol calls on it."""
+    """All that trol calls on every cache layer that keeps keys and values."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stores new keys and values [B, H, T, d]; gives those to attend to [B, H, S, d]."""
+        """Stores new keys and values [B, H, T, d]; returns those to attend to [B, H, S, d]."""
 
-    def get_seq_length(self) -> int:
-        """How many tokens it has seen."""
-        ...
+    def get_seq_length(self) -> Any:
+        """How many tokens it has stored; a tensor where compiled code counts them."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys so many new tokens will see, and how many before them they will not."""
         ...
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest -`tokens_to_remove` tokens back."""
+        """Removes the newest -`tokens_to_remove` tokens."""
 
     def reset(self) -> None:
-        """Forgets all."""
+        """Forgets all tokens."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Puts rows in another order."""
@@ -63,7 +59,7 @@ class CacheLayer(Protocol):
 
 
 GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Classes of cache layers whose keys and values, while they are empty, are the step's own."""
+"""Classes of cache layers that, while empty, return a step's own keys and values from `update`."""
 
 TENSORS = {
     "keys": "all that keep keys and values, in full",
@@ -74,7 +70,7 @@ TENSORS = {
     "_quantized_keys": "layers that quantise: a structure of the backend's own",
     "_quantized_values": "the same",
 }
-"""Attributes that hold what a cache layer keeps of its tokens, and where they are met."""
+"""Attributes in which cache layers keep something of their tokens, and which layers have them."""
 
 MOVING_METHODS = (
     "update",
@@ -122,14 +118,14 @@ def new_cache(config: Any) -> DynamicCache:
 
 
 def grow(cache: Any, layer: int) -> None:
-    """Makes sure that a cache has its layer `layer`: some make layers when they are first used."""
+    """Appends layers until a cache has layer `layer`: some caches append when one is first used."""
     while len(cache.layers) <= layer:
         cache.layers.append(cache.layer_class_to_replicate())
 
 
 def has_keys(layer: object) -> bool:
     """Whether a cache layer keeps keys and values."""
-    return isinstance(layer, CacheLayerMixin)
+    return isinstance(layer, AttentionLayer)
 
 
 def is_recurrent(layer: object) -> bool:
@@ -143,7 +139,7 @@ def has_recurrent_layers(config: Any) -> bool:
 
 
 def is_indexed(layer: object) -> bool:
-    """Whether a cache layer also keeps what queries choose their keys by."""
+    """Whether a cache layer also keeps an index by which queries choose their keys."""
     return hasattr(layer, "update_indexer")
 
 
@@ -158,21 +154,21 @@ def is_static(layer: object) -> bool:
 
 
 def capacity(layer: object) -> int | None:
-    """How many tokens a cache layer has place for from the start, where it holds all of them."""
+    """How many tokens a static layer without a window has place for; None for other layers."""
     if not isinstance(layer, StaticLayer) or is_sliding(layer):
         return None
     return layer.max_cache_len
 
 
 def is_growing_and_empty(layer: Any) -> bool:
-    """Whether a cache layer holds nothing yet, and will show the step's own keys as they are."""
+    """Whether a cache layer is empty, and `update` will return the step's own keys as they are."""
     return type(layer) in GROWING and not int(layer.get_seq_length())
 
 
 def can_take_back(layer: object) -> bool:
-    """Whether the newest tokens can be cut off this cache layer again, exactly and at any time."""
-    kept_whole = has_keys(layer) and not is_recurrent(layer)
-    return kept_whole and not is_static(layer) and not is_quantised(layer)
+    """Whether the newest tokens can be removed from this cache layer, exactly and at any time."""
+    inexact = is_recurrent(layer) or is_static(layer) or is_quantised(layer)
+    return has_keys(layer) and not inexact
 
 
 def is_quantised(layer: object) -> bool:
@@ -181,7 +177,7 @@ def is_quantised(layer: object) -> bool:
 
 
 def record_past(cache: Any, layers: Iterable[object], *, on: bool) -> None:
-    """Has sliding windows keep what a crop may need again, or no longer."""
+    """Makes sliding windows keep tokens that a crop may bring back into view, or stop doing so."""
     if on:
         cache.activate_past_recording()
         return
@@ -191,30 +187,28 @@ def record_past(cache: Any, layers: Iterable[object], *, on: bool) -> None:
 
 
 def prefetch(cache: Any, layer: Any) -> None:
-    """Gets a cache layer from where an offloading cache keeps it between calls."""
+    """Brings a cache layer back from where an offloading cache keeps it between calls."""
     if cache.offloading:  # transformers fetches the host's own next layer, and no other
         layer.prefetch()
 
 
 def offload(cache: Any, layer: Any) -> None:
-    """Puts it back there."""
-    if cache.offloading and has_keys(layer):
-        stays = cache.only_non_sliding and is_sliding(layer)
-        if not stays:
-            layer.offload()
+    """Puts a cache layer back where an offloading cache keeps it between calls."""
+    if cache.offloading and has_keys(layer) and not (cache.only_non_sliding and is_sliding(layer)):
+        layer.offload()
 
 
 def with_layers(cache: Any, layers: list[Any]) -> Any:
-    """The same cache with other layers; what it keeps beside them is shared."""
+    """A copy of the cache with other layers; all its other attributes are shared."""
     view = object.__new__(type(cache))  # what copy does by way of a pickle
     vars(view).update(vars(cache))
     view.layers = layers
     return view
 
 
-def at_rest(tensor: Tensor) -> Tensor:
-    """Tells compilers that this tensor will be written where it is, as transformers does."""
-    if not torch.compiler.is_compiling():  # which can mark nothing
+def fixed_address(tensor: Tensor) -> Tensor:
+    """The tensor, marked for compilers as one that is written in place, as transformers does."""
+    if not torch.compiler.is_compiling():  # code that is being compiled cannot mark anything
         torch._dynamo.mark_static_address(tensor)
     return tensor
 
@@ -222,11 +216,12 @@ def at_rest(tensor: Tensor) -> Tensor:
 def copy_on_write(layer: Any) -> Any:
     """A private copy of a cache layer: what either stores later, the other does not see.
 
-    Static layers write in place, so their tensors are cloned; so are the tensors in dictionaries
-    (recurrent states), and those of layers of anybody else's making. transformers' own dynamic ones
-    replace their tensors when they store, and share their past (an assumption of the table).
+    Tensors of static layers are cloned, because they are written in place; so are tensors in
+    dictionaries (recurrent states), and all tensors of layers that other libraries define. Dynamic
+    layers of transformers replace their tensors when they store, so copies share them until then.
     """
-    twin, shares = copy.copy(layer), _is_known(layer) and not is_static(layer)
+    known_maker = type(layer).__module__.partition(".")[0] in ("transformers", "trol")
+    twin, shares = copy.copy(layer), known_maker and not is_static(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
             setattr(twin, name, {key: _cloned(one) for key, one in value.items()})
@@ -235,120 +230,110 @@ def copy_on_write(layer: Any) -> Any:
     return twin
 
 
-def _is_known(layer: object) -> bool:
-    return type(layer).__module__.partition(".")[0] in ("transformers", "trol")
-
-
 def _cloned(value: Any) -> Any:
-    return at_rest(value.clone()) if isinstance(value, Tensor) else value
+    return fixed_address(value.clone()) if isinstance(value, Tensor) else value
 
 
 def held_bytes(layers: Iterable[Any]) -> int:
-    """What cache layers hold of their tokens; what two of them share counts once. Unit: bytes."""
+    """Bytes of the tensors that cache layers keep; one that two layers share counts once."""
     values = (vars(layer).get(name) for layer in layers for name in TENSORS)
     tensors = {id(tensor): tensor for value in values for tensor in _tensors(value)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors inside a structure; a quantised tensor is what it is made of."""
+    """The plain tensors inside a structure; of a quantised tensor, those that it wraps."""
     if is_traceable_wrapper_subclass(value):
         names, _ = value.__tensor_flatten__()
         for name in names:
             yield from _tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
+    elif isinstance(value, dict | tuple | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _tensors(inner)
 
-
-Slot = Any
-"""One layer's place in a cache: a `trol.host.cache.CacheLayer`."""
 
 Written = tuple[Tensor, ...]
-"""Keys and values of a step [B, H, T, d], and where queries choose keys, by what: [B, T, d]."""
+"""Keys and values of a step [B, H, T, d], and the index of layers that have one: [B, T, d]."""
 
 
 class KeysWritten(Exception):
     """Leaves a layer once its keys and values are stored."""
 
 
-class VisitSlot:
-    """A slot as one visit sees it: merges new keys and values, remembers them, then stores them."""
+class VisitCacheLayer:
+    """A cache layer as one visit sees it: merges new keys and values, keeps and stores them."""
 
-    slot: Slot = None  # on the class too: dynamo asks for `__class__` before `__init__` has run
+    layer: Any = None  # on the class too: dynamo asks for `__class__` before `__init__` has run
 
     def __init__(
         self,
-        slot: Slot,
+        layer: Any,
         in_scope: bool | Tensor,
         fallback: Written | None,
         *,
         leaves: bool = False,
     ) -> None:
-        self.slot = slot
+        self.layer = layer
         self.in_scope = in_scope
         self.fallback = fallback
         self.leaves = leaves
         self.written: Written = ()
 
     @property
-    def __class__(self) -> Any:  # whether the slot is recurrent must still be seen
-        return type(self.slot)
+    def __class__(self) -> Any:  # so that `isinstance` still tells whether the layer is recurrent
+        return type(self.layer)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.slot, name)
+        return getattr(self.layer, name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stores the step's keys and values. Shape: [B, H, T, d] each, in and out.
 
         Raises:
-            KeysWritten: nobody reads what the layer makes of them.
+            KeysWritten: `leaves` is set: the rest of the layer need not run.
         """
         keys, values = self._merged(0, keys, axis=2), self._merged(1, values, axis=2)
         self.written = keys, values, *self.written[2:]
-        shown = self.slot.update(keys, values, *args, **kwargs)
+        attended = self.layer.update(keys, values, *args, **kwargs)
         if self.leaves:
             raise KeysWritten
-        return shown
+        return attended
 
     def update_indexer(self, keys: Tensor) -> Tensor:
-        """Stores what queries choose their keys by. Shape: [B, T, d], in; [B, S, d], out."""
+        """Stores the index by which queries choose keys. Shape: [B, T, d], in; [B, S, d], out."""
         keys = self._merged(2, keys, axis=1)
         self.written = *self.written[:2], keys
-        return self.slot.update_indexer(keys)
+        return self.layer.update_indexer(keys)
 
     def _merged(self, which: int, new: Tensor, *, axis: int) -> Tensor:
-        """What is new of tokens in scope, what is one plane below of others, tokens on `axis`."""
+        """The new values of tokens in scope, and the fallback's of others; tokens are on `axis`."""
         if self.fallback is None or self.in_scope is True:
             return new
         if self.in_scope is False:
             return self.fallback[which]
         if new.shape[axis] != self.in_scope.shape[1]:  # of a picture, and so alike in all visits
             return new
-        mine = self.in_scope[..., None] if axis == 1 else self.in_scope[:, None, :, None]
-        return torch.where(mine, new, self.fallback[which])
+        mask = self.in_scope[..., None] if axis == 1 else self.in_scope[:, None, :, None]
+        return torch.where(mask, new, self.fallback[which])
 
 
-def store(slot: Slot, written: Written) -> None:
-    """Stores in a slot what a visit wrote into another."""
-    slot.update(*written[:2])
+def store(layer: Any, written: Written) -> None:
+    """Stores in a cache layer what a visit wrote into another."""
+    layer.update(*written[:2])
     if len(written) > 2:
-        slot.update_indexer(written[2])
+        layer.update_indexer(written[2])
 
 
-class PositionSlot:
-    """Something of each position, kept beside a layer's planes and cropped, reordered with them."""
+class TokenState:
+    """Something of each token, kept beside a layer's planes and cropped, reordered with them."""
 
     def __init__(self, values: Tensor, *, is_static: bool = False) -> None:
-        self.values = at_rest(values) if is_static else values
+        self.values = fixed_address(values) if is_static else values
         """Shape: [B, S, ...]."""
         self.is_static = is_static
-        """Whether S is all that the cache can hold, and values are written where they are."""
+        """Whether S is all that the cache can hold, and values are written in place."""
 
     def reset(self) -> None:
         self.values.zero_()
@@ -357,7 +342,7 @@ class PositionSlot:
         self.values = self.values.index_select(0, beam_idx.to(self.values.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove and not self.is_static:  # there, what comes next is written over it
+        if tokens_to_remove and not self.is_static:  # static values are overwritten by later tokens
             self.values = self.values[:, : -abs(tokens_to_remove)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -1,15 +1,11 @@
-"""Chat templates: what one makes of a conversation, what it marks in it, and that text as ids.
-
-What processors of other families can do on this transformers.
-"""
+"""Chat templates: the text that one makes of a conversation, the answers it marks, and its ids."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from types import CodeType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -18,67 +14,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trol.errors import DataError
 
-OFFSETS = "text_replacement_offsets"
-"""By these, a processor knows where the text lies after pictures were put into it."""
-
-PASSED_ON = ("__call__", "_merge_kwargs")
-"""Methods that take them, and do nothing with them."""
-
-
-@functools.cache
-def marks_answers_beside_pictures() -> bool:
-    """Whether answer spans of a chat are moved by the tokens that its pictures become.
-
-    Where nothing but `__call__` knows of the offsets, `assistant_masks` beside pictures are those
-    of the text before the pictures were put in: wrong tokens, without a word.
-    """
-    knowing = {name for name, method in vars(ProcessorMixin).items() if _mentions(method)}
-    return bool(knowing - set(PASSED_ON))
-
-
-def template_fault(template: str) -> str | None:
-    """What is wrong with the syntax of a chat template, as transformers reads it; None if nothing.
-
-    What a template makes of a conversation that it does not like is its own affair.
-    """
-    try:
-        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
-    except TemplateSyntaxError as error:
-        return f"{str(error.message).rstrip('.')} in line {error.lineno}"
-    except Exception:  # it may call for anything that is not there
-        return None
-    return None
-
-
-def _mentions(method: Any) -> bool:
-    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-    texts = () if code is None else _texts(code)
-    return any(text.endswith(OFFSETS) for text in texts)
-
-
-def _texts(code: CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, CodeType):
-            yield from _texts(constant)
-
-
 Span = tuple[int, int]
 """First character and the one behind the last."""
 
 PIECES = "pieces"
-"""The key of a conversation's first message that `AS_CUT` reads."""
+"""The key of a conversation's first message that `IN_PIECES` reads."""
 
-AS_CUT = (
+IN_PIECES = (
     "{% for piece in messages[0]['pieces'] %}{% if loop.index0 is odd %}"
     "{% generation %}{{ piece }}{% endgeneration %}"
     "{% else %}{{ piece }}{% endif %}{% endfor %}"
 )
-"""A template that says a text which was rendered before, every second piece of it as answer."""
+"""A template that repeats a text which was rendered before, every second piece as an answer."""
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 
 PLAIN = (
     "{% for message in messages %}"
@@ -88,6 +37,26 @@ PLAIN = (
 )
 """Each turn is a paragraph that ends with a line break, which is the end of an answer as well.
 Models that were trained on text alone know no other mark."""
+
+OFFSETS = "text_replacement_offsets"
+"""What tells a processor where the text lies after it has put pictures into it."""
+
+PASSES_ON = ("__call__", "_merge_kwargs")
+"""Methods of processors that take these offsets, and do nothing with them."""
+
+
+def template_fault(template: str) -> str | None:
+    """The syntax error of a chat template, as transformers reads it, or None.
+
+    A template may refuse a conversation by any other error, which is no fault of its syntax.
+    """
+    try:
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        return f"{str(error.message).rstrip('.')} in line {error.lineno}"
+    except Exception:  # it may need keys that this conversation lacks
+        pass
+    return None
 
 
 def own_template(processor: Any) -> str | None:
@@ -100,7 +69,7 @@ def own_template(processor: Any) -> str | None:
 
 
 def start_of(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before each text: a mark of its beginning, or nothing."""
+    """The ids that the tokenizer puts before each text: its begin token, or nothing."""
     first = tokenizer("a")["input_ids"][:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
 
@@ -110,22 +79,22 @@ def template_of(processor: Any) -> str:
     own = own_template(processor)
     if own is not None:
         return own
-    begins = start_of(getattr(processor, "tokenizer", processor))
-    return ("{{ bos_token }}" if begins else "") + PLAIN
+    start = start_of(getattr(processor, "tokenizer", processor))
+    return ("{{ bos_token }}" if start else "") + PLAIN
 
 
 def marks_answers(processor: Any) -> bool:
-    """Whether the template itself says what is answer, by `{% generation %}`."""
+    """Whether the template itself marks the answers, by `{% generation %}`."""
     return bool(_MARK.search(template_of(processor)))
 
 
 def render(
     processor: Any, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False
 ) -> tuple[str, list[Span]]:
-    """What the template makes of the messages, and where it marks answers.
+    """The text that the template makes of the messages, and where it marks answers.
 
     Raises:
-        DataError: the template refuses the messages, or cannot cope with them.
+        DataError: the template refuses the messages, or fails on them.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     try:
@@ -139,14 +108,29 @@ def render(
     except MemoryError:
         raise
     except Exception as error:  # templates are programs: they raise what they like
-        told = " ".join(str(error).split())
-        raise DataError(f"the chat template refuses the conversation: {told}.") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"the chat template refuses the conversation: {reason}.") from error
     (text,), spans = rendered
     return text, spans[0] if spans else []
 
 
+@functools.cache
+def marks_answers_beside_pictures() -> bool:
+    """Whether `assistant_masks` count the tokens that pictures become.
+
+    Where none but these two methods use the offsets, the masks are those of the text before the
+    pictures were put in: wrong tokens, and no error.
+    """
+    uses = (
+        name
+        for name, method in vars(ProcessorMixin).items()
+        if inspect.isfunction(method) and OFFSETS in inspect.getsource(method)
+    )
+    return bool(set(uses) - set(PASSES_ON))
+
+
 def marks_by_offsets(processor: Any, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether this transformers knows which tokens of such a conversation a character became."""
+    """Whether this transformers can tell which tokens the characters of a conversation became."""
     if not isinstance(processor, ProcessorMixin):
         return bool(processor.is_fast)
     own = getattr(processor, "marks_answers_itself", False)
@@ -156,28 +140,33 @@ def marks_by_offsets(processor: Any, messages: Sequence[Mapping[str, Any]]) -> b
     )
 
 
-def encode_text(processor: Any, texts: Sequence[Sequence[str]], told: Any, **settings: Any) -> Any:
+def encode_text(
+    processor: Any, texts: Sequence[Sequence[str]], conversations: Any, **settings: Any
+) -> Any:
     """Rendered conversations as ids, and `assistant_masks`: 1 for tokens of every second piece.
 
     Args:
         processor: a processor, or a tokenizer.
         texts: the pieces of each conversation's text.
-        told: the conversations themselves, whose pictures a processor puts in.
+        conversations: their messages, whose pictures a processor puts in.
         settings: `padding` and `return_tensors`.
     """
     if not isinstance(processor, ProcessorMixin):
         return _tokens(processor, texts, settings)
     kind = settings.get("return_tensors")
-    told = [[{**one[0], PIECES: list(cut)}, *one[1:]] for one, cut in zip(told, texts, strict=True)]
-    masks = all(marks_by_offsets(processor, one) for one in told)
+    in_pieces = [
+        [{**one[0], PIECES: list(pieces)}, *one[1:]]
+        for one, pieces in zip(conversations, texts, strict=True)
+    ]
+    masks = all(marks_by_offsets(processor, one) for one in in_pieces)
     encoded: Any = processor.apply_chat_template(
-        told,
-        chat_template=AS_CUT,
+        in_pieces,
+        chat_template=IN_PIECES,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=masks,
         processor_kwargs={"padding": settings["padding"]},
-        # Beside marks some processors, Idefics3's for one, fail at turning offsets into tensors.
+        # With masks, some processors (Idefics3's for one) fail to turn the offsets into tensors.
         return_tensors=None if masks else kind,
     )
     for unread in ("offset_mapping", "text_replacement_offsets"):
@@ -187,19 +176,19 @@ def encode_text(processor: Any, texts: Sequence[Sequence[str]], told: Any, **set
 
 def _tokens(tokenizer: Any, texts: Sequence[Sequence[str]], settings: dict[str, Any]) -> Any:
     encoded = tokenizer(
-        ["".join(cut) for cut in texts],
+        ["".join(pieces) for pieces in texts],
         add_special_tokens=False,
         return_offsets_mapping=tokenizer.is_fast,
         **settings,
     )
     if tokenizer.is_fast:
         rows = zip(encoded.pop("offset_mapping"), texts, strict=True)
-        encoded["assistant_masks"] = [_inside(offsets, cut) for offsets, cut in rows]
+        encoded["assistant_masks"] = [_answer_mask(offsets, pieces) for offsets, pieces in rows]
     return encoded
 
 
-def _inside(offsets: Any, pieces: Sequence[str]) -> list[int]:
-    """1 for each token that has a character of an odd piece; padding has none."""
+def _answer_mask(offsets: Any, pieces: Sequence[str]) -> list[int]:
+    """1 for each token that has a character of an odd piece, else 0; padding has none."""
     odd = [character for at, piece in enumerate(pieces) for character in [at % 2] * len(piece)]
     return [int(any(odd[start:end])) for start, end in offsets]
 

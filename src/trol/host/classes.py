@@ -1,13 +1,8 @@
-"""Live objects of other libraries: a mixin in front of their class, as FSDP2 places one.
+"""Live models of other libraries: how trol's mixins join them, and how others wrap and save them.
 
-Also what accelerate's hooks and PEFT keep of them, and which of their parameters are one.
-
-Saving a model that needs trol, so that nothing opens it without trol by accident.
-
-The folder is the host's own, parameters of the policy among its weights; but `config.json` names
-the model type `trol_host`, which transformers does not know, and holds the host's configuration
-and the policy's settings. `trol.load_model(folder)` opens it, and after `import trol.family`,
-`AutoModelForCausalLM.from_pretrained(folder)`.
+`specialise` places a mixin in front of an object's class, as FSDP2 does, past accelerate's hooks.
+Then come the wrappers around a model (PEFT, data parallelism), parameters that are one, and
+`mark_as_trol_host`, by which a saved model that needs trol is not opened without it by accident.
 """
 
 from __future__ import annotations
@@ -17,12 +12,16 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
 
 from trol.errors import HostError
+from trol.files import write_whole
 
 Class = type[Any]
 
@@ -37,16 +36,16 @@ TIED = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
 class Specialised:
-    """Base of the mixins: keeps objects of a made-up class picklable and deep-copyable.
+    """Base of the mixins: keeps objects of a class made by `specialised` picklable and copyable.
 
-    The made-up class cannot be found by name, so a pickle names the mixins and the original class.
+    Such a class cannot be imported by name, so a pickle names the mixins and the original class.
     """
 
     trol_mixins: tuple[Class, ...] = ()
     trol_original: Class = object
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Blank for copies and pickles; who makes another of such a class means the original."""
+        """Without arguments, as copies and pickles call it, an empty object."""
         return cls.trol_original(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -74,7 +73,7 @@ def specialise(target: object, *mixins: Class) -> None:
     """Puts `mixins` in front of the class of `target`, in place.
 
     Raises:
-        HostError: something else than accelerate's hooks has replaced its forward.
+        HostError: its forward was replaced, and not by accelerate's hooks.
     """
     check_hooks(target)
     target.__class__ = specialised(type(target), *mixins)
@@ -93,7 +92,7 @@ def original_class(target: object) -> Class:
 
 
 def check_hooks(target: object) -> None:
-    """Raises `HostError` where a forward lies on the object itself and would pass by its class."""
+    """Raises `HostError` where a forward on the object itself would bypass its class."""
     if "forward" in vars(target) and HOOKED_FORWARD not in vars(target):
         raise HostError(
             f"the forward of this {type(target).__name__} was replaced on the object itself "
@@ -104,8 +103,8 @@ def check_hooks(target: object) -> None:
 
 def unknown_setting(error: TypeError) -> str | None:
     """The keyword argument that a call did not know, if that is what the error says."""
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    return found.group(1) if found else None
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return match.group(1) if match else None
 
 
 def _signed_as(original: Class, mixin: Class, name: str) -> Any:
@@ -122,8 +121,8 @@ def _rebind(target: Any) -> None:
 
 
 def _blank(original: Class, *mixins: Class) -> Any:
-    made: Any = specialised(original, *mixins)
-    return made.__new__(made)
+    kind: Any = specialised(original, *mixins)
+    return kind.__new__(kind)
 
 
 def submodule(module: nn.Module, name: str) -> nn.Module | None:
@@ -136,8 +135,46 @@ def remove_submodule(module: nn.Module, name: str) -> None:
     module._modules.pop(name, None)
 
 
+PARALLEL = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+"""Wrappers that list a model's parameters once, when they wrap it, and miss later ones."""
+
+ENGINES = ("deepspeed",)
+"""Packages whose wrappers do so as well."""
+
+PREPARES = "prepare_inputs_for_generation"
+ORIGINAL_PREPARES = f"base_model_{PREPARES}"
+"""Where PEFT's prompt learning keeps the model's own method, while it puts one in its place."""
+
+
+def model_inside(model: nn.Module) -> nn.Module:
+    """The outermost transformers model in a wrapper, whose `generate` is the one that runs.
+
+    A module without any is returned as it is.
+
+    Raises:
+        HostError: the wrapper would not know the parameters that a policy adds.
+    """
+    package = type(model).__module__.partition(".")[0]
+    if isinstance(model, PARALLEL) or package in ENGINES:
+        raise HostError(
+            f"{type(model).__name__} has taken on its parameters already and would leave those of "
+            "a policy out; attach the policy first, then wrap the model."
+        )
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def rebind_wrappers(wrapper: nn.Module, model: nn.Module) -> None:
+    """Updates a wrapper that keeps a method of the model inside to the one of its present class."""
+    own = vars(model).get(PREPARES)  # PEFT leaves it on the model after its first generate
+    if getattr(own, "__self__", None) is model:
+        delattr(model, PREPARES)
+    for around in wrapper.modules():
+        if getattr(vars(around).get(ORIGINAL_PREPARES), "__self__", None) is model:
+            setattr(around, ORIGINAL_PREPARES, MethodType(getattr(type(model), PREPARES), model))
+
+
 def trained_copy(module: nn.Module | None) -> nn.Module | None:
-    """The module that runs: of one that PEFT's `modules_to_save` wraps, the copy in training."""
+    """The module that runs: the active copy of one that PEFT's `modules_to_save` wraps."""
     copies = None if module is None else module._modules.get("modules_to_save")
     if copies is None:
         return module
@@ -149,11 +186,11 @@ def saves_adapters_alone(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def second_maps(learner: nn.Module, adapter: str) -> Iterator[nn.Module]:
+def lora_b_maps(learner: nn.Module, adapter: str) -> Iterator[nn.Module]:
     """B of each of PEFT's low-rank updates of this name: the map that runs last.
 
     Raises:
-        HostError: there is none, so that nothing would be done to any.
+        HostError: there is none.
     """
     maps = [m for name, m in learner.named_modules() if name.endswith(f".lora_B.{adapter}")]
     if not maps:
@@ -165,7 +202,7 @@ def second_maps(learner: nn.Module, adapter: str) -> Iterator[nn.Module]:
 
 
 def declare_tied(model: Any, part: str) -> None:
-    """Tells transformers which parameters inside submodules named `part` are one.
+    """Tells transformers which parameters inside submodules named `part` are one and the same.
 
     It reads `_tied_weights_keys` when saving and `all_tied_weights_keys` when loading.
     """
@@ -186,26 +223,30 @@ def undeclare_tied(model: Any, part: str) -> None:
     for attribute in TIED:
         known: dict[str, str] = vars(model).get(attribute) or {}
         if any(f".{part}." in name for name in known):
-            delattr(model, attribute)  # what the class says shows again, where it says anything
-            rest = {name: source for name, source in known.items() if f".{part}." not in name}
-            if rest != (getattr(model, attribute, None) or {}) or attribute != "_tied_weights_keys":
-                setattr(model, attribute, rest)
+            delattr(model, attribute)  # so that an attribute of the class counts again
+            others = {name: source for name, source in known.items() if f".{part}." not in name}
+            of_class = getattr(model, attribute, None) or {}
+            if others != of_class or attribute != "_tied_weights_keys":
+                setattr(model, attribute, others)
 
 
 def tied_names(model: Any) -> set[str]:
-    """Names of parameters that are another one's, and need not be in a checkpoint."""
+    """Names of parameters that are another parameter, and need not be in a checkpoint."""
     return set(model.all_tied_weights_keys)
 
 
 MODEL_TYPE = "trol_host"
-"""The model type of a saved host that carries a policy."""
+"""The model type of a saved host that carries a policy; transformers does not know it."""
 
 
-def mark(folder: str | Path, policy: dict[str, Any]) -> None:
-    """Makes a saved configuration say that its model needs trol, and a policy of these settings."""
+def mark_as_trol_host(folder: str | Path, policy: dict[str, Any]) -> None:
+    """Makes the configuration of a saved host say that it needs trol, and a policy's settings.
+
+    The folder is the host's own, parameters of the policy among its weights. What was its
+    configuration is kept inside the new one. `trol.load_model(folder)` opens it, and after
+    `import trol.family`, `AutoModelForCausalLM.from_pretrained(folder)`.
+    """
     path = Path(folder) / "config.json"
     host = json.loads(path.read_text(encoding="utf-8"))
-    marked = {"model_type": MODEL_TYPE, "depth": policy, "host": host}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    config = {"model_type": MODEL_TYPE, "depth": policy, "host": host}
+    write_whole(path, json.dumps(config, indent=2) + "\n")

@@ -1,20 +1,16 @@
-"""Where families keep what trol must find: layers, attention, side inputs; and the few that differ.
+"""A host's stack: where families keep its layers, what a layer takes, and how its end is read.
 
-A family needs no row here unless it differs: `trol.attach` probes whether it does.
-
-Masks as attentions take them: boolean, added to scores, or none at all; keys hidden in each.
-
-What transformers collects of modules inside layers, such as attentions, brought into order.
-
-It has a hook on each module whose outputs can be asked for, and collects what each run of it
-gives: nothing of a layer that is skipped, and more of one that is visited again.
+`find_decoder` finds the stack, `layer_signature` says where a layer takes its cache and mask, and
+`hide_keys` changes a mask in the form that the attention takes. The head reads the state behind
+the last layer: final norm, linear map, scale and cap. A family needs a row in `FAMILY_NOTES` only
+if it differs from all others; `trol.attach` probes whether it does.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,46 +19,31 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trol.errors import HostError
-from trol.host.names import KNOWN_CACHE_NAMES, Tree, cache_key, token_wise_parts
-from trol.host.runtime import CAPTURING
-
-LAYER_LISTS = ("layers", "h", "blocks")
-"""What stacks call their list of decoder layers."""
-
-MADE_BEFORE_KEYS = frozenset(
-    ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
+from trol.host.names import (
+    AFTER_NORM,
+    FINAL_NORMS,
+    KNOWN_CACHE_NAMES,
+    LAYER_LISTS,
+    PER_KEY,
+    PER_TOKEN,
+    Tree,
+    cache_key,
+    token_wise_parts,
 )
-"""What attentions call the linear maps that run before keys and values are stored."""
 
 LINEAR = (nn.Linear, Conv1D)
 """Classes of linear maps; `Conv1D` holds its weight transposed."""
-
-COUNTED = ("eager", "sdpa")
-"""Attentions made of operators whose FLOPs torch counts, as far as it counts any."""
-
-PER_TOKEN = {
-    "attention_mask": ("rows", "heads", "tokens", "keys"),
-    "image_tokens": ("rows", "tokens"),
-    "per_layer_input": ("rows", "tokens", "width"),
-    "position_embeddings": ("rows", "tokens", "width"),
-    "position_ids": ("rows", "tokens"),
-}
-"""Side inputs of a layer that go with its tokens, and their dimensions. Those of another form are
-not known: some releases have three axes of a picture before the rows."""
-
-PER_KEY = ("alibi",)
-"""Side inputs that go with rows and keys. Shape: [B * heads, ...]."""
 
 NOT_STATES = {*KNOWN_CACHE_NAMES, *PER_TOKEN, *PER_KEY, "use_cache"}
 """What the first argument of a layer is never called."""
 
 
 @dataclass(frozen=True)
-class Quirk:
+class FamilyNote:
     """How one family differs from all others."""
 
     refused: str = ""
-    """Why the family cannot be treated rightly at all."""
+    """Why trol cannot treat the family rightly at all."""
     no_holes: str = ""
     """Why `skipped_kv="hole"` is refused."""
     no_second_visit: str = ""
@@ -71,27 +52,32 @@ class Quirk:
 
 _SHARES_KV = "its layers share keys and values with each other, so a second visit overwrites them"
 _PURE_RECURRENT = "it has no attention layer, so its cache does not know how long it is"
+_TWO_ATTENTIONS = "its layers have two attentions, and two places in the cache"
 
-QUIRKS: dict[str, Quirk] = {
-    "gemma3n_text": Quirk(refused=_SHARES_KV),
-    "gemma4_text": Quirk(refused=_SHARES_KV),
-    "gpt_neo": Quirk(no_holes="its attention builds its own causal mask"),
-    "longcat_flash": Quirk(refused="its layers have two attentions, and two places in the cache"),
-    "mamba": Quirk(refused=_PURE_RECURRENT),
-    "mamba2": Quirk(refused=_PURE_RECURRENT),
-    "falcon_mamba": Quirk(refused=_PURE_RECURRENT),
-    "recurrent_gemma": Quirk(
+FAMILY_NOTES: dict[str, FamilyNote] = {
+    "gemma3n_text": FamilyNote(refused=_SHARES_KV),
+    "gemma4_text": FamilyNote(refused=_SHARES_KV),
+    "gpt_neo": FamilyNote(no_holes="its attention builds its own causal mask"),
+    "longcat_flash": FamilyNote(refused=_TWO_ATTENTIONS),
+    "mamba": FamilyNote(refused=_PURE_RECURRENT),
+    "mamba2": FamilyNote(refused=_PURE_RECURRENT),
+    "falcon_mamba": FamilyNote(refused=_PURE_RECURRENT),
+    "recurrent_gemma": FamilyNote(
         no_second_visit="its layers keep their recurrent state in themselves, not in the cache"
     ),
-    "minimax": Quirk(refused="its lightning attention keeps a cache of its own kind"),
-    "mpt": Quirk(no_holes="its mask marks what is hidden, not what is seen"),
-    "bloom": Quirk(no_holes="its alibi slopes are added where the mask would be"),
+    "minimax": FamilyNote(refused="its lightning attention keeps a cache of its own kind"),
+    "mpt": FamilyNote(no_holes="its mask marks what is hidden, not what is seen"),
+    "bloom": FamilyNote(no_holes="its alibi slopes are added where the mask would be"),
 }
 """Families by `model_type` of the text configuration."""
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer takes beside the hidden states, by place and by keyword."""
+
+
 @dataclass(frozen=True)
-class LayerSite:
+class LayerSignature:
     """Where a family's layer takes its cache and its mask."""
 
     cache_name: str
@@ -106,31 +92,28 @@ class LayerSite:
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
-        if self.cache_name in kwargs:
-            return kwargs[self.cache_name]
-        return _taken(args, kwargs, cache_key(kwargs) or self.cache_name, self.cache_position)
+        return _argument(args, kwargs, self._cache_key(kwargs), self.cache_position)
 
     def mask_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The attention mask among a layer's arguments, or None."""
-        return _taken(args, kwargs, "attention_mask", self.mask_position)
+        return _argument(args, kwargs, "attention_mask", self.mask_position)
 
-    def with_cache(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> Arguments:
         """The same arguments with another cache."""
-        if self.cache_name in kwargs:
-            return args, {**kwargs, self.cache_name: cache}
-        name = cache_key(kwargs) or self.cache_name
-        return _replaced(args, kwargs, name, self.cache_position, cache)
+        return _replaced(args, kwargs, self._cache_key(kwargs), self.cache_position, cache)
 
-    def with_mask(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Arguments:
         """The same arguments with another attention mask."""
         return _replaced(args, kwargs, "attention_mask", self.mask_position, mask)
 
+    def _cache_key(self, kwargs: dict[str, Any]) -> str:
+        own = self.cache_name
+        return own if own in kwargs else cache_key(kwargs) or own
 
-def _taken(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: int | None) -> Any:
+
+def _argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: int | None
+) -> Any:
     if name in kwargs:
         return kwargs[name]
     return args[position] if position is not None and position < len(args) else None
@@ -138,13 +121,13 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: i
 
 def _replaced(
     args: tuple[Any, ...], kwargs: dict[str, Any], name: str, position: int | None, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> Arguments:
     if position is not None and position < len(args):
         return (*args[:position], value, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: value}
 
 
-def layer_site(layer: nn.Module) -> LayerSite:
+def layer_signature(layer: nn.Module) -> LayerSignature:
     """Reads off the signature of a layer where its cache and mask go.
 
     Raises:
@@ -173,7 +156,7 @@ def layer_site(layer: nn.Module) -> LayerSite:
             "see; it attaches to transformers decoder layers."
         )
     mask = names.index("attention_mask") if "attention_mask" in names else None
-    return LayerSite(cache, names.index(cache), mask, tuple(names), token_wise_parts(layer))
+    return LayerSignature(cache, names.index(cache), mask, tuple(names), token_wise_parts(layer))
 
 
 def check_stack(stack: nn.Module) -> None:
@@ -190,12 +173,11 @@ def check_stack(stack: nn.Module) -> None:
 def argument(
     forward: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What a call of the method `forward` hands over as `name`, by keyword or place, or None."""
+    """The argument `name` of a call of the method `forward`, by keyword or place, or None."""
     if name in kwargs or not args:
         return kwargs.get(name)
     places = _places.__wrapped__ if torch.compiler.is_compiling() else _places
-    where = places(forward).get(name, len(args))
-    return args[where] if where < len(args) else None
+    return _argument(args, kwargs, name, places(forward).get(name))
 
 
 @functools.cache
@@ -237,9 +219,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no list of decoder layers named "
             f"{' or '.join(LAYER_LISTS)}; attach to a transformers decoder-only model."
         )
-    quirk = quirk_of(decoder)
-    if quirk.refused:
-        raise HostError(f"trol cannot treat {decoder.config.model_type} rightly: {quirk.refused}.")
+    why = family_note(decoder).refused
+    if why:
+        raise HostError(f"trol cannot treat {decoder.config.model_type} rightly: {why}.")
     return decoder
 
 
@@ -252,19 +234,20 @@ def layer_list(decoder: nn.Module) -> nn.ModuleList | None:
     return None
 
 
-def quirk_of(decoder: nn.Module) -> Quirk:
+def family_note(decoder: nn.Module) -> FamilyNote:
     """How this decoder's family differs."""
-    return QUIRKS.get(str(getattr(getattr(decoder, "config", None), "model_type", "")), Quirk())
+    family = getattr(getattr(decoder, "config", None), "model_type", "")
+    return FAMILY_NOTES.get(str(family), FamilyNote())
 
 
 TAKE_NO_HOLES = {
     "flash": "takes masks of padding alone",
     "flex": "compiles its mask anew for each form that the holes have",
 }
-"""Attentions, by a part of their names, that cannot be told which keys are holes, and why."""
+"""Attentions, by a part of their names, whose mask cannot say which keys are holes, and why."""
 
 
-def hiding(
+def hide_keys(
     mask: Any,
     hidden: Tensor,
     earlier: Tensor,
@@ -277,78 +260,113 @@ def hiding(
 
     Args:
         mask: the mask of a layer, or None.
-        hidden: what else is not seen. Shape: [B, 1, T, S].
+        hidden: the further keys that no query may see. Shape: [B, 1, T, S].
         earlier: which keys come no later than a query. Shape: [T, S].
         attention: eager, sdpa, flex_attention, ...
-        causal: whether this attention sees no later keys where it is given no mask.
+        causal: whether this attention sees no later keys where it gets no mask.
         dtype: of masks that are added.
 
     Raises:
-        HostError: this attention cannot be told.
+        HostError: this attention takes no mask that hides single keys.
     """
     for name, why in TAKE_NO_HOLES.items():
         if name in str(attention):
-            raise _refusal(f"{attention} {why}")
+            raise _no_holes(f"{attention} {why}")
     if mask is None and attention not in ("eager", "sdpa"):
-        raise _refusal(f"{attention} was given no mask, so it is not known what it sees")
+        raise _no_holes(f"{attention} was given no mask, so it is not known what it sees")
     if mask is None:
-        # sdpa then goes by causal, eager hides nothing: whoever wants it to gives it a mask.
-        all_seen = attention == "eager" or not causal
-        mask = (torch.ones_like(earlier) if all_seen else earlier)[None, None]
+        # Without a mask, sdpa goes by `causal`, and eager sees all keys.
+        sees_all = attention == "eager" or not causal
+        mask = (torch.ones_like(earlier) if sees_all else earlier)[None, None]
         if attention == "eager":  # which adds it
             mask = torch.zeros_like(mask, dtype=dtype)
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         what = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
-        raise _refusal(f"holes need a mask of 4 dimensions, {attention} takes {what}")
+        raise _no_holes(f"holes need a mask of 4 dimensions, {attention} takes {what}")
     if mask.dtype == torch.bool:
         return mask & ~hidden
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def is_causal(layer: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether a layer's attention sees no later keys by itself: as it is told, or says."""
-    told = arguments.get("is_causal")
+    """Whether a layer's attention sees no later keys: by an argument, or by its own attribute."""
+    argued = arguments.get("is_causal")
     own = (one.is_causal for one in layer.modules() if hasattr(one, "is_causal"))
-    return bool(next(own, True) if told is None else told)
+    return bool(next(own, True) if argued is None else argued)
 
 
-def _refusal(why: str) -> HostError:
+def _no_holes(why: str) -> HostError:
     return HostError(
         f"holes cannot be hidden: {why}; load the model with "
         'attn_implementation="sdpa" or "eager", or set skipped_kv="project".'
     )
 
 
-def by_layer(
-    values: Sequence[Any], layers: Sequence[nn.Module], runs: Sequence[int | None], key: str
-) -> tuple[Any, ...]:
-    """Those of first runs, and None for a layer that was skipped: an index keeps its meaning.
+FACTORS = {"lm_head_multiplier": "Falcon-H1", "logit_scale": "Cohere"}
+"""Settings by which logits are multiplied, and families that have them."""
 
-    Args:
-        values: what was collected, in order.
-        layers: the layers that hold the modules.
-        runs: how often each ran; None for one that the host did not call.
-        key: under which name it was collected.
+DIVISOR = "logits_scaling"
+"""The setting by which Granite divides its logits."""
+
+MULTIPLIED_BY_DIVISOR = ("hyperclovax",)
+"""Families that multiply by it."""
+
+CAPS = {"final_logit_softcapping": "Gemma 2", "logits_soft_cap": "RecurrentGemma"}
+"""Settings c of a cap c tanh(logits / c), and families that have them."""
+
+
+def head_of(host: Any) -> nn.Module:
+    """The linear map to the vocabulary.
+
+    Raises:
+        HostError: there is none.
     """
-    each = [
-        0 if count is None else _collecting(layer, key)
-        for layer, count in zip(layers, runs, strict=True)
-    ]
-    if len(values) != sum(one * (count or 0) for one, count in zip(each, runs, strict=True)):
-        return tuple(values)  # the family gathers them in a way of its own
-    kept: list[Any] = []
-    rest = list(values)
-    for one, count in zip(each, runs, strict=True):
-        kept += rest[:one] if count else [None] * one
-        del rest[: one * (count or 0)]
-    return tuple(kept)
+    head = host.get_output_embeddings()
+    if head is None:
+        raise HostError(
+            f"{type(host).__name__} has no head, so nothing can be read before the last "
+            "layer; attach to the model with its language modelling head."
+        )
+    return head
 
 
-def _collecting(layer: nn.Module, key: str) -> int:
-    """How many modules of a layer are watched under this name."""
-    hooks = (hook for module in layer.modules() for hook in module._forward_hooks.values())
-    return sum(getattr(h, "__module__", None) == CAPTURING and _key(h) == key for h in hooks)
+def readers(host: nn.Module, stack: nn.Module, last: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules but the host that take or return what leaves the last layer for all tokens."""
+    name = next(name for name, module in host.named_modules() if module is stack)
+    parts = name.split(".") if name else []
+    holders = [host.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts))]
+    steps = [getattr(stack, one, None) for one in (*FINAL_NORMS, *AFTER_NORM)]
+    return (last, *(one for one in (stack, *holders, *steps) if isinstance(one, nn.Module)))
 
 
-def _key(hook: Any) -> Any:
-    return inspect.getclosurevars(hook).nonlocals.get("key")
+def final_norm(stack: nn.Module, state: Tensor) -> Tensor:
+    """What the head reads: the stack's final norm on a state, and what follows. [..., D] -> same.
+
+    Raises:
+        HostError: the stack has no norm of a known name.
+    """
+    norms = [name for name in FINAL_NORMS if hasattr(stack, name)]
+    if not norms:
+        raise HostError(
+            f"{type(stack).__name__} has no final norm named {', '.join(FINAL_NORMS)}, so nothing "
+            "can be read before its last layer."
+        )
+    for name in (norms[0], *AFTER_NORM):
+        step = getattr(stack, name, None)  # some of OPT's sizes say that they have none
+        state = state if step is None else step(state)
+    return state
+
+
+def scaled_logits(logits: Tensor, config: Any) -> Tensor:
+    """The head's output as the family returns it: multiplied, divided and capped by settings."""
+    for name in FACTORS:
+        factor = getattr(config, name, None)
+        logits = logits if factor is None else logits * factor
+    divisor = getattr(config, DIVISOR, None)
+    if divisor is not None:
+        multiplies = config.model_type in MULTIPLIED_BY_DIVISOR
+        logits = logits * divisor if multiplies else logits / divisor
+    for name in CAPS:
+        cap = getattr(config, name, None)
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    return logits

@@ -1,19 +1,12 @@
-"""transformers' Trainer, with the moments at which trol steps in under names of our own.
-
-What is put around a transformers model: PEFT, torch.compile, a head of somebody's own.
-"""
+"""transformers' Trainer: the moments at which trol takes part, under names of our own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -25,20 +18,20 @@ COUNTERS = {
     "total": "_total_loss_scalar",
     "logged": "_globalstep_last_logged",
 }
-"""What Trainer keeps of the losses since it last logged, and forgets in its checkpoints."""
+"""What Trainer keeps of the losses since it last logged, and leaves out of its checkpoints."""
 
 OVERRIDDEN = ("_get_output_dir", "_save_checkpoint", "_save", "_load_from_checkpoint")
-"""Methods of Trainer that `StepwiseTrainer` takes the place of."""
+"""Methods of Trainer that `StepwiseTrainer` overrides."""
 
 SWITCHES = ("model_accepts_loss_kwargs", "is_fsdp_enabled")
 """Attributes of a Trainer that say how it trains."""
 
 
 class StepwiseTrainer(Trainer):
-    """Trainer that writes its checkpoints, and reads them, by the methods below.
+    """A Trainer that writes and reads its checkpoints by the first four methods below.
 
     Raises:
-        HostError: this transformers' Trainer does not have what is used of it.
+        HostError: this transformers' Trainer lacks a method or attribute that they need.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -52,11 +45,11 @@ class StepwiseTrainer(Trainer):
             )
 
     def checkpoint_folder(self) -> Path:
-        """The folder in which Trainer lays its next checkpoint down."""
+        """The folder of Trainer's next checkpoint."""
         raise NotImplementedError
 
     def write_checkpoint(self, write: Callable[[], None]) -> None:
-        """Calls `write`, which fills the next checkpoint with what Trainer keeps of a run."""
+        """Calls `write`, which writes Trainer's own part of the next checkpoint."""
         raise NotImplementedError
 
     def write_weights(self, folder: Path) -> None:
@@ -64,12 +57,12 @@ class StepwiseTrainer(Trainer):
         raise NotImplementedError
 
     def read_weights(self, folder: Path) -> None:
-        """Puts that part back."""
+        """Reads the model's part of a checkpoint."""
         raise NotImplementedError
 
     @property
     def divides_by_tokens(self) -> bool:
-        """Whether the model is told how many answer tokens the whole batch has, to divide by."""
+        """Whether the model's loss is divided by the number of answer tokens in the whole batch."""
         return self.model_accepts_loss_kwargs
 
     @divides_by_tokens.setter
@@ -108,9 +101,9 @@ class StepwiseTrainer(Trainer):
 
 
 def checkpoint_activations(model: Any, **settings: Any) -> None:
-    """Has a model's layers computed again in the backward pass, instead of kept: less memory.
+    """Computes a model's layers again in the backward pass, instead of keeping them: less memory.
 
-    `settings` go to `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False if not given.
+    `settings` go to `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False by default.
     """
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
@@ -118,52 +111,13 @@ def checkpoint_activations(model: Any, **settings: Any) -> None:
 
 
 def newest_checkpoint_in(folder: Path) -> str | None:
-    """The newest checkpoint that lies in a folder."""
+    """The newest checkpoint in a folder."""
     return get_last_checkpoint(str(folder))
 
 
 def keep_newest(folder: Path, count: int) -> None:
     """Deletes all checkpoints in a folder but the newest `count`."""
     rotate_checkpoints(str(folder), count)
-
-
-SPREADING = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
-"""What looks for parameters once, when it takes a model on: later ones it does not know."""
-
-ENGINES = ("deepspeed",)
-"""Packages whose wrappers do so as well."""
-
-
-PREPARES = "prepare_inputs_for_generation"
-KEPT = f"base_model_{PREPARES}"
-"""Where PEFT's prompt learning keeps the model's own method, while it puts one in its place."""
-
-
-def model_inside(model: nn.Module) -> nn.Module:
-    """The outermost transformers model in a wrapper, whose `generate` is the one that runs.
-
-    A module without any is given back as it is.
-
-    Raises:
-        HostError: the wrapper would not know the parameters that a policy brings.
-    """
-    package = type(model).__module__.partition(".")[0]
-    if isinstance(model, SPREADING) or package in ENGINES:
-        raise HostError(
-            f"{type(model).__name__} has taken on its parameters already and would leave those of "
-            "a policy out; attach the policy first, then wrap the model."
-        )
-    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
-
-
-def rebind(wrapper: nn.Module, model: nn.Module) -> None:
-    """Gives a wrapper that kept a method of the model inside the one that its class has now."""
-    left = vars(model).get(PREPARES)  # PEFT leaves it on the model after its first generate
-    if getattr(left, "__self__", None) is model:
-        delattr(model, PREPARES)
-    for around in wrapper.modules():
-        if getattr(vars(around).get(KEPT), "__self__", None) is model:
-            setattr(around, KEPT, MethodType(getattr(type(model), PREPARES), model))
 
 
 def tensorboard(folder: Path) -> TrainerCallback:

@@ -1,7 +1,4 @@
-"""Quantised weights: whether a model has any, and bitsandbytes' maps of 4 bits on a CPU.
-
-Where a parameter's numbers are, and where those of a layer are computed with.
-"""
+"""Weights: whether they are quantised, whether they are in memory, and where a layer computes."""
 
 from __future__ import annotations
 
@@ -14,12 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from trol.errors import HostError
 
-PACKED_FLAG, PACKS_FLAG = "packing_format_for_cpu", "support_avx512bf16_for_cpu"
-"""Of a map's quantisation state: it is packed for a CPU. Of a map: it will be."""
+PACKED_FLAG = "packing_format_for_cpu"
+"""Attribute of bitsandbytes' quantisation state: the map's weight is packed for a CPU."""
 
-LOGGER = "bitsandbytes.backends.cpu.ops"
-"""Where bitsandbytes asks for a package that it does not need."""
-
+PACKS_FLAG = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' 4-bit map: it will pack its weight in the next evaluation."""
 
 PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 """Types in which buffers of two and more dimensions are packed weights (GPTQ's, AWQ's)."""
@@ -36,7 +32,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def forget_quantisation(model: Any) -> None:
-    """Takes off a model with full weights, in place, what says that they are quantised."""
+    """Removes from a model with full weights, in place, all that says that they are quantised."""
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None:
         quantiser.remove_quantization_config(model)
@@ -55,11 +51,11 @@ def keep_differentiable(four_bit: Any) -> None:
     """Makes a 4-bit map on a CPU differentiable, whatever ran before, and keeps it so.
 
     bitsandbytes (0.50) repacks a 4-bit weight in the first evaluation on a CPU with AVX512-BF16,
-    and from then on multiplies by a kernel without a gradient: all below it would stop learning,
-    with no more than a warning. Packed weights are unpacked here, and none is packed later.
+    and from then on multiplies by a kernel without a gradient: all layers below would stop
+    learning, with no more than a warning. Here a packed weight is unpacked, and stays so.
 
     Raises:
-        HostError: bitsandbytes says by other names whether a weight is packed.
+        HostError: this bitsandbytes has other names for whether a weight is packed.
     """
     state = four_bit.weight.quant_state
     if not hasattr(four_bit, PACKS_FLAG):
@@ -67,7 +63,7 @@ def keep_differentiable(four_bit: Any) -> None:
             "this bitsandbytes does not say whether it packs 4-bit weights for a CPU "
             f"({PACKS_FLAG}), through which no gradient would pass; train with bits=0."
         )
-    if getattr(state, PACKED_FLAG, False):  # only states that were packed have it
+    if getattr(state, PACKED_FLAG, False):  # only a packed state has the attribute
         from bitsandbytes.functional import (  # noqa: PLC0415 - an optional dependency
             _convert_weight_packed_for_cpu_inverse as unpacked,
         )
@@ -88,7 +84,7 @@ def is_at_hand(parameter: nn.Parameter | Tensor) -> bool:
 
 
 def running_device(layer: nn.Module) -> torch.device:
-    """Where a layer computes: of one that accelerate offloads, where its hooks put the weights.
+    """Where a layer computes; if accelerate offloads it, the device its hooks move weights to.
 
     `meta` for a layer whose weights have not been read yet.
     """

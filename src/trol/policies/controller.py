@@ -15,7 +15,7 @@ from transformers import initialization as init
 from trol.depth import Answer, Bounds, Scope, Visit
 from trol.depth.roles import INPUT
 from trol.errors import HostError, UsageError, unknown
-from trol.host.head import matrix_flops
+from trol.host.flops import matrix_flops
 from trol.policies.base import (
     DataclassPolicy,
     PolicyModule,

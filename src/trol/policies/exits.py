@@ -19,7 +19,7 @@ from trol.depth import Answer, Bounds, Scope, Visit
 from trol.depth.policy import check_share
 from trol.depth.roles import Mask
 from trol.errors import UsageError, unknown
-from trol.host.head import matrix_flops
+from trol.host.flops import matrix_flops
 from trol.policies.base import DataclassPolicy, PolicyLinear, SkippedKV, linear, warn_if_untrained
 
 Confidence = tuple[Tensor, Tensor | None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trol.depth import Answer, Bounds, Scope, Visit
 from trol.depth.policy import check_share, mixture
 from trol.errors import UsageError, unknown
-from trol.host.runtime import has_hooks, launched
+from trol.host.torch_internals import has_hooks, run_kernel
 from trol.policies.base import DataclassPolicy, PolicyLinear, linear, warn_if_untrained
 
 KERNEL = ("trol.policies.gate_kernel", "gated_mixture")
@@ -143,7 +143,7 @@ class TrolMixer(DataclassPolicy):
         assert gate is not None
         warn_if_untrained(visit, UNTRAINED)
         if fits(state) and visit.context.fuses and type(gate) is Gate and not has_hooks(gate):
-            out = launched(*KERNEL, state, further, gate.weight, gate.bias)
+            out = run_kernel(*KERNEL, state, further, gate.weight, gate.bias)
             if out is not None:
                 return out
         return mixture(state, further, gate(state))  # every gate is above a tau of 0

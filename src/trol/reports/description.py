@@ -12,7 +12,7 @@ from trol.depth.policy import to_settings
 from trol.depth.trace import StackCost
 from trol.errors import HostError
 from trol.host.cache import new_cache
-from trol.host.layers import Quirk, attention_of, find_decoder, layer_list, quirk_of
+from trol.host.layers import FamilyNote, attention_of, family_note, find_decoder, layer_list
 
 PLAIN = "all"
 """The plan under which a model is what it was."""
@@ -48,7 +48,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         with depth(model, PLAIN):
             check_by_probe(model)
             told["visit"] = _visit(cost_of(model))
-            return told | {"refused": _refused(stack, quirk_of(stack))}
+            return told | {"refused": _refused(stack, family_note(stack))}
     except HostError as error:
         return told | {"refused": {"any policy": str(error)}}
 
@@ -64,7 +64,7 @@ def _visit(cost: StackCost) -> dict[str, Any]:
     }
 
 
-def _refused(stack: Any, quirk: Quirk) -> dict[str, str]:
+def _refused(stack: Any, quirk: FamilyNote) -> dict[str, str]:
     """What is refused on a model that is not refused as a whole -> why."""
     recurrent = "a recurrent state has no positions to leave out, nor to take back"
     reasons = {

@@ -23,7 +23,7 @@ from trol.errors import HostError
 from trol.host.cache import can_take_back, record_past
 from trol.host.generation import (
     SLICES_LOGITS,
-    grown,
+    extended,
     is_stateless,
     next_pass,
     padding_token,
@@ -99,7 +99,7 @@ class ForwardPasses:
     def extend(self, tokens: int) -> None:
         """Makes masks and positions longer by `tokens` ids."""
         if tokens:
-            self.kwargs = grown(self.model, self.outputs, self.kwargs, tokens)
+            self.kwargs = extended(self.model, self.outputs, self.kwargs, tokens)
 
     def fork(self, *, planes: bool) -> ForwardPasses:
         """The same passes on a cache of their own, which starts from what this one holds."""

@@ -13,7 +13,7 @@ from trol.depth import PolicyLike
 from trol.depth.attachment import decoding as decoding_with
 from trol.depth.policy import check_share, resolve
 from trol.errors import HostError, UsageError
-from trol.host.generation import STEPWISE, decoded, decoding
+from trol.host.generation import STEPWISE, decoding, generate_output
 from trol.host.layers import find_decoder
 from trol.host.names import cache_among
 from trol.speculation.loop import ForwardPasses, Loop, Speculation, check_cache
@@ -124,7 +124,7 @@ def _decode(
         return loop.ids
     scores = tuple(loop.scores) if generation_config.output_scores else None
     logits = tuple(loop.logits) if generation_config.output_logits else None
-    return decoded(loop.ids, loop.passes.cache, scores=scores, logits=logits)
+    return generate_output(loop.ids, loop.passes.cache, scores=scores, logits=logits)
 
 
 def _check_arguments(host: Any, arguments: dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import Plain
 from trol.depth.stack import LayerMixin
 from trol.errors import AdapterError, HostError, UsageError
-from trol.host.classes import Specialised, restore, second_maps, specialise
+from trol.host.classes import Specialised, lora_b_maps, restore, specialise
 from trol.host.layers import LINEAR, find_decoder, layer_list
-from trol.host.runtime import CompileableContextVar
+from trol.host.torch_internals import CompileableContextVar
 from trol.host.weights import is_quantised
 from trol.training.recipe import Recipe, Stage
 from trol.training.trainable import (
@@ -89,7 +89,7 @@ def only_again(learner: nn.Module) -> None:
     for layer in layers:
         restore(layer)
         specialise(layer, LayerCall, LayerMixin, LayerVisit)
-    for update in second_maps(learner, AGAIN):
+    for update in lora_b_maps(learner, AGAIN):
         specialise(update, UpdateAgain)
 
 

@@ -1,9 +1,9 @@
-"""What is assumed of loading and saving, of Trainer, PEFT, accelerate and bitsandbytes."""
+"""Rows of the table of assumptions: loading, saving, Trainer, PEFT, accelerate, bitsandbytes."""
 
 from __future__ import annotations
 
-import inspect
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,46 +13,52 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trol.host.assumptions.table import Table, differs, ids, tiny_config, tiny_model
-from trol.host.chat_templates import AS_CUT, PIECES
-from trol.host.classes import HOOKED_FORWARD, second_maps, tied_names, trained_copy
-from trol.host.trainer import KEPT
-from trol.host.weights import running_device
+from trol.host import classes, weights
+from trol.host.chat_templates import IN_PIECES, PIECES
+from trol.host.trial import (
+    Assumption,
+    differs,
+    ids,
+    lacks,
+    parameters,
+    row,
+    tiny_config,
+    tiny_model,
+)
 
-LIBRARIES = Table()
+LIBRARIES: list[Assumption] = []
+used_by = partial(row, LIBRARIES)
 
 
-@LIBRARIES.row("host/classes.py declare_tied: shared gates are saved once", at_attach=True)
+@used_by("host/classes.py declare_tied: shared gates are saved once", at_attach=True)
 def tied() -> str | None:
     """Which parameters are one is a dictionary: of the class, and of each model."""
-    if not isinstance(LlamaForCausalLM._tied_weights_keys, dict):
-        return f"_tied_weights_keys is {LlamaForCausalLM._tied_weights_keys!r}"
-    return None
+    tied_keys = LlamaForCausalLM._tied_weights_keys
+    return None if isinstance(tied_keys, dict) else f"_tied_weights_keys is {tied_keys!r}"
 
 
-@LIBRARIES.row("host/classes.py tied_names; family/loading.py")
+@used_by("host/classes.py tied_names; family/loading.py")
 def all_tied() -> str | None:
     """A model lists under all_tied_weights_keys which of its parameters are another one's."""
-    return differs(
-        "of a tied Llama", tied_names(tiny_model(tie_word_embeddings=True)), {"lm_head.weight"}
-    )
+    names = classes.tied_names(tiny_model(tie_word_embeddings=True))
+    return differs("of a tied Llama", names, {"lm_head.weight"})
 
 
-@LIBRARIES.row("host/chat_templates.py: what is learnt of a conversation, and its roles")
+@used_by("host/chat_templates.py: which words a conversation trains, and roles")
 def marks() -> str | None:
     """A rendered template tells where {% generation %} was, and reads any key of a message."""
     rendered: Any = render_jinja_template(
         [[{"role": "user", "content": "", PIECES: ["ask ", "say", "!"]}]],
-        chat_template=AS_CUT,
+        chat_template=IN_PIECES,
         return_assistant_tokens_mask=True,
     )
     return differs("of a text in pieces", rendered, (["ask say!"], [[(4, 7)]]))
 
 
-class _Drawn(LlamaForCausalLM):
-    """A model with a module of its own, whose first values it draws itself."""
+class _WithModule(LlamaForCausalLM):
+    """A model with a module of its own, and a count of how often that was initialised."""
 
-    drawn: tuple[str, ...] = ()
+    initialised = 0
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -61,29 +67,28 @@ class _Drawn(LlamaForCausalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is getattr(self, "own", None):
-            type(self).drawn += ("own",)
+            type(self).initialised += 1
         super()._init_weights(module)
 
 
-@LIBRARIES.row("depth/stack.py _init_weights: gates keep what was saved, or have first values")
+@used_by("depth/stack.py _init_weights: gates keep what was saved, or have first values")
 def draws_what_is_missing() -> str | None:
     """_init_weights is asked for modules that a checkpoint lacks, and changes no others."""
-    model = tiny_model(_Drawn)
+    model = tiny_model(_WithModule)
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    _Drawn.drawn = ()
-    whole: Any = _Drawn.from_pretrained(None, config=model.config, state_dict=dict(state))
-    kept = all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
-    asked = bool(_Drawn.drawn) and not kept
-    _Drawn.drawn = ()
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith("own.")}
-    _Drawn.from_pretrained(None, config=model.config, state_dict=rest)
-    if not kept or asked or not _Drawn.drawn:
-        return f"kept what was there: {kept}; asked for what was missing: {bool(_Drawn.drawn)}"
-    return None
+    whole: Any = _WithModule.from_pretrained(None, config=model.config, state_dict=dict(state))
+    unchanged = all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
+    _WithModule.initialised = 0
+    partly = {name: tensor for name, tensor in state.items() if not name.startswith("own.")}
+    _WithModule.from_pretrained(None, config=model.config, state_dict=partly)
+    asked = bool(_WithModule.initialised)
+    if unchanged and asked:
+        return None
+    return f"kept what was there: {unchanged}; asked for what was missing: {asked}"
 
 
 class _Lazy:
-    """A tensor that is read when `[...]` is asked of it, and knows nothing else."""
+    """A tensor that is read by `[...]`, and has no other method."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -92,7 +97,7 @@ class _Lazy:
         return self.tensor[index]
 
 
-@LIBRARIES.row("family/published/opening.py: tensors are read one at a time")
+@used_by("family/published/opening.py: tensors are read one at a time")
 def asks_for_all() -> str | None:
     """from_pretrained asks nothing but `[...]` of the values of a state dict."""
     model = tiny_model(dtype="float32")
@@ -109,7 +114,7 @@ class _StandInRotaryEmbedding(nn.Module):
             self.register_buffer(name, torch.zeros(2), persistent=False)
 
 
-@LIBRARIES.row("family/generation.py: rotary tables after loading")
+@used_by("family/generation.py: rotary tables after loading")
 def fills_rotary() -> str | None:
     """The buffers of every class named ...RotaryEmbedding are filled by its rope_type."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8}
@@ -120,14 +125,11 @@ def fills_rotary() -> str | None:
         return f"longrope gives {short.tolist()} before its switch, {long.tolist()} after"
     stand_in: Any = _StandInRotaryEmbedding(config)
     PreTrainedModel._init_weights(tiny_model(), stand_in)
-    return (
-        None
-        if torch.equal(stand_in.inv_freq, short)
-        else f"inv_freq is {stand_in.inv_freq.tolist()}"
-    )
+    same = torch.equal(stand_in.inv_freq, short)
+    return None if same else f"inv_freq is {stand_in.inv_freq.tolist()}"
 
 
-@LIBRARIES.row("checkpoints/export.py, training/opening.py: configurations that cannot be")
+@used_by("checkpoints/export.py, training/opening.py: configurations that cannot be")
 def strict_errors() -> str | None:
     """A configuration that contradicts itself raises StrictDataclassError or ValueError."""
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
@@ -139,18 +141,18 @@ def strict_errors() -> str | None:
     return "a Llama of width 8 with 3 heads was taken"
 
 
-@LIBRARIES.row("host/classes.py check_hooks, specialise: hooked layers are traversed")
+@used_by("host/classes.py check_hooks, specialise: hooked layers are traversed")
 def hooks() -> str | None:
     """accelerate's hooks put a forward on the object and keep the former one beside it."""
     from accelerate.hooks import ModelHook, add_hook_to_module  # noqa: PLC0415
 
     module = nn.Linear(2, 2)
     add_hook_to_module(module, ModelHook())
-    missing = [name for name in ("forward", HOOKED_FORWARD) if name not in vars(module)]
+    missing = [name for name in ("forward", classes.HOOKED_FORWARD) if name not in vars(module)]
     return f"a hooked module has no {missing} of its own" if missing else None
 
 
-@LIBRARIES.row("host/weights.py running_device: gates of offloaded layers")
+@used_by("host/weights.py running_device: gates of offloaded layers")
 def execution_device() -> str | None:
     """accelerate's hooks on an offloaded model say where its modules compute."""
     from accelerate import cpu_offload  # noqa: PLC0415
@@ -159,30 +161,34 @@ def execution_device() -> str | None:
     layer = model.model.layers[0]
     if not next(layer.parameters()).is_meta:
         return "the weights of an offloaded layer stay where they were"
-    return differs("where it computes", str(running_device(layer)), "cpu")
+    return differs("where it computes", str(weights.running_device(layer)), "cpu")
 
 
-@LIBRARIES.row("host/trainer.py rebind: roles under prompt tuning that came first")
+@used_by("host/classes.py rebind_wrappers: roles under prompt tuning that came first")
 def kept_method() -> str | None:
     """PEFT's prompt learning keeps the model's prepare_inputs_for_generation on the wrapper."""
     from peft import PromptTuningConfig, get_peft_model  # noqa: PLC0415
 
     model = tiny_model()
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
-    kept = vars(get_peft_model(model, tuning)).get(KEPT)
-    return None if getattr(kept, "__self__", None) is model else f"{KEPT} is {kept!r}"
+    method = vars(get_peft_model(model, tuning)).get(classes.ORIGINAL_PREPARES)
+    return (
+        None
+        if getattr(method, "__self__", None) is model
+        else f"{classes.ORIGINAL_PREPARES} is {method!r}"
+    )
 
 
-@LIBRARIES.row("host/weights.py forget_quantisation: hosts from GGUF files are saved")
+@used_by("host/weights.py forget_quantisation: hosts from GGUF files are saved")
 def forgets_quantisation() -> str | None:
     """A quantiser takes off a model what says that it is quantised."""
     from transformers.quantizers.base import HfQuantizer  # noqa: PLC0415
 
-    taken = inspect.signature(HfQuantizer.remove_quantization_config).parameters
-    return differs("remove_quantization_config takes", list(taken), ["self", "model"])
+    taken = parameters(HfQuantizer.remove_quantization_config)
+    return differs("remove_quantization_config takes", taken, ["self", "model"])
 
 
-@LIBRARIES.row("host/classes.py trained_copy: gates in training under PEFT")
+@used_by("host/classes.py trained_copy: gates in training under PEFT")
 def modules_to_save() -> str | None:
     """PEFT's modules_to_save keeps copies of a module, and the first active one runs."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
@@ -190,7 +196,7 @@ def modules_to_save() -> str | None:
     config = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["o_proj"])
     learner = get_peft_model(tiny_model(), config)
     wrapped = next(m for name, m in learner.named_modules() if name.endswith("0.self_attn.o_proj"))
-    copy: Any = trained_copy(wrapped)
+    copy: Any = classes.trained_copy(wrapped)
     calls: list[int] = []
     copy.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
@@ -200,22 +206,22 @@ def modules_to_save() -> str | None:
     return differs("calls of the copy in one pass", len(calls), 1)
 
 
-@LIBRARIES.row("host/classes.py second_maps; training/adapters.py")
+@used_by("host/classes.py lora_b_maps; training/adapters.py")
 def low_rank_maps() -> str | None:
     """PEFT calls a module lora_B.NAME for each low-rank update."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
     learner = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"]))
     calls: list[int] = []
-    for update in second_maps(learner, "default"):
+    for update in classes.lora_b_maps(learner, "default"):
         update.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         learner(ids())
     return differs("calls in one pass of two layers", len(calls), 2)
 
 
-@LIBRARIES.row("host/trainer.py: checkpoints, and resuming them bit for bit")
-def trainer() -> str | None:
+@used_by("host/trainer.py: checkpoints, and resuming them bit for bit")
+def checkpoints() -> str | None:
     """Trainer writes checkpoints by these methods, and counts between logs under these names."""
     from transformers import PrinterCallback, Trainer, TrainingArguments  # noqa: PLC0415
 
@@ -225,25 +231,23 @@ def trainer() -> str | None:
         settings: Any = {"use_cpu": True, "report_to": [], "max_steps": 1, "logging_steps": 2}
         arguments = TrainingArguments(folder, **settings, save_strategy="no", disable_tqdm=True)
         rows: Any = [{"input_ids": ids()[0], "labels": ids()[0]}]
-        made = Trainer(tiny_model(), arguments, train_dataset=rows)
-        made.remove_callback(PrinterCallback)
-        made.train()
-    missing = [
-        name for name in (*COUNTERS.values(), *OVERRIDDEN, *SWITCHES) if not hasattr(made, name)
-    ]
+        trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    names = (*COUNTERS.values(), *OVERRIDDEN, *SWITCHES)
+    missing = [name for name in names if not hasattr(trainer, name)]
     return f"Trainer has no {missing}" if missing else None
 
 
-@LIBRARIES.row("host/trainer.py divides_by_tokens: the loss of a whole batch")
+@used_by("host/trainer.py divides_by_tokens: the loss of a whole batch")
 def trainer_divides() -> str | None:
     """Trainer hands num_items_in_batch to a loss."""
     from transformers import Trainer  # noqa: PLC0415
 
-    taken = inspect.signature(Trainer.compute_loss).parameters
-    return None if "num_items_in_batch" in taken else f"compute_loss takes {sorted(taken)}"
+    return lacks(Trainer.compute_loss, "num_items_in_batch")
 
 
-@LIBRARIES.row("host/weights.py: gradients pass through 4-bit weights on a CPU")
+@used_by("host/weights.py: gradients pass through 4-bit weights on a CPU")
 def packs_for_cpu() -> str | None:
     """bitsandbytes says on each 4-bit map whether it packs for a CPU, and can unpack."""
     if find_spec("bitsandbytes") is None:
@@ -251,9 +255,7 @@ def packs_for_cpu() -> str | None:
     from bitsandbytes import functional  # noqa: PLC0415 - an optional dependency
     from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415
 
-    from trol.host.weights import PACKS_FLAG  # noqa: PLC0415 - with bitsandbytes alone
-
-    if not hasattr(Linear4bit(64, 64), PACKS_FLAG):
-        return f"Linear4bit has no {PACKS_FLAG}"
+    if not hasattr(Linear4bit(64, 64), weights.PACKS_FLAG):
+        return f"Linear4bit has no {weights.PACKS_FLAG}"
     unpack = "_convert_weight_packed_for_cpu_inverse"
     return None if hasattr(functional, unpack) else f"bitsandbytes.functional has no {unpack}"

@@ -1,17 +1,17 @@
-"""Steps past torch's dispatch: what trol needs of it that has no public name.
+"""What trol needs of torch and Triton that has no public name.
 
-A context variable that code under `torch.compile` can set and read.
-
-Triton, which is never required: whether it is there, and what to do where it fails.
+Forward hooks of modules, and what transformers collects by hooks of its own; a count of the
+operators that launch something; a context variable that `torch.compile` can trace; and a way to
+run a Triton kernel of ours where Triton is installed, which is never required.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from importlib.util import find_spec
 from typing import Any
@@ -22,47 +22,78 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import output_capturing
 
-LOOKS = frozenset(("_local_scalar_dense", "nonzero", "is_nonzero", "equal"))
-"""Operators that bring a value of a tensor to the program, and wait for the device."""
-
-FREE = frozenset(("_unsafe_view",))
-"""Operators that launch nothing, beside those that torch itself calls views."""
-
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 """Where modules keep what is called before and behind their forward."""
 
 CAPTURING = output_capturing.__name__
-"""Where transformers' own hooks are made, which stay on modules once something was shown."""
+"""The module that makes transformers' own hooks, by which it collects outputs of modules inside
+layers, such as attentions, when a caller asks for them. They stay on the modules afterwards."""
 
 
-@contextmanager
-def without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Inside, these modules have no forward hooks but those that are added inside."""
-    before = [(module, {name: vars(module)[name] for name in HOOKS}) for module in modules]
-    for module, hooks in before:
-        vars(module).update({name: type(held)() for name, held in hooks.items()})
-    try:
-        yield
-    finally:
-        for module, hooks in before:
-            vars(module).update(hooks)
+def remove_hooks(module: nn.Module) -> None:
+    """Removes the forward hooks of a module; the dictionaries that held them stay as they are."""
+    vars(module).update({name: type(vars(module)[name])() for name in HOOKS})
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module."""
+    """Whether a module has a forward hook."""
     return any(vars(module)[name] for name in HOOKS)
 
 
 def watched(modules: Iterable[nn.Module]) -> bool:
     """Whether some hook sees what enters or leaves one of these modules, or any module.
 
-    Those by which transformers collects what a caller asks to be shown are not counted: they stay
-    on a module, and whether they do anything is said by what is asked.
+    transformers' own do not count: whether they do anything depends on the arguments of a pass.
     """
     if any(vars(torch_module)[f"_global{name}"] for name in HOOKS):
         return True
     hooks = (hook for one in modules for name in HOOKS for hook in vars(one)[name].values())
     return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+
+
+def captured_by_layer(
+    values: Sequence[Any], layers: Sequence[nn.Module], runs: Sequence[int | None], key: str
+) -> tuple[Any, ...]:
+    """What transformers collected in the first run of each layer; None for a skipped layer.
+
+    Its hooks collect a value each time that a module runs: none of a skipped layer, several of one
+    that is visited again. Here an index into the values keeps its meaning.
+
+    Args:
+        values: what was collected, in order.
+        layers: the layers that hold the modules.
+        runs: how often each ran; None for one that the host did not call.
+        key: under which name it was collected.
+    """
+    counts = [
+        0 if count is None else _capturing_hooks(layer, key)
+        for layer, count in zip(layers, runs, strict=True)
+    ]
+    if len(values) != sum(n * (count or 0) for n, count in zip(counts, runs, strict=True)):
+        return tuple(values)  # the family collects them in a way of its own
+    first_runs: list[Any] = []
+    remaining = list(values)
+    for n, count in zip(counts, runs, strict=True):
+        first_runs += remaining[:n] if count else [None] * n
+        del remaining[: n * (count or 0)]
+    return tuple(first_runs)
+
+
+def _capturing_hooks(layer: nn.Module, key: str) -> int:
+    """How many hooks of transformers on the modules of a layer collect under this name."""
+    hooks = (hook for module in layer.modules() for hook in module._forward_hooks.values())
+    return sum(
+        getattr(hook, "__module__", None) == CAPTURING
+        and inspect.getclosurevars(hook).nonlocals.get("key") == key
+        for hook in hooks
+    )
+
+
+LOOKS = frozenset(("_local_scalar_dense", "nonzero", "is_nonzero", "equal"))
+"""Operators that bring a value of a tensor to the program, and wait for the device."""
+
+FREE = frozenset(("_unsafe_view",))
+"""Operators that launch nothing, beside those that torch itself calls views."""
 
 
 class Launches(TorchDispatchMode):
@@ -117,10 +148,8 @@ class CompileableContextVar:
             self._variable.reset(token)
 
 
-Kernel = Callable[..., Any]
-
 _FAILED: set[str] = set()
-"""Kernels that failed in this process."""
+"""Triton kernels that failed in this process."""
 
 
 @functools.cache
@@ -128,25 +157,25 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-def missing(device: torch.device) -> str:
-    """Why none can; nothing where one can."""
+def why_no_triton(device: torch.device) -> str:
+    """Why no Triton kernel can run on a device; an empty text where one can."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, and the model is on {device.type}"
     return "" if _installed() else "triton is not installed (pip install triton)"
 
 
 @functools.cache
-def _kernel(module: str, name: str) -> Kernel:
+def _kernel(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def launched(module: str, name: str, *args: Any) -> Any:
-    """What a kernel of ours makes of these; None without Triton, or once it failed, which warns.
+def run_kernel(module: str, name: str, *args: Any) -> Any:
+    """The output of a Triton kernel of ours; None without Triton, or once it failed, which warns.
 
     Args:
         module: the file that defines it, which imports triton.
         name: its function there.
-        args: what the function takes.
+        args: the function's arguments.
     """
     if name in _FAILED or not _installed():
         return None
