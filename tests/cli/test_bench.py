@@ -101,7 +101,7 @@ def test_a_profile_shows_operators_beside_the_bare_hosts(
 
 
 def test_all_leaves_out_what_a_setting_does_not_allow(capsys: pytest.CaptureFixture[str]) -> None:
-    names = bench._chosen("all", Setting(dtype="nf4"))
+    names = bench._suites("all", Setting(dtype="nf4"))
     assert names == [name for name in SUITES if name not in ("train", "launch")]
     assert "train is left out: nf4" in capsys.readouterr().err
 

@@ -8,7 +8,8 @@ import pytest
 
 import trol
 from trol.cli import main
-from trol.cli.conversation import Conversation
+from trol.cli.chat import Conversation
+from trol.data.images import open_image
 from trol.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -53,7 +54,7 @@ def test_turns_from_a_pipe(
 
 def test_a_plan_is_in_force_for_its_turns(board: str) -> None:
     conversation = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
-    conversation.show(board)
+    conversation.show(open_image(board))
     seen = []
     for plan in (None, "all", "0-1:3 2"):
         conversation.use_plan(plan)
@@ -73,7 +74,7 @@ def test_the_end_of_input_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_question_that_fails_is_forgotten(board: str) -> None:
     conversation = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
-    conversation.show(board)
+    conversation.show(open_image(board))
     with pytest.raises(UsageError, match="empty"):
         conversation.ask("  ")
     assert conversation.messages == []

@@ -9,7 +9,7 @@ import pytest
 import trol
 from training import standins
 from trol.cli import main
-from trol.cli import oracle as routing
+from trol.cli.oracle import _router_text
 from trol.depth import attached
 from trol.evaluation import tasks
 from trol.evaluation.oracle import Batch
@@ -157,11 +157,11 @@ def test_a_router_is_trained_on_what_was_found(
     assert run(llama, *MENU, "--out", tmp_path / "o", "--router", folder, "--json") == 0
     told = json.loads(capsys.readouterr().out)["router"]
     assert told["questions"] < 30
-    words = routing.told(told, told["metric"])
+    words = _router_text(told)
     assert "Fewer than 30 questions: these figures say little" in words
     assert f"Learnt from the {told['split']} split of {told['task']}: measure it on" in words
     assert told["split"] == "test"
-    assert "say little" not in routing.told({**told, "questions": 30}, told["metric"])
+    assert "say little" not in _router_text({**told, "questions": 30})
     assert json.loads((folder / "router.json").read_text()) == told
     assert [at["cost"] for at in told["dials"]][-1] == LAYERS  # dial 1: the full model
     model = trol.load(trol.load_model(llama)[0], folder)
