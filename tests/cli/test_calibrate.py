@@ -9,18 +9,12 @@ import pytest
 import torch
 
 import trol
+from cli.command import run
 from training import standins
-from trol.cli import main
 from trol.data.own_files import Pair
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.policies.exits import EarlyExit
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +50,17 @@ def test_an_adapter_is_written(
     out = tmp_path / "adapter"
     words = ("calibrate", llama, "--exit", "entropy", "--quality", 0.6, "--confidence", 0.7)
     assert run(*words, "--first", 2, "--out", out, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert few_docstrings == ["validation"]
-    assert told["ran"]["quality"] >= 0.6
-    assert told["ran"]["executed"] < 1
-    assert json.loads((out / "calibration.json").read_text()) == told
+    assert result["ran"]["quality"] >= 0.6
+    assert result["ran"]["executed"] < 1
+    assert json.loads((out / "calibration.json").read_text()) == result
     model = trol.load(trol.load_model(llama)[0], out)
     policy = attached(model)[1].depth_policy
     assert isinstance(policy, EarlyExit)
-    assert policy.settings() == told["policy"]
+    assert policy.settings() == result["policy"]
     assert (policy.measure, policy.first) == ("entropy", 2)
-    assert told["run"]["command"]
+    assert result["run"]["command"]
 
 
 def told_share(out: Path) -> float:

@@ -2,12 +2,13 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import trol
-from trol.cli import main
+from cli.command import run
 from trol.cli.chat import Conversation
 from trol.data.images import open_image
 from trol.errors import UsageError
@@ -16,18 +17,15 @@ pytestmark = pytest.mark.usefixtures("tiny_model")
 QUESTION = "which digit is on the yellow tile?"
 
 
-def chat(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["chat", "--max-new-tokens", "3", *words])
-    return left.value.code
+chat = partial(run, "chat", "--max-new-tokens", 3)
 
 
 def test_one_question_as_json(board: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat("--image", board, "--question", QUESTION, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["question"] == QUESTION
-    assert 1 <= found["new_tokens"] <= 3
-    assert found["prompt_tokens"] > 9
+    result = json.loads(capsys.readouterr().out)
+    assert result["question"] == QUESTION
+    assert 1 <= result["new_tokens"] <= 3
+    assert result["prompt_tokens"] > 9
 
 
 def test_the_stream_says_what_json_says(board: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from cli.command import run
 from hosts import HOSTS
 from training import standins
 from trol import training
-from trol.cli import main
 from trol.errors import HostError
 from trol.family.loading import load_host
 from trol.reports.description import describe
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def calibrate(
     questions: Annotated[int | None, option("--questions", "N", QUESTIONS_HELP, min=1)] = None,
     seed: terminal.Seed = 0,
     chat_template: terminal.ChatTemplate = None,
-    out: terminal.Out = Path("runs/calibrated"),
+    out: Annotated[Path, option("--out", "DIR", "The adapter's folder.")] = Path("runs/calibrated"),
     as_json: terminal.AsJson = False,
 ) -> None:
     """Find which second visits MODEL can spare, or early exits."""

@@ -101,7 +101,7 @@ def _table(result: dict[str, Any]) -> str:
         rows.append([f"all ({counted})", _number(whole, metric)])
         others = {key: value for key, value in task.get("metrics", {}).items() if key != metric}
         rows += [[_heading(key), _number(value, key)] for key, value in others.items()]
-        parts.append(terminal.table([row + [""] * (len(rows[0]) - len(row)) for row in rows]))
+        parts.append(terminal.table(rows))
     return "\n\n".join(parts)
 
 

@@ -58,6 +58,8 @@ def plan(
     """
     models.check_plan_file(out)
     _check(method, keep, scope, task)
+    from trol.evaluation.plan_search import chosen_plan
+    from trol.evaluation.tasks import default_task, questions_of
     from trol.host.layers import find_decoder, layer_list
     from trol.policies.planned import STATIC, static_plan
 
@@ -69,11 +71,19 @@ def plan(
         if method in STATIC:
             chosen = static_plan(method, layers, cast(float, keep), seed)
         else:
-            basis = {"task": task, "questions": questions, "scope": scope}
-            chosen, measurements = _measured_plan(
-                opened, processor, method, keep, basis, seed=seed, out=out
-            )
-            about |= basis
+            task = task or default_task(processor)
+            # Of the validation split, so that a test sees none of them.
+            items = questions_of(opened, processor, task, questions, seed=seed, split="validation")
+            about |= {"task": task, "questions": len(items), "scope": scope}
+            measurements = _measurements(opened, items, out, about, seed)
+            subject = (opened, processor, items)
+            with _measuring(method, len(items), measurements) as progress:
+                search = {"progress": progress, "measured": measurements}
+                if method == "draft":
+                    chosen, about["draft"] = _draft(*subject, keep, **search)
+                else:
+                    share = cast(float, keep)
+                    chosen = chosen_plan(method, *subject, share, scope=cast(Any, scope), **search)
     content = models.write_plan(out, chosen, layers, {**about, "run": run_record(seed)})
     if measurements is not None:
         measurements.finish()
@@ -104,52 +114,22 @@ def _check(method: str, keep: float | None, scope: str, task: str | None) -> Non
         task_of(task)
 
 
-def _measured_plan(
-    model: Any,
-    processor: Any,
-    method: str,
-    keep: float | None,
-    basis: dict[str, Any],
-    *,
-    seed: int,
-    out: Path,
-) -> tuple[Plan, Measurements]:
-    """The best plan by a method that measures, and the measurements, kept beside `out`.
+def _draft(
+    model: Any, processor: Any, items: Sequence[Item], keep: float | None, **search: Any
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan that drafts fastest, and its figures: predicted, and measured here."""
+    from trol.evaluation.plan_search import draft_plan, measured_speed
 
-    `basis` holds `task`, `questions` and `scope` as asked for; afterwards as they were used, and
-    the figures of a draft.
-    """
-    from trol.evaluation.plan_search import chosen_plan, draft_plan, measured_speed
-    from trol.evaluation.tasks import default_task, questions_of
-
-    basis["task"] = task = basis["task"] or default_task(processor)
-    # Of the validation split, so that a test sees none of them.
-    items = questions_of(model, processor, task, basis["questions"], seed=seed, split="validation")
-    basis["questions"] = len(items)
-    measurements = _measurements(model, items, out, {"method": method, **basis, "seed": seed})
-    search = (model, processor, items)
-    with _measuring(method, len(items), measurements) as progress:
-        if method != "draft":
-            chosen = chosen_plan(
-                method,
-                *search,
-                cast(float, keep),
-                scope=basis["scope"],
-                progress=progress,
-                measured=measurements,
-            )
-            return chosen, measurements
-        draft = draft_plan(*search, keep, progress=progress, measured=measurements)
-        terminal.note(f"trol plan: '{draft.plan}' promises most, and is timed.")
-        speed = measured_speed(
-            model, processor, items[:TIMED], draft.plan, draft.tokens, new_tokens=TIMED_TOKENS
-        )
-    basis["draft"] = {**asdict(draft), "plan": str(draft.plan), "measured": speed}
-    return draft.plan, measurements
+    draft = draft_plan(model, processor, items, keep, **search)
+    terminal.note(f"trol plan: '{draft.plan}' promises most, and is timed.")
+    speed = measured_speed(
+        model, processor, items[:TIMED], draft.plan, draft.tokens, new_tokens=TIMED_TOKENS
+    )
+    return draft.plan, {**asdict(draft), "plan": str(draft.plan), "measured": speed}
 
 
 def _measurements(
-    model: Any, items: Sequence[Item], out: Path, request: dict[str, Any]
+    model: Any, items: Sequence[Item], out: Path, about: dict[str, Any], seed: int
 ) -> Measurements:
     """What was measured before for this plan file, and where more of it goes."""
     from trol.checkpoints.adapter import weights_digest
@@ -159,7 +139,8 @@ def _measurements(
     from trol.files import folder
 
     policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
-    header = {**request, "set": items_digest(items), "policy": policy}
+    request = {key: about[key] for key in ("method", "task", "questions", "scope")}
+    header = {**request, "seed": seed, "set": items_digest(items), "policy": policy}
     path = folder(out.parent) / f"{out.stem}.measured.jsonl"
     return Measurements(path, {**header, "weights": weights_digest(model)})
 

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,8 +136,11 @@ def progress(name: str, unit: str = "") -> Generator[Shown]:
 
 
 def table(rows: list[list[str]]) -> str:
-    """`rows` (the first is the heading) in aligned columns, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """`rows` (the first is the heading) in aligned columns, numbers to the right.
+
+    A row may have fewer cells than the heading.
+    """
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
