@@ -57,7 +57,7 @@ def data(
 
     described = read_mixture(mixture, root=root)
     listed = quarantine or quarantine_path(described)
-    with terminal.quiet_libraries():
+    with terminal.noise_to_stderr():  # transformers is not needed without a model
         report, new = _checked(described, listed, processor, workers or os.cpu_count() or 1)
     result = {
         "mixture": mixture,

@@ -56,7 +56,7 @@ def oracle(
 ) -> None:
     """Find the fewest layers that do, if chosen by the references.
 
-    Whatever is finished in DIR is not done again, and may be interrupted at any time.
+    Answers that DIR has are not asked again, so the command may be interrupted at any time.
     """
     from trol.checkpoints.adapter import check_writable
     from trol.evaluation.oracle import answer_all, check_shard, layers_of

@@ -82,18 +82,16 @@ def listed(names: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Generator[None]:
-    """While open, what libraries print goes to stderr, and transformers shows no bars of its own.
+def noise_to_stderr() -> Generator[None]:
+    """While open, what libraries print goes to stderr: stdout is for results.
 
-    stdout is for results. A warning is one line, without the place in the source it comes from.
+    A warning is one line, without the place in the source that it comes from.
     """
-    from transformers import logging
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if not issubclass(category, (FutureWarning, DeprecationWarning)):  # for developers
             note(f"trol: {message}")
 
-    logging.disable_progress_bar()
     before = warnings.showwarning
     warnings.showwarning = show
     try:
@@ -101,6 +99,16 @@ def quiet_libraries() -> Generator[None]:
             yield
     finally:
         warnings.showwarning = before
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Generator[None]:
+    """As `noise_to_stderr`, and transformers shows no progress bars of its own."""
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    with noise_to_stderr():
+        yield
 
 
 @contextlib.contextmanager
