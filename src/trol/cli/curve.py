@@ -112,21 +112,14 @@ def _adapters(model: Any, folders: Sequence[str]) -> dict[str, Any]:
 
 def _text(result: dict[str, Any], page: Path) -> str:
     """Cost and the judging metric of every point, then what the page says in words."""
-    from trol.reports.curve_words import cell, label, sentences, settings_told
+    from trol.reports import curve_page
+    from trol.reports.curve_words import sentences
 
     parts: list[str] = []
     for name, task in result["tasks"].items():
-        metric = next(iter(task["metrics"]))
-        rows = [[name, "visits", "FLOPs", "time", metric]]
-        for method, drawn in task["methods"].items():
-            for point in drawn["points"]:
-                costs = (point["visits_share"], point["flops_share"], point["ms_ratio"])
-                rows.append(
-                    [
-                        f"{label(method, drawn)} {settings_told(point['settings'])}",
-                        *(cell(cost, percent=True) for cost in costs),
-                        cell(point["metrics"].get(metric)),
-                    ]
-                )
+        rows = [[name, "visits", "FLOPs", "time", next(iter(task["metrics"]))]]
+        for row in curve_page.table(task):
+            label = f"{row['method']} {row['settings']}"
+            rows.append([label, *row["costs"][:3], row["metrics"][0]])
         parts += [terminal.table(rows), *sentences(result, name)]
     return "\n".join([*parts, str(page)])
