@@ -80,7 +80,7 @@ def test_not_slower_than_stored_passes(
         (("all", *QUICK, "--against", __file__), "needs one of stored results"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_measured(
+def test_bad_input_is_refused_before_anything_is_measured(
     words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("trol.bench.run", None)

@@ -63,11 +63,13 @@ def test_an_adapter_is_written(
     assert result["run"]["command"]
 
 
-def told_share(out: Path) -> float:
+def flops_share(out: Path) -> float:
     return json.loads((out / "calibration.json").read_text())["flops_share"]
 
 
-def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_get_sentences(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "adapter"
     assert (
         run("calibrate", llama, "--exit", "margin", "--cost", 1.0, "--questions", 8, "--out", out)
@@ -78,7 +80,7 @@ def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"Written to {out}; trol.load(model, {str(out)!r}) attaches it." in text
     assert "p =" not in text
     assert "% of the FLOPs per answer token, looks included; 100.0 % of the tokens" in text
-    assert told_share(out) > 1  # no token leaves, and the looks come on top
+    assert flops_share(out) > 1  # no token leaves, and the looks come on top
     assert "save nothing on this model" in text
     assert "(--every K)" in text
 

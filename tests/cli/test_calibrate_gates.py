@@ -53,7 +53,7 @@ def test_an_adapter_is_written(
     assert answers(model, trol.load_model("any")[1], board_items(3, 0), new_tokens=2) == said
 
 
-def test_people_are_told(
+def test_people_get_sentences(
     model: TrolForConditionalGeneration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sparse"

@@ -105,7 +105,7 @@ def test_a_controller_of_an_adapter_folder(
         (["--methods", "oracle", "--oracle", "absent"], "no finished oracle"),
     ],
 )
-def test_bad_input_is_told_and_leaves_nothing(
+def test_bad_input_is_refused_and_leaves_nothing(
     model: Any, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

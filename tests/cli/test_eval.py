@@ -89,7 +89,7 @@ def test_what_no_model_can_do_is_refused_before_one_is_opened(
     assert base[2] == []
 
 
-def test_progress_is_told_in_lines_and_not_on_stdout(
+def test_progress_is_printed_in_lines_and_not_on_stdout(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trol.training.progress, "SECONDS_BETWEEN_LINES", -1.0)

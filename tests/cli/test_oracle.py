@@ -148,7 +148,7 @@ def test_a_folder_of_another_menu_is_refused(
     assert "belongs to another oracle" in capsys.readouterr().err
 
 
-def test_a_router_is_trained_on_what_was_found(
+def test_a_router_is_trained_on_the_rows(
     llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "router"
