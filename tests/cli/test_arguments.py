@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from trol.cli import main
+from cli.command import run
 
 REFUSED = {
     "plan": (
@@ -78,8 +78,6 @@ def test_it_is_refused_before_a_model_is_opened(
 
     monkeypatch.setattr("trol.cli.models.open_model", opened)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as left:
-        main([words[0], "trol-tiny", *words[1:]])
-    assert left.value.code == 2
+    assert run(words[0], "trol-tiny", *words[1:]) == 2
     assert capsys.readouterr().err.startswith(("trol: ", "Usage: "))
     assert not list(tmp_path.iterdir())

@@ -1,23 +1,22 @@
-"""`trol bench`: results written, compared with stored ones, and bad input told."""
+"""`trol bench`: results written, compared with stored ones, and bad input refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli import command
 from trol.bench import SUITES, Setting
 from trol.bench.setting import TINY
-from trol.cli import bench, main
+from trol.cli import bench
 
 QUICK = ("--size", "tiny", "--rounds", "2")
 FILE = "train-tiny.json"
 
 
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["bench", *(str(word) for word in words)])
-    return left.value.code
+run = partial(command.run, "bench")
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +28,18 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_ratios(stored: Path, tmp_path: Path, **changed: Any) -> Path:
-    found = json.loads((stored / FILE).read_text())
-    found["rows"] = [{**row, **changed} for row in found["rows"]]
-    (tmp_path / FILE).write_text(json.dumps(found))
+    result = json.loads((stored / FILE).read_text())
+    result["rows"] = [{**row, **changed} for row in result["rows"]]
+    (tmp_path / FILE).write_text(json.dumps(result))
     return tmp_path
 
 
 def test_one_json_for_each_suite_says_where_it_was_measured(stored: Path) -> None:
     assert [file.name for file in stored.iterdir()] == [FILE]
-    found = json.loads((stored / FILE).read_text())
-    assert (found["suite"], found["threads"], found["rounds"]) == ("train", 1, 2)
-    assert found["run"]["versions"]["torch"]
-    assert found["rows"]
+    result = json.loads((stored / FILE).read_text())
+    assert (result["suite"], result["threads"], result["rounds"]) == ("train", 1, 2)
+    assert result["run"]["versions"]["torch"]
+    assert result["rows"]
 
 
 def test_json_is_one_object_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,9 +55,9 @@ def test_slower_than_stored_fails_and_names_the_rows(
     monkeypatch.setattr(row, "NOISE", 1e9)  # however busy the machine of this test
     was = with_ratios(stored, tmp_path, ratio=-1e6, spread=0.0, noisy=False)
     assert run("train", *QUICK, "--against", was) == 1
-    told = capsys.readouterr().err
-    assert "slower than" in told
-    assert "all tokens b1 t64" in told
+    error = capsys.readouterr().err
+    assert "slower than" in error
+    assert "all tokens b1 t64" in error
 
 
 def test_not_slower_than_stored_passes(
@@ -70,7 +69,7 @@ def test_not_slower_than_stored_passes(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("trian",), "Did you mean 'train'"),
         (("train", "--size", "smal"), "Did you mean 'small'"),
@@ -81,27 +80,27 @@ def test_not_slower_than_stored_passes(
         (("all", *QUICK, "--against", __file__), "needs one of stored results"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_measured(
-    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+def test_bad_input_is_refused_before_anything_is_measured(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("trol.bench.run", None)
     assert run(*words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_profile_shows_operators_beside_the_bare_hosts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run("traverse", "--size", "tiny", "--profile", "--json") == 0
-    found = json.loads(capsys.readouterr().out)["operators"]
-    attention = next(one for one in found if "scaled_dot_product" in one["name"])
+    result = json.loads(capsys.readouterr().out)["operators"]
+    attention = next(one for one in result if "scaled_dot_product" in one["name"])
     assert attention["calls"] > attention["bare_calls"] > 0  # second visits attend again
     assert run("load", "--size", "tiny", "--profile") == 2
     assert "unknown suite with a profile 'load'" in capsys.readouterr().err
 
 
 def test_all_leaves_out_what_a_setting_does_not_allow(capsys: pytest.CaptureFixture[str]) -> None:
-    names = bench._chosen("all", Setting(dtype="nf4"))
+    names = bench._suites("all", Setting(dtype="nf4"))
     assert names == [name for name in SUITES if name not in ("train", "launch")]
     assert "train is left out: nf4" in capsys.readouterr().err
 

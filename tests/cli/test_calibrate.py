@@ -9,18 +9,12 @@ import pytest
 import torch
 
 import trol
+from cli.command import run
 from training import standins
-from trol.cli import main
 from trol.data.own_files import Pair
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.policies.exits import EarlyExit
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +50,26 @@ def test_an_adapter_is_written(
     out = tmp_path / "adapter"
     words = ("calibrate", llama, "--exit", "entropy", "--quality", 0.6, "--confidence", 0.7)
     assert run(*words, "--first", 2, "--out", out, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert few_docstrings == ["validation"]
-    assert told["ran"]["quality"] >= 0.6
-    assert told["ran"]["executed"] < 1
-    assert json.loads((out / "calibration.json").read_text()) == told
+    assert result["ran"]["quality"] >= 0.6
+    assert result["ran"]["executed"] < 1
+    assert json.loads((out / "calibration.json").read_text()) == result
     model = trol.load(trol.load_model(llama)[0], out)
     policy = attached(model)[1].depth_policy
     assert isinstance(policy, EarlyExit)
-    assert policy.settings() == told["policy"]
+    assert policy.settings() == result["policy"]
     assert (policy.measure, policy.first) == ("entropy", 2)
-    assert told["run"]["command"]
+    assert result["run"]["command"]
 
 
-def told_share(out: Path) -> float:
+def flops_share(out: Path) -> float:
     return json.loads((out / "calibration.json").read_text())["flops_share"]
 
 
-def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_get_sentences(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "adapter"
     assert (
         run("calibrate", llama, "--exit", "margin", "--cost", 1.0, "--questions", 8, "--out", out)
@@ -84,7 +80,7 @@ def test_people_are_told(llama: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"Written to {out}; trol.load(model, {str(out)!r}) attaches it." in text
     assert "p =" not in text
     assert "% of the FLOPs per answer token, looks included; 100.0 % of the tokens" in text
-    assert told_share(out) > 1  # no token leaves, and the looks come on top
+    assert flops_share(out) > 1  # no token leaves, and the looks come on top
     assert "save nothing on this model" in text
     assert "(--every K)" in text
 

@@ -2,31 +2,30 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import trol
-from trol.cli import main
-from trol.cli.conversation import Conversation
+from cli.command import run
+from trol.cli.chat import Conversation
+from trol.data.images import open_image
 from trol.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 QUESTION = "which digit is on the yellow tile?"
 
 
-def chat(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["chat", "--max-new-tokens", "3", *words])
-    return left.value.code
+chat = partial(run, "chat", "--max-new-tokens", 3)
 
 
 def test_one_question_as_json(board: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat("--image", board, "--question", QUESTION, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["question"] == QUESTION
-    assert 1 <= found["new_tokens"] <= 3
-    assert found["prompt_tokens"] > 9
+    result = json.loads(capsys.readouterr().out)
+    assert result["question"] == QUESTION
+    assert 1 <= result["new_tokens"] <= 3
+    assert result["prompt_tokens"] > 9
 
 
 def test_the_stream_says_what_json_says(board: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +52,7 @@ def test_turns_from_a_pipe(
 
 def test_a_plan_is_in_force_for_its_turns(board: str) -> None:
     conversation = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
-    conversation.show(board)
+    conversation.show(open_image(board))
     seen = []
     for plan in (None, "all", "0-1:3 2"):
         conversation.use_plan(plan)
@@ -73,7 +72,7 @@ def test_the_end_of_input_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_question_that_fails_is_forgotten(board: str) -> None:
     conversation = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
-    conversation.show(board)
+    conversation.show(open_image(board))
     with pytest.raises(UsageError, match="empty"):
         conversation.ask("  ")
     assert conversation.messages == []

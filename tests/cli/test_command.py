@@ -9,8 +9,9 @@ import sys
 import pytest
 from transformers import Cache
 
+from cli.command import run
 from trol import errors
-from trol.cli import VERBS, application, main
+from trol.cli import VERBS, application
 
 WITHOUT_HEAVY = """
 import sys, trol.cli
@@ -18,12 +19,6 @@ trol.cli.application(["--help"])
 heavy = {"torch", "transformers", "numpy", "matplotlib", "sklearn", "PIL"} & set(sys.modules)
 sys.exit(f"imported at start-up: {heavy}" if heavy else 0)
 """
-
-
-def run(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(words)
-    return left.value.code
 
 
 def test_no_heavy_import_at_start_up() -> None:
@@ -122,18 +117,18 @@ def test_json_is_alone_on_stdout(
 
 def test_info_names_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["torch"]
-    assert found["threads"] >= 1
-    assert "gemma4_text" in found["hosts"]["refused"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["versions"]["torch"]
+    assert result["threads"] >= 1
+    assert "gemma4_text" in result["hosts"]["refused"]
 
 
 def test_info_of_a_model_says_what_it_is_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "trol-tiny", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["family"], found["layers"], found["refused"]) == ("llama", 2, {})
-    assert found["policy"]["policy"] == "trol_mixer"
-    assert found["visit"]["flops_per_token"][0] > 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["family"], result["layers"], result["refused"]) == ("llama", 2, {})
+    assert result["policy"]["policy"] == "trol_mixer"
+    assert result["visit"]["flops_per_token"][0] > 0
     assert run("info", "trol-tiny") == 0
     assert "refused" in capsys.readouterr().out
 

@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cli.command import run
 from family.published.folders import FAMILIES, published_folder
-from trol.cli import main
 from trol.family.published import conversion
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""`trol curve`: files that agree with its JSON, and bad input told before anything is opened."""
+"""`trol curve`: files that agree with its JSON, and bad input refused before anything is opened."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trol
-from trol.cli import main
+from cli import command
 from trol.depth import attached
 from trol.evaluation import curve as points
 from trol.evaluation import curve_methods as methods
@@ -35,9 +35,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> TrolForConditionalGeneration:
 
 def run(out: Path, *words: str) -> int:
     short = ["--tasks", "boards", "--questions", "3", "--out", str(out)]
-    with pytest.raises(SystemExit) as left:
-        main(["curve", *short, *words])
-    return left.value.code
+    return command.run("curve", *short, *words)
 
 
 def test_the_json_is_the_file_and_alone_on_stdout(
@@ -46,13 +44,13 @@ def test_the_json_is_the_file_and_alone_on_stdout(
     out = tmp_path / "made" / "curve"
     asked = ["--methods", "skip,influence", "--keep", "0.5:1.0:0.5", "--seeds", "2", "--json"]
     assert run(out, *asked) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((out / "curve.json").read_text())
-    assert found["keep"] == [0.5, 1.0]
-    assert found["seeds"] == [0, 1]
-    assert list(found["tasks"]["boards"]["methods"]) == ["skip", "influence"]
-    assert found["run"]["versions"]["torch"]
-    assert found["model"] == "trol-tiny"
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "curve.json").read_text())
+    assert result["keep"] == [0.5, 1.0]
+    assert result["seeds"] == [0, 1]
+    assert list(result["tasks"]["boards"]["methods"]) == ["skip", "influence"]
+    assert result["run"]["versions"]["torch"]
+    assert result["model"] == "trol-tiny"
     assert {path.name for path in out.iterdir()} == {
         "curve.json",
         "curve.html",
@@ -65,9 +63,9 @@ def test_people_get_a_table_and_the_page(
     model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, "--methods", "exit", "--keep", "0.5", "--seeds", "1") == 0
-    told = capsys.readouterr().out
-    assert "exit 0-1" in told
-    assert told.splitlines()[-1] == str(tmp_path / "curve.html")
+    text = capsys.readouterr().out
+    assert "exit 0-1" in text
+    assert text.splitlines()[-1] == str(tmp_path / "curve.html")
 
 
 def test_a_controller_of_an_adapter_folder(
@@ -93,7 +91,7 @@ def test_a_controller_of_an_adapter_folder(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--keep", "0:1"], "above 0 and at most 1"),
         (["--keep", "0.5-1"], "give first:last"),
@@ -107,14 +105,14 @@ def test_a_controller_of_an_adapter_folder(
         (["--methods", "oracle", "--oracle", "absent"], "no finished oracle"),
     ],
 )
-def test_bad_input_is_told_and_leaves_nothing(
-    model: Any, words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_refused_and_leaves_nothing(
+    model: Any, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert run(out, *words) == 2
-    found = capsys.readouterr()
-    assert told in found.err
-    assert not found.out
+    result = capsys.readouterr()
+    assert message in result.err
+    assert not result.out
     assert not out.exists()
 
 

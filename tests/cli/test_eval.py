@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import trol.training.progress
-from trol.cli import main
+from cli.command import run
 from trol.data.conversations import read_template
 from trol.data.own_files import Pair
 from trol.errors import UsageError
@@ -39,22 +39,16 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "notes.txt")
 
 
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
-
-
 def test_a_text_is_measured(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("eval", "base", "--tasks", f"text:{text}", "--window", 32)
     assert run(*words, "--json") == 0
-    found = json.loads(capsys.readouterr().out)["tasks"][f"text:{text}"]
-    assert set(found["metrics"]) == {"loss", "perplexity", "bits_per_byte"}
+    result = json.loads(capsys.readouterr().out)["tasks"][f"text:{text}"]
+    assert set(result["metrics"]) == {"loss", "perplexity", "bits_per_byte"}
     assert run(*words, "--depth", "0 2") == 0
-    told = capsys.readouterr().out
-    assert "chance" not in told
-    assert f"{found['metrics']['perplexity']:.3f}" not in told  # a layer is left out
-    assert f"{found['tokens']} tokens" in told
+    output = capsys.readouterr().out
+    assert "chance" not in output
+    assert f"{result['metrics']['perplexity']:.3f}" not in output  # a layer is left out
+    assert f"{result['tokens']} tokens" in output
 
 
 def test_a_loss_alone_has_no_chance(
@@ -95,7 +89,7 @@ def test_what_no_model_can_do_is_refused_before_one_is_opened(
     assert base[2] == []
 
 
-def test_progress_is_told_in_lines_and_not_on_stdout(
+def test_progress_is_printed_in_lines_and_not_on_stdout(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trol.training.progress, "SECONDS_BETWEEN_LINES", -1.0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trol.cli import main
+from cli import command
 from trol.cli.models import write_plan
 from trol.depth import Plan
 
@@ -16,9 +16,7 @@ pytestmark = pytest.mark.usefixtures("tiny_model")
 
 def run(board: str, out: Path, *words: str) -> int:
     asked = ["--image", board, "--question", "is there a 7?", "--out", str(out), "--json"]
-    with pytest.raises(SystemExit) as left:
-        main(["map", *asked, *words])
-    return left.value.code
+    return command.run("map", *asked, *words)
 
 
 def test_map_writes_a_picture_and_its_numbers(
@@ -26,16 +24,16 @@ def test_map_writes_a_picture_and_its_numbers(
 ) -> None:
     out = tmp_path / "made" / "map"
     assert run(board, out) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found == json.loads((out / "map.json").read_text())
-    assert found["layers"] == 4
-    assert found["image"]["grid"] == [3, 3]
-    assert found["image"]["visits"] == [[2] * 9] * 4
-    assert all(0 < gate < 1 for layer in found["image"]["gates"] for gate in layer)
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "map.json").read_text())
+    assert result["layers"] == 4
+    assert result["image"]["grid"] == [3, 3]
+    assert result["image"]["visits"] == [[2] * 9] * 4
+    assert all(0 < gate < 1 for layer in result["image"]["gates"] for gate in layer)
     asked = ["<bos>", "<user>", "is", "there", "a", "7", "?", "<assistant>"]
-    assert found["words"]["text"] == asked
-    assert found["cost"]["layer_visits"] > 0
-    assert found["run"]["versions"]["torch"]
+    assert result["words"]["text"] == asked
+    assert result["cost"]["layer_visits"] > 0
+    assert result["run"]["versions"]["torch"]
     with Image.open(out / "map.png") as picture:
         assert picture.width > 500
 
@@ -49,16 +47,16 @@ def test_numbers_outlive_their_picture(
 ) -> None:
     monkeypatch.setattr("trol.reports.maps.draw", lambda _: 1 / 0)
     assert run(board, tmp_path) == 0
-    told = capsys.readouterr()
-    assert f"the results are kept in {tmp_path / 'map.json'}" in told.err
-    assert json.loads(told.out) == json.loads((tmp_path / "map.json").read_text())
+    captured = capsys.readouterr()
+    assert f"the results are kept in {tmp_path / 'map.json'}" in captured.err
+    assert json.loads(captured.out) == json.loads((tmp_path / "map.json").read_text())
 
 
 def test_map_of_a_plan(board: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(board, tmp_path, "--depth", "0-1:2 2-3") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["gate_per_layer"] == [1, 1, 0, 0]
-    assert [layer[0] for layer in found["image"]["visits"]] == [2, 2, 1, 1]
+    result = json.loads(capsys.readouterr().out)
+    assert result["gate_per_layer"] == [1, 1, 0, 0]
+    assert [layer[0] for layer in result["image"]["visits"]] == [2, 2, 1, 1]
 
 
 def test_a_plan_file_is_a_depth(
@@ -67,9 +65,9 @@ def test_a_plan_file_is_a_depth(
     plan, out = tmp_path / "plan.json", tmp_path / "map"
     write_plan(plan, Plan("0-1:2 2"), 4, {"method": "by hand"})
     assert run(board, out, "--depth", str(plan)) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [layer[0] for layer in found["image"]["visits"]] == [2, 2, 1, 0]
-    assert found["depth"] == "0-1:2 2"
+    result = json.loads(capsys.readouterr().out)
+    assert [layer[0] for layer in result["image"]["visits"]] == [2, 2, 1, 0]
+    assert result["depth"] == "0-1:2 2"
     assert run(board, out, "--depth", str(tmp_path / "absent.json")) == 2
     assert "there is no plan file" in capsys.readouterr().err
 

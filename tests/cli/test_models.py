@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from cli.command import run
 from hosts import HOSTS
 from training import standins
 from trol import training
-from trol.cli import main
-from trol.cli.info import describe
 from trol.errors import HostError
 from trol.family.loading import load_host
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
+from trol.reports.description import describe
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,7 @@ def test_a_chat_file_is_checked_as_a_mixture_of_itself(
 
 
 @pytest.mark.filterwarnings("always:rows of chat left out")
-def test_rows_that_training_leaves_out_are_told(
+def test_rows_that_training_leaves_out_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host, data = standins.llm(tmp_path / "host"), standins.chats(tmp_path / "data", pictures=False)
@@ -77,7 +71,7 @@ def test_rows_that_training_leaves_out_are_told(
     assert "left out as quarantined: 1 " in capsys.readouterr().err
 
 
-def test_folders_that_are_damaged_are_told_in_one_line(tmp_path: Path) -> None:
+def test_folders_that_are_damaged_are_refused_in_one_line(tmp_path: Path) -> None:
     """A weights file that was cut off, and a configuration that cannot be."""
     HOSTS["llama"].build().save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"

@@ -1,15 +1,16 @@
 """`trol oracle`: from a saved model to a report, in one run or by shards, and what it refuses."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trol
+from cli import command
 from training import standins
-from trol.cli import main
-from trol.cli import oracle as routing
+from trol.cli.oracle import _router_text
 from trol.depth import attached
 from trol.evaluation import tasks
 from trol.evaluation.items import Item
@@ -21,10 +22,7 @@ LAYERS = 4
 MENU = ("--menu", "uniform:4")
 
 
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["oracle", *(str(word) for word in words)])
-    return left.value.code
+run = partial(command.run, "oracle")
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +48,18 @@ def test_one_run_leaves_a_report(
     llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(llama, *MENU, "--out", tmp_path / "o", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["complete"]
-    assert found["metric"] == "rougeL"
-    assert [level["cost"] for level in found["menu"]] == [1, 2, 3, 4]
-    assert 0 < found["equal_budget"]["share"] <= 1
-    assert set(found["metrics"]) == {"rougeL", "exact", "loss"}
-    assert found["controls"]["best_of_n"]["n"] == 4  # as many as levels
-    assert found["run"]["command"]
-    assert json.loads((tmp_path / "o" / "oracle.json").read_text()) == found
+    result = json.loads(capsys.readouterr().out)
+    assert result["complete"]
+    assert result["metric"] == "rougeL"
+    assert [level["cost"] for level in result["menu"]] == [1, 2, 3, 4]
+    assert 0 < result["equal_budget"]["share"] <= 1
+    assert set(result["metrics"]) == {"rougeL", "exact", "loss"}
+    assert result["controls"]["best_of_n"]["n"] == 4  # as many as levels
+    assert result["run"]["command"]
+    assert json.loads((tmp_path / "o" / "oracle.json").read_text()) == result
     rows = read_rows(tmp_path / "o")
     assert len(rows) == 4 * 4
-    assert {row.plan for row in rows} == {level["plan"] for level in found["menu"]}
+    assert {row.plan for row in rows} == {level["plan"] for level in result["menu"]}
     assert read_header(tmp_path / "o")["layers"] == LAYERS
 
 
@@ -77,9 +75,9 @@ def test_shards_make_the_same_report_as_one_run(
     assert run(llama, *MENU, "--out", parts, "--shard", "0/2", "--json") == 0
     assert json.loads(capsys.readouterr().out)["missing"] == ["1/2"]
     assert run(llama, *MENU, "--out", parts, "--shard", "1/2", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     for key in ("equal_budget", "per_sequence", "mix"):
-        assert found[key] == pytest.approx(wanted[key])
+        assert result[key] == pytest.approx(wanted[key])
 
 
 def test_an_interrupted_run_goes_on(
@@ -109,9 +107,9 @@ def test_plan_files_and_text_are_a_menu(
     (tmp_path / "half.json").write_text(json.dumps(plan))
     menu = f"all,0 3,{tmp_path / 'half.json'}"
     assert run(llama, "--menu", menu, "--samples", 0, "--out", tmp_path / "o", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [level["plan"] for level in found["menu"]] == ["0 3", "0-1", "0-3"]
-    assert found["controls"]["best_of_n"] is None
+    result = json.loads(capsys.readouterr().out)
+    assert [level["plan"] for level in result["menu"]] == ["0 3", "0-1", "0-3"]
+    assert result["controls"]["best_of_n"] is None
 
 
 @pytest.mark.parametrize(
@@ -151,20 +149,20 @@ def test_a_folder_of_another_menu_is_refused(
     assert "belongs to another oracle" in capsys.readouterr().err
 
 
-def test_a_router_is_trained_on_what_was_found(
+def test_a_router_is_trained_on_the_rows(
     llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "router"
     assert run(llama, *MENU, "--out", tmp_path / "o", "--router", folder, "--json") == 0
-    told = json.loads(capsys.readouterr().out)["router"]
-    assert told["questions"] < 30
-    words = routing.told(told, told["metric"])
+    result = json.loads(capsys.readouterr().out)["router"]
+    assert result["questions"] < 30
+    words = _router_text(result)
     assert "Fewer than 30 questions: these figures say little" in words
-    assert f"Learnt from the {told['split']} split of {told['task']}: measure it on" in words
-    assert told["split"] == "test"
-    assert "say little" not in routing.told({**told, "questions": 30}, told["metric"])
-    assert json.loads((folder / "router.json").read_text()) == told
-    assert [at["cost"] for at in told["dials"]][-1] == LAYERS  # dial 1: the full model
+    assert f"Learnt from the {result['split']} split of {result['task']}: measure it on" in words
+    assert result["split"] == "test"
+    assert "say little" not in _router_text({**result, "questions": 30})
+    assert json.loads((folder / "router.json").read_text()) == result
+    assert [at["cost"] for at in result["dials"]][-1] == LAYERS  # dial 1: the full model
     model = trol.load(trol.load_model(llama)[0], folder)
     policy = attached(model)[1].depth_policy
     assert [str(plan) for plan in policy.menu][-1] in ("all", "0-3")

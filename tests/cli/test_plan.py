@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import trol
+from cli.command import run
 from training import standins
 from trol.checkpoints import export as exporting
-from trol.cli import main
 from trol.cli.models import read_plan, write_plan
 from trol.data.own_files import Pair
 from trol.depth import Plan
@@ -23,12 +23,6 @@ from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import task_of
 
 LAYERS = 4
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +72,10 @@ def test_a_plan_is_chosen_by_questions_of_the_validation_split(
     out = tmp_path / "plan.json"
     words = ("--keep", 0.5, "--questions", 4, "--scope", "all", "--out", out, "--json")
     assert run("plan", llama, "--method", method, *words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == {**json.loads(out.read_text()), "file": str(out)}
-    assert sum(found["visits"]) == 2
-    assert (found["task"], found["questions"], found["scope"]) == ("docstrings", 4, "all")
+    result = json.loads(capsys.readouterr().out)
+    assert result == {**json.loads(out.read_text()), "file": str(out)}
+    assert sum(result["visits"]) == 2
+    assert (result["task"], result["questions"], result["scope"]) == ("docstrings", 4, "all")
     assert few_docstrings == ["validation"]
 
 
@@ -121,8 +115,8 @@ def test_pictures_for_a_model_that_reads_text_are_refused(
 def test_a_plan_file_is_read_back_whatever_the_plan(tmp_path: Path) -> None:
     for text in ("0 2-3:2", "all", "exit@0", "0-3"):
         path = tmp_path / "plan.json"
-        found = write_plan(path, Plan(text), LAYERS, {"method": "by hand"})
-        assert found["visits"] == list(Plan(text).for_layers(LAYERS))
+        result = write_plan(path, Plan(text), LAYERS, {"method": "by hand"})
+        assert result["visits"] == list(Plan(text).for_layers(LAYERS))
         assert read_plan(str(path)).for_layers(LAYERS) == Plan(text).for_layers(LAYERS)
     assert read_plan("0-7:2 8-23") == Plan("0-7:2 8-23")
 
@@ -154,9 +148,9 @@ def test_an_export_opens_without_trol(
     assert run("plan", llama, "--method", "uniform", "--keep", 0.75, "--out", plan) == 0
     capsys.readouterr()
     assert run("export", llama, short, "--plan", plan, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["kept"] == [0, 2, 3]
-    assert found["difference"] < 1e-6
+    result = json.loads(capsys.readouterr().out)
+    assert result["kept"] == [0, 2, 3]
+    assert result["difference"] < 1e-6
     assert "trol" not in (short / "config.json").read_text()
     model, opened = (AutoModelForCausalLM.from_pretrained(folder) for folder in (llama, short))
     tokenizer = AutoTokenizer.from_pretrained(short)
@@ -166,11 +160,11 @@ def test_an_export_opens_without_trol(
     assert len(opened.model.layers) == 3
     trol.attach(model, "0 2-3")
     assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
-    told = [
+    answers = [
         one.generate(**inputs, max_new_tokens=5, do_sample=False).tolist()
         for one in (opened, model)
     ]
-    assert told[0] == told[1]
+    assert answers[0] == answers[1]
 
 
 @torch.no_grad()
@@ -325,15 +319,15 @@ def test_a_plan_says_for_whom_and_an_export_warns(
     out = tmp_path / "plan.json"
     chosen = ("--method", "influence", "--scope", scope) if scope else ("--method", "middle")
     assert run("plan", llama, *chosen, "--keep", 0.5, "--questions", 4, "--out", out) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert json.loads(out.read_text()).get("scope") == scope
-    assert (f"chosen for scope={scope}: " in told) == (scope is not None)
+    assert (f"chosen for scope={scope}: " in output) == (scope is not None)
     words = ("export", llama, tmp_path / "short", "--plan", out, "--task", "docstrings")
     assert run(*words, "--questions", 3, "--json") == 0
-    told, said = capsys.readouterr()
-    warned = f"was chosen for scope={scope}, and the checkpoint applies it to every token" in said
+    output, notes = capsys.readouterr()
+    warned = f"was chosen for scope={scope}, and the checkpoint applies it to every token" in notes
     assert warned == (scope in ("answer", "question"))
-    loss = json.loads(told)["loss"]
+    loss = json.loads(output)["loss"]
     full, short = AutoModelForCausalLM.from_pretrained(llama), tmp_path / "short"
     tokenizer = AutoTokenizer.from_pretrained(short)
     items = task_of("docstrings").items(3, 0, "test")

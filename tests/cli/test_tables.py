@@ -19,8 +19,8 @@ def test_accuracy_stands_beside_chance() -> None:
 def test_a_bench_row_without_a_bound() -> None:
     times = {"baseline_ms": 1.0, "measured_ms": 2.0, "limit_ms": 1.0}
     row = {"case": "a", **times, "ratio": 2.0, "spread": 0.1, "must": None, "noisy": False}
-    told = ["a", "1.000", "2.000", "1.000", "2.000", "0.100"]
-    assert bench._table([row]).splitlines()[1].split() == told
+    cells = ["a", "1.000", "2.000", "1.000", "2.000", "0.100"]
+    assert bench._table([row]).splitlines()[1].split() == cells
 
 
 def test_bench_rows_that_are_noisy_or_above_their_bound_are_marked() -> None:

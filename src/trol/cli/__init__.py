@@ -1,4 +1,7 @@
-"""The `trol` command: one file per verb, imported when it is called."""
+"""The `trol` command: one file per verb, imported when it is called; may import every other room.
+
+`terminal` is what all verbs share, `models` opens the models and plans that they name.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +40,19 @@ FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the verb that `arguments` (default: the command line) names, and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = words[0] if words else ""
     try:
-        if words[:1] != ["info"] and words[0:1] and words[0] in VERBS and not HELP & set(words):
+        if verb in VERBS and verb != "info" and not HELP & set(words):
             check_release()
         application(words)(args=words, prog_name="trol")
         code = 0
-    except UsageError as error:
-        code = told(error, BAD_USAGE)
-    except TrolError as error:
-        code = told(error, FAILED)
-    except BrokenPipeError:
-        # The reader has gone (`trol … | head`): leave quietly, and let the final flush succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
-    except OSError as error:
-        code = told(error, FAILED)
+    except (TrolError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader has gone (`trol … | head`): leave quietly, and let the final flush succeed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            print(f"trol: {error}", file=sys.stderr)
+        code = BAD_USAGE if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
@@ -71,19 +72,12 @@ def application(words: Sequence[str]) -> typer.Typer:
     )
     # With a callback of its own, one registered verb is still a verb.
     app.callback()(_root)
-    named = [words[0]] if words and words[0] in VERBS else list(VERBS)
-    for verb in named:
+    for verb in words[:1] if words and words[0] in VERBS else VERBS:
         module_name, function = VERBS[verb].split(":")
         module = importlib.import_module(module_name)
         epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in module.EXAMPLES)
         app.command(verb, epilog=epilog)(getattr(module, function))
     return app
-
-
-def told(error: Exception, code: int) -> int:
-    """Say on stderr what went wrong; returns `code`."""
-    print(f"trol: {error}", file=sys.stderr)
-    return code
 
 
 def _root() -> None:

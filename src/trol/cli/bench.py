@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from trol.cli import terminal
-from trol.cli.terminal import run_record
+from trol.cli.terminal import argument, flag, option, run_record
 from trol.errors import TrolError, UsageError
 
 if TYPE_CHECKING:
@@ -27,30 +25,22 @@ SUITES = "overhead, traverse, skip, rows, sparse, launch, speculate, train, load
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help=f"One of {SUITES}; or all.")],
+    suite: Annotated[str, argument("SUITE", f"One of {SUITES}; or all.")],
     *,
-    size: Annotated[
-        str, typer.Option("--size", metavar="NAME", help="Of the host: tiny, small, 1.8b, 7b.")
-    ] = "small",
+    size: Annotated[str, option("--size", "NAME", "Of the host: tiny, small, 1.8b, 7b.")] = "small",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of the weights: float32, bf16, nf4.")
+        str, option("--dtype", "NAME", "Of the weights: float32, bf16, nf4.")
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option("--threads", metavar="N", help="Of torch.")] = 1,
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", metavar="N", help="In place of each suite's own.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write one JSON for each suite.")
-    ] = None,
+    device: Annotated[str, option("--device", "NAME", "cpu or cuda.")] = "cpu",
+    threads: Annotated[int, option("--threads", "N", "Of torch.")] = 1,
+    rounds: Annotated[int | None, option("--rounds", "N", "In place of each suite's own.")] = None,
+    out: Annotated[Path | None, option("--out", "DIR", "Write one JSON for each suite.")] = None,
     against: Annotated[
         Path | None,
-        typer.Option(
-            "--against", metavar="PATH", help="Fail where slower than this result, or folder."
-        ),
+        option("--against", "PATH", "Fail where slower than this result, or folder."),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Show where the time of one pass goes instead.")
+        bool, flag("--profile", "Show where the time of one pass goes instead.")
     ] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -62,50 +52,51 @@ def bench(
     setting = Setting(size_of(size), dtype, device, threads, rounds)
     if profile:
         return _profile(suite, setting, as_json=as_json)
-    names = _chosen(suite, setting)
+    names = _suites(suite, setting)
     stored = {} if against is None else _stored(against, names, setting)
     if out is not None:
         check_writable(out)
-    terminal.no_library_bars()
-    found = _measured(names, setting, out, quiet=as_json)
+    results = _measured(names, setting, out, quiet=as_json)
     if as_json:
-        whole = {"suites": found, "run": run_record()} if suite == "all" else found[suite]
+        whole = {"suites": results, "run": run_record()} if suite == "all" else results[suite]
         terminal.report(whole, as_json=True, text=str)
     if against is not None:
-        _check(found, stored, against)
+        _check_speed(results, stored, against)
 
 
 def _profile(suite: str, setting: Setting, *, as_json: bool) -> None:
     """The operators that take the most time in one pass, beside those of the bare host."""
     from trol.bench.compare import profiled
 
-    with terminal.noise_to_stderr():
-        made = profiled(suite, setting)
-    shown = [one._asdict() for one in made]
-    heading = ["operator", "calls", "ms", "bare calls", "bare ms"]
-    lines = [
+    with terminal.quiet_libraries():
+        operators = profiled(suite, setting)
+    rows = [["operator", "calls", "ms", "bare calls", "bare ms"]]
+    rows += [
         [one.name[:48], f"{one.calls}", f"{one.ms:.2f}", f"{one.bare_calls}", f"{one.bare_ms:.2f}"]
-        for one in made[:TOP]
+        for one in operators[:TOP]
     ]
-    result = {"suite": suite, **setting.record(), "operators": shown, "run": run_record()}
-    terminal.report(result, as_json=as_json, text=lambda: terminal.table([heading, *lines]))
+    result: dict[str, Any] = {"suite": suite, **setting.record()}
+    result |= {"operators": [one._asdict() for one in operators], "run": run_record()}
+    terminal.report(result, as_json=as_json, text=lambda: terminal.table(rows))
 
 
-def _chosen(suite: str, setting: Setting) -> list[str]:
+def _suites(name: str, setting: Setting) -> list[str]:
     """The suite of this name; of `all` those that can be measured at this setting."""
-    from trol.bench import SUITES as KNOWN
-    from trol.bench import check_suites
+    from trol import bench
 
-    if suite != "all":
-        check_suites([suite])
+    if name != "all":
+        bench.check_suites([name])
     setting.check()
-    if suite != "all":
-        return [suite]
-    refused = {name: one.refusal(setting) for name, one in KNOWN.items()}
-    for name, why in refused.items():
-        if why is not None:
-            terminal.note(f"trol bench: {name} is left out: {why}.")
-    return [name for name, why in refused.items() if why is None]
+    if name != "all":
+        return [name]
+    names: list[str] = []
+    for suite, one in bench.SUITES.items():
+        refusal = one.refusal(setting)
+        if refusal is None:
+            names.append(suite)
+        else:
+            terminal.note(f"trol bench: {suite} is left out: {refusal}.")
+    return names
 
 
 def _measured(
@@ -113,20 +104,22 @@ def _measured(
 ) -> dict[str, Any]:
     """Runs suite after suite; each is written, and shown unless `quiet`, when it is done."""
     from trol.bench import run
+    from trol.files import folder, write_json
 
-    load, found = _load_average(), {}
+    load = _load_average()
+    results: dict[str, Any] = {}
     for name in names:
         if len(names) > 1:
             terminal.note(f"trol bench: {name}")
-        with terminal.noise_to_stderr():
-            made = run(name, setting)
-        found[name] = {**made, "load_average": load, "run": run_record()}
-        _tell_noise(found[name])
+        with terminal.quiet_libraries():
+            measured = run(name, setting)
+        results[name] = {**measured, "load_average": load, "run": run_record()}
+        _note_noise(name, measured["rows"])
         if out is not None:
-            _write(found[name], out, setting)
+            write_json(folder(out) / f"{file_name(name, setting)}.json", results[name])
         if not quiet:
-            print(_table(made["rows"]), flush=True)
-    return found
+            print(_table(measured["rows"]), flush=True)
+    return results
 
 
 def file_name(suite: str, setting: Setting) -> str:
@@ -150,29 +143,29 @@ def _stored(against: Path, names: list[str], setting: Setting) -> dict[str, Any]
     return stored
 
 
-def _check(found: dict[str, Any], stored: dict[str, Any], against: Path) -> None:
+def _check_speed(results: dict[str, Any], stored: dict[str, Any], against: Path) -> None:
     """Fails, naming the rows, where a suite is slower than it was."""
     from trol.bench.compare import compare
 
     slower: list[str] = []
-    for name, made in found.items():
+    for name, result in results.items():
         if stored[name] is None:
             terminal.note(f"trol bench: {against} has no result of {name}; not compared.")
             continue
-        compared = compare(made, stored[name])
+        compared = compare(result, stored[name])
         slower += compared.slower
         for line in compared.unsure:
             terminal.note(f"trol bench: too noisy to tell whether slower: {line}")
         for line in compared.lacking:
             terminal.note(f"trol bench: stored, but not measured now: {line}")
     if slower:
-        listed = "\n  ".join(slower)
-        raise TrolError(f"slower than {against} by more than the spread:\n  {listed}")
+        rows = "\n  ".join(slower)
+        raise TrolError(f"slower than {against} by more than the spread:\n  {rows}")
     terminal.note(f"trol bench: nothing is slower than {against}.")
 
 
 def _load_average() -> float | None:
-    """The machine's load average of the last minute; said where the cores have work already."""
+    """The machine's load average of the last minute, with a note where its cores are busy."""
     from trol.bench.setting import cores
 
     if not hasattr(os, "getloadavg"):
@@ -186,19 +179,13 @@ def _load_average() -> float | None:
     return load
 
 
-def _tell_noise(found: dict[str, Any]) -> None:
-    noisy = [row["case"] for row in found["rows"] if row["noisy"]]
+def _note_noise(suite: str, rows: list[dict[str, Any]]) -> None:
+    noisy = [row["case"] for row in rows if row["noisy"]]
     if noisy:
         terminal.note(
-            f"trol bench: {found['suite']}: {len(noisy)} of {len(found['rows'])} rows are noisy, "
-            f"marked ?: {'; '.join(noisy)}. Close other programs, or take more --rounds."
+            f"trol bench: {suite}: {len(noisy)} of {len(rows)} rows are noisy, marked ?: "
+            f"{'; '.join(noisy)}. Close other programs, or take more --rounds."
         )
-
-
-def _write(result: dict[str, Any], out: Path, setting: Setting) -> None:
-    from trol.files import folder, write_json
-
-    write_json(folder(out) / f"{file_name(result['suite'], setting)}.json", result)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

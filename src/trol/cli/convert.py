@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from trol.cli import terminal
+from trol.cli.terminal import argument, option
 from trol.errors import unknown
 
 if TYPE_CHECKING:
@@ -25,16 +22,11 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A published checkpoint: folder or hub name.")
-    ],
-    destination: Annotated[
-        str, typer.Argument(metavar="DEST", help="The folder to make, or to go on with.")
-    ],
+    source: Annotated[str, argument("SOURCE", "A published checkpoint: folder or hub name.")],
+    destination: Annotated[str, argument("DEST", "The folder to make, or to go on with.")],
     *,
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", metavar="TYPE", help=f"{', '.join(DTYPES)}; else as published."),
+        str | None, option("--dtype", "TYPE", f"{', '.join(DTYPES)}; else as published.")
     ] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -46,39 +38,30 @@ def convert(
     from trol.family.published import conversion
     from trol.family.published.files import MARKER
 
-    terminal.no_library_bars()
-    with terminal.noise_to_stderr(), _interruption_explained(Path(destination) / MARKER):
-        made = conversion.convert(
+    def hint() -> str:
+        if not (Path(destination) / MARKER).is_file():
+            return "trol: interrupted before anything was written."
+        return (
+            f"trol: interrupted; the weight files that {Path(destination)} has are kept, and the "
+            "same command goes on from there."
+        )
+
+    with terminal.quiet_libraries(), terminal.on_interrupt(hint):
+        converted = conversion.convert(
             source,
             destination,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=lambda doing, number, of: terminal.note(f"{doing} {number}/{of}"),
         )
-    terminal.report(asdict(made), as_json=as_json, text=lambda: _text(made))
+    terminal.report(asdict(converted), as_json=as_json, text=lambda: _text(converted))
 
 
-@contextmanager
-def _interruption_explained(marker: Path) -> Generator[None]:
-    """Says what Ctrl-C leaves; `marker` lies in the destination once something is in it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if marker.is_file():
-            terminal.note(
-                f"trol: interrupted; the weight files that {marker.parent} has are kept, and the "
-                "same command goes on from there."
-            )
-        else:
-            terminal.note("trol: interrupted before anything was written.")
-        raise
-
-
-def _text(made: Converted) -> str:
-    files = f"{made.files} file{'' if made.files == 1 else 's'}"
-    kept = f", {made.kept} kept from before" if made.kept else ""
+def _text(folder: Converted) -> str:
+    files = f"{folder.files} file{'' if folder.files == 1 else 's'}"
+    kept = f", {folder.kept} kept from before" if folder.kept else ""
     return (
-        f"{made.destination}: {made.parameters / 1e6:.1f} M parameters in {made.tensors} tensors, "
-        f"{made.bytes / 1e9:.2f} GB of {made.dtype} in {files}{kept}; gates "
-        f"{made.sharing}; opened anew and equal to {made.source} in every bit.\n"
-        f'Next: trol chat {made.destination} --image PICTURE --question "..."'
+        f"{folder.destination}: {folder.parameters / 1e6:.1f} M parameters in {folder.tensors} "
+        f"tensors, {folder.bytes / 1e9:.2f} GB of {folder.dtype} in {files}{kept}; gates "
+        f"{folder.sharing}; opened anew and equal to {folder.source} in every bit.\n"
+        f'Next: trol chat {folder.destination} --image PICTURE --question "..."'
     )

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
-
-from trol.cli import terminal
-from trol.cli.terminal import run_record
+from trol.cli import models, terminal
+from trol.cli.terminal import SCOPES, listed, option, run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -21,153 +19,105 @@ EXAMPLES = (
     "trol curve --tasks boards --methods exit,greedy --keep 0.5 --seeds 2 --questions 18 --json",
     "trol curve --tasks boards --methods skip --keep 0.5 --scope all --questions 36 --seeds 1",
 )
-SCOPES = ("answer", "all")
+TASKS_HELP = (
+    "Of docstrings, boards, text:FILE, chat:FILE, alpaca:FILE, cnn_dailymail:FILE, samsum:FILE. "
+    "Default: boards for a model that sees, else docstrings."
+)
+METHODS_HELP = (
+    "Of skip, exit, random, middle, influence, greedy, early_exit, controller, router, oracle."
+)
+ADAPTERS_HELP = "Trained controllers, routers and exits, with commas between."
 
 
 def curve(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            "--tasks",
-            metavar="NAMES",
-            help="Of docstrings, boards, text:FILE, chat:FILE, alpaca:FILE, cnn_dailymail:FILE, "
-            "samsum:FILE. Default: boards for a model that sees, else docstrings.",
-        ),
-    ] = None,
+    tasks: Annotated[str | None, option("--tasks", "NAMES", TASKS_HELP)] = None,
     methods: Annotated[
-        str,
-        typer.Option(
-            "--methods",
-            metavar="NAMES",
-            help="Of skip, exit, random, middle, influence, greedy, early_exit, controller, "
-            "router, oracle.",
-        ),
+        str, option("--methods", "NAMES", METHODS_HELP)
     ] = "skip,exit,random,middle,influence",
     keep: Annotated[
-        str,
-        typer.Option("--keep", metavar="RANGE", help="Shares of the layers: first:last[:step]."),
+        str, option("--keep", "RANGE", "Shares of the layers: first:last[:step].")
     ] = "0.1:1.0",
-    questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=1, help="Questions of each seed.")
-    ] = 200,
-    seeds: Annotated[
-        int,
-        typer.Option("--seeds", metavar="N", min=1, help="Samples of questions, random plans."),
-    ] = 3,
-    scope: Annotated[
-        str, typer.Option("--scope", metavar="ROLES", help="Whose tokens skip: answer, all.")
-    ] = "answer",
-    adapters: Annotated[
-        str,
-        typer.Option(
-            "--adapters",
-            metavar="DIRS",
-            help="Trained controllers, routers and exits, with commas between.",
-        ),
-    ] = "",
-    oracle: Annotated[
-        Path | None, typer.Option("--oracle", metavar="DIR", help="What `trol oracle` left.")
-    ] = None,
+    questions: Annotated[int, option("--questions", "N", "Questions of each seed.", min=1)] = 200,
+    seeds: Annotated[int, option("--seeds", "N", "Samples of questions, random plans.", min=1)] = 3,
+    scope: Annotated[str, option("--scope", "ROLES", "Whose tokens skip: answer, all.")] = "answer",
+    adapters: Annotated[str, option("--adapters", "DIRS", ADAPTERS_HELP)] = "",
+    oracle: Annotated[Path | None, option("--oracle", "DIR", "What `trol oracle` left.")] = None,
     out: terminal.Out = Path("runs/curve"),
     as_json: terminal.AsJson = False,
 ) -> None:
     """Draw MODEL's quality against layer visits, FLOPs and time."""
     from trol.checkpoints.adapter import check_writable
-    from trol.cli.models import open_model
-    from trol.evaluation.curve import curve as measured
-    from trol.evaluation.curve_methods import (
-        Request,
-        check_adapters,
-        check_methods,
-        shares_of,
-    )
+    from trol.evaluation import curve_methods
+    from trol.evaluation.curve import curve as measure_curve
     from trol.evaluation.tasks import check_tasks, default_task
+    from trol.reports import curve_page
 
-    names = None if tasks is None else _listed(tasks)
-    wanted, folders = _listed(methods), _listed(adapters)
-    shares = shares_of(keep)
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
-    if names is not None:
-        check_tasks(names)
-    check_methods(wanted, oracle)
-    request = Request(
-        methods=tuple(wanted),
-        keeps=tuple(shares),
+    names = None if tasks is None else listed(tasks)
+    request = curve_methods.Request(
+        methods=tuple(listed(methods)),
+        keeps=tuple(curve_methods.shares_of(keep)),
         questions=questions,
         seeds=seeds,
         scope=cast("Scope", scope),
         oracle=oracle,
     )
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
+    if names is not None:
+        check_tasks(names)
+    curve_methods.check_methods(request.methods, oracle)
+    folders = listed(adapters)
     if not folders:
-        check_adapters(request)
+        curve_methods.check_adapters(request)
     check_writable(out)
-    terminal.no_library_bars()
-    with terminal.noise_to_stderr():
-        opened, processor = open_model(model)
-        names = names or [default_task(processor)]
-        request = replace(request, adapters=_opened(opened, folders))
-        with terminal.progress("curve", "point") as shown:
-            found = measured(
+    with terminal.quiet_libraries():
+        opened, processor = models.open_model(model)
+        request = replace(request, adapters=_adapters(opened, folders))
+        with terminal.progress("curve", "point") as bar:
+            curves = measure_curve(
                 opened,
                 processor,
-                names,
+                names or [default_task(processor)],
                 request,
-                progress=lambda what, done, of: shown(done, of, what),
+                progress=lambda what, done, of: bar(done, of, what),
             )
-        result = {"model": model, **found, "run": run_record()}
-        page = _write(result, out)
-    terminal.report(result, as_json=as_json, text=lambda: _told(result, page))
+        result = {"model": model, **curves, "run": run_record()}
+        page = curve_page.write(result, out)
+    terminal.report(result, as_json=as_json, text=lambda: _text(result, page))
 
 
-def _listed(text: str) -> list[str]:
-    """Names with commas between, each once."""
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _opened(model: Any, folders: Sequence[str]) -> dict[str, Any]:
-    """Each folder's policy on its host: `model` itself, or one that learnt along with it."""
+def _adapters(model: Any, folders: Sequence[str]) -> dict[str, Any]:
+    """Each folder's policy on its host: `model` itself, or one that learnt with the policy."""
     from trol.checkpoints.adapter import CONFIG_NAME, is_trained
-    from trol.cli.models import open_model
     from trol.depth import is_attached
     from trol.evaluation.curve_methods import with_adapter
 
-    found: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
     for folder in folders:
         if (Path(folder) / CONFIG_NAME).is_file() and not is_trained(Path(folder)):
-            found[folder] = with_adapter(model, folder)
+            adapters[folder] = with_adapter(model, folder)
             continue
-        other, _ = open_model(folder)
-        if not is_attached(other):
+        adapters[folder], _ = models.open_model(folder)
+        if not is_attached(adapters[folder]):
             raise UsageError(
                 f"{folder} of --adapters holds a model without a policy; give a folder that "
                 "trol.save or `trol train` wrote of a controller, a router or an exit."
             )
-        found[folder] = other
-    return found
+    return adapters
 
 
-def _write(result: dict[str, Any], out: Path) -> Path:
-    from trol.reports import curve_page
-
-    return curve_page.write(result, out)
-
-
-def _told(result: dict[str, Any], page: Path) -> str:
+def _text(result: dict[str, Any], page: Path) -> str:
     """Cost and the judging metric of every point, then what the page says in words."""
-    from trol.reports.curve_words import cell, label, sentences, settings_told
+    from trol.reports import curve_page
+    from trol.reports.curve_words import sentences
 
     parts: list[str] = []
     for name, task in result["tasks"].items():
-        metric = next(iter(task["metrics"]))
-        rows = [[name, "visits", "FLOPs", "time", metric]]
-        for method, drawn in task["methods"].items():
-            for point in drawn["points"]:
-                costs = (point["visits_share"], point["flops_share"], point["ms_ratio"])
-                named = f"{label(method, drawn)} {settings_told(point['settings'])}"
-                scored = cell(point["metrics"].get(metric))
-                rows.append([named, *(cell(cost, percent=True) for cost in costs), scored])
+        rows = [[name, "visits", "FLOPs", "time", next(iter(task["metrics"]))]]
+        for row in curve_page.table(task):
+            label = f"{row['method']} {row['settings']}"
+            rows.append([label, *row["costs"][:3], row["metrics"][0]])
         parts += [terminal.table(rows), *sentences(result, name)]
     return "\n".join([*parts, str(page)])

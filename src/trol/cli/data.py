@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trol.cli import FAILED, terminal
-from trol.cli.terminal import run_record
+from trol.cli import FAILED, models, terminal
+from trol.cli.terminal import argument, option, run_record
 from trol.errors import unknown
 
 if TYPE_CHECKING:
@@ -24,40 +24,25 @@ EXAMPLES = (
 )
 ACTIONS = ("check",)
 SHOWN = 5
-"""Damaged rows that are told in words; all of them are in the list."""
+"""Damaged rows that the text shows; all of them are in the list."""
 
-Root = Annotated[
-    Path | None, typer.Option("--root", metavar="DIR", help="Where the mixture's files lie.")
-]
-Processor = Annotated[
-    str | None,
-    typer.Option("--processor", metavar="MODEL", help="Also find rows too long for MODEL."),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one per core."),
-]
-Quarantine = Annotated[
-    Path | None,
-    typer.Option(
-        "--quarantine",
-        metavar="FILE",
-        help="List of damaged rows, for training to skip. Default: in trol's cache, or beside "
-        "the data where one lies there.",
-    ),
-]
+ROOT_HELP = "Where the mixture's files lie."
+PROCESSOR_HELP = "Also find rows too long for MODEL."
+WORKERS_HELP = "Processes. Default: one per core."
+QUARANTINE_HELP = (
+    "List of damaged rows, for training to skip. Default: in trol's cache, or beside the data "
+    "where one lies there."
+)
 
 
 def data(
-    action: Annotated[str, typer.Argument(metavar="check", help="Read everything once.")],
-    mixture: Annotated[
-        str, typer.Argument(metavar="MIXTURE", help="A YAML file, or a name: trol-2.27m.")
-    ],
+    action: Annotated[str, argument("check", "Read everything once.")],
+    mixture: Annotated[str, argument("MIXTURE", "A YAML file, or a name: trol-2.27m.")],
     *,
-    root: Root = None,
-    processor: Processor = None,
-    workers: Workers = None,
-    quarantine: Quarantine = None,
+    root: Annotated[Path | None, option("--root", "DIR", ROOT_HELP)] = None,
+    processor: Annotated[str | None, option("--processor", "MODEL", PROCESSOR_HELP)] = None,
+    workers: Annotated[int | None, option("--workers", "N", WORKERS_HELP, min=1)] = None,
+    quarantine: Annotated[Path | None, option("--quarantine", "FILE", QUARANTINE_HELP)] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Check training data: counts, images, lengths.
@@ -71,18 +56,18 @@ def data(
 
     described = read_mixture(mixture, root=root)
     listed = quarantine or quarantine_path(described)
-    with terminal.noise_to_stderr():
+    with terminal.noise_to_stderr():  # transformers is not needed without a model
         report, new = _checked(described, listed, processor, workers or os.cpu_count() or 1)
     result = {
         "mixture": mixture,
-        "sources": [_row(one, encoded=processor is not None) for one in report.sources],
+        "sources": [_row(source, encoded=processor is not None) for source in report.sources],
         "damaged": len(report.damaged),
         "new": len(new),
         "quarantine": str(listed) if listed.exists() else None,
-        "run": run_record(None),
+        "run": run_record(),
     }
     terminal.report(result, as_json=as_json, text=lambda: _text(result, new[:SHOWN]))
-    if new or not all(one.counted for one in report.sources):
+    if new or not all(source.counted for source in report.sources):
         raise typer.Exit(FAILED)
 
 
@@ -99,61 +84,55 @@ def _checked(
     known = read_quarantine(listed, mixture.sizes())
     if report.damaged or listed.exists():
         write_quarantine(listed, mixture.sizes(), report.damaged)
-    return report, [
-        one for one in report.damaged if known.get(one.source, {}).get(one.row) != one.reason
-    ]
+    new = [row for row in report.damaged if known.get(row.source, {}).get(row.row) != row.reason]
+    return report, new
 
 
 def _read_all(mixture: Mixture, model: str | None, workers: int) -> Report:
+    """Reads every row; with a model, finds those too long for its positions as well."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress  # the bar of `terminal` would import torch
 
     from trol.data.check import check
 
-    reader, most = _processor(model)
+    processor = most_tokens = None
+    if model is not None:
+        opened, processor = models.open_model(model)
+        most_tokens = opened.config.get_text_config().max_position_embeddings
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("reading rows", total=sum(len(part.index) for part in mixture.parts))
         return check(
             mixture,
-            processor=reader,
-            most_tokens=most,
+            processor=processor,
+            most_tokens=most_tokens,
             workers=workers,
             progress=lambda rows: bars.advance(bar, rows),
         )
 
 
-def _processor(model: str | None) -> tuple[Any, int | None]:
-    """The model's processor, and how many positions the model has."""
-    if model is None:
-        return None, None
-    from trol.cli.models import open_model
-
-    loaded, processor = open_model(model)
-    return processor, loaded.config.get_text_config().max_position_embeddings
-
-
-def _row(one: Any, *, encoded: bool) -> dict[str, Any]:
-    row = {**dataclasses.asdict(one), "sound": one.sound, "counted": one.counted}
+def _row(source: Any, *, encoded: bool) -> dict[str, Any]:
+    row = {**dataclasses.asdict(source), "sound": source.sound, "counted": source.counted}
     # Lengths are known only in tokens of a model: null is not zero.
-    row["too_long"] = one.damaged.get("too_long", 0) if encoded else None
+    row["too_long"] = source.damaged.get("too_long", 0) if encoded else None
     return row
 
 
-def _text(result: dict[str, Any], told: list[Damaged]) -> str:
+def _text(result: dict[str, Any], shown: list[Damaged]) -> str:
     from trol.data.formats import KINDS
 
     sources = result["sources"]
     kinds = [kind for kind in KINDS if any(kind in row["damaged"] for row in sources)]
     rows = [["source", "rows", "images", "sound", "expected", *kinds]]
     for row in sources:
-        expected = "-" if row["expected"] is None else f"{row['expected']:,}"
-        found = [f"{row[key]:,}" for key in ("rows", "images", "sound")]
-        damaged = [f"{row['damaged'].get(kind, 0):,}" for kind in kinds]
-        rows.append([row["source"], *found, expected, *damaged])
+        counts = [f"{row[key]:,}" for key in ("rows", "images", "sound")]
+        counts.append("-" if row["expected"] is None else f"{row['expected']:,}")
+        rows.append(
+            [row["source"], *counts, *(f"{row['damaged'].get(kind, 0):,}" for kind in kinds)]
+        )
     lines = [terminal.table(rows)]
-    lines += [f"{one.source}, row {one.row}: {one.reason}: {one.detail}" for one in told]
-    if result["new"] > len(told):
-        lines.append(f"... and {result['new'] - len(told):,} more")
+    lines += [f"{one.source}, row {one.row}: {one.reason}: {one.detail}" for one in shown]
+    if result["new"] > len(shown):
+        lines.append(f"... and {result['new'] - len(shown):,} more")
     lines += [
         f"{row['source']} has {row['sound']:,} sound rows, the mixture says {row['expected']:,}"
         for row in sources

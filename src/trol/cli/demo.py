@@ -13,10 +13,15 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from trol.cli import terminal
-from trol.cli.terminal import no_library_bars, run_record
+from trol.cli.terminal import option, run_record
+
+EXAMPLES = (
+    "trol demo",
+    "trol demo --seeds 4 --out runs/demo-4",
+    "trol demo stages.reason.steps=200 stages.step2.steps=100",
+)
+SEEDS_HELP = "Runs of each; the spread is theirs."
 
 ARMS = {"on": [], "twin": ["policy.passes=1"]}
 """Arm -> what differs in the recipe. The twin has the same gates, and never a second visit."""
@@ -24,6 +29,48 @@ ARMS = {"on": [], "twin": ["policy.passes=1"]}
 MAPS = 3
 QUESTIONS = 1800
 SPARSE_QUESTIONS = 540
+
+
+def demo(
+    overrides: terminal.Overrides = None,
+    out: terminal.Out = Path("runs/demo"),
+    seeds: Annotated[int, option("--seeds", "N", SEEDS_HELP, min=1)] = 2,
+    recipe: Annotated[str, option("--recipe", "RECIPE", "What to run.")] = "demo",
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Train a small model here and report what traversal did to it."""
+    from trol import training
+    from trol.reports import demo_report
+
+    started = time.perf_counter()
+    training.resolve(recipe, overrides or [])  # refuses a wrong key before anything starts
+    terminal.note(f"== {seeds} seeds, each: eyes, reason, then step 1 and step 2 with and without")
+    with terminal.quiet_libraries():
+        results = _gather(_run_seeds(recipe, overrides or [], seeds, out))
+        results["run"] = run_record(0) | {"seconds": round(time.perf_counter() - started, 1)}
+        page = demo_report.write(results, out)
+    last = (f"Report: {page}", "Ask it: trol chat --image docs/board.png")
+    terminal.report(
+        results,
+        as_json=as_json,
+        text=lambda: "\n".join([*demo_report.verdicts(results), *last]),
+    )
+
+
+def _run_seeds(
+    recipe: str, overrides: Sequence[str], seeds: int, out: Path
+) -> list[dict[str, Any]]:
+    """All seeds, as many side by side as there are cores."""
+    workers = min(seeds, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run_seed, recipe, overrides, seed, out) for seed in range(seeds)]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def run_seed(recipe: str, overrides: Sequence[str], seed: int, out: Path) -> dict[str, Any]:
@@ -36,170 +83,111 @@ def run_seed(recipe: str, overrides: Sequence[str], seed: int, out: Path) -> dic
     import torch
 
     torch.set_num_threads(1)  # seeds run side by side, one core each
-    no_library_bars()
-    made = _train_arms(recipe, [*overrides, f"seed={seed}"], seed, out)
-    found: dict[str, Any] = {"losses": _losses(made), "accuracy": {}, "cost": {}}
-    found["parameters"] = {arm: made[arm]["parameters"] for arm in ARMS}
-    found["steps"] = {arm: made["shared"]["steps"] + made[arm]["steps"] for arm in ARMS}
-    found["seconds"] = {name: one["seconds"] for name, one in made.items()}
-    for arm in ARMS:
-        _measure(found, arm, made[arm]["model"], seed, out)
-    return found
+    with terminal.quiet_libraries():
+        runs = _train_arms(recipe, [*overrides, f"seed={seed}"], seed, out)
+        result: dict[str, Any] = {"losses": _losses(runs), "accuracy": {}, "cost": {}}
+        result["parameters"] = {arm: runs[arm]["parameters"] for arm in ARMS}
+        result["steps"] = {arm: runs["shared"]["steps"] + runs[arm]["steps"] for arm in ARMS}
+        result["seconds"] = {name: run["seconds"] for name, run in runs.items()}
+        for arm in ARMS:
+            _measure(result, arm, runs[arm]["model"], seed, out)
+    return result
 
 
 def _train_arms(recipe: str, settings: list[str], seed: int, out: Path) -> dict[str, Any]:
+    """The summaries of the runs: `shared`, and each arm."""
     from trol import training
 
     whole = training.resolve(recipe, settings)
     shared = [name for name, stage in whole.stages.items() if not stage.traverse]
     own = [name for name in whole.stages if name not in shared]
     first = out / f"shared-{seed}"
-    made = {"shared": training.run(whole, first, only=shared, label=f"[seed {seed}] ")}
+    runs = {"shared": training.run(whole, first, only=shared, label=f"[seed {seed}] ")}
     for arm, differs in ARMS.items():
         resolved = training.resolve(recipe, [*settings, *differs])
         label = f"[seed {seed}, {arm}] "
-        place = out / f"{arm}-{seed}"
-        made[arm] = training.run(resolved, place, start=first, only=own, label=label)
-    return made
+        runs[arm] = training.run(
+            resolved, out / f"{arm}-{seed}", start=first, only=own, label=label
+        )
+    return runs
 
 
-def _losses(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    losses = {stage: {"both": curve} for stage, curve in made["shared"]["losses"].items()}
+def _losses(runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    losses = {stage: {"both": curve} for stage, curve in runs["shared"]["losses"].items()}
     for arm in ARMS:
-        for stage, curve in made[arm]["losses"].items():
+        for stage, curve in runs[arm]["losses"].items():
             losses.setdefault(stage, {})[arm] = curve
     return losses
 
 
-def _measure(found: dict[str, Any], arm: str, folder: str, seed: int, out: Path) -> None:
+def _measure(result: dict[str, Any], arm: str, folder: str, seed: int, out: Path) -> None:
     """Accuracy of one trained model; for the one with traversal also off, gates, sparse, maps."""
     from trol.depth.attachment import depth
     from trol.evaluation.gates import gate_spread, sparse_curve
     from trol.family.loading import load_model
 
     model, processor = load_model(folder)
-    _note_accuracy(found, arm, model, processor, seed)
+    _measure_accuracy(result, arm, model, processor, seed)
     if arm == "twin":
         return
     with depth(model, "plain"):
-        _note_accuracy(found, "off", model, processor, seed)
-    found["gates"] = gate_spread(model, processor, seed=seed)
-    found["sparse"] = sparse_curve(model, processor, questions=SPARSE_QUESTIONS, seed=seed)
-    found["maps"] = _maps(model, processor, out) if seed == 0 else []
+        _measure_accuracy(result, "off", model, processor, seed)
+    result["gates"] = gate_spread(model, processor, seed=seed)
+    result["sparse"] = sparse_curve(model, processor, questions=SPARSE_QUESTIONS, seed=seed)
+    result["maps"] = _maps(model, processor, out) if seed == 0 else []
 
 
-def _note_accuracy(found: dict[str, Any], arm: str, model: Any, processor: Any, seed: int) -> None:
+def _measure_accuracy(
+    result: dict[str, Any], arm: str, model: Any, processor: Any, seed: int
+) -> None:
     from trol import evaluation
 
-    result = evaluation.evaluate(model, processor, ["boards"], questions=QUESTIONS, seed=seed)
-    task = result["tasks"]["boards"]
-    found["accuracy"][arm] = {**task["by_type"], "all": task["accuracy"]}
-    found["cost"][arm] = result["cost"]
-    found["chance"], found["counts"] = task["chance_by_type"], task["n_by_type"]
+    scores = evaluation.evaluate(model, processor, ["boards"], questions=QUESTIONS, seed=seed)
+    task = scores["tasks"]["boards"]
+    result["accuracy"][arm] = {**task["by_type"], "all": task["accuracy"]}
+    result["cost"][arm] = scores["cost"]
+    result["chance"], result["counts"] = task["chance_by_type"], task["n_by_type"]
 
 
 def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
     """Maps of the first test questions, as files beside the report."""
-    from trol.cli.conversation import Conversation
+    from trol.cli.chat import Conversation
     from trol.cli.map import trace_question
     from trol.evaluation import sample_questions
     from trol.files import folder, write_whole
     from trol.reports.maps import draw
     from trol.reports.pages import beside
 
-    made: list[dict[str, str]] = []
+    maps: list[dict[str, str]] = []
     for number, sample in enumerate(sample_questions(9)[::4][:MAPS]):
         conversation = Conversation(model, processor, max_new_tokens=8)
         assert sample.picture is not None  # boards are pictures
-        conversation.pictures.append(sample.picture)
-        depth_map, found = trace_question(conversation, sample.question)
+        conversation.show(sample.picture)
+        depth_map, values = trace_question(conversation, sample.question)
         name = f"map-{number}.png"
-        caption = f"Asked: {sample.question} Answered: {found['answer']}. Right: {sample.answer}."
+        caption = f"Asked: {sample.question} Answered: {values['answer']}. Right: {sample.answer}."
         with beside(out / "results.json"):
             write_whole(folder(out) / name, draw(depth_map))
-            made.append({"file": name, "caption": caption})
-    return made
+            maps.append({"file": name, "caption": caption})
+    return maps
 
 
-EXAMPLES = (
-    "trol demo",
-    "trol demo --seeds 4 --out runs/demo-4",
-    "trol demo stages.reason.steps=200 stages.step2.steps=100",
-)
-
-
-def demo(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's."),
-    ] = None,
-    out: terminal.Out = Path("runs/demo"),
-    seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, help="Runs of each; the spread is theirs.")
-    ] = 2,
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="RECIPE", help="What to run.")
-    ] = "demo",
-    as_json: terminal.AsJson = False,
-) -> None:
-    """Train a small model here and report what traversal did to it."""
-    from trol import training
-    from trol.reports import demo_report as report
-
-    started = time.perf_counter()
-    training.resolve(recipe, overrides or [])  # a wrong key is told before anything starts
-    terminal.note(f"== {seeds} seeds, each: eyes, reason, then step 1 and step 2 with and without")
-    with terminal.noise_to_stderr():
-        results = gather(_run_seeds(recipe, overrides or [], seeds, out), list(range(seeds)))
-        results["run"] = run_record(0) | {"seconds": round(time.perf_counter() - started, 1)}
-        page = report.write(results, out)
-    terminal.report(results, as_json=as_json, text=lambda: _summary(results, page))
-
-
-def _run_seeds(
-    recipe: str, overrides: Sequence[str], seeds: int, out: Path
-) -> list[dict[str, Any]]:
-    """All seeds, as many side by side as there are cores."""
-    workers = min(seeds, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(run_seed, recipe, overrides, seed, out) for seed in range(seeds)]
-        try:
-            return [one.result() for one in waiting]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():
-                process.terminate()
-            raise
-
-
-def gather(found: Sequence[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
-    """The seeds' findings in the form that the report reads."""
-    first = found[0]
+def _gather(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of seeds 0, 1, ... in the form that the report reads."""
+    first = results[0]
     losses = {
-        stage: {arm: [one["losses"][stage][arm] for one in found] for arm in curves}
+        stage: {arm: [one["losses"][stage][arm] for one in results] for arm in curves}
         for stage, curves in first["losses"].items()
     }
+    accuracy = {arm: [one["accuracy"][arm] for one in results] for arm in ("on", "off", "twin")}
     return {
         "model": "trol-tiny",
-        "seeds": seeds,
+        "seeds": list(range(len(results))),
         "losses": losses,
-        "accuracy": {arm: [one["accuracy"][arm] for one in found] for arm in ("on", "off", "twin")},
-        "gates": [one["gates"] for one in found],
-        "sparse": [{"points": one["sparse"]} for one in found],
-        "cost": first["cost"],
-        "maps": first["maps"],
-        "parameters": {arm: first["parameters"][arm] for arm in ARMS},
-        "steps": {arm: first["steps"][arm] for arm in ARMS},
-        "chance": first["chance"],
-        "counts": first["counts"],
-        "seconds": [one["seconds"] for one in found],
+        "accuracy": accuracy,
+        "gates": [one["gates"] for one in results],
+        "sparse": [{"points": one["sparse"]} for one in results],
+        **{key: first[key] for key in ("cost", "maps", "parameters", "steps", "chance", "counts")},
+        "seconds": [one["seconds"] for one in results],
         "questions": sum(first["counts"].values()),
     }
-
-
-def _summary(results: dict[str, Any], page: Path) -> str:
-    """The verdicts and where the report is."""
-    from trol.reports import demo_report as report
-
-    lines = [*report.verdicts(results), f"Report: {page}"]
-    return "\n".join([*lines, "Ask it: trol chat --image docs/board.png"])

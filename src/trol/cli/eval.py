@@ -4,63 +4,37 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
 from trol.cli import terminal
-from trol.cli.conversation import start
-from trol.cli.terminal import run_record
+from trol.cli.chat import open_conversation
+from trol.cli.terminal import listed, option, run_record
+from trol.errors import UsageError, unknown
 
 EXAMPLES = (
     "trol eval --tasks boards",
     "trol eval trol-tiny --tasks boards --depth all --questions 300",
     "trol eval HuggingFaceTB/SmolLM2-135M --tasks text:README.md --window 512 --json",
 )
+TASKS_HELP = (
+    "text:FILE (plain text: loss, perplexity; any language model), chat:FILE (JSON Lines of "
+    "messages, or prompt and reference), alpaca:FILE, cnn_dailymail:FILE, samsum:FILE; for models "
+    "trained here boards (pictures) and docstrings (facts about Python's library). Default: boards "
+    "for a model that sees, else docstrings."
+)
+METRICS_HELP = "Of rouge1, rouge2, rougeL, exact, contains, loss. Default: all of the task."
+NEW_TOKENS_HELP = "Longest answer. Default: the task's: boards 4, alpaca and the like 300, else 64."
+WINDOW_HELP = "Tokens of text:FILE read at once. Default: 1024, or the model's positions."
 
 
 def evaluate(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            "--tasks",
-            metavar="NAMES",
-            help="text:FILE (plain text: loss, perplexity; any language model), chat:FILE (JSON "
-            "Lines of messages, or prompt and reference), alpaca:FILE, cnn_dailymail:FILE, "
-            "samsum:FILE; for models trained here boards (pictures) and docstrings (facts about "
-            "Python's library). Default: boards for a model that sees, else docstrings.",
-        ),
-    ] = None,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            "--metrics",
-            metavar="NAMES",
-            help="Of rouge1, rouge2, rougeL, exact, contains, loss. Default: all of the task.",
-        ),
-    ] = "",
+    tasks: Annotated[str | None, option("--tasks", "NAMES", TASKS_HELP)] = None,
+    metrics: Annotated[str, option("--metrics", "NAMES", METRICS_HELP)] = "",
     questions: Annotated[
-        int,
-        typer.Option("--questions", metavar="N", min=1, help="Questions, or windows, per task."),
+        int, option("--questions", "N", "Questions, or windows, per task.", min=1)
     ] = 2000,
-    new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--new-tokens",
-            metavar="N",
-            min=1,
-            help="Longest answer. Default: the task's: boards 4, alpaca and the like 300, else 64.",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            "--window",
-            metavar="N",
-            min=2,
-            help="Tokens of text:FILE read at once. Default: 1024, or the model's positions.",
-        ),
-    ] = None,
+    new_tokens: Annotated[int | None, option("--new-tokens", "N", NEW_TOKENS_HELP, min=1)] = None,
+    window: Annotated[int | None, option("--window", "N", WINDOW_HELP, min=2)] = None,
     chat_template: terminal.ChatTemplate = None,
     depth: terminal.Depth = None,
     seed: terminal.Seed = 0,
@@ -73,47 +47,43 @@ def evaluate(
     from trol import evaluation
     from trol.evaluation.tasks import default_task
 
-    names, wanted = None if tasks is None else _listed(tasks), _listed(metrics)
-    with terminal.noise_to_stderr():  # a file of a task is read, and told of
-        _check(names, wanted, window)
-    conversation = start(model, max_new_tokens=1, plan=depth, chat_template=chat_template)
-    names = names or [default_task(conversation.processor)]
-    with terminal.noise_to_stderr(), conversation.depth(), terminal.progress("eval") as shown:
-        found = evaluation.evaluate(
+    names = None if tasks is None else listed(tasks)
+    chosen = listed(metrics)
+    with terminal.quiet_libraries():  # the file of a task may warn
+        _check(names, chosen, window)
+    conversation = open_conversation(
+        model, max_new_tokens=1, plan=depth, chat_template=chat_template
+    )
+    with terminal.quiet_libraries(), conversation.depth(), terminal.progress("eval") as bar:
+        scores = evaluation.evaluate(
             conversation.model,
             conversation.processor,
-            names,
+            names or [default_task(conversation.processor)],
             questions=questions,
             seed=seed,
-            metrics=wanted,
+            metrics=chosen,
             new_tokens=new_tokens,
             window=window,
-            progress=lambda what, done, of: shown(int(done), of, what),
+            progress=lambda what, done, of: bar(int(done), of, what),
         )
-    result = {"model": model, "depth": conversation.plan, **found, "run": run_record(seed)}
+    result = {"model": model, "depth": conversation.plan, **scores, "run": run_record(seed)}
     terminal.report(result, as_json=as_json, text=lambda: _table(result))
 
 
 def _check(names: list[str] | None, metrics: list[str], window: int | None) -> None:
     """Raises before a model is opened for what no model can do."""
-    from trol.errors import UsageError, unknown
     from trol.evaluation.answers import METRICS
     from trol.evaluation.tasks import check_metric, check_tasks, task_of
 
+    if names is not None:
+        check_tasks(names)
     for metric in metrics:
         if metric not in METRICS:
             raise unknown("metric", metric, METRICS)
-    if names is not None:
-        check_tasks(names)
-        for name in names:
-            for metric in metrics:
-                check_metric(name, metric)
+        for name in names or ():
+            check_metric(name, metric)
     if window is not None and not any(task_of(name).windows for name in names or ()):
         raise UsageError("--window is for plain text; name a task text:FILE, or leave it out.")
-
-
-def _listed(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -131,7 +101,7 @@ def _table(result: dict[str, Any]) -> str:
         rows.append([f"all ({counted})", _number(whole, metric)])
         others = {key: value for key, value in task.get("metrics", {}).items() if key != metric}
         rows += [[_heading(key), _number(value, key)] for key, value in others.items()]
-        parts.append(terminal.table([row + [""] * (len(rows[0]) - len(row)) for row in rows]))
+        parts.append(terminal.table(rows))
     return "\n\n".join(parts)
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from trol.cli import terminal
-from trol.cli.models import read_plan, scope_of
-from trol.cli.terminal import run_record
+from trol.cli import models, terminal
+from trol.cli.terminal import argument, option, run_record
 
 if TYPE_CHECKING:
     from trol.checkpoints.export import Exported
@@ -23,21 +20,15 @@ EXAMPLES = (
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, a folder or a hub name.")],
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="The folder to make.")],
+    model: terminal.Model,
+    destination: Annotated[str, argument("DEST", "The folder to make.")],
     *,
-    plan: Annotated[
-        str, typer.Option("--plan", metavar="PLAN", help="Plan text, or a file of `trol plan`.")
-    ],
+    plan: Annotated[str, option("--plan", "PLAN", "Plan text, or a file of `trol plan`.")],
     task: Annotated[
         str | None,
-        typer.Option(
-            "--task", metavar="NAME", help="Measure what it costs on questions such as docstrings."
-        ),
+        option("--task", "NAME", "Measure what it costs on questions such as docstrings."),
     ] = None,
-    questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=1, help="How many of them.")
-    ] = 16,
+    questions: terminal.Questions = 16,
     seed: terminal.Seed = 0,
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -47,29 +38,27 @@ def export(
     every token, prompts too. Low-rank updates of a trained run are merged. What would not compute
     the same is refused, and nothing is written.
     """
-    wanted, scope = read_plan(plan), scope_of(plan)
     from trol.checkpoints import export as baking
-    from trol.cli.models import open_model
     from trol.evaluation.tasks import task_of
 
+    wanted, scope = models.plan_and_scope(plan)
     baking.check_destination(destination)
     if task is not None:
         task_of(task)
-    _tell_scope(plan, scope, measures=task is not None)
-    terminal.no_library_bars()
-    with terminal.noise_to_stderr():
-        opened, processor = open_model(model)
+    _note_scope(plan, scope, measures=task is not None)
+    loss = None
+    with terminal.quiet_libraries():
+        opened, processor = models.open_model(model)
         host = _host(opened)
-        loss = None
         if task is not None:
             loss = _losses(host, processor, wanted, scope, task, questions=questions, seed=seed)
-        made = baking.export(host, processor, wanted, destination, seed=seed)
-    result = {"model": model, "plan": str(wanted), "scope": scope, **asdict(made)}
+        exported = baking.export(host, processor, wanted, destination, seed=seed)
+    result = {"model": model, "plan": str(wanted), "scope": scope, **asdict(exported)}
     result |= {"loss": loss, "run": run_record(seed)}
-    terminal.report(result, as_json=as_json, text=lambda: _text(made, wanted, loss))
+    terminal.report(result, as_json=as_json, text=lambda: _text(exported, wanted, loss))
 
 
-def _tell_scope(plan: str, scope: str | None, *, measures: bool) -> None:
+def _note_scope(plan: str, scope: str | None, *, measures: bool) -> None:
     """Warns of a plan that was chosen for other tokens than all."""
     if scope in (None, "all"):
         return
@@ -104,41 +93,36 @@ def _losses(
     questions: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Loss of references, of the test split: under all layers, and under the plan by scope."""
+    """Loss of references of the test split, under all layers, and under the plan by scope."""
     from trol.depth import Plan
     from trol.evaluation.plan_search import plan_loss
     from trol.evaluation.tasks import check_reads, task_of
 
     items = task_of(task).items(questions, seed, "test")
     check_reads(processor, task, items)
-    found = {"full": plan_loss(model, processor, items, Plan("all"), "all")}
     scopes: list[Any] = [*dict.fromkeys(filter(None, (scope, "all")))]
-    for one in scopes:
-        found[one] = plan_loss(model, processor, items, plan, one)
-    return {"task": task, "questions": len(items), **found}
+    return {
+        "task": task,
+        "questions": len(items),
+        "full": plan_loss(model, processor, items, Plan("all"), "all"),
+        **{one: plan_loss(model, processor, items, plan, one) for one in scopes},
+    }
 
 
-def _text(made: Exported, plan: Plan, loss: dict[str, Any] | None) -> str:
-    return _written(made, plan) + ("" if loss is None else f"\n{_cost(loss)}")
-
-
-def _cost(loss: dict[str, Any]) -> str:
-    """What the plan costs, in words."""
-    told = [f"{loss['full']:.3f} the full model"]
-    told += [
-        f"{loss[scope]:.3f} the plan for scope={scope}"
-        for scope in ("answer", "question")
-        if scope in loss
-    ]
-    told.append(f"{loss['all']:.3f} this checkpoint")
-    return (
-        f"Loss of {loss['questions']} answers of {loss['task']}, nats per token: {', '.join(told)}."
+def _text(exported: Exported, plan: Plan, loss: dict[str, Any] | None) -> str:
+    text = (
+        f"{exported.destination}: layers '{plan}' of {exported.layers} as {len(exported.kept)} "
+        f"layers, {exported.parameters / 1e6:.1f} M parameters; logits differ from the plan's by "
+        f"{exported.difference:.1g} at most. transformers opens it without trol."
     )
-
-
-def _written(made: Exported, plan: Plan) -> str:
+    if loss is None:
+        return text
+    costs = [f"{loss['full']:.3f} the full model"]
+    for scope in ("answer", "question"):
+        if scope in loss:
+            costs.append(f"{loss[scope]:.3f} the plan for scope={scope}")
+    costs.append(f"{loss['all']:.3f} this checkpoint")
     return (
-        f"{made.destination}: layers '{plan}' of {made.layers} as {len(made.kept)} layers, "
-        f"{made.parameters / 1e6:.1f} M parameters; logits differ from the plan's by "
-        f"{made.difference:.1g} at most. transformers opens it without trol."
+        f"{text}\nLoss of {loss['questions']} answers of {loss['task']}, nats per token: "
+        f"{', '.join(costs)}."
     )

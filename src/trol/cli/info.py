@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from trol.cli import terminal
-from trol.cli.terminal import commit, machine, versions
+from trol.cli import models, terminal
+from trol.cli.terminal import argument, commit, machine, versions
 from trol.errors import HostError
 
 EXAMPLES = (
@@ -18,16 +17,14 @@ EXAMPLES = (
 
 
 def info(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A name, a folder or a hub name.")
-    ] = None,
+    model: Annotated[str | None, argument("[MODEL]", "A name, a folder or a hub name.")] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Show versions and assumptions, or what trol makes of MODEL."""
-    with terminal.noise_to_stderr():
+    with terminal.quiet_libraries():
         result = _collect() if model is None else _described(model)
-    told = _text if model is None else _model_text
-    terminal.report(result, as_json=as_json, text=lambda: told(result))
+    text = _text if model is None else _model_text
+    terminal.report(result, as_json=as_json, text=lambda: text(result))
     failed = [one for one in result.get("assumptions", []) if one["found"] is not None]
     if failed:
         raise HostError(
@@ -44,19 +41,17 @@ def _collect() -> dict[str, Any]:
     from trol.host.assumptions import ASSUMPTIONS
     from trol.host.layers import FAMILY_NOTES
 
-    cuda = torch.cuda.is_available()
-    terminal.no_library_bars()
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is looked up is not meant for anybody's eyes
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what looking at transformers makes it log is no message
     assumptions = [
         {"name": one.name, "used_by": one.used_by, "found": one.finding()} for one in ASSUMPTIONS
     ]
-    logging.set_verbosity(said)
+    logging.set_verbosity(verbosity)
     return {
         "versions": versions(),
         "commit": commit(),
         "machine": machine(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "default_model": terminal.DEFAULT_MODEL,
         "policies": list(names()),
@@ -73,15 +68,11 @@ def _collect() -> dict[str, Any]:
 
 
 def _described(name: str) -> dict[str, Any]:
-    from pathlib import Path
-
     from trol.checkpoints.adapter import is_trained
-    from trol.cli.models import open_model
     from trol.family.loading import load_host
     from trol.reports.description import describe
 
-    terminal.no_library_bars()
-    model = open_model(name)[0] if is_trained(Path(name)) else load_host(name)
+    model = models.open_model(name)[0] if is_trained(Path(name)) else load_host(name)
     return {"model": name, **describe(model)}
 
 
@@ -94,28 +85,32 @@ def _text(result: dict[str, Any]) -> str:
     for kind, families in result["hosts"].items():
         lines += [(f"{kind.replace('_', ' ')}: {name}", why) for name, why in families.items()]
     for one in result["assumptions"]:
-        found = one["found"]
-        lines.append(("assumes" if found is None else "ASSUMES WRONGLY", one["name"]))
-        if found is not None:
-            lines += [("  found", found), ("  used by", one["used_by"])]
+        if one["found"] is None:
+            lines.append(("assumes", one["name"]))
+        else:
+            lines += [("ASSUMES WRONGLY", one["name"]), ("  found", one["found"])]
+            lines.append(("  used by", one["used_by"]))
     return _aligned(lines)
 
 
+MODEL_KEYS = ("model", "class", "family", "layers", "hidden_size", "parameters")
+MODEL_KEYS += ("attention", "cache_layers", "policy")
+
+
 def _model_text(result: dict[str, Any]) -> str:
+    lines = [(name, _plain(result.get(name))) for name in MODEL_KEYS]
     visit = result.get("visit") or {}
-    lines = [(name, _told(result.get(name))) for name in ("model", "class", "family")]
-    lines += [(name, _told(result.get(name))) for name in ("layers", "hidden_size", "parameters")]
-    lines += [(name, _told(result.get(name))) for name in ("attention", "cache_layers", "policy")]
-    lines += [(f"a visit: {name}", _told(flops or "not known")) for name, flops in visit.items()]
+    lines += [(f"a visit: {name}", _plain(flops or "not known")) for name, flops in visit.items()]
     lines += [(f"refused: {what}", why) for what, why in result["refused"].items()]
     return _aligned(lines if result["refused"] else [*lines, ("refused", "nothing")])
 
 
-def _told(value: Any) -> str:
+def _plain(value: Any) -> str:
+    """A value of the description as people read it; of a list, the first and the last."""
     if value is None:
         return "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_told(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, list):
         return " to ".join(f"{one:,}" for one in (value[:1] + value[-1:] * (len(value) > 1)))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from trol.cli import terminal
-from trol.cli.conversation import start
-from trol.cli.terminal import run_record
+from trol.cli.chat import Conversation, open_conversation
+from trol.cli.terminal import option, run_record
 
 if TYPE_CHECKING:
-    from trol.cli.conversation import Conversation
     from trol.reports.maps import DepthMap
 
 EXAMPLES = (
@@ -25,8 +22,8 @@ EXAMPLES = (
 def map_question(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    image: Annotated[str, typer.Option("--image", metavar="PATH", help="The picture.")],
-    question: Annotated[str, typer.Option("--question", metavar="TEXT", help="The question.")],
+    image: Annotated[str, option("--image", "PATH", "The picture.")],
+    question: Annotated[str, option("--question", "TEXT", "The question.")],
     out: terminal.Out = Path("runs/map"),
     depth: terminal.Depth = None,
     max_new_tokens: terminal.MaxNewTokens = 16,
@@ -38,17 +35,16 @@ def map_question(
     from trol.reports.maps import draw
     from trol.reports.pages import beside
 
-    shown = open_image(image)
-    conversation = start(model, max_new_tokens=max_new_tokens, plan=depth)
-    conversation.show(shown)
-    with terminal.noise_to_stderr():
-        depth_map, found = trace_question(conversation, question)
-    picture = folder(out) / "map.png"
-    result = {"model": model, "image": image, **found, "file": str(picture), "run": run_record()}
-    kept = write_json(picture.with_name("map.json"), result)
-    with terminal.noise_to_stderr(), beside(kept):
-        write_whole(picture, draw(depth_map))
-    terminal.report(result, as_json=as_json, text=lambda: f"{found['answer']}\n{picture}")
+    picture = open_image(image)
+    conversation = open_conversation(model, max_new_tokens=max_new_tokens, plan=depth)
+    conversation.show(picture)
+    with terminal.quiet_libraries():
+        depth_map, values = trace_question(conversation, question)
+        file = folder(out) / "map.png"
+        result = {"model": model, "image": image, **values, "file": str(file), "run": run_record()}
+        with beside(write_json(file.with_name("map.json"), result)):
+            write_whole(file, draw(depth_map))
+    terminal.report(result, as_json=as_json, text=lambda: f"{values['answer']}\n{file}")
 
 
 def trace_question(conversation: Conversation, question: str) -> tuple[DepthMap, dict[str, Any]]:

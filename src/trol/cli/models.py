@@ -1,7 +1,4 @@
-"""Opening what a command names: a model, or what a training run added to one.
-
-Plans that a command reads: text on the command line, or the file that `trol plan` wrote.
-"""
+"""What a command line names, opened: a model with its processor, and a plan with its file."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from trol.errors import UsageError
 if TYPE_CHECKING:
     from trol.depth import Plan
 
+WRITE_AGAIN = "write it again with `trol plan MODEL --out FILE`."
+
 
 def open_model(
     name: str | Path, *, bits: int | None = None, chat_template: str | None = None
@@ -23,32 +22,35 @@ def open_model(
     """The model and its processor, in evaluation mode.
 
     Args:
-        name: a shipped model, a folder, a hub name, or the folder of adapters that a run left,
-            whose recipe names the host that they belong to.
-        bits: what its weights are quantised to, if given.
-        chat_template: the text of a template that takes the place of its own.
+        name: a shipped model, a folder, a hub name, or a folder of adapters that `trol train`
+            wrote, whose recipe names the host that they belong to.
+        bits: what the weights are quantised to, if given.
+        chat_template: a template, its text or its file, in place of the processor's own.
+
+    Raises:
+        UsageError: `chat_template` is no template and no file of one, which is found out before
+            the model is opened; or the model has weights of its own bits.
     """
-    model, processor = _opened(name, bits)
-    if chat_template is not None:
-        processor.chat_template = chat_template
-    return model, processor
-
-
-def _opened(name: str | Path, bits: int | None) -> tuple[Any, Any]:
     import trol
     from trol.checkpoints.adapter import is_trained
+    from trol.data.conversations import read_template
 
+    template = None if chat_template is None else read_template(chat_template)
     if not is_trained(Path(name)):
-        return trol.load_model(name, **({} if bits is None else {"bits": bits}))
-    if bits is not None:
+        model, processor = trol.load_model(name, **({} if bits is None else {"bits": bits}))
+    elif bits is None:
+        from trol.training import reopened
+
+        model, processor = reopened(name)
+        model.eval()
+    else:
         raise UsageError(
             f"{name} holds adapters, which were trained on weights of the bits that its "
             "recipe.yaml says; leave --bits out."
         )
-    from trol.training import reopened
-
-    model, processor = reopened(name)
-    return model.eval(), processor
+    if template is not None:
+        processor.chat_template = template
+    return model, processor
 
 
 def read_plan(text_or_path: str) -> Plan:
@@ -57,35 +59,32 @@ def read_plan(text_or_path: str) -> Plan:
     Raises:
         UsageError: it is neither, or the file is damaged.
     """
-    if not _names_file(text_or_path):
-        return _of_text(text_or_path)
-    return _checked(_read(text_or_path), text_or_path)
+    return plan_and_scope(text_or_path)[0]
 
 
-def scope_of(text_or_path: str) -> str | None:
-    """Whose tokens a plan file was chosen to skip; None for plan text, or a plan for any scope."""
-    return _read(text_or_path).get("scope") if _names_file(text_or_path) else None
+def plan_and_scope(text_or_path: str) -> tuple[Plan, str | None]:
+    """The plan, and the scope that a plan file says it was chosen for.
 
+    The scope is None for plan text, and for a plan that was chosen without looking at tokens.
+    """
+    from trol.depth import Plan
 
-def _read(text_or_path: str) -> Any:
-    path = Path(text_or_path)
+    if _names_file(text_or_path):
+        content = _read(text_or_path)
+        return _checked(content, text_or_path), content.get("scope")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"there is no plan file {text_or_path}; give plan text such as '0-7 12-23', or a file "
-            "that `trol plan` wrote."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{text_or_path} cannot be read as JSON ({error}); {_CURE}") from error
+        return Plan(text_or_path), None
+    except UsageError as error:
+        if os.path.isdir(text_or_path):
+            raise UsageError(
+                f"{text_or_path} is a folder, and a folder is no plan; give plan text such as "
+                "'0-7 12-23', or a file that `trol plan` wrote."
+            ) from error
+        raise
 
 
 def plan_text(text_or_path: str) -> str:
-    """A plan file as the text of its plan; anything else, a policy's name say, as it is.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
+    """A plan file as the text of its plan; anything else, such as a policy's name, as it is."""
     return str(read_plan(text_or_path)) if _names_file(text_or_path) else text_or_path
 
 
@@ -94,38 +93,33 @@ def _names_file(text: str) -> bool:
     return not os.path.isdir(text) and (text.endswith(".json") or os.path.isfile(text))
 
 
-def _of_text(text: str) -> Plan:
-    from trol.depth import Plan
-
+def _read(path: str) -> Any:
     try:
-        return Plan(text)
-    except UsageError as error:
-        if os.path.isdir(text):
-            raise UsageError(
-                f"{text} is a folder, and a folder is no plan; give plan text such as '0-7 12-23', "
-                "or a file that `trol plan` wrote."
-            ) from error
-        raise
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no plan file {path}; give plan text such as '0-7 12-23', or a file that "
+            "`trol plan` wrote."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}); {WRITE_AGAIN}") from error
 
 
-_CURE = "write it again with `trol plan MODEL --out FILE`."
-
-
-def _checked(found: Any, path: str) -> Plan:
+def _checked(content: Any, path: str) -> Plan:
     from trol.depth import Plan
 
-    visits = found.get("visits") if isinstance(found, dict) else None
+    visits = content.get("visits") if isinstance(content, dict) else None
     if not isinstance(visits, list) or not all(type(count) is int for count in visits):
-        raise UsageError(f"{path} has no list of whole numbers 'visits'; {_CURE}")
-    plan = Plan(visits)
-    if found.get("plan") != str(plan):
+        raise UsageError(f"{path} has no list of whole numbers 'visits'; {WRITE_AGAIN}")
+    plan, text = Plan(visits), content.get("plan")
+    if text != str(plan):
         raise UsageError(
-            f"{path} says plan {found.get('plan')!r}, but its visits are those of '{plan}'; {_CURE}"
+            f"{path} says plan {text!r}, but its visits are those of '{plan}'; {WRITE_AGAIN}"
         )
     return plan
 
 
-def check_file(path: Path) -> None:
+def check_plan_file(path: Path) -> None:
     """Raises `UsageError` where no plan file can be written."""
     from trol.checkpoints.adapter import check_writable
 
@@ -140,13 +134,13 @@ def write_plan(path: Path, plan: Plan, layers: int, about: Mapping[str, Any]) ->
     Args:
         path: the file; its folder is made if it is missing.
         plan: the plan.
-        layers: of the model that it was made for.
-        about: `method`, `keep`, `run` and whatever else tells where the plan came from.
+        layers: how many the model has that the plan was chosen for.
+        about: `method`, `keep`, `run` and whatever else says where the plan came from.
     """
     from trol.depth import Plan
     from trol.files import folder, write_json
 
     visits = plan.for_layers(layers)
-    found = {"plan": str(Plan(visits)), "visits": list(visits), **about}
-    write_json(folder(path.parent) / path.name, found)
-    return found
+    content = {"plan": str(Plan(visits)), "visits": list(visits), **about}
+    write_json(folder(path.parent) / path.name, content)
+    return content

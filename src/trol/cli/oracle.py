@@ -1,6 +1,6 @@
 """`trol oracle`: how few layers would do, were each sequence's level chosen by its reference.
 
-`trol oracle --router`: a router trained on what the oracle saw, saved as an adapter.
+`trol oracle --router`: a router trained on the rows of the oracle, saved as an adapter.
 """
 
 from __future__ import annotations
@@ -8,77 +8,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from trol.cli import terminal
+from trol.cli import models, terminal
 from trol.cli.models import read_plan
-from trol.cli.terminal import run_record
+from trol.cli.terminal import SCOPES, option, run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from trol.evaluation.oracle import Menu, Questions
     from trol.evaluation.store import Store
 
-
 EXAMPLES = (
     "trol oracle runs/decoder --menu uniform:8 --questions 500 --out runs/oracle",
     "trol oracle --task boards --menu 'all,0,1' --questions 100 --out runs/oracle-boards",
     "trol oracle runs/decoder --split train --router runs/router --out runs/oracle-train",
 )
+MENU_HELP = "Plans with commas between; uniform:8 is eight levels."
+SAMPLES_HELP = "Answers drawn at full depth as a control. Default: levels - 1."
 
-SCOPES = ("answer", "all")
+ROUTER_RESULT = "router.json"
+FEW = 30
+"""Held-out questions below which a router's figures say little."""
 
 
 def oracle(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="NAME",
-            help="The questions: text:FILE, chat:FILE, alpaca:FILE, ... Default: boards for a "
-            "model that sees, else docstrings.",
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option("--metric", metavar="NAME", help="Default: the task's first.")
-    ] = None,
-    menu: Annotated[
-        str,
-        typer.Option(
-            "--menu", metavar="PLANS", help="Plans with commas between; uniform:8 is eight levels."
-        ),
-    ] = "uniform:8",
-    questions: Annotated[
-        int, typer.Option("--questions", metavar="N", help="Sequences of the set.")
-    ] = 500,
+    task: terminal.Task = None,
+    metric: Annotated[str | None, option("--metric", "NAME", "Default: the task's first.")] = None,
+    menu: Annotated[str, option("--menu", "PLANS", MENU_HELP)] = "uniform:8",
+    questions: Annotated[int, option("--questions", "N", "Sequences of the set.")] = 500,
     split: Annotated[
-        str, typer.Option("--split", metavar="NAME", help="Of the task: train, validation, test.")
+        str, option("--split", "NAME", "Of the task: train, validation, test.")
     ] = "test",
     scope: Annotated[
-        str,
-        typer.Option("--scope", metavar="ROLES", help="Who skips: answer (as the paper), all."),
+        str, option("--scope", "ROLES", "Who skips: answer (as the paper), all.")
     ] = "answer",
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples",
-            metavar="N",
-            min=0,
-            help="Answers drawn at full depth as a control. Default: levels - 1.",
-        ),
-    ] = None,
+    samples: Annotated[int | None, option("--samples", "N", SAMPLES_HELP, min=0)] = None,
     router: Annotated[
-        Path | None,
-        typer.Option("--router", metavar="FOLDER", help="Train a router on what was found."),
+        Path | None, option("--router", "FOLDER", "Train a router on the oracle's rows.")
     ] = None,
-    after: Annotated[
-        int, typer.Option("--after", metavar="K", min=0, help="Layers before the router chooses.")
-    ] = 1,
-    shard: Annotated[
-        str, typer.Option("--shard", metavar="I/N", help="Do part I, from 0, of N parts.")
-    ] = "0/1",
+    after: Annotated[int, option("--after", "K", "Layers before the router chooses.", min=0)] = 1,
+    shard: Annotated[str, option("--shard", "I/N", "Do part I, from 0, of N parts.")] = "0/1",
     seed: terminal.Seed = 0,
     chat_template: terminal.ChatTemplate = None,
     out: terminal.Out = Path("runs/oracle"),
@@ -86,61 +56,47 @@ def oracle(
 ) -> None:
     """Find the fewest layers that do, if chosen by the references.
 
-    Whatever is finished in DIR is not done again, and may be interrupted at any time.
+    Answers that DIR has are not asked again, so the command may be interrupted at any time.
     """
     from trol.checkpoints.adapter import check_writable
-    from trol.cli.models import open_model
-    from trol.data.conversations import read_template
     from trol.evaluation.hidden_states import layers_of
-    from trol.evaluation.oracle import check_shard, parsed, read_menu
+    from trol.evaluation.oracle import answer_all, check_shard, parsed, read_menu
     from trol.evaluation.store import Store
     from trol.evaluation.tasks import default_task
+    from trol.policies.router import Router
+    from trol.reports import oracle_page
 
     part = check_shard(shard)
     parsed(menu, read_plan)
     check_writable(out)
     _check(task, metric, questions, split, scope)
-    template = None if chat_template is None else read_template(chat_template)
     if router is not None:
-        check(router, scope, out)
-    terminal.no_library_bars()
-    with terminal.noise_to_stderr():
-        opened, processor = open_model(model, chat_template=template)
+        _check_router(router, scope, out)
+    with terminal.quiet_libraries():
+        opened, processor = models.open_model(model, chat_template=chat_template)
         task = task or default_task(processor)
         metric = _metric(task, metric)
         levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
         if router is not None:
-            check_menu(levels, after)
+            Router([level.plan for level in levels.levels], after=after).check(levels.layers)
         asked = _questions(opened, processor, task, questions, split=split, scope=scope, seed=seed)
         asked = asked.drawing(len(levels.levels) - 1 if samples is None else samples)
         header = asked.header(opened, levels, task=task, split=split, layers=levels.layers)
         store = Store(out, header, part)
-        _answer(opened, processor, asked, levels, store=store, part=part)
-        result: dict[str, Any] = {
-            "model": model,
-            "task": task,
-            "split": split,
-            "scope": scope,
-            "out": str(out),
-        }
-        result |= _solved(asked, levels, store, metric, part)
+        hint = f"Stopped. {out} keeps what is finished; the same command goes on from there."
+        with terminal.on_interrupt(lambda: hint), terminal.progress("oracle", "answer") as bar:
+            answer_all(opened, processor, asked, levels, store, shard=part, done=bar)
+        result: dict[str, Any] = {"model": model, "task": task, "split": split, "scope": scope}
+        result["out"] = str(out)
+        result |= _result(asked, levels, store, metric, part)
         if result["complete"]:
             result["run"] = run_record(seed)
-            _write(out, result)
+            oracle_page.write(result, out)
             if router is not None:
-                result["router"] = train(
+                result["router"] = _train_router(
                     opened, processor, out, router, metric=metric, after=after, seed=seed
                 )
-    terminal.report(result, as_json=as_json, text=lambda: _told(result))
-
-
-def _metric(task: str, metric: str | None) -> str:
-    """The metric that the oracle chooses by; raises `UsageError` where the task has none such."""
-    from trol.evaluation.tasks import check_metric, task_of
-
-    metric = metric or task_of(task).metrics[0]
-    check_metric(task, metric)
-    return metric
+    terminal.report(result, as_json=as_json, text=lambda: _text(result))
 
 
 def _check(task: str | None, metric: str | None, questions: int, split: str, scope: str) -> None:
@@ -160,68 +116,53 @@ def _check(task: str | None, metric: str | None, questions: int, split: str, sco
         raise UsageError(f"--questions is {questions}; an oracle compares 2 or more sequences.")
 
 
+def _metric(task: str, metric: str | None) -> str:
+    """The metric that the oracle chooses by; raises `UsageError` where the task lacks it."""
+    from trol.evaluation.tasks import check_metric, task_of
+
+    metric = metric or task_of(task).metrics[0]
+    check_metric(task, metric)
+    return metric
+
+
 def _questions(
     model: Any, processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
 ) -> Questions:
     from trol.evaluation.oracle import Questions
     from trol.evaluation.tasks import questions_of, task_of
 
-    found = task_of(task)
     items = questions_of(model, processor, task, count, seed=seed, split=split)
     if len(items) < 2:
         raise UsageError(
             f"the {split} split of {task} has {len(items)} questions, and an oracle compares 2 or "
             "more; name another split or task."
         )
-    return Questions(items, found.metrics, found.new_tokens, scope=scope, seed=seed)
+    kind = task_of(task)
+    return Questions(items, kind.metrics, kind.new_tokens, scope=scope, seed=seed)
 
 
-def _answer(
-    model: Any,
-    processor: Any,
-    asked: Questions,
-    levels: Menu,
-    *,
-    store: Store,
-    part: tuple[int, int],
-) -> None:
-    from trol.evaluation.oracle import answer_all
-
-    try:
-        with terminal.progress("oracle", "answer") as done:
-            answer_all(model, processor, asked, levels, store, shard=part, done=done)
-    except KeyboardInterrupt:
-        terminal.note(
-            f"Stopped. {store.folder} keeps what is finished; the same command goes on from there."
-        )
-        raise
-
-
-def _solved(
-    asked: Questions, levels: Menu, store: Store, metric: str, part: tuple[int, int]
+def _result(
+    questions: Questions, menu: Menu, store: Store, metric: str, part: tuple[int, int]
 ) -> dict[str, Any]:
     """The report where all shards are finished, else which are missing."""
     from trol.evaluation.oracle_report import report
     from trol.evaluation.store import unique
 
     store.look_again()
-    missing = asked.missing(levels, store, part[1])
+    missing = questions.missing(menu, store, part[1])
     if missing:
-        return {"complete": False, "missing": missing, "n": len(asked.items)}
-    found = report(unique(store.rows()), levels, metric, asked.metrics, seed=asked.seed)
-    return {"complete": True, **found}
+        return {"complete": False, "missing": missing, "n": len(questions.items)}
+    rows = unique(store.rows())
+    return {
+        "complete": True,
+        **report(rows, menu, metric, questions.metrics, seed=questions.seed),
+    }
 
 
-def _write(out: Path, result: dict[str, Any]) -> None:
-    from trol.reports import oracle_page
-
-    oracle_page.write(result, out)
-
-
-def _told(result: dict[str, Any]) -> str:
+def _text(result: dict[str, Any]) -> str:
     if not result["complete"]:
-        lacking = ", ".join(f"--shard {one}" for one in result["missing"])
-        return f"This part is finished. Missing: {lacking}; run them with the same settings."
+        missing = ", ".join(f"--shard {one}" for one in result["missing"])
+        return f"This part is finished. Missing: {missing}; run them with the same settings."
     rows = [["level", "layers", f"mean {result['metric']}"]]
     rows += [
         [level["plan"], str(level["cost"]), f"{level['mean'][result['metric']]:.4f}"]
@@ -229,17 +170,11 @@ def _told(result: dict[str, Any]) -> str:
     ]
     lines = [terminal.table(rows), "", *result["verdict"], "", f"{result['out']}/oracle.html"]
     if "router" in result:
-        lines += ["", told(result["router"], result["metric"])]
+        lines += ["", _router_text(result["router"])]
     return "\n".join(lines)
 
 
-REPORT = "router.json"
-
-FEW = 30
-"""Held-out questions below which a router's figures say little."""
-
-
-def check(folder: Path, scope: str, rows: Path) -> None:
+def _check_router(folder: Path, scope: str, rows: Path) -> None:
     """Raises `UsageError` where no router can be trained on `rows`, or saved."""
     from trol.checkpoints.adapter import check_adapter_folder
 
@@ -249,17 +184,10 @@ def check(folder: Path, scope: str, rows: Path) -> None:
         )
     if folder.resolve() == rows.resolve():
         raise UsageError(f"--router and --out are both {folder}; give the router its own folder.")
-    check_adapter_folder(folder, beside=(REPORT,))
+    check_adapter_folder(folder, beside=(ROUTER_RESULT,))
 
 
-def check_menu(menu: Menu, after: int) -> None:
-    """Raises `UsageError` where a router that chooses after `after` layers has no such menu."""
-    from trol.policies.router import Router
-
-    Router([level.plan for level in menu.levels], after=after).check(menu.layers)
-
-
-def train(
+def _train_router(
     model: Any, processor: Any, rows: Path, folder: Path, *, metric: str, after: int, seed: int
 ) -> dict[str, Any]:
     """Trains a router on the rows of a finished oracle, and saves it with its report.
@@ -275,11 +203,11 @@ def train(
     from trol.files import write_json
     from trol.training.routing import RouterTrainingArgs, train_router
 
-    def inputs(some: Any) -> Any:
-        items = [Item(None, row.question, row.reference, row.type) for row in some]
+    def inputs(rows: Any) -> Any:
+        items = [Item(None, row.question, row.reference, row.type) for row in rows]
         return prompts(processor, [fitted(model, processor, item, 1) for item in items])
 
-    trained = train_router(
+    training = train_router(
         plain_host(model),
         processor,
         read_rows(rows),
@@ -289,25 +217,30 @@ def train(
         prompts=inputs,
     )
     trol.save(model, folder)
-    about = {name: read_header(rows)[name] for name in ("task", "split")}
-    found = {"folder": str(folder), "metric": metric, **about, **trained.report}
-    write_json(folder / REPORT, found)
-    return found
+    source = {name: read_header(rows)[name] for name in ("task", "split")}
+    result = {"folder": str(folder), "metric": metric, **source, **training.report}
+    write_json(folder / ROUTER_RESULT, result)
+    return result
 
 
-def told(found: dict[str, Any], metric: str) -> str:
+def _router_text(router: dict[str, Any]) -> str:
     """What the router does on questions that it did not learn from."""
-    rows = [["dial", "layers", f"mean {metric}", "at random"]]
-    for at in found["dials"]:
+    rows = [["dial", "layers", f"mean {router['metric']}", "at random"]]
+    for at in router["dials"]:
         scores = at["score"], at["random"]["score"]
         rows.append([f"{at['dial']:.1f}", f"{at['cost']:.2f}", *(f"{one:.4f}" for one in scores)])
-    few = f"Fewer than {FEW} questions: these figures say little; ask more with --questions."
+    lines = [
+        f"The router, on {router['questions']} questions that it did not learn from:",
+        terminal.table(rows),
+    ]
+    if router["questions"] < FEW:
+        lines.append(
+            f"Fewer than {FEW} questions: these figures say little; ask more with --questions."
+        )
     return "\n".join(
         [
-            f"The router, on {found['questions']} questions that it did not learn from:",
-            terminal.table(rows),
-            *([few] if found["questions"] < FEW else []),
-            f"Learnt from the {found['split']} split of {found['task']}: measure it on another.",
-            f"{found['folder']}: trol.load(model, {found['folder']!r})",
+            *lines,
+            f"Learnt from the {router['split']} split of {router['task']}: measure it on another.",
+            f"{router['folder']}: trol.load(model, {router['folder']!r})",
         ]
     )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
-
-from trol.cli import terminal
-from trol.cli.models import check_file, write_plan
-from trol.cli.terminal import run_record
+from trol.cli import models, terminal
+from trol.cli.terminal import option, run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from trol.depth import Plan
     from trol.evaluation.items import Item
     from trol.evaluation.store import Measurements
@@ -27,6 +22,16 @@ EXAMPLES = (
     "trol plan --method greedy --keep 0.5 --task boards --questions 36 --out runs/greedy.json",
     "trol plan --method influence --keep 0.75 --scope all --task boards --questions 36 --json",
 )
+METHOD_HELP = "uniform, random, exit, middle; by measure: influence, greedy, draft."
+KEEP_HELP = "Share of the layers that stay; draft needs none."
+SCOPE_HELP = "Who skips: answer, question, all (as `trol export` bakes it)."
+
+SCOPES = {
+    "answer": "the tokens of answers; prompts visit every layer",
+    "question": "the tokens of questions; answers visit every layer",
+    "all": "every token",
+}
+"""Scope -> who skips, in words."""
 
 TIMED = 8
 """Questions that a draft is timed on."""
@@ -37,44 +42,13 @@ TIMED_TOKENS = 32
 def plan(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="uniform, random, exit, middle; by measure: influence, greedy, draft.",
-        ),
-    ] = "uniform",
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep", metavar="SHARE", help="Share of the layers that stay; draft needs none."
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="NAME",
-            help="Questions to measure on: text:FILE, chat:FILE, alpaca:FILE, ... "
-            "Default: boards for a model that sees, else docstrings.",
-        ),
-    ] = None,
-    questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=1, help="How many of them.")
-    ] = 64,
-    scope: Annotated[
-        str,
-        typer.Option(
-            "--scope",
-            metavar="ROLES",
-            help="Who skips: answer, question, all (as `trol export` bakes it).",
-        ),
-    ] = "answer",
+    method: Annotated[str, option("--method", "NAME", METHOD_HELP)] = "uniform",
+    keep: Annotated[float | None, option("--keep", "SHARE", KEEP_HELP)] = None,
+    task: terminal.Task = None,
+    questions: terminal.Questions = 64,
+    scope: Annotated[str, option("--scope", "ROLES", SCOPE_HELP)] = "answer",
     seed: terminal.Seed = 0,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The plan file.")] = Path(
-        "runs/plan.json"
-    ),
+    out: Annotated[Path, option("--out", "FILE", "The plan file.")] = Path("runs/plan.json"),
     as_json: terminal.AsJson = False,
 ) -> None:
     """Choose the layers that MODEL keeps at a share of its depth.
@@ -82,146 +56,40 @@ def plan(
     What is measured for greedy and draft is kept beside FILE until the plan is there: the same
     command goes on where it was stopped.
     """
-    check_file(out)
+    models.check_plan_file(out)
     _check(method, keep, scope, task)
-    measured_on: dict[str, Any] = {"task": task, "questions": questions, "scope": scope}
-    terminal.no_library_bars()
-    with terminal.noise_to_stderr():
-        made, layers, kept = _made(model, method, keep, seed=seed, measured_on=measured_on, out=out)
-    about = {"model": model, "method": method, "keep": keep, **measured_on}
-    found = write_plan(out, made, layers, {**about, "run": run_record(seed)})
-    if kept is not None:
-        kept.finish()
-    terminal.report(
-        {**found, "file": str(out)},
-        as_json=as_json,
-        text=lambda: _told(found, layers, out),
-    )
-
-
-def _made(
-    model: str,
-    method: str,
-    keep: float | None,
-    *,
-    seed: int,
-    measured_on: dict[str, Any],
-    out: Path,
-) -> tuple[Plan, int, Measurements | None]:
-    """The plan, how many layers the model has, and what was measured, if anything was.
-
-    Leaves in `measured_on` what was used of it.
-    """
-    from trol.cli.models import open_model
-    from trol.evaluation.plan_search import chosen_plan, draft_plan
+    from trol.evaluation.plan_search import chosen_plan
     from trol.evaluation.tasks import default_task, questions_of
-    from trol.evaluation.timing import measured_speed
     from trol.host.layers import find_decoder, layer_list
     from trol.policies.planned import STATIC, static_plan
 
-    opened, processor = open_model(model)
-    layers = len(layer_list(find_decoder(opened)) or ())
-    if method in STATIC:
-        measured_on.clear()
-        return static_plan(method, layers, cast(float, keep), seed), layers, None
-    scope, task = measured_on["scope"], measured_on["task"] or default_task(processor)
-    measured_on["task"] = task
-    # Of the validation split, so that a test sees none of them.
-    count = measured_on["questions"]
-    items = questions_of(opened, processor, task, count, seed=seed, split="validation")
-    measured_on["questions"] = len(items)
-    kept = _kept(opened, items, out, {"method": method, **measured_on, "seed": seed})
-    with _measuring(method, len(items), kept) as progress:
-        if method == "draft":
-            chosen = draft_plan(opened, processor, items, keep, progress=progress, measured=kept)
-            terminal.note(f"trol plan: '{chosen.plan}' promises most, and is timed.")
-            speed = measured_speed(
-                opened,
-                processor,
-                items[:TIMED],
-                chosen.plan,
-                chosen.tokens,
-                new_tokens=TIMED_TOKENS,
-            )
-            measured_on["draft"] = {**asdict(chosen), "plan": str(chosen.plan), "measured": speed}
-            return chosen.plan, layers, kept
-        made = chosen_plan(
-            method,
-            opened,
-            processor,
-            items,
-            cast(float, keep),
-            scope=scope,
-            progress=progress,
-            measured=kept,
-        )
-    return made, layers, kept
-
-
-def _kept(model: Any, items: Sequence[Item], out: Path, asked: dict[str, Any]) -> Measurements:
-    """What was measured before for this plan file, and where more of it goes."""
-    from trol.checkpoints.adapter import weights_digest
-    from trol.depth import attached, is_attached
-    from trol.depth.policy import to_settings
-    from trol.evaluation.store import Measurements, items_digest
-    from trol.files import folder
-
-    policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
-    header = {**asked, "set": items_digest(items), "policy": policy}
-    path = folder(out.parent) / f"{out.stem}.measured.jsonl"
-    return Measurements(path, {**header, "weights": weights_digest(model)})
-
-
-@contextmanager
-def _measuring(
-    method: str, questions: int, kept: Measurements
-) -> Generator[Callable[[int, int], None]]:
-    """Says how much is to be measured, shows how far it is, and says what Ctrl-C leaves."""
-    with terminal.progress(method, "measurement") as shown:
-
-        def told(done: int, of: int) -> None:
-            if not said:
-                said.append(of)
-                there = f"; {done} of them are in {kept.path}" if done else ""
-                terminal.note(
-                    f"trol plan: {method} makes {of} measurements at most, on {questions} "
-                    f"questions{there}."
-                )
-            shown(done, of)
-
-        said: list[int] = []
-        try:
-            yield told
-        except KeyboardInterrupt:
-            terminal.note(
-                f"Stopped. {kept.path} keeps {len(kept.values)} measurements; the same command "
-                "goes on from there."
-            )
-            raise
-
-
-SCOPES = {
-    "answer": "the tokens of answers; prompts visit every layer",
-    "question": "the tokens of questions; answers visit every layer",
-    "all": "every token",
-}
-"""Scope -> who skips, in words."""
-
-
-def _told(found: dict[str, Any], layers: int, out: Path) -> str:
-    lines = [found["plan"], f"{sum(found['visits'])} of {layers} layers, written to {out}"]
-    if scope := found.get("scope"):
-        lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
-    if draft := found.get("draft"):
-        speed = draft["measured"]
-        lines.append(
-            f"drafting {draft['tokens']} tokens a round, it says {draft['agreement']:.0%} of the "
-            f"model's own tokens: {speed['ratio']:.2f} ± {speed['spread']:.2f} times as fast as "
-            f"without, one question at a time (predicted {draft['predicted_speedup']:.2f})"
-        )
-        if speed["ratio"] <= 1:
-            lines.append("No draft of this model saves time here; decode without.")
-    return "\n".join(lines)
+    about: dict[str, Any] = {"model": model, "method": method, "keep": keep}
+    measurements = None
+    with terminal.quiet_libraries():
+        opened, processor = models.open_model(model)
+        layers = len(layer_list(find_decoder(opened)) or ())
+        if method in STATIC:
+            chosen = static_plan(method, layers, cast(float, keep), seed)
+        else:
+            task = task or default_task(processor)
+            # Of the validation split, so that a test sees none of them.
+            items = questions_of(opened, processor, task, questions, seed=seed, split="validation")
+            about |= {"task": task, "questions": len(items), "scope": scope}
+            measurements = _measurements(opened, items, out, about, seed)
+            subject = (opened, processor, items)
+            with _measuring(method, len(items), measurements) as progress:
+                search = {"progress": progress, "measured": measurements}
+                if method == "draft":
+                    chosen, about["draft"] = _draft(*subject, keep, **search)
+                else:
+                    share = cast(float, keep)
+                    chosen = chosen_plan(method, *subject, share, scope=cast(Any, scope), **search)
+    content = models.write_plan(out, chosen, layers, {**about, "run": run_record(seed)})
+    if measurements is not None:
+        measurements.finish()
+    terminal.report(
+        {**content, "file": str(out)}, as_json=as_json, text=lambda: _text(content, layers, out)
+    )
 
 
 def _check(method: str, keep: float | None, scope: str, task: str | None) -> None:
@@ -244,3 +112,79 @@ def _check(method: str, keep: float | None, scope: str, task: str | None) -> Non
         raise UsageError(f"--scope is {scope}, but drafts are answers; leave --scope out.")
     if task is not None:
         task_of(task)
+
+
+def _draft(
+    model: Any, processor: Any, items: Sequence[Item], keep: float | None, **search: Any
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan that drafts fastest, and its figures: predicted, and measured here."""
+    from trol.evaluation.plan_search import draft_plan
+    from trol.evaluation.timing import measured_speed
+
+    draft = draft_plan(model, processor, items, keep, **search)
+    terminal.note(f"trol plan: '{draft.plan}' promises most, and is timed.")
+    speed = measured_speed(
+        model, processor, items[:TIMED], draft.plan, draft.tokens, new_tokens=TIMED_TOKENS
+    )
+    return draft.plan, {**asdict(draft), "plan": str(draft.plan), "measured": speed}
+
+
+def _measurements(
+    model: Any, items: Sequence[Item], out: Path, about: dict[str, Any], seed: int
+) -> Measurements:
+    """What was measured before for this plan file, and where more of it goes."""
+    from trol.checkpoints.adapter import weights_digest
+    from trol.depth import attached, is_attached
+    from trol.depth.policy import to_settings
+    from trol.evaluation.store import Measurements, items_digest
+    from trol.files import folder
+
+    policy = to_settings(attached(model)[1].depth_policy) if is_attached(model) else None
+    request = {key: about[key] for key in ("method", "task", "questions", "scope")}
+    header = {**request, "seed": seed, "set": items_digest(items), "policy": policy}
+    path = folder(out.parent) / f"{out.stem}.measured.jsonl"
+    return Measurements(path, {**header, "weights": weights_digest(model)})
+
+
+@contextmanager
+def _measuring(
+    method: str, questions: int, measurements: Measurements
+) -> Generator[Callable[[int, int], None]]:
+    """Says how much is to be measured, shows how far it is, and says what Ctrl-C leaves."""
+    announced = False
+
+    def show(done: int, of: int) -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            there = f"; {done} of them are in {measurements.path}" if done else ""
+            terminal.note(
+                f"trol plan: {method} makes {of} measurements at most, on {questions} "
+                f"questions{there}."
+            )
+        bar(done, of)
+
+    def hint() -> str:
+        return (
+            f"Stopped. {measurements.path} keeps {len(measurements.values)} measurements; the same "
+            "command goes on from there."
+        )
+
+    with terminal.on_interrupt(hint), terminal.progress(method, "measurement") as bar:
+        yield show
+
+
+def _text(content: dict[str, Any], layers: int, out: Path) -> str:
+    lines = [content["plan"], f"{sum(content['visits'])} of {layers} layers, written to {out}"]
+    if scope := content.get("scope"):
+        lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
+    if draft := content.get("draft"):
+        speed = draft["measured"]
+        lines.append(
+            f"drafting {draft['tokens']} tokens a round, it says {draft['agreement']:.0%} of the "
+            f"model's own tokens: {speed['ratio']:.2f} ± {speed['spread']:.2f} times as fast as "
+            f"without, one question at a time (predicted {draft['predicted_speedup']:.2f})"
+        )
+        if speed["ratio"] <= 1:
+            lines.append("No draft of this model saves time here; decode without.")
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""What verbs share: their common arguments, and one way to print results.
+"""What all verbs share: options, results on stdout, messages on stderr, and the `run` record.
 
-Where a result came from: command, commit, versions, machine.
+Verbs import torch, transformers and the rooms that need them inside their functions, so that
+`trol --help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,43 +25,75 @@ import typer
 if TYPE_CHECKING:
     from trol.training.progress import Shown
 
-
 DEFAULT_MODEL = "trol-tiny"
+SCOPES = ("answer", "all")
+"""Whose tokens may skip, where answers are measured: those of answers, or all."""
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name, a folder or a hub name.")]
-Depth = Annotated[
-    str | None,
-    typer.Option("--depth", metavar="PLAN", help='A plan such as "0-3:2 4-7", or a plan file.'),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Where randomness starts.")]
+
+def option(name: str, metavar: str, text: str, *aliases: str, **limits: Any) -> Any:
+    """The option `name` (or one of `aliases`) with a value, which `text` explains in the help."""
+    return typer.Option(name, *aliases, metavar=metavar, help=text, **limits)
+
+
+def flag(name: str, text: str) -> Any:
+    """The option `name` without a value."""
+    return typer.Option(name, help=text)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """A positional argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+Model = Annotated[str, argument("MODEL", "A name, a folder or a hub name.")]
+AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 ChatTemplate = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--chat-template",
-        metavar="FILE_OR_TEXT",
-        help="A Jinja template for MODEL, in place of its own or where it has none.",
+        "FILE_OR_TEXT",
+        "A Jinja template for MODEL, in place of its own or where it has none.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
+Depth = Annotated[
+    str | None, option("--depth", "PLAN", 'A plan such as "0-3:2 4-7", or a plan file.')
 ]
+MaxNewTokens = Annotated[int, option("--max-new-tokens", "N", "Longest answer, in tokens.", min=1)]
+Out = Annotated[Path, option("--out", "DIR", "Folder for the results.")]
+Overrides = Annotated[
+    list[str] | None, argument("[KEY=VALUE]...", "Settings that replace the recipe's.")
+]
+Questions = Annotated[int, option("--questions", "N", "How many questions are asked.", min=1)]
+Seed = Annotated[int, option("--seed", "N", "Where randomness starts.")]
+Task = Annotated[
+    str | None,
+    option(
+        "--task",
+        "NAME",
+        "The questions: text:FILE, chat:FILE, alpaca:FILE, ... Default: boards for a model that "
+        "sees, else docstrings.",
+    ),
+]
+
+
+def listed(names: str) -> list[str]:
+    """The names of a text with commas between them, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
 @contextlib.contextmanager
 def noise_to_stderr() -> Generator[None]:
-    """While open, whatever libraries print goes to stderr: stdout is for results.
+    """While open, what libraries print goes to stderr: stdout is for results.
 
-    Warnings are shown as one line each, without the place in the source that they come from.
+    A warning is one line, without the place in the source that it comes from.
     """
 
-    def shown(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if not issubclass(category, (FutureWarning, DeprecationWarning)):  # for developers
             note(f"trol: {message}")
 
     before = warnings.showwarning
-    warnings.showwarning = shown
+    warnings.showwarning = show
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -67,11 +101,24 @@ def noise_to_stderr() -> Generator[None]:
         warnings.showwarning = before
 
 
-def no_library_bars() -> None:
-    """Silences transformers' own progress bars: a model of a verb opens in a moment."""
+@contextlib.contextmanager
+def quiet_libraries() -> Generator[None]:
+    """As `noise_to_stderr`, and transformers shows no progress bars of its own."""
     from transformers import logging
 
     logging.disable_progress_bar()
+    with noise_to_stderr():
+        yield
+
+
+@contextlib.contextmanager
+def on_interrupt(hint: Callable[[], str]) -> Generator[None]:
+    """While open, Ctrl-C says what it leaves and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(hint())
+        raise
 
 
 def report(result: Mapping[str, Any], *, as_json: bool, text: Callable[[], str]) -> None:
@@ -80,40 +127,37 @@ def report(result: Mapping[str, Any], *, as_json: bool, text: Callable[[], str])
 
 
 def note(line: str) -> None:
-    """Tell the person, not the pipe: progress and hints go to stderr."""
+    """Print progress or a hint on stderr, where no pipe reads it."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(name: str, unit: str = "") -> Generator[Shown]:
-    """While open, shows on stderr how far something is; see `trol.training.progress.Shown`."""
+    """While open, a bar on stderr; call it with `(done, of)`."""
     from trol.training.progress import Shown
 
-    shown = Shown(name, unit)
+    bar = Shown(name, unit)
     try:
-        yield shown
+        yield bar
     finally:
-        shown.close()
+        bar.close()
 
 
 def table(rows: list[list[str]]) -> str:
-    """`rows` (the first is the heading) in aligned columns, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    """`rows` (the first is the heading) in aligned columns, numbers to the right.
+
+    A row may have fewer cells than the heading.
+    """
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow")
 
 
 def run_record(seed: int | None = None) -> dict[str, Any]:
-    """The `run` entry that every result file carries."""
+    """The `run` entry of every result file."""
     return {
         "command": shlex.join(["trol", *sys.argv[1:]]),
         "commit": commit(),
@@ -125,8 +169,8 @@ def run_record(seed: int | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """trol's own version, Python's, and those of the packages that results depend on."""
-    found = {"trol": _version("trol-vlm"), "python": platform.python_version()}
-    return found | {name: _version(name) for name in PACKAGES}
+    own = {"trol": _version("trol-vlm"), "python": platform.python_version()}
+    return own | {name: _version(name) for name in PACKAGES}
 
 
 def _version(distribution: str) -> str:
@@ -150,8 +194,7 @@ def commit() -> str | None:
 
 def _git(root: Path, *words: str) -> str:
     command = ["git", "-C", str(root), *words]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from trol.cli import terminal
-from trol.cli.terminal import run_record
+from trol.cli import models, terminal
+from trol.cli.terminal import argument, flag, option, run_record
 from trol.errors import UsageError
 
 EXAMPLES = (
@@ -19,35 +15,23 @@ EXAMPLES = (
     "trol train tiny seed=1 save_every=200 --resume --out runs/tiny-1",
     "trol train tiny --show",
 )
+START_HELP = "Go on from an earlier run."
+RESUME_HELP = "Go on where this run was interrupted, if it was."
+HOURS_HELP = "Save and stop after H hours."
+REPORT_HELP = "Log to tensorboard or trackio as well."
+QUESTIONS_HELP = "Validation questions; 0 for none."
 
 
 def train(  # noqa: PLR0917 - a command's options
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or its name.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/RECIPE.")
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Go on from an earlier run.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where this run was interrupted, if it was.")
-    ] = False,
-    max_hours: Annotated[
-        float | None, typer.Option("--max-hours", metavar="H", help="Save and stop after H hours.")
-    ] = None,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option("--report-to", metavar="NAME", help="Log to tensorboard or trackio as well."),
-    ] = None,
-    questions: Annotated[
-        int,
-        typer.Option("--questions", metavar="N", min=0, help="Validation questions; 0 for none."),
-    ] = 540,
-    show: Annotated[bool, typer.Option("--show", help="Print the whole recipe and leave.")] = False,
+    recipe: Annotated[str, argument("RECIPE", "A YAML file or its name.")],
+    overrides: terminal.Overrides = None,
+    out: Annotated[Path | None, option("--out", "DIR", "Default: runs/RECIPE.")] = None,
+    start: Annotated[Path | None, option("--from", "DIR", START_HELP)] = None,
+    resume: Annotated[bool, flag("--resume", RESUME_HELP)] = False,
+    max_hours: Annotated[float | None, option("--max-hours", "H", HOURS_HELP)] = None,
+    report_to: Annotated[list[str] | None, option("--report-to", "NAME", REPORT_HELP)] = None,
+    questions: Annotated[int, option("--questions", "N", QUESTIONS_HELP, min=0)] = 540,
+    show: Annotated[bool, flag("--show", "Print the whole recipe and leave.")] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Train a model as RECIPE says, stage by stage."""
@@ -59,16 +43,15 @@ def train(  # noqa: PLR0917 - a command's options
         recipe_json = dataclasses.asdict(resolved)
         terminal.report(recipe_json, as_json=as_json, text=lambda: resolved.yaml().rstrip())
         return
-    place = out or Path("runs") / Path(recipe).stem
-    if (place / "training.json").is_file() and not resume:
+    folder = out or Path("runs") / Path(recipe).stem
+    if (folder / "training.json").is_file() and not resume:
         raise UsageError(
-            f"{place} holds a finished run; name another folder with --out, or remove that one."
+            f"{folder} holds a finished run; name another folder with --out, or remove that one."
         )
-    terminal.no_library_bars()
-    with terminal.noise_to_stderr(), _interrupted(place):
-        found = training.run(
+    with terminal.quiet_libraries(), terminal.on_interrupt(lambda: _interrupted(folder)):
+        summary = training.run(
             resolved,
-            out=place,
+            out=folder,
             start=start,
             resume=resume,
             max_hours=max_hours,
@@ -77,45 +60,35 @@ def train(  # noqa: PLR0917 - a command's options
         leave_processes()
         if not is_first_process():
             return
-        result = {"run": run_record(found.get("seed")), **found}
-        if "model" in found and "run" not in found:  # else it was finished and told before
-            _describe(Path(found["model"]), result, questions)
-    terminal.report(result, as_json=as_json, text=lambda: _told(result))
+        result = {"run": run_record(summary.get("seed")), **summary}
+        if "model" in summary and "run" not in summary:  # else a finished run was given again
+            _describe(Path(summary["model"]), result, questions)
+    terminal.report(result, as_json=as_json, text=lambda: _text(result))
 
 
-@contextlib.contextmanager
-def _interrupted(place: Path) -> Generator[None]:
-    """Says what Ctrl-C leaves."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = place.with_name(place.name + ".partial").is_dir()
-        terminal.note(
-            "Stopped. The same command with --resume goes on from the last checkpoint."
-            if kept
-            else "Stopped. Nothing was saved; save_every=N saves a checkpoint every N steps."
-        )
-        raise
+def _interrupted(folder: Path) -> str:
+    if folder.with_name(folder.name + ".partial").is_dir():
+        return "Stopped. The same command with --resume goes on from the last checkpoint."
+    return "Stopped. Nothing was saved; save_every=N saves a checkpoint every N steps."
 
 
 def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:
-    """The page of the run and the model card, beside the model."""
+    """Writes the page of the run and the model card, beside the model."""
     from trol.files import write_json
     from trol.reports import card, training_page
 
     result["validation"] = _validation(folder, questions)
-    told = {key: value for key, value in result.items() if key != "model"}  # folders move
-    write_json(folder / "training.json", told)
+    content = {key: value for key, value in result.items() if key != "model"}  # folders move
+    write_json(folder / "training.json", content)
     training_page.write(folder)
     card.write(folder)
 
 
 def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
-    """Scores per question type on a validation split; None where there is none to ask.
+    """Scores per question type on a validation split; None where no built-in set fits.
 
     A TroL model is asked about boards, a new text decoder what the last of its pairs ask.
     """
-    from trol.cli.models import open_model
     from trol.data.pairs import is_pairs
     from trol.evaluation.tasks import validate
     from trol.family import TrolProcessor
@@ -126,15 +99,16 @@ def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
     recipe = resolve(folder / "recipe.yaml")
     pairs = [stage.data for stage in recipe.stages.values() if is_pairs(stage.data)]
     if recipe.decoder and pairs:
-        return validate(*open_model(folder), questions=questions, task=pairs[-1])
+        return validate(*models.open_model(folder), questions=questions, task=pairs[-1])
     if not (folder / "processor_config.json").is_file():
         return None
-    model, processor = open_model(folder)
-    asks = isinstance(processor, TrolProcessor)
-    return validate(model, processor, questions=questions) if asks else None
+    model, processor = models.open_model(folder)
+    if not isinstance(processor, TrolProcessor):
+        return None
+    return validate(model, processor, questions=questions)
 
 
-def _told(result: dict[str, Any]) -> str:
+def _text(result: dict[str, Any]) -> str:
     if "model" in result:
         return f"{result['model']}\n{result['model']}/report.html"
     stopped = result["stopped"]

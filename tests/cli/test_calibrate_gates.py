@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import trol
-from trol.cli import main
+from cli.command import run
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.evaluation.answers import answers
@@ -26,12 +26,6 @@ def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
-
-
 @pytest.fixture
 def model(tiny_model: TrolForConditionalGeneration) -> TrolForConditionalGeneration:
     """Layer 0 goes again, the gates of the others are shut."""
@@ -44,17 +38,17 @@ def model(tiny_model: TrolForConditionalGeneration) -> TrolForConditionalGenerat
 def test_an_adapter_is_written(
     model: TrolForConditionalGeneration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says what was found, and puts that in force on the model it was made for."""
+    """It writes what it prints, and puts that in force on the model it was made for."""
     out = tmp_path / "sparse"
     assert run("calibrate", "any", *SMALL, "--out", out, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert json.loads((out / "calibration.json").read_text()) == told
-    assert (told["data"], told["questions"], told["quality"]) == ("boards", 16, 0.7)
-    assert told["policy"]["tau"][1:] == [None] * 3
-    assert told["second_visits"][1:] == [0] * 3
-    assert told["cost"]["full"] == pytest.approx(2, abs=0.01)
-    assert set(told["prefill"][0]["ratio"]) == {"plain", "full", "sparse"}
-    assert told["run"]["command"]
+    result = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "calibration.json").read_text()) == result
+    assert (result["data"], result["questions"], result["quality"]) == ("boards", 16, 0.7)
+    assert result["policy"]["tau"][1:] == [None] * 3
+    assert result["second_visits"][1:] == [0] * 3
+    assert result["cost"]["full"] == pytest.approx(2, abs=0.01)
+    assert set(result["prefill"][0]["ratio"]) == {"plain", "full", "sparse"}
+    assert result["run"]["command"]
     policy = attached(model)[1].depth_policy
     said = answers(model, trol.load_model("any")[1], board_items(3, 0), new_tokens=2)
     trol.load(trol.detach(model), out)
@@ -62,7 +56,7 @@ def test_an_adapter_is_written(
     assert answers(model, trol.load_model("any")[1], board_items(3, 0), new_tokens=2) == said
 
 
-def test_people_are_told(
+def test_people_get_sentences(
     model: TrolForConditionalGeneration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sparse"
