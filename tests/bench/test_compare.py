@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trol.bench.compare import compare, read_stored
+from trol.bench.cases import compare, read_stored
 from trol.errors import DataError, UsageError
 
 AT = {"size": "small", "dtype": "float32", "device": "cpu", "threads": 1}
