@@ -153,24 +153,18 @@ def _opened(model: Any, folders: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], out: Path) -> Path:
-    from trol.reports import curve_page
+    from trol.reports import curve
 
-    return curve_page.write(result, out)
+    return curve.write(result, out)
 
 
 def _told(result: dict[str, Any], page: Path) -> str:
-    """Cost and the judging metric of every point, then what the page says in words."""
-    from trol.reports.curve_words import cell, label, sentences, settings_told
+    """The tables of every task, with the judging metric alone, and where the page is."""
+    from trol.reports.curve import tables_of
 
     parts: list[str] = []
     for name, task in result["tasks"].items():
-        metric = next(iter(task["metrics"]))
-        rows = [[name, "visits", "FLOPs", "time", metric]]
-        for method, drawn in task["methods"].items():
-            for point in drawn["points"]:
-                costs = (point["visits_share"], point["flops_share"], point["ms_ratio"])
-                named = f"{label(method, drawn)} {settings_told(point['settings'])}"
-                scored = cell(point["metrics"].get(metric))
-                rows.append([named, *(cell(cost, percent=True) for cost in costs), scored])
-        parts += [terminal.table(rows), *sentences(result, name)]
+        parts.append(f"{name}:")
+        for table in tables_of(task, [next(iter(task["metrics"]))]):
+            parts += [terminal.table([table.heading, *table.rows]), *table.notes]
     return "\n".join([*parts, str(page)])

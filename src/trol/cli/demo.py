@@ -105,7 +105,7 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
     from trol.evaluation import sample_questions
     from trol.files import folder, write_whole
     from trol.reports.maps import draw
-    from trol.reports.pages import beside
+    from trol.reports.pages import warning_if_it_fails
 
     made: list[dict[str, str]] = []
     for number, sample in enumerate(sample_questions(9)[::4][:MAPS]):
@@ -115,7 +115,7 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
         depth_map, found = trace_question(conversation, sample.question)
         name = f"map-{number}.png"
         caption = f"Asked: {sample.question} Answered: {found['answer']}. Right: {sample.answer}."
-        with beside(out / "results.json"):
+        with warning_if_it_fails(out / "results.json"):
             write_whole(folder(out) / name, draw(depth_map))
             made.append({"file": name, "caption": caption})
     return made
@@ -144,7 +144,7 @@ def demo(
 ) -> None:
     """Train a small model here and report what traversal did to it."""
     from trol import training
-    from trol.reports import demo_report as report
+    from trol.reports.training import write_demo
 
     started = time.perf_counter()
     training.resolve(recipe, overrides or [])  # a wrong key is told before anything starts
@@ -152,7 +152,7 @@ def demo(
     with terminal.noise_to_stderr():
         results = gather(_run_seeds(recipe, overrides or [], seeds, out), list(range(seeds)))
         results["run"] = run_record(0) | {"seconds": round(time.perf_counter() - started, 1)}
-        page = report.write(results, out)
+        page = write_demo(results, out)
     terminal.report(results, as_json=as_json, text=lambda: _summary(results, page))
 
 
@@ -198,8 +198,9 @@ def gather(found: Sequence[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
 
 
 def _summary(results: dict[str, Any], page: Path) -> str:
-    """The verdicts and where the report is."""
-    from trol.reports import demo_report as report
+    """What traversal did, and where the report is."""
+    from trol.reports.training import differences_table
 
-    lines = [*report.verdicts(results), f"Report: {page}"]
+    table = differences_table(results)
+    lines = [terminal.table([table.heading, *table.rows]), *table.notes, f"Report: {page}"]
     return "\n".join([*lines, "Ask it: trol chat --image docs/board.png"])

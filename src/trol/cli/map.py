@@ -36,7 +36,7 @@ def map_question(
     from trol.data.images import open_image
     from trol.files import folder, write_json, write_whole
     from trol.reports.maps import draw
-    from trol.reports.pages import beside
+    from trol.reports.pages import warning_if_it_fails
 
     open_image(image)
     conversation = start(model, max_new_tokens=max_new_tokens, plan=depth)
@@ -46,7 +46,7 @@ def map_question(
     picture = folder(out) / "map.png"
     result = {"model": model, "image": image, **found, "file": str(picture), "run": run_record()}
     kept = write_json(picture.with_name("map.json"), result)
-    with terminal.noise_to_stderr(), beside(kept):
+    with terminal.noise_to_stderr(), warning_if_it_fails(kept):
         write_whole(picture, draw(depth_map))
     terminal.report(result, as_json=as_json, text=lambda: f"{found['answer']}\n{picture}")
 

@@ -213,12 +213,14 @@ def _solved(
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    from trol.reports import oracle_page
+    from trol.reports import oracle
 
-    oracle_page.write(result, out)
+    oracle.write(result, out)
 
 
 def _told(result: dict[str, Any]) -> str:
+    from trol.reports.oracle import tables_of
+
     if not result["complete"]:
         lacking = ", ".join(f"--shard {one}" for one in result["missing"])
         return f"This part is finished. Missing: {lacking}; run them with the same settings."
@@ -227,7 +229,10 @@ def _told(result: dict[str, Any]) -> str:
         [level["plan"], str(level["cost"]), f"{level['mean'][result['metric']]:.4f}"]
         for level in result["menu"]
     ]
-    lines = [terminal.table(rows), "", *result["verdict"], "", f"{result['out']}/oracle.html"]
+    lines = [terminal.table(rows), ""]
+    for table in tables_of(result):
+        lines += [terminal.table([table.heading, *table.rows]), *table.notes, ""]
+    lines.append(f"{result['out']}/oracle.html")
     if "router" in result:
         lines += ["", told(result["router"], result["metric"])]
     return "\n".join(lines)
