@@ -109,7 +109,8 @@ def test_a_row_is_noisy_where_its_rounds_disagree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(2, [2.0, 4.0]), ("other", [5.0, 5.0]), (lambda times: [1.0, 1.0], [1, 1])]
+    ("limit", "expected"),
+    [(2, [2.0, 4.0]), ("other", [5.0, 5.0]), (lambda times: [1.0, 1.0], [1, 1])],
 )
 def test_a_limit_is_a_multiple_another_run_or_worked_out(limit: Any, expected: list[float]) -> None:
     times = {"own prefill": [1.0, 2.0], "bare prefill": [1.0, 2.0], "other": [5.0, 5.0]}

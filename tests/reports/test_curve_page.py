@@ -1,4 +1,4 @@
-"""The page of curves: drawn from the results alone, and worded from their numbers."""
+"""The page of curves: drawn from the results alone, with the intervals of their numbers."""
 
 import copy
 import io
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from trol.errors import DataError
-from trol.reports import curve_page, curve_words
+from trol.reports import curve
 
 LAYERS = 4
 NOISE = (-0.01, 0.0, 0.01)
@@ -71,13 +71,13 @@ def results(**rouges: tuple[float, float, float]) -> dict[str, Any]:
     }
 
 
-def task_of(found: dict[str, Any]) -> dict[str, Any]:
-    return found["tasks"]["alpaca:a/b.json"]
+def task_of(drawn: dict[str, Any]) -> dict[str, Any]:
+    return drawn["tasks"]["alpaca:a/b.json"]
 
 
 def test_the_files_need_nothing_else(tmp_path: Path) -> None:
-    found = results()
-    page = curve_page.write(found, tmp_path / "made" / "here").read_text()
+    drawn = results()
+    page = curve.write(drawn, tmp_path / "made" / "here").read_text()
     assert page.count("<svg") == 4
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "&lt;decoder&gt;" in page
@@ -88,117 +88,161 @@ def test_the_files_need_nothing_else(tmp_path: Path) -> None:
     for name in charts:
         picture = Image.open(io.BytesIO((tmp_path / "made" / "here" / name).read_bytes()))
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    assert curve_page.read(tmp_path / "made" / "here") == json.loads(json.dumps(found))
-    assert curve_page.render(curve_page.read(tmp_path / "made" / "here")) == page
+    assert curve.CURVE.read(tmp_path / "made" / "here") == json.loads(json.dumps(drawn))
+    assert curve.render(curve.CURVE.read(tmp_path / "made" / "here")) == page
 
 
 def test_results_that_are_no_curves_are_refused(tmp_path: Path) -> None:
-    found = results()
-    del found["tasks"], found["device"]
-    with pytest.raises(DataError, match="lack device, tasks; run `trol curve` again"):
-        curve_page.write(found, tmp_path / "out")
+    short = results()
+    del short["tasks"], short["device"]
+    cure = r"out/curve\.json lacks device, tasks; run `trol curve` again"
+    with pytest.raises(DataError, match=cure):
+        curve.write(short, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match="run `trol curve` again"):
-        curve_page.read(tmp_path)
+    with pytest.raises(DataError, match=r"curve\.json .* run `trol curve` again"):
+        curve.CURVE.read(tmp_path)
+    (tmp_path / "curve.json").write_text(json.dumps(short))
+    with pytest.raises(DataError, match=r"curve\.json lacks device, tasks"):
+        curve.CURVE.read(tmp_path)
 
 
-def test_it_names_which_method_wins_where() -> None:
-    told = curve_words.winners(task_of(results()), "rougeL")
-    assert told.startswith(
-        "rougeL by layer visits: up to 25 % of the layers: exit; at 50 %: skip; "
-        "from 75 %: no difference is shown."
-    )
+def at_equal_visits(task: dict[str, Any]) -> dict[str, list[str]]:
+    """Share -> the methods there, the best one first."""
+    rows: dict[str, list[str]] = {}
+    for name, *_ in curve.equal_visits_table(task).rows:
+        share, method = name.split(" % ")
+        rows.setdefault(share, []).append(method)
+    return rows
 
 
-def test_a_lower_loss_wins() -> None:
-    found = results(exit=(0.2, 0.2, 0.2), skip=(0.4, 0.4, 0.4))  # loss = 3 - rouge
-    assert "everywhere: skip" not in curve_words.winners(task_of(results()), "loss")
-    assert "loss by layer visits: everywhere: skip." in curve_words.winners(task_of(found), "loss")
+def test_it_shows_which_method_is_best_where() -> None:
+    table = curve.equal_visits_table(task_of(results()))
+    assert table.rows == [
+        ["25 % exit", "0.200", "best"],
+        ["25 % skip", "0.100", "−0.100 [−0.100, −0.100]"],
+        ["50 % skip", "0.400", "best"],
+        ["50 % exit", "0.300", "−0.100 [−0.100, −0.100]"],
+        ["75 % exit", "0.400", "best"],
+        ["75 % skip", "0.400", "+0.000 [+0.000, +0.000]"],
+    ]
+    assert "3 seeds" in table.notes[0]
 
 
-def test_differences_within_their_interval_are_ties() -> None:
-    found = results(exit=(0.2, 0.2, 0.2), skip=(0.4, 0.4, 0.4), greedy=(0.401, 0.401, 0.401))
-    half = task_of(found)["methods"]["greedy"]["points"]
-    for one in half:  # as high in the mean, but other seeds are the good ones
+def test_a_lower_loss_is_better() -> None:
+    task = task_of(results(exit=(0.2, 0.2, 0.2), skip=(0.4, 0.4, 0.4)))  # loss = 3 - rouge
+    task["metrics"] = dict(reversed(task["metrics"].items()))
+    assert at_equal_visits(task) == {key: ["skip", "exit"] for key in ("25", "50", "75")}
+
+
+def test_a_difference_that_is_not_shown_holds_zero() -> None:
+    task = task_of(results(skip=(0.4, 0.4, 0.4), greedy=(0.401, 0.401, 0.401)))
+    for one in task["methods"]["greedy"]["points"]:  # other seeds are the good ones
         one["metrics"]["rougeL"]["values"].reverse()
-    assert "everywhere: greedy and skip (a tie)" in curve_words.winners(task_of(found), "rougeL")
+    rows = curve.equal_visits_table(task).rows
+    assert [row[2] for row in rows if "skip" in row[0]] == ["−0.001 [−0.051, +0.049]"] * 3
 
 
 def test_a_method_between_its_points_lies_on_their_line() -> None:
-    found = results(exit=(0.2, 0.3, 0.4), skip=(0.1, 0.2, 0.3))
-    router = copy.deepcopy(task_of(found)["methods"]["exit"])
+    task = task_of(results(exit=(0.2, 0.3, 0.4), skip=(0.1, 0.2, 0.3)))
+    router = copy.deepcopy(task["methods"]["exit"])
     router["points"] = [point(0.25, 0.3, 2, 0.2, dial=0.0), router["points"][-1]]
     router["points"][0]["keep"] = None
-    task_of(found)["methods"]["router"] = router
-    # On the line from 0.3 at 25 % to 0.5 at 100 %: 0.367 at 50 %, 0.433 at 75 %.
-    assert "everywhere: router." in curve_words.winners(task_of(found), "rougeL")
+    task["methods"]["router"] = router
+    rows = curve.equal_visits_table(task).rows
+    # On the line from 0.3 at 25 % to 0.5 at 100 %.
+    assert [row for row in rows if "router" in row[0]] == [
+        ["25 % router", "0.300", "best"],
+        ["50 % router", "0.367", "best"],
+        ["75 % router", "0.433", "best"],
+    ]
 
 
-def test_a_bound_wins_nothing() -> None:
-    found = results()
-    oracle = copy.deepcopy(task_of(found)["methods"]["exit"])
-    oracle["bound"] = True
+def test_one_method_alone_is_not_compared() -> None:
+    assert len(curve.tables_of(task_of(results(exit=(0.2, 0.3, 0.4))))) == 1
+
+
+def with_an_oracle(task: dict[str, Any], **made_on: Any) -> None:
+    oracle = copy.deepcopy(task["methods"]["exit"]) | {"bound": True}
     for one in oracle["points"]:
-        one["metrics"]["rougeL"] = stat(1.0)
+        one["metrics"]["rougeL"] = stat(1.0, (0, 0, 0))
         one |= {"ms_ratio": None, "prefill_ms_ratio": None, "flops_share": None, "cosines": None}
-    task_of(found)["methods"]["oracle"] = oracle
-    assert "oracle" not in " ".join(curve_words.sentences(found, "alpaca:a/b.json"))
-    page = curve_page.render(found)
+    task["methods"]["oracle"] = {**oracle, **made_on}
+
+
+def test_a_bound_is_not_compared() -> None:
+    drawn = results()
+    with_an_oracle(task_of(drawn))
+    assert all("oracle" not in some for some in at_equal_visits(task_of(drawn)).values())
+    page = curve.render(drawn)
     assert "a bound, no method" in page
-    assert "oracle (sees the references)</td>" in page
-    assert "exit</td>" in page
+    assert "<td>oracle (sees the references) all layers</td>" in page
+    assert "<td>exit all layers</td>" in page
 
 
-def test_an_oracle_of_other_questions_is_told() -> None:
-    found = results()
-    oracle = copy.deepcopy(task_of(found)["methods"]["exit"]) | {"bound": True}
+def test_an_oracle_of_other_questions_is_noted() -> None:
+    drawn = results()
     here = {"n": 9, "split": "test", "metric": "rougeL", "seed": 0, "full": 0.5, "full_here": 0.5}
-    task_of(found)["methods"]["oracle"] = {**oracle, "made_on": here}
-    assert curve_words.other_questions(task_of(found)) == []
+    with_an_oracle(task_of(drawn), made_on=here)
+    assert len(curve.tables_of(task_of(drawn))[0].notes) == 1
     for change in ({"n": 500}, {"split": "train"}, {"full": 0.18}):
         on = {**here, **change}
-        task_of(found)["methods"]["oracle"] = {**oracle, "made_on": on}
-        told = curve_words.sentences(found, "alpaca:a/b.json")[-1]
-        assert f"made on {on['n']} questions of the {on['split']} split" in told
-        assert f"scores rougeL {on['full']:.3f} (0.500 here, 9 questions" in told
-        assert told in curve_page.render(found)
+        with_an_oracle(task_of(drawn), made_on=on)
+        note = curve.tables_of(task_of(drawn))[0].notes[-1]
+        for figure in (
+            f"{on['n']} questions",
+            f"{on['split']} split",
+            f"{on['full']:.3f}",
+            "0.500",
+        ):
+            assert figure in note
+        assert '<p class="soft">The oracle was made on' in curve.render(drawn)
 
 
-def test_one_seed_names_no_winner() -> None:
-    found = results()
-    found["seeds"] = [0]
-    for drawn in task_of(found)["methods"].values():
-        for one in drawn["points"]:
+def test_one_seed_has_no_interval() -> None:
+    drawn = results()
+    drawn["seeds"] = [0]
+    for method in task_of(drawn)["methods"].values():
+        for one in method["points"]:
             for value in (*one["metrics"].values(), one["ms_ratio"], one["visits_share"]):
                 value["values"], value["spread"] = value["values"][:1], None
-    told = curve_words.sentences(found, "alpaca:a/b.json")
-    assert "no winner" in told[0]
-    assert not any("Not shown to be worse" in sentence for sentence in told)
-    assert "over 1 seed;" in curve_page.render(found)
+    points, equal = curve.tables_of(task_of(drawn))
+    assert [row[-1] for row in points.rows[:4]] == ["−0.300", "−0.200", "−0.100", "–"]
+    assert "[" not in "".join(cell for row in equal.rows for cell in row)
+    assert "--seeds 3" in equal.notes[0]
+    assert "over 1 seed;" in curve.render(drawn)
 
 
-def test_who_keeps_up_with_the_full_model() -> None:
-    found = results(exit=(0.2, 0.5, 0.5), skip=(0.2, 0.3, 0.4))
-    told = curve_words.keeping_up(task_of(found), "rougeL")
-    assert "exit 50 %, skip 100 %" in told
+def test_every_point_stands_beside_the_full_model() -> None:
+    task = task_of(results(exit=(0.2, 0.5, 0.6)))
+    table = curve.points_table(task, ["rougeL"])
+    assert table.heading[0] == "method"
+    assert table.heading[-2:] == ["rougeL", "rougeL − full"]
+    assert table.rows[0] == [
+        "exit exit@1",
+        *["25.0 ± 0.0"] * 3,
+        "100.0 ± 0.0",
+        "0.200 ± 0.010",
+        "−0.300 [−0.300, −0.300]",
+    ]
+    assert [row[-1] for row in table.rows[1:]] == [
+        "+0.000 [+0.000, +0.000]",
+        "+0.100 [+0.100, +0.100]",
+        "–",
+    ]
 
 
-def test_plans_that_save_no_time_are_named() -> None:
-    found = results()
-    task, device = task_of(found), found["device"]
-    (told,) = curve_words.without_saving(task, device)
-    assert "also took less time" in told
+def test_points_that_save_no_time_are_marked() -> None:
+    task = task_of(results())
+    assert "*" not in str(curve.points_table(task, []).rows)
     task["methods"]["skip"]["points"][2]["ms_ratio"] = stat(1.02)
-    (told,) = curve_words.without_saving(task, device)
-    assert told.startswith("Saves no time per token on this device (cpu, 1 thread)")
-    assert "skip (75 % of the visits)" in told
-    assert "exit" not in told
-    rows = [row for row in curve_page.table(task) if row["slow"]]
-    assert [row["method"] for row in rows] == ["skip"]
+    marked = [row[0] for row in curve.points_table(task, []).rows if row[3].endswith("*")]
+    assert marked == ["skip exit@3"]
 
 
 def test_a_time_within_its_scatter_of_the_full_models_saves_nothing() -> None:
     one = point(0.5, 0.3, 2.0, 0.98)
-    assert curve_words.saves(one)
+    assert curve.saves_time(one)
     one["ms_ratio"]["spread"] = 0.03
-    assert not curve_words.saves(one)
+    assert not curve.saves_time(one)
+    full = point(1.0, 0.3, 2.0, 1.0)
+    assert curve.saves_time(full)  # it visits no fewer layers

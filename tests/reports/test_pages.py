@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
-from analysis.test_curve_page import results as curves
-from analysis.test_oracle_page import results as oracle
-from analysis.test_report import results as demo
-from trol import reports as analysis
-from trol.reports import card, curve_page, curve_words, oracle_page, training_page
-from trol.reports import curve_page as curve_charts
-from trol.reports import demo_report as report
+from reports.test_curve_page import results as curves
+from reports.test_demo_page import results as demo
+from reports.test_oracle_page import results as oracles
+from trol import reports
+from trol.errors import DataError
+from trol.reports import curve, description, oracle, pages, training
+from trol.reports.pages import Results
 
-Found = dict[str, Any]
+Content = dict[str, Any]
 
 
-def training(place: Path) -> Found:
-    curve = {"steps": [0, 1], "losses": [2.0, 1.0], "gates": [[0.5, 0.4], [0.5, 0.3]]}
-    found: Found = {
-        "losses": {"step1": curve},
+def trained(place: Path) -> Content:
+    losses = {"steps": [0, 1], "losses": [2.0, 1.0], "gates": [[0.5, 0.4], [0.5, 0.3]]}
+    results: Content = {
+        "losses": {"step1": losses},
         "seconds": {"step1": 2.0},
         "steps": 2,
         "parameters": 10,
@@ -41,106 +41,129 @@ def training(place: Path) -> Found:
         "run": {"command": "trol train", "commit": None, "machine": "here", "versions": {}},
     }
     place.mkdir(parents=True, exist_ok=True)
-    (place / "training.json").write_text(json.dumps(found), encoding="utf-8")
+    (place / "training.json").write_text(json.dumps(results), encoding="utf-8")
     recipe = "policy: {}\nstages: {step1: {train: [mixers], data: boards}}\n"
     (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    return found
+    return results
 
 
-def write_training(module: Any) -> Callable[[Path], Path]:
-    def write(place: Path) -> Path:
-        training(place)
-        return module.write(place)
+def write_trained(write: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    def write_both(place: Path) -> Path:
+        trained(place)
+        return write(place)
 
-    return write
+    return write_both
 
 
-WRITERS: dict[Any, tuple[Callable[[Path], Path], str]] = {
-    curve_page: (lambda place: curve_page.write(curves(), place), "curve.json"),
-    oracle_page: (lambda place: oracle_page.write(oracle(), place), "oracle.json"),
-    report: (lambda place: report.write(demo(place), place), "results.json"),
-    training_page: (write_training(training_page), "training.json"),
-    card: (write_training(card), "training.json"),
+WRITERS: dict[str, tuple[Any, Callable[[Path], Path], str]] = {
+    "curve.render": (curve, lambda place: curve.write(curves(), place), "curve.json"),
+    "oracle.render": (oracle, lambda place: oracle.write(oracles(), place), "oracle.json"),
+    "training.render_demo": (
+        training,
+        lambda place: training.write_demo(demo(place), place),
+        "results.json",
+    ),
+    "training.render_run": (training, write_trained(training.write_run), "training.json"),
+    "description.render_card": (
+        description,
+        write_trained(description.write_card),
+        "training.json",
+    ),
 }
+"""Function that makes a page -> its module, what writes the page, and the file of the results."""
 
 
 def test_all_writers_of_pages_are_known() -> None:
-    names = [module.name for module in pkgutil.iter_modules(analysis.__path__)]
-    modules = [importlib.import_module(f"trol.reports.{name}") for name in names]
-    assert {m for m in modules if hasattr(m, "write") and hasattr(m, "render")} == set(WRITERS)
+    names = [
+        module.name for module in pkgutil.iter_modules(reports.__path__) if module.name != "pages"
+    ]
+    modules = {name: importlib.import_module(f"trol.reports.{name}") for name in names}
+    renders = [f"{name}.{one}" for name in names for one in vars(modules[name]) if "render" in one]
+    assert set(renders) == set(WRITERS)
 
 
-@pytest.mark.parametrize("module", WRITERS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("name", WRITERS)
 def test_results_outlive_their_page(
-    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stumbles(*_: Any, **__: Any) -> str:
         raise ZeroDivisionError("of no\nuse")
 
-    monkeypatch.setattr(module, "render", stumbles)
-    write, name = WRITERS[module]
-    told = f"could not be made .ZeroDivisionError: of no use.; the results are kept in .*{name}"
-    with pytest.warns(UserWarning, match=told):
+    module, write, file = WRITERS[name]
+    monkeypatch.setattr(module, name.split(".")[1], stumbles)
+    with pytest.warns(UserWarning, match=f"ZeroDivisionError: of no use.*kept in .*{file}"):
         kept = write(tmp_path)
-    assert kept == tmp_path / name
+    assert kept == tmp_path / file
     assert json.loads(kept.read_text(encoding="utf-8"))
 
 
-def without_cosines(found: Found) -> None:
-    for point in points_of(found):
+@pytest.mark.parametrize("kind", [curve.CURVE, oracle.ORACLE, training.DEMO, training.RUN])
+def test_a_result_file_that_lacks_a_key_is_refused(kind: Results, tmp_path: Path) -> None:
+    cure = f"run `{kind.command}` again"
+    for content in (None, "{", json.dumps(dict.fromkeys(kind.keys[1:]))):
+        if content is not None:
+            (tmp_path / kind.file).write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=f"{kind.file}.*{cure}"):
+            kind.read(tmp_path)
+    with pytest.raises(DataError, match=f"{kind.file} lacks {kind.keys[0]}; {cure}"):
+        kind.read(tmp_path)
+
+
+def without_cosines(results: Content) -> None:
+    for point in points_of(results):
         point["cosines"] = None
 
 
-def without_half(found: Found) -> None:
-    for drawn in task_of(found)["methods"].values():
+def without_half(results: Content) -> None:
+    for drawn in task_of(results)["methods"].values():
         drawn["points"] = [p for p in drawn["points"] if p["visits_share"]["mean"] != 0.5]
 
 
-def without_any_but_the_full_model(found: Found) -> None:
-    for drawn in task_of(found)["methods"].values():
+def without_any_but_the_full_model(results: Content) -> None:
+    for drawn in task_of(results)["methods"].values():
         drawn["points"] = drawn["points"][-1:]
 
 
-def without_costs(found: Found) -> None:
-    for point in points_of(found):
+def without_costs(results: Content) -> None:
+    for point in points_of(results):
         for cost in ("flops", "ms", "prefill_ms"):
             for end in ("", "_share", "_ratio"):
                 if f"{cost}{end}" in point:
                     point[f"{cost}{end}"] = None
 
 
-def with_an_oracle(found: Found) -> None:
-    full = copy.deepcopy(points_of(found)[0])
+def with_an_oracle(results: Content) -> None:
+    full = copy.deepcopy(points_of(results)[0])
     full["metrics"].pop("loss", None)
     full |= {"ms_ratio": None, "flops_share": None, "prefill_ms_ratio": None, "cosines": None}
     made_on = {"n": 5, "split": "train", "metric": "rougeL", "full": 0.4, "full_here": 0.5}
-    task_of(found)["methods"]["oracle"] = {"bound": True, "made_on": made_on, "points": [full]}
+    task_of(results)["methods"]["oracle"] = {"bound": True, "made_on": made_on, "points": [full]}
 
 
-def without_loss(found: Found) -> None:
-    task_of(found)["metrics"].pop("loss")
-    for point in points_of(found):
+def without_loss(results: Content) -> None:
+    task_of(results)["metrics"].pop("loss")
+    for point in points_of(results):
         point["metrics"].pop("loss", None)
 
 
-def with_one_seed(found: Found) -> None:
-    found["seeds"] = [0]
-    for point in points_of(found):
+def with_one_seed(results: Content) -> None:
+    results["seeds"] = [0]
+    for point in points_of(results):
         for stat in chain(point.values(), point["metrics"].values()):
             if isinstance(stat, dict) and "values" in stat:
                 stat |= {"spread": None, "values": stat["values"][:1]}
 
 
-def without_run(found: Found) -> None:
-    found["run"] = {}
+def without_run(results: Content) -> None:
+    results["run"] = {}
 
 
-def task_of(found: Found) -> Found:
-    return next(iter(found["tasks"].values()))
+def task_of(results: Content) -> Content:
+    return next(iter(results["tasks"].values()))
 
 
-def points_of(found: Found) -> list[Found]:
-    return [point for drawn in task_of(found)["methods"].values() for point in drawn["points"]]
+def points_of(results: Content) -> list[Content]:
+    return [point for drawn in task_of(results)["methods"].values() for point in drawn["points"]]
 
 
 CHANGES = (
@@ -157,35 +180,35 @@ CHANGES = (
 
 @pytest.mark.parametrize("many", range(len(CHANGES) + 1))
 def test_curves_need_none_of_their_parts(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve_page, "as_svg", lambda figure, name: f"<svg>{name}</svg>")
-    monkeypatch.setattr(curve_page, "figures", lambda task: {**dict.fromkeys(COSTS), **shown(task)})
+    monkeypatch.setattr(pages, "as_svg", lambda figure, name: f"<svg>{name}</svg>")
+    monkeypatch.setattr(curve, "figures", lambda task: {**dict.fromkeys(COSTS), **shown(task)})
     for changes in combinations(CHANGES, many):
-        found = curves()
+        results = curves()
         for change in changes:
-            change(found)
-        page = curve_page.render(found)
-        assert page.count("<svg>") == 3 + len(shown(task_of(found)))
-        assert page.count("<td>exit</td>") == len(task_of(found)["methods"]["exit"]["points"])
+            change(results)
+        page = curve.render(results)
+        assert page.count("<svg>") == 3 + len(shown(task_of(results)))
+        assert page.count("<td>exit ") == len(task_of(results)["methods"]["exit"]["points"])
 
 
 COSTS = ("visits", "flops", "time")
 
 
-def shown(task: Found) -> Found:
+def shown(task: Content) -> Content:
     """Whether there are points at half of the visits with cosines, as `figures` would see."""
-    near = map(curve_charts.nearest_half, task["methods"].values())
+    near = map(curve.nearest_half, task["methods"].values())
     return {"cosine": None} if any(point is not None for point in near) else {}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_charts_of_curves_need_none_of_their_parts(
-    change: Callable[[Found], None], tmp_path: Path
+    change: Callable[[Content], None], tmp_path: Path
 ) -> None:
-    found = curves()
-    change(found)
-    assert curve_page.write(found, tmp_path).name == "curve.html"
-    assert (tmp_path / "alpaca-a-b.json-cosine.png").exists() == bool(shown(task_of(found)))
-    assert curve_words.sentences(found, "alpaca:a/b.json")
+    results = curves()
+    change(results)
+    assert curve.write(results, tmp_path).name == "curve.html"
+    assert (tmp_path / "alpaca-a-b.json-cosine.png").exists() == bool(shown(task_of(results)))
+    assert curve.tables_of(task_of(results))
 
 
 LESS = ("gates", "validation", "metrics", "chance", "versions", "run")
@@ -198,47 +221,49 @@ SUBSETS = [some for n in range(len(LESS) + 1) for some in combinations(LESS, n)]
 def test_a_run_needs_none_of_its_parts(
     lacking: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_page, "gates_over_time", lambda *_: "<svg></svg>")
-    monkeypatch.setattr("trol.reports.charts.as_svg", lambda *_: "<svg></svg>")
-    found = training(tmp_path)
-    told = found["validation"]
+    monkeypatch.setattr(training, "gates_over_time", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(pages, "as_svg", lambda *_: "<svg></svg>")
+    results = trained(tmp_path)
+    validation = results["validation"]
     if "gates" in lacking:
-        del found["losses"]["step1"]["gates"]
-    if "metrics" in lacking:  # as boards are told
-        del told["metrics"], told["metric"]
-        told["accuracy"] = 0.5
+        del results["losses"]["step1"]["gates"]
+    if "metrics" in lacking:  # as boards have it
+        del validation["metrics"], validation["metric"]
+        validation["accuracy"] = 0.5
     if "chance" in lacking:
-        told["chance_by_type"] = {}
+        validation["chance_by_type"] = {}
     if "validation" in lacking:
-        found["validation"] = None
+        results["validation"] = None
     if "versions" in lacking:
-        del found["run"]["versions"]
+        del results["run"]["versions"]
     if "run" in lacking:
-        del found["run"]
-    assert training_page.render(found, "run").count("<svg>") == (
+        del results["run"]
+    assert training.render_run(results, "run").count("<svg>") == (
         1 + ("gates" not in lacking) + ("validation" not in lacking)
     )
     recipe = {"policy": {}, "stages": {"step1": {"train": [], "data": "boards"}}}
-    assert ("## Validation" in card.render(found, recipe, "run")) == ("validation" not in lacking)
+    assert ("## Validation" in description.render_card(results, recipe, "run")) == (
+        "validation" not in lacking
+    )
 
 
 @pytest.mark.parametrize("lacking", [(), ("cost",), ("maps",), ("cost", "maps", "run", "twin")])
 def test_a_demo_needs_none_of_its_parts(lacking: tuple[str, ...], tmp_path: Path) -> None:
-    found = demo(tmp_path)
+    results = demo(tmp_path)
     for part in lacking:
         if part == "twin":
             for arms in ("accuracy", "parameters", "steps"):
-                found[arms].pop(part)
+                results[arms].pop(part)
         elif part == "run":
-            found[part] = {}
+            results[part] = {}
         else:
-            del found[part]
-    assert report.render(found, tmp_path)
+            del results[part]
+    assert training.render_demo(results, tmp_path)
 
 
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("run", [{}, {"command": "trol oracle"}])
-def test_an_oracle_needs_none_of_its_parts(samples: int, run: Found) -> None:
-    found = oracle(samples=samples)
-    found["run"] = run
-    assert oracle_page.render(found)
+def test_an_oracle_needs_none_of_its_parts(samples: int, run: Content) -> None:
+    results = oracles(samples=samples)
+    results["run"] = run
+    assert oracle.render(results)
