@@ -9,7 +9,6 @@ the weights. The published checkpoint has random weights and is written here.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import threading
@@ -33,13 +32,14 @@ from trol.family.presets import PUBLISHED
 from trol.family.published.configs import quantised
 from trol.family.published.files import trim_memory
 from trol.family.published.layouts import sources
+from trol.files import write_json
 from trol.policies.mixer import TrolMixer
 
 SHARD_BYTES = 2**30
 
 
 def write_published(folder: Path, config: TrolConfig, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes random weights of these dimensions as the released checkpoints lie."""
+    """Writes random weights of these dimensions in the layout of the released checkpoints."""
     family = "phi3" if config.text_config.model_type == "phi3" else "internlm2"
     rows, columns = config.patch_grid
     names, shard = {}, 0
@@ -49,15 +49,14 @@ def write_published(folder: Path, config: TrolConfig, dtype: torch.dtype = torch
         save_file(tensors, folder / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": names}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
     hidden = config.text_config.hidden_size
     gate = {"weight": 0.02 * torch.randn(1, hidden), "bias": torch.zeros(1)}
     layers = range(config.text_config.num_hidden_layers)
     torch.save({f"{i}.{k}": v for i in layers for k, v in gate.items()}, folder / "trol_gating.pt")
-    stated = _phi3(config) if family == "phi3" else _internlm2(config)
-    _write_json(
-        folder / "config.json", {**stated, "torch_dtype": str(dtype).removeprefix("torch.")}
-    )
+    settings = _phi3(config) if family == "phi3" else _internlm2(config)
+    settings["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", settings)
 
 
 def _shards(wanted: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
@@ -75,10 +74,10 @@ def _shards(wanted: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]
 
 def _internlm2(config: TrolConfig) -> dict[str, Any]:
     text = config.text_config
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    more = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
     return {
-        **{name: getattr(text, name) for name in (*kept, *more)},
+        **{name: getattr(text, name) for name in same},
         "architectures": ["TroLForCausalLM"],
         "model_type": "internlm2",
         "rope_theta": 1e6,
@@ -105,14 +104,10 @@ def _phi3(config: TrolConfig) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 class PeakMemory:
-    """The most anonymous memory of this process above what it had at first. Unit: bytes.
+    """The most anonymous memory that this process holds beyond what it held before. Unit: bytes.
 
-    Only where the system tells it of a process: on Linux. `peak` is 0 elsewhere.
+    It is known on Linux alone; `peak` is 0 elsewhere.
     """
 
     def __enter__(self) -> PeakMemory:
