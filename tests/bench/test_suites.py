@@ -24,15 +24,15 @@ SETTING = Setting(replace(TINY, layers=2, prompt=16, new_tokens=3), rounds=2)
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_suite_gives_rows_of_the_promised_form(suite: str) -> None:
     threads = torch.get_num_threads()
-    found = run(suite, SETTING)
-    assert found["rows"]
-    assert (found["suite"], found["size"], found["rounds"]) == (suite, "tiny", 2)
-    for one in found["rows"]:
+    result = run(suite, SETTING)
+    assert result["rows"]
+    assert (result["suite"], result["size"], result["rounds"]) == (suite, "tiny", 2)
+    for one in result["rows"]:
         assert one.keys() >= {*KEYS, "limit", "noisy"}
         assert one["limit"]
-    cases = [one["case"] for one in found["rows"]]
+    cases = [one["case"] for one in result["rows"]]
     assert len(set(cases)) == len(cases)  # rows are compared by their cases
-    exact = {r["case"]: r["ratio"] for r in found["rows"] if r["must"] in {0.0, 1.0}}
+    exact = {r["case"]: r["ratio"] for r in result["rows"] if r["must"] in {0.0, 1.0}}
     assert all(ratio <= 1.0 for ratio in exact.values())
     assert all(ratio == 0.0 for case, ratio in exact.items() if "unlike" in case)
     assert torch.get_num_threads() == threads
@@ -56,7 +56,7 @@ def test_an_unknown_suite_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         (Setting(dtype="bf1"), "Did you mean 'bf16'"),
         (Setting(device="gpu"), "unknown device"),
@@ -64,8 +64,8 @@ def test_an_unknown_suite_is_refused() -> None:
         (Setting(threads=0), "at least 1"),
     ],
 )
-def test_a_setting_that_cannot_be_measured_is_refused(setting: Setting, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_setting_that_cannot_be_measured_is_refused(setting: Setting, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         run("train", setting)
 
 
@@ -147,7 +147,7 @@ def test_as_many_tokens_are_drawn_as_are_asked_for(share):
 
 def test_a_visit_launches_no_operator_too_many():
     """Operator counts are exact, so the bounds of the suite hold on any machine."""
-    found = {row["case"]: row for row in counted(Setting())}
-    assert all(row["ratio"] <= row["must"] for row in found.values()), found
-    assert found["question, operators"]["ratio"] > 2
-    assert found["half of the tokens again, looks"]["ratio"] == 1
+    result = {row["case"]: row for row in counted(Setting())}
+    assert all(row["ratio"] <= row["must"] for row in result.values()), result
+    assert result["question, operators"]["ratio"] > 2
+    assert result["half of the tokens again, looks"]["ratio"] == 1

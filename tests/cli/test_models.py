@@ -9,9 +9,9 @@ from hosts import HOSTS
 from training import standins
 from trol import training
 from trol.cli import main
-from trol.cli.info import describe
 from trol.errors import HostError
 from trol.family.loading import load_host
+from trol.reports.description import describe
 
 
 def run(*words: object) -> int:
