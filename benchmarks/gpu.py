@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import trol
-from trol.bench.overhead import Drawn
+from trol.bench.operators import Drawn
 from trol.bench.setting import Setting, host, size_of, twin
 from trol.cli.terminal import run_record
 from trol.depth import AbstractPolicy, attach, detach, executor

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import trol
-from trol.bench.load import PeakMemory, write_published
+from trol.bench.opening import PeakMemory, write_published
 from trol.cli.terminal import run_record
 from trol.evaluation.timing import Timing, interleaved, ratio_and_spread, time_generate
 from trol.family import TrolForConditionalGeneration

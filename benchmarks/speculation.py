@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from trol.bench.setting import Setting
-from trol.bench.traverse import idle_host, working_layers
+from trol.bench.setting import Setting, idle_host, working_layers
 from trol.cli.models import open_model
 from trol.cli.terminal import run_record
 from trol.evaluation.plan_search import draft_plan

@@ -50,9 +50,9 @@ def test_json_is_one_object_alone_on_stdout(capsys: pytest.CaptureFixture[str]) 
 def test_slower_than_stored_fails_and_names_the_rows(
     stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    from trol.bench import setting as row
+    from trol.bench import cases
 
-    monkeypatch.setattr(row, "NOISE", 1e9)  # however busy the machine of this test
+    monkeypatch.setattr(cases, "NOISE", 1e9)  # however busy the machine of this test
     was = with_ratios(stored, tmp_path, ratio=-1e6, spread=0.0, noisy=False)
     assert run("train", *QUICK, "--against", was) == 1
     error = capsys.readouterr().err

@@ -14,7 +14,8 @@ import trol
 from trol.cli import main
 from trol.cli.terminal import progress as progress_of
 from trol.errors import DataError, UsageError
-from trol.reports import card, training_page
+from trol.reports.description import write_card
+from trol.reports.training import write_run
 from trol.training import progress, resolve, run
 from trol.training import progress as watching
 from trol.training import run as training
@@ -138,12 +139,12 @@ def test_a_run_leaves_curves_a_page_and_a_card(folder: Path) -> None:
 
 
 def test_page_and_card_need_a_finished_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"training.json tells nothing"):
-        training_page.write(tmp_path)
+    with pytest.raises(DataError, match=r"training\.json cannot be read.*run `trol train`"):
+        write_run(tmp_path)
     (tmp_path / "training.json").write_text('{"seed": 0}', encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match="lacks losses"):
-        card.write(tmp_path)
+        write_card(tmp_path)
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:

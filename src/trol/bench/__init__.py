@@ -1,4 +1,7 @@
-"""Benchmark suites: what each promises is a ratio of measured time to the limit beside it."""
+"""Benchmark suites, each of which holds measured times against limits.
+
+May import every room but `reports` and `cli`.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from typing import Any
 
 import torch
 
-from trol.bench.load import load
-from trol.bench.overhead import launch, overhead
-from trol.bench.setting import Row, Setting
-from trol.bench.skipping import rows, skip, sparse
-from trol.bench.traverse import speculate, train, traverse
+from trol.bench import suites
+from trol.bench.cases import Row
+from trol.bench.opening import load
+from trol.bench.operators import launch
+from trol.bench.setting import Setting
 from trol.errors import UntrainedWarning, UsageError, unknown
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One file of this package."""
+    """What a suite measures, how often, and where it cannot be measured."""
 
     measure: Callable[[Setting, int], list[Row]]
     rounds: int
@@ -33,14 +36,14 @@ class Suite:
 
 
 SUITES = {
-    "overhead": Suite(overhead, 9),
-    "traverse": Suite(traverse, 25),
-    "skip": Suite(skip, 9),
-    "rows": Suite(rows, 7),
-    "sparse": Suite(sparse, 15),
+    "overhead": Suite(suites.overhead, 9),
+    "traverse": Suite(suites.traverse, 25),
+    "skip": Suite(suites.skip, 9),
+    "rows": Suite(suites.rows, 7),
+    "sparse": Suite(suites.sparse, 15),
     "launch": Suite(launch, 9, {"nf4": "its host is too narrow for four bits; give float32"}),
-    "speculate": Suite(speculate, 7),
-    "train": Suite(train, 7, {"nf4": "nf4 weights have no gradients; give float32 or bf16"}),
+    "speculate": Suite(suites.speculate, 7),
+    "train": Suite(suites.train, 7, {"nf4": "nf4 weights have no gradients; give float32 or bf16"}),
     "load": Suite(load, 5, {"cuda": "it measures this machine's own memory; give cpu"}),
 }
 
@@ -69,11 +72,11 @@ def run(suite: str, setting: Setting | None = None) -> dict[str, Any]:
     torch.set_num_threads(setting.threads)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UntrainedWarning)  # what gates hold takes no time
-            measured = SUITES[suite].measure(setting, rounds)
+            warnings.simplefilter("ignore", UntrainedWarning)  # values of gates take no time
+            rows = SUITES[suite].measure(setting, rounds)
     finally:
         torch.set_num_threads(threads)
-    return {"suite": suite, **setting.record(), "rounds": rounds, "rows": measured}
+    return {"suite": suite, **setting.record(), "rounds": rounds, "rows": rows}
 
 
 __all__ = ["SUITES", "Row", "Setting", "Suite", "check_suites", "run"]

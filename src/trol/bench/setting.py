@@ -1,33 +1,18 @@
-"""What a suite is measured on: the host's size, its numbers' type, device, threads, rounds.
-
-The random decoders that suites measure, built only where they fit.
-
-The rows that suites give: what was measured, beside the limit that it is held against.
-
-The limit: what the host itself takes for the layer visits that are really made.
-
-    fixed(n)  = time of the host with no layer left (embedding, norm, head) for n tokens or rows
-    layer(n)  = (host(n) - fixed(n)) / layers
-    limit     = fixed(N) + sum over all visits of layer(how many tokens or rows make the visit)
-
-All of it is measured in the same rounds as what is held against it, and taken round by round.
-"""
+"""What a suite is measured on: sizes, number types, devices, and random models built to them."""
 
 from __future__ import annotations
 
 import copy
 import os
-import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
 from trol.errors import UsageError, unknown
-from trol.evaluation.timing import Timing, ratio_and_spread
+from trol.family import InternLM2Config, TrolConfig, TrolForConditionalGeneration
 from trol.family.configuration import PUBLISHED
 from trol.family.memory import BLOCK, check_fits, quantised
 
@@ -44,7 +29,7 @@ class Size:
     prompt: int
     """Tokens of a whole prompt."""
     short: int | None
-    """Tokens of a short prompt; None where one whole prompt is dear enough."""
+    """Tokens of a short prompt; None where measuring one whole prompt takes long enough."""
     vocabulary: int = 2048
     intermediate: int | None = None
     """None for 8/3 of the hidden size, in whole blocks of 64 (which 4 bits need)."""
@@ -84,13 +69,12 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat1
 
 DEVICES = ("cpu", "cuda")
 
-ON_GPU = (1, 8, 32)
-"""Rows of a batch on a GPU."""
+BATCHES_ON_GPU = (1, 8, 32)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a suite is measured; the default is what the bounds were promised for."""
+    """Where a suite is measured; bounds are promised for the default."""
 
     size: Size = SMALL
     dtype: str = "float32"
@@ -101,7 +85,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """How it differs from the default, as in "1.8b-bf16"; nothing where it does not."""
+        """How it differs from the default, as in "1.8b-bf16"; empty at the default."""
         default = Setting()
         parts = [self.size.name] if self.size.name != default.size.name else []
         parts += [self.dtype] if self.dtype != default.dtype else []
@@ -110,11 +94,11 @@ class Setting:
         return "-".join(parts)
 
     def must(self, bound: float) -> float | None:
-        """`bound` where bounds were promised, at the default; None elsewhere."""
+        """`bound` at the default setting; None elsewhere, where nothing is promised."""
         return None if self.name else bound
 
     def record(self) -> dict[str, object]:
-        """What result files say of it."""
+        """Its entries in result files."""
         kinds = {"size": self.size.name, "dtype": self.dtype, "device": self.device}
         return {**kinds, "threads": self.threads}
 
@@ -122,7 +106,7 @@ class Setting:
         """(rows, tokens) of the prompts: one short, one whole, and `rows` of a quarter of it."""
         whole = self.size.prompt
         if self.device == "cuda":
-            return [(batch, whole) for batch in ON_GPU]
+            return [(batch, whole) for batch in BATCHES_ON_GPU]
         if self.size.short is None:
             return [(1, whole)]
         return list(dict.fromkeys([(1, self.size.short), (1, whole), (rows, whole // 4)]))
@@ -168,24 +152,36 @@ def host(setting: Setting, *, layers: int | None = None, training: bool = False)
     Raises:
         HostError: it does not fit the memory at hand; nothing was built then.
     """
-    config = _config(setting.size, layers or setting.size.layers)
-    what = f"a host of size {setting.size.name!r} in {setting.dtype}"
+    size = setting.size
+    heads = size.heads or size.hidden // 64
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.width,
+        num_hidden_layers=layers or size.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=size.kv_heads or heads,
+        vocab_size=size.vocabulary,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    what = f"a host of size {size.name!r} in {setting.dtype}"
     check_fits(what, needed_bytes(setting, config, training=training), setting.device, CURE)
     torch.manual_seed(0)
     with torch.device(setting.device):
-        made = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[setting.dtype], attn_implementation="sdpa"
         )
     if setting.dtype == "nf4":
-        made = LlamaForCausalLM.from_pretrained(
+        model = LlamaForCausalLM.from_pretrained(
             None,
             config=config,
-            state_dict=made.state_dict(),
+            state_dict=model.state_dict(),
             dtype=DTYPES[setting.dtype],
             device_map=setting.device,
             quantization_config=quantised(4, DTYPES[setting.dtype]),
         )
-    return made.eval()
+    return model.eval()
 
 
 def needed_bytes(setting: Setting, config: Any, *, training: bool = False) -> int:
@@ -205,108 +201,45 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def _config(size: Size, layers: int) -> LlamaConfig:
-    heads = size.heads or size.hidden // 64
-    return LlamaConfig(
+def idle_host(setting: Setting) -> Any:
+    """A random Llama of which all layers but the lowest quarter do next to nothing."""
+    model = host(setting, layers=setting.size.deep)
+    for layer in model.model.layers[working_layers(setting) :]:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.mul_(1e-3)  # norms keep their type where linear maps have 4 bits
+    return model
+
+
+def working_layers(setting: Setting) -> int:
+    """How many of the lowest layers of the idle host do anything."""
+    return max(1, setting.size.deep // 4)
+
+
+def released_kind(size: Size) -> TrolForConditionalGeneration:
+    """An InternLM2 of this size behind a vision tower that costs next to nothing."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=64,
+        patch_size=4,
+    )
+    heads = size.hidden // 64
+    text = InternLM2Config(
+        vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.width,
-        num_hidden_layers=layers,
+        num_hidden_layers=size.layers,
         num_attention_heads=heads,
-        num_key_value_heads=size.kv_heads or heads,
-        vocab_size=size.vocabulary,
-        max_position_embeddings=4096,
-        bos_token_id=1,
+        num_key_value_heads=max(1, heads // 2),
         eos_token_id=2,
     )
-
-
-Row = dict[str, Any]
-"""`{"case", "baseline_ms", "measured_ms", "limit_ms", "ratio", "spread", "must", "limit",
-"noisy"}`: medians in milliseconds; ratio = measured / limit, the median over rounds, spread half
-its interquartile range; `must` is the most that the ratio may be, None where nothing is promised;
-`limit` says in words what the limit is."""
-
-NOISE = 0.05
-"""A spread above this share of the ratio makes a row noisy."""
-
-
-def row(
-    case: str,
-    baseline_ms: list[float],
-    measured_ms: list[float],
-    limits_ms: list[float],
-    *,
-    limit: str,
-    must: float | None,
-) -> Row:
-    """A row of times, one for each round."""
-    ratio, spread = ratio_and_spread(limits_ms, measured_ms)
-    return {
-        "case": case,
-        "baseline_ms": statistics.median(baseline_ms),
-        "measured_ms": statistics.median(measured_ms),
-        "limit_ms": statistics.median(limits_ms),
-        "ratio": ratio,
-        "spread": spread,
-        "must": must,
-        "limit": limit,
-        "noisy": spread > NOISE * abs(ratio),
-    }
-
-
-def figure_row(case: str, ratio: float, *, limit: str, must: float | None) -> Row:
-    """A row of something that is no time."""
-    times: Row = dict.fromkeys(("baseline_ms", "measured_ms", "limit_ms"))
-    told = {"ratio": ratio, "spread": 0.0, "must": must, "limit": limit, "noisy": False}
-    return {"case": case, **times, **told}
-
-
-def memory_row(case: str, bare: list[Timing], measured: list[Timing]) -> Row | None:
-    """The most memory held on a GPU, to the bare host's; None without a GPU."""
-    peaks = [max(t.peak_bytes or 0 for t in times) for times in (bare, measured)]
-    if not all(peaks):
-        return None
-    told = figure_row(case, peaks[1] / peaks[0], limit="the bare host's peak", must=None)
-    return {**told, "baseline_bytes": peaks[0], "measured_bytes": peaks[1]}
-
-
-def phase_of(times: list[Timing], phase: str) -> list[float]:
-    """The milliseconds of `prefill` or `decode`, round by round."""
-    return [getattr(one, phase) for one in times]
-
-
-@dataclass(frozen=True)
-class HostTimes:
-    """The bare host's milliseconds at one number of tokens or rows, round by round."""
-
-    whole: list[float]
-    """With all its layers."""
-    fixed: list[float]
-    """With none of them."""
-    layers: int
-
-    def layer(self) -> list[float]:
-        """What one layer takes; nothing at least, whatever hiccup the round had."""
-        pairs = zip(self.whole, self.fixed, strict=True)
-        return [max(whole - fixed, 0.0) / self.layers for whole, fixed in pairs]
-
-
-def limit_of(times: Mapping[int, HostTimes], at: int, visits: Mapping[int, float]) -> list[float]:
-    """The limit, round by round.
-
-    Args:
-        times: number of tokens or rows -> the host's times there.
-        at: the number at which the fixed part is paid.
-        visits: number of tokens or rows -> how many layer visits so many of them make.
-    """
-    limits = list(times[at].fixed)
-    for number, count in visits.items():
-        if number and count:
-            layer = times[number].layer()
-            limits = [limit + count * one for limit, one in zip(limits, layer, strict=True)]
-    return limits
-
-
-def scaled(times: list[float], by: float) -> list[float]:
-    """`by` times each."""
-    return [by * one for one in times]
+    config = TrolConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=text.vocab_size,
+        depth={"policy": "trol_mixer", "sharing": "shared"},
+    )
+    return TrolForConditionalGeneration(config).eval()

@@ -66,7 +66,7 @@ def bench(
 
 def _profile(suite: str, setting: Setting, *, as_json: bool) -> None:
     """The operators that take the most time in one pass, beside those of the bare host."""
-    from trol.bench.compare import profiled
+    from trol.bench.operators import profiled
 
     with terminal.quiet_libraries():
         operators = profiled(suite, setting)
@@ -129,7 +129,7 @@ def file_name(suite: str, setting: Setting) -> str:
 
 def _stored(against: Path, names: list[str], setting: Setting) -> dict[str, Any]:
     """The stored results of these suites, as far as there are any."""
-    from trol.bench.compare import read_stored
+    from trol.bench.cases import read_stored
 
     if not against.exists():
         raise UsageError(f"there is no {against}; give a result of --out, or the folder of them.")
@@ -145,7 +145,7 @@ def _stored(against: Path, names: list[str], setting: Setting) -> dict[str, Any]
 
 def _check_speed(results: dict[str, Any], stored: dict[str, Any], against: Path) -> None:
     """Fails, naming the rows, where a suite is slower than it was."""
-    from trol.bench.compare import compare
+    from trol.bench.cases import compare
 
     slower: list[str] = []
     for name, result in results.items():

@@ -52,7 +52,7 @@ def curve(
     from trol.evaluation import curve_methods
     from trol.evaluation.curve import curve as measure_curve
     from trol.evaluation.tasks import check_tasks, default_task
-    from trol.reports import curve_page
+    from trol.reports.curve import write
 
     names = None if tasks is None else listed(tasks)
     request = curve_methods.Request(
@@ -84,7 +84,7 @@ def curve(
                 progress=lambda what, done, of: bar(done, of, what),
             )
         result = {"model": model, **curves, "run": run_record()}
-        page = curve_page.write(result, out)
+        page = write(result, out)
     terminal.report(result, as_json=as_json, text=lambda: _text(result, page))
 
 
@@ -109,15 +109,12 @@ def _adapters(model: Any, folders: Sequence[str]) -> dict[str, Any]:
 
 
 def _text(result: dict[str, Any], page: Path) -> str:
-    """Cost and the judging metric of every point, then what the page says in words."""
-    from trol.reports import curve_page
-    from trol.reports.curve_words import sentences
+    """The tables of every task, with the judging metric alone, and where the page is."""
+    from trol.reports.curve import tables_of
 
     parts: list[str] = []
     for name, task in result["tasks"].items():
-        rows = [[name, "visits", "FLOPs", "time", next(iter(task["metrics"]))]]
-        for row in curve_page.table(task):
-            label = f"{row['method']} {row['settings']}"
-            rows.append([label, *row["costs"][:3], row["metrics"][0]])
-        parts += [terminal.table(rows), *sentences(result, name)]
+        parts.append(f"{name}:")
+        for table in tables_of(task, [next(iter(task["metrics"]))]):
+            parts += [terminal.table([table.heading, *table.rows]), *table.notes]
     return "\n".join([*parts, str(page)])

@@ -40,7 +40,7 @@ def demo(
 ) -> None:
     """Train a small model here and report what traversal did to it."""
     from trol import training
-    from trol.reports import demo_report
+    from trol.reports.training import differences_table, write_demo
 
     started = time.perf_counter()
     training.resolve(recipe, overrides or [])  # refuses a wrong key before anything starts
@@ -48,13 +48,11 @@ def demo(
     with terminal.quiet_libraries():
         results = _gather(_run_seeds(recipe, overrides or [], seeds, out))
         results["run"] = run_record(0) | {"seconds": round(time.perf_counter() - started, 1)}
-        page = demo_report.write(results, out)
-    last = (f"Report: {page}", "Ask it: trol chat --image docs/board.png")
-    terminal.report(
-        results,
-        as_json=as_json,
-        text=lambda: "\n".join([*demo_report.verdicts(results), *last]),
-    )
+        page = write_demo(results, out)
+    table = differences_table(results)
+    lines = [terminal.table([table.heading, *table.rows]), *table.notes, f"Report: {page}"]
+    lines.append("Ask it: trol chat --image docs/board.png")
+    terminal.report(results, as_json=as_json, text=lambda: "\n".join(lines))
 
 
 def _run_seeds(
@@ -156,7 +154,7 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
     from trol.evaluation import sample_questions
     from trol.files import folder, write_whole
     from trol.reports.maps import draw
-    from trol.reports.pages import beside
+    from trol.reports.pages import warning_if_it_fails
 
     maps: list[dict[str, str]] = []
     for number, sample in enumerate(sample_questions(9)[::4][:MAPS]):
@@ -166,7 +164,7 @@ def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
         depth_map, values = trace_question(conversation, sample.question)
         name = f"map-{number}.png"
         caption = f"Asked: {sample.question} Answered: {values['answer']}. Right: {sample.answer}."
-        with beside(out / "results.json"):
+        with warning_if_it_fails(out / "results.json"):
             write_whole(folder(out) / name, draw(depth_map))
             maps.append({"file": name, "caption": caption})
     return maps

@@ -33,7 +33,7 @@ def map_question(
     from trol.data.images import open_image
     from trol.files import folder, write_json, write_whole
     from trol.reports.maps import draw
-    from trol.reports.pages import beside
+    from trol.reports.pages import warning_if_it_fails
 
     picture = open_image(image)
     conversation = open_conversation(model, max_new_tokens=max_new_tokens, plan=depth)
@@ -42,7 +42,7 @@ def map_question(
         depth_map, values = trace_question(conversation, question)
         file = folder(out) / "map.png"
         result = {"model": model, "image": image, **values, "file": str(file), "run": run_record()}
-        with beside(write_json(file.with_name("map.json"), result)):
+        with warning_if_it_fails(write_json(file.with_name("map.json"), result)):
             write_whole(file, draw(depth_map))
     terminal.report(result, as_json=as_json, text=lambda: f"{values['answer']}\n{file}")
 

@@ -64,7 +64,7 @@ def oracle(
     from trol.evaluation.store import Store
     from trol.evaluation.tasks import default_task
     from trol.policies.router import Router
-    from trol.reports import oracle_page
+    from trol.reports.oracle import write
 
     part = check_shard(shard)
     parsed(menu, read_plan)
@@ -91,7 +91,7 @@ def oracle(
         result |= _result(asked, levels, store, metric, part)
         if result["complete"]:
             result["run"] = run_record(seed)
-            oracle_page.write(result, out)
+            write(result, out)
             if router is not None:
                 result["router"] = _train_router(
                     opened, processor, out, router, metric=metric, after=after, seed=seed
@@ -160,6 +160,8 @@ def _result(
 
 
 def _text(result: dict[str, Any]) -> str:
+    from trol.reports.oracle import tables_of
+
     if not result["complete"]:
         missing = ", ".join(f"--shard {one}" for one in result["missing"])
         return f"This part is finished. Missing: {missing}; run them with the same settings."
@@ -168,7 +170,10 @@ def _text(result: dict[str, Any]) -> str:
         [level["plan"], str(level["cost"]), f"{level['mean'][result['metric']]:.4f}"]
         for level in result["menu"]
     ]
-    lines = [terminal.table(rows), "", *result["verdict"], "", f"{result['out']}/oracle.html"]
+    lines = [terminal.table(rows), ""]
+    for table in tables_of(result):
+        lines += [terminal.table([table.heading, *table.rows]), *table.notes, ""]
+    lines.append(f"{result['out']}/oracle.html")
     if "router" in result:
         lines += ["", _router_text(result["router"])]
     return "\n".join(lines)

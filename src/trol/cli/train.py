@@ -75,13 +75,14 @@ def _interrupted(folder: Path) -> str:
 def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:
     """Writes the page of the run and the model card, beside the model."""
     from trol.files import write_json
-    from trol.reports import card, training_page
+    from trol.reports.description import write_card
+    from trol.reports.training import write_run
 
     result["validation"] = _validation(folder, questions)
     content = {key: value for key, value in result.items() if key != "model"}  # folders move
     write_json(folder / "training.json", content)
-    training_page.write(folder)
-    card.write(folder)
+    write_run(folder)
+    write_card(folder)
 
 
 def _validation(folder: Path, questions: int) -> dict[str, Any] | None:

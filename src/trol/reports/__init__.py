@@ -1,3 +1,6 @@
-"""Pictures and reports, made from arrays, traces and result files only."""
+"""Pages, charts and descriptions, made from result files, traces and models.
+
+May import every room but `bench` and `cli`.
+"""
 
 from __future__ import annotations

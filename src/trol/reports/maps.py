@@ -1,10 +1,7 @@
-"""The map: where image tokens and words went twice, layer by layer, as one picture.
+"""The map: where image tokens and words of a prompt went twice, layer by layer, as one picture.
 
-L layers, N image tokens, W words of the question.
-
-From one prompt's trace to its map: which rows belong to the picture, which to the words.
-
-L layers, R visits at most, T tokens of the trace (the prompt first, answers after it).
+A map is made of the trace of one prompt with one picture. Shapes: L layers, R visits at most,
+T tokens of the trace (the prompt first, then the answer), N image tokens, W words of the question.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,12 +18,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from torch import Tensor
 
 from trol.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 PANELS_PER_ROW = 6
 LINE_CHARACTERS = 84
@@ -37,7 +31,7 @@ FAINT = "#6b7280"
 
 @dataclass(frozen=True)
 class DepthMap:
-    """What one prompt did: gates are the share of the output that later visits gave, 0 to 1."""
+    """The visits of one prompt; a gate is the share of the output that later visits gave."""
 
     picture: Image.Image
     grid: tuple[int, int]
@@ -61,11 +55,11 @@ class DepthMap:
             "visits": (self.visits.shape, (layers, rows * columns)),
             "word_gates": (self.word_gates.shape, (layers, len(self.words))),
         }
-        for name, (got, wanted) in expected.items():
-            if got != wanted:
+        for name, (shape, wanted) in expected.items():
+            if shape != wanted:
                 raise UsageError(
-                    f"map: {name} has shape {got}; a {rows} x {columns} grid, {layers} layers and "
-                    f"{len(self.words)} words need {wanted}."
+                    f"map: {name} has shape {shape}; a {rows} x {columns} grid, {layers} layers "
+                    f"and {len(self.words)} words need {wanted}."
                 )
 
 
@@ -207,23 +201,23 @@ def map_of(
     first), input_ids [prompt tokens]. The gate of a token is the weight of its later visits.
     """
     tokens = input_ids.cpu().numpy()
-    prompt = len(tokens)
-    shares = weights[:, 2:].sum(1)[:, :prompt].float().cpu().numpy().clip(0, 1)
-    times = visits[:, :prompt].cpu().numpy()
-    of_picture = np.flatnonzero(tokens == image_token)
-    if not len(of_picture):
+    gates = weights[:, 2:].sum(1)[:, : len(tokens)].float().cpu().numpy().clip(0, 1)
+    image = np.flatnonzero(tokens == image_token)
+    if not len(image):
         raise UsageError("the prompt holds no image token; give one picture with --image.")
-    quiet = {image_token, tokenizer.pad_token_id}  # role marks are shown: they go twice as well
-    of_words = [place for place, token in enumerate(tokens.tolist()) if token not in quiet]
-    words = {place: str(tokenizer.decode([tokens[place]])).strip() for place in of_words}
-    shown = [place for place, word in words.items() if word]
+    hidden = {image_token, tokenizer.pad_token_id}  # role marks are shown: they go twice as well
+    words = {
+        place: word
+        for place, token in enumerate(tokens.tolist())
+        if token not in hidden and (word := str(tokenizer.decode([token])).strip())
+    }
     return DepthMap(
         picture=picture,
-        grid=grid_of(len(of_picture), picture.size),
-        gates=shares[:, of_picture],
-        visits=times[:, of_picture],
-        words=[words[place] for place in shown],
-        word_gates=shares[:, shown],
+        grid=grid_of(len(image), picture.size),
+        gates=gates[:, image],
+        visits=visits.cpu().numpy()[:, image],
+        words=list(words.values()),
+        word_gates=gates[:, list(words)],
         title=title,
     )
 

@@ -42,18 +42,18 @@ def test_grid_of(tokens: int, size: tuple[int, int], grid: tuple[int, int]) -> N
 def test_map_of_takes_the_prompt_apart() -> None:
     ids = torch.tensor([0, 9, 9, 9, 9, 1, 2, 3])
     gates = torch.arange(20).reshape(2, 10) / 20  # two answer tokens follow the prompt
-    found = map_of(
+    depth_map = map_of(
         *traced(gates),
         ids,
         picture=Image.new("RGB", (8, 8)),
         image_token=9,
         tokenizer=Words(),
     )
-    assert found.grid == (2, 2)
-    assert np.allclose(found.gates, gates[:, 1:5])
-    assert found.words == ["what", "costs $5", "?"]
-    assert np.allclose(found.word_gates, gates[:, 5:8])
-    values = as_values(found)
+    assert depth_map.grid == (2, 2)
+    assert np.allclose(depth_map.gates, gates[:, 1:5])
+    assert depth_map.words == ["what", "costs $5", "?"]
+    assert np.allclose(depth_map.word_gates, gates[:, 5:8])
+    values = as_values(depth_map)
     assert values["layers"] == 2
     assert values["image"]["visits"] == [[2] * 4] * 2
 

@@ -1,4 +1,4 @@
-"""The report: self-contained, complete, and worded from its numbers."""
+"""The demo's page: self-contained, complete, with the intervals of its differences."""
 
 import json
 import re
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trol.errors import UsageError
-from trol.reports import demo_report as report
+from trol.errors import DataError
+from trol.files import write_json, write_whole
+from trol.reports.training import differences_table, readable, render_demo, write_demo
 
 TYPES = ("digit", "hop1")
 
@@ -47,7 +48,7 @@ def results(place: Path, *, seeds: int = 3, gain: float = 0.0) -> dict[str, Any]
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    page = report.write(results(tmp_path), tmp_path).read_text()
+    page = write_demo(results(tmp_path), tmp_path).read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
     assert page.count("<svg") == 4
@@ -63,37 +64,64 @@ def test_svg_ids_are_not_shared(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_no_gain_is_promised_that_is_not_shown(tmp_path: Path) -> None:
-    page = _page(tmp_path)
-    assert "No difference is shown between traversal on and the twin" in page
-    assert "scored higher than the twin" not in page
+def test_a_difference_that_is_not_shown_holds_zero(tmp_path: Path) -> None:
+    table = differences_table(results(tmp_path))
+    assert table.rows[0] == [
+        "traversal on − the twin trained without",
+        "+0.5 [−0.7, +1.7]",
+        "2 of 3",
+    ]
+    assert "+0.5 [−0.7, +1.7]" in _page(tmp_path)
 
 
-def test_a_gain_is_told(tmp_path: Path) -> None:
-    page = report.render(results(tmp_path, gain=0.2), tmp_path)
-    assert "Traversal on scored higher than the twin trained without traversal" in page
-    assert "Few seeds" in page
+def test_a_gain_is_shown_with_its_interval(tmp_path: Path) -> None:
+    gained = results(tmp_path, gain=0.2)
+    table = differences_table(gained)
+    assert [row[1:] for row in table.rows] == [
+        ["+20.5 [+19.3, +21.7]", "3 of 3"],
+        ["+55.0 [+55.0, +55.0]", "3 of 3"],
+        ["+0.0 [+0.0, +0.0]", "0 of 3"],
+        ["−10.0 [−10.0, −10.0]", "0 of 3"],
+        ["+10.0 [+10.0, +10.0]", "3 of 3"],
+    ]
+    assert "50% of second visits" in table.rows[2][0]
+    assert "few" in table.notes[-1]
+    assert "few" in render_demo(gained, tmp_path)
 
 
 def test_one_seed_is_called_one_draw(tmp_path: Path) -> None:
-    page = report.render(results(tmp_path, seeds=1), tmp_path)
+    one = results(tmp_path, seeds=1)
+    page = render_demo(one, tmp_path)
     assert "1 seed (0): there is no spread" in page
-    assert page.count("One seed, so no spread and no conclusion") == 3
+    assert "One seed gives no interval" in page
     assert "±" not in page
+    assert all("[" not in row[1] for row in differences_table(one).rows)
 
 
 def test_the_table_ends_with_the_mean_over_types(tmp_path: Path) -> None:
-    row = report.accuracy_table(results(tmp_path), TYPES)[-1]
-    assert row["type"] == "all"
-    assert row["n"] == 200
-    assert row["arms"]["off"] == "35.0 ± 0.0"
+    last = re.search(r'<tr class="all">(.*?)</tr>', _page(tmp_path), re.DOTALL)
+    assert last is not None
+    cells = re.findall(r"<td>(.*?)</td>", last[1])
+    assert cells[:3] == ["all", "200", ""]
+    assert cells[4] == "35.0 ± 0.0"
 
 
 def test_missing_results_are_named(tmp_path: Path) -> None:
     short = results(tmp_path)
     del short["gates"], short["chance"]
-    with pytest.raises(UsageError, match="lack chance, gates"):
-        report.render(short, tmp_path)
+    with pytest.raises(
+        DataError, match=r"results\.json lacks chance, gates; run `trol demo` again"
+    ):
+        write_demo(short, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    path = write_whole(tmp_path / "a.txt", "first")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    assert path.read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +129,8 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
     [(80, "80"), (2.5e9, "2.5 G"), (81920, "81.9 k"), (0.1234, "0.123"), (None, "–")],
 )
 def test_numbers_are_readable(value: float | None, text: str) -> None:
-    assert report.readable(value) == text
+    assert readable(value) == text
 
 
 def _page(place: Path) -> str:
-    return report.render(results(place), place)
+    return render_demo(results(place), place)

@@ -1,22 +1,20 @@
-"""Opening takes transformers' time, and never the weights' size in memory twice.
+"""The suite `load`: opening takes transformers' time, and never the weights' size in memory twice.
 
 A checkpoint in the published layout is opened as it lies, its tensors renamed and cut while they
-are read. Its limit is what transformers takes to open the same model where it saved it itself.
-And a host is opened with an adapter put on it; its limit is the host alone. Memory is the most that
-the process held of its own while opening (what is mapped from a file does not count), to the bytes
-of the weights.
-
-A checkpoint of random weights in the published layout, and what opening one takes.
+are read; the limit is what transformers takes to open the same model where it saved it itself. A
+host is opened with an adapter put on it; the limit is the host alone. Memory is the most that the
+process held of its own while opening (what is mapped from a file does not count), to the bytes of
+the weights. The published checkpoint has random weights and is written here.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +22,23 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from trol.bench.overhead import released_kind
-from trol.bench.setting import DTYPES, Row, Setting, figure_row, host, row
+from trol.bench.cases import Case, Row, Runs, figure, measured
+from trol.bench.setting import DTYPES, Setting, host, released_kind
 from trol.checkpoints.adapter import load as load_adapter
 from trol.checkpoints.adapter import save as save_adapter
 from trol.depth import attach
-from trol.evaluation.timing import interleaved
 from trol.family import TrolConfig, TrolForConditionalGeneration
 from trol.family.configuration import PUBLISHED
 from trol.family.memory import quantised, trim_memory
 from trol.family.published.layouts import sources
+from trol.files import write_json
 from trol.policies.mixer import TrolMixer
 
 SHARD_BYTES = 2**30
 
 
 def write_published(folder: Path, config: TrolConfig, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes random weights of these dimensions as the released checkpoints lie."""
+    """Writes random weights of these dimensions in the layout of the released checkpoints."""
     family = "phi3" if config.text_config.model_type == "phi3" else "internlm2"
     rows, columns = config.patch_grid
     names, shard = {}, 0
@@ -50,15 +48,14 @@ def write_published(folder: Path, config: TrolConfig, dtype: torch.dtype = torch
         save_file(tensors, folder / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": names}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
     hidden = config.text_config.hidden_size
     gate = {"weight": 0.02 * torch.randn(1, hidden), "bias": torch.zeros(1)}
     layers = range(config.text_config.num_hidden_layers)
     torch.save({f"{i}.{k}": v for i in layers for k, v in gate.items()}, folder / "trol_gating.pt")
-    stated = _phi3(config) if family == "phi3" else _internlm2(config)
-    _write_json(
-        folder / "config.json", {**stated, "torch_dtype": str(dtype).removeprefix("torch.")}
-    )
+    settings = _phi3(config) if family == "phi3" else _internlm2(config)
+    settings["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", settings)
 
 
 def _shards(wanted: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
@@ -76,10 +73,10 @@ def _shards(wanted: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]
 
 def _internlm2(config: TrolConfig) -> dict[str, Any]:
     text = config.text_config
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    more = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
     return {
-        **{name: getattr(text, name) for name in (*kept, *more)},
+        **{name: getattr(text, name) for name in same},
         "architectures": ["TroLForCausalLM"],
         "model_type": "internlm2",
         "rope_theta": 1e6,
@@ -106,14 +103,10 @@ def _phi3(config: TrolConfig) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 class PeakMemory:
-    """The most anonymous memory of this process above what it had at first. Unit: bytes.
+    """The most anonymous memory that this process holds beyond what it held before. Unit: bytes.
 
-    Only where the system tells it of a process: on Linux. `peak` is 0 elsewhere.
+    It is known on Linux alone; `peak` is 0 elsewhere.
     """
 
     def __enter__(self) -> PeakMemory:
@@ -140,28 +133,41 @@ def _anonymous() -> int:
     return 1024 * int(line.split()[1])
 
 
-MUST_HOLD = 1.1
-"""The most memory of its own that opening may take, to the bytes of the weights."""
+@dataclass(frozen=True)
+class Opening:
+    """One opening of a model."""
 
-Opened = tuple[float, int]
-"""Milliseconds, and the most bytes held meanwhile."""
+    open: float
+    """Unit: milliseconds."""
+    peak: int
+    """The most bytes held meanwhile."""
 
 
 def load(setting: Setting, rounds: int) -> list[Row]:
     """Published layout against transformers' own, and a host with its adapter against the host."""
     with tempfile.TemporaryDirectory() as folder:
-        return _rows(Path(folder), setting, rounds)
+        places = {name: Path(folder) / name for name in ("published", "saved", "host", "adapter")}
+        _write(places, setting)
+        times = measured(_runs(places, setting), rounds)
+        rows = []
+        for name, plain, limit in (
+            ("published", "saved", "transformers' own layout"),
+            ("adapter", "host", "the host alone"),
+        ):
+            run, bare = f"{name} open", f"{plain} open"
+            rows.append(Case(run, run, limit, 1, baseline=bare).row(times, setting))
+            if peak := max(times[f"{name} peak"]):
+                weights = sum(one.stat().st_size for one in places[plain].glob("*.safetensors"))
+                case, must = f"{name} peak memory", setting.must(1.1)
+                rows.append(figure(case, peak / weights, "bytes of the weights", must))
+        return rows
 
 
-def _rows(folder: Path, setting: Setting, rounds: int) -> list[Row]:
-    places = {name: folder / name for name in ("published", "saved", "host", "adapter")}
-    for place in places.values():
-        place.mkdir()
-    weights = _write(places, setting)
+def _runs(places: dict[str, Path], setting: Setting) -> Runs:
     settings: dict[str, Any] = {}
     if setting.dtype == "nf4":
-        kind = DTYPES[setting.dtype]
-        settings = {"dtype": kind, "quantization_config": quantised(4, compute_dtype=kind)}
+        dtype = DTYPES[setting.dtype]
+        settings = {"dtype": dtype, "quantization_config": quantised(4, compute_dtype=dtype)}
 
     def trol(place: str) -> Any:
         return TrolForConditionalGeneration.from_pretrained(places[place], **settings)
@@ -169,63 +175,35 @@ def _rows(folder: Path, setting: Setting, rounds: int) -> list[Row]:
     def llama() -> Any:
         return LlamaForCausalLM.from_pretrained(places["host"], **settings)
 
-    runs: dict[str, Callable[[], Opened]] = {
+    return {
         "saved": lambda: _opened(lambda: trol("saved")),
         "published": lambda: _opened(lambda: trol("published")),
         "host": lambda: _opened(llama),
         "adapter": lambda: _opened(lambda: load_adapter(llama(), places["adapter"])),
     }
-    times = interleaved(runs, rounds=rounds)
-    pairs = (("published", "saved"), ("adapter", "host"))
-    must = setting.must(MUST_HOLD)
-    return [made for pair in pairs for made in _pair_rows(times, pair, weights, must)]
 
 
-def _pair_rows(
-    times: dict[str, list[Opened]],
-    pair: tuple[str, str],
-    weights: dict[str, int],
-    must: float | None,
-) -> list[Row]:
-    name, plain = pair
-    own, bare = ([ms for ms, _ in times[which]] for which in pair)
-    limit = {"saved": "transformers' own layout", "host": "the host alone"}[plain]
-    made = [row(f"{name} open", bare, own, bare, limit=limit, must=None)]
-    peak = max(held for _, held in times[name])
-    if peak:
-        case, share = f"{name} peak memory", peak / weights[plain]
-        made.append(figure_row(case, share, limit="bytes of the weights", must=must))
-    return made
-
-
-def _opened(opens: Callable[[], Any]) -> Opened:
+def _opened(opens: Callable[[], Any]) -> Opening:
     trim_memory()
     with PeakMemory() as memory:
         began = time.perf_counter()
         opens()
-        taken = time.perf_counter() - began
-    return 1000 * taken, memory.peak
+        seconds = time.perf_counter() - began
+    return Opening(1000 * seconds, memory.peak)
 
 
-def _write(places: dict[str, Path], setting: Setting) -> dict[str, int]:
-    """Writes what is opened; gives the bytes of the weights."""
-    kind = DTYPES[setting.dtype]
+def _write(places: dict[str, Path], setting: Setting) -> None:
+    """Writes the four models that are opened."""
+    for place in places.values():
+        place.mkdir()
     bare = host(Setting(setting.size, "bf16" if setting.dtype == "nf4" else setting.dtype))
     bare.save_pretrained(places["host"])
     save_adapter(attach(bare, TrolMixer()), places["adapter"])
     del bare
-    write_published(places["published"], _config(setting), kind)
-    opened = TrolForConditionalGeneration.from_pretrained(places["published"])
-    opened.save_pretrained(places["saved"])
-    del opened
-    return {
-        name: sum(file.stat().st_size for file in places[name].glob("*.safetensors"))
-        for name in ("saved", "host")
-    }
-
-
-def _config(setting: Setting) -> TrolConfig:
-    if setting.size.name in {name.removeprefix("trol-") for name in PUBLISHED}:
-        return PUBLISHED[f"trol-{setting.size.name}"]()
+    published = PUBLISHED.get(f"trol-{setting.size.name}")
     with torch.device("meta"):
-        return released_kind(setting.size).config
+        config = published() if published else released_kind(setting.size).config
+    write_published(places["published"], config, DTYPES[setting.dtype])
+    TrolForConditionalGeneration.from_pretrained(places["published"]).save_pretrained(
+        places["saved"]
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trol.bench.compare import compare, read_stored
+from trol.bench.cases import compare, read_stored
 from trol.errors import DataError, UsageError
 
 AT = {"size": "small", "dtype": "float32", "device": "cpu", "threads": 1}
@@ -27,11 +27,11 @@ def test_a_row_is_slower_beyond_both_spreads_and_the_floor() -> None:
 
 
 def test_noisy_rows_are_told_and_do_not_fail() -> None:
-    for found, stored in (
+    for measured, stored in (
         (result(1.5, noisy=True), result(1.0)),
         (result(1.5), result(1.0, noisy=True)),
     ):
-        compared = compare(found, stored)
+        compared = compare(measured, stored)
         assert compared.unsure
         assert not compared.slower
 
@@ -43,9 +43,9 @@ def test_another_suite_is_not_compared() -> None:
 
 
 def test_rows_that_came_or_went_do_not_fail() -> None:
-    stored, found = result(1.0), result(1.0)
-    found["rows"][0]["case"] = "new"
-    compared = compare(found, stored)
+    stored, measured = result(1.0), result(1.0)
+    measured["rows"][0]["case"] = "new"
+    compared = compare(measured, stored)
     assert compared.lacking == ["skip: a"]
     assert not compared.slower
 
