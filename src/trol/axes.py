@@ -5,8 +5,6 @@ H heads, d head size, V vocabulary. The tests check them where they run (tests/t
 the annotations cost nothing.
 """
 
-from __future__ import annotations
-
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The errors trol raises: each says what is wrong, what was got, and what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 

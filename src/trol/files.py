@@ -4,8 +4,6 @@ Both are written under another name beside their place, flushed to the disk, and
 After an error the draft is gone, and what had the name before is as it was.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

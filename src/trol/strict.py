@@ -4,8 +4,6 @@ Unknown keys, missing keys, values of a wrong kind and values out of bounds are 
 where in the file they stand.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -2,13 +2,7 @@
 
 import pytest
 
-from golden.instructions import (
-    INSTRUCTIONS,
-    answer_of,
-    instruct,
-    max_new_tokens,
-    user_message,
-)
+from golden.instructions import INSTRUCTIONS, answer_of, instruct, max_new_tokens, user_message
 from trol.errors import UsageError
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -14,16 +14,7 @@ from trol.depth.call import Executor
 from trol.depth.planes import PlanedCache
 from trol.host.names import CACHE
 
-from .subjects import (
-    answer_masks,
-    assert_same,
-    attach_settled,
-    cuts,
-    gap,
-    made,
-    recomputed,
-    spoken,
-)
+from .subjects import answer_masks, assert_same, attach_settled, cuts, gap, made, recomputed, spoken
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -22,15 +22,7 @@ from trol.policies.controller import Controller
 from trol.policies.planned import Planned
 from trol.policies.router import Router
 
-from .subjects import (
-    assert_same,
-    attach_settled,
-    gap,
-    layers_of,
-    made,
-    recomputed,
-    some_hosts,
-)
+from .subjects import assert_same, attach_settled, gap, layers_of, made, recomputed, some_hosts
 from .test_cache import in_pieces, turns
 from .test_cost import _count, _counting
 

@@ -13,15 +13,7 @@ from trol.depth.policy import from_settings, to_settings
 from trol.errors import UsageError
 from trol.policies.planned import Planned, Replay
 
-from .subjects import (
-    HOLED,
-    assert_same,
-    attach_settled,
-    gap,
-    made,
-    policy_cases,
-    some_hosts,
-)
+from .subjects import HOLED, assert_same, attach_settled, gap, made, policy_cases, some_hosts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 NOT_REPLAYED = (*HOLED, "exit_heads")

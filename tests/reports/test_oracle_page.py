@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from trol.evaluation.oracle import menu_of
 
 from evaluation.oracle_standins import rows_of
 from trol.depth import Plan
 from trol.errors import DataError
+from trol.evaluation.oracle import menu_of
 from trol.evaluation.oracle_report import report
 from trol.reports import oracle
 

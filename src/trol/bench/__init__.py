@@ -3,8 +3,6 @@
 May import every room but `reports` and `cli`.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ The limit is what the host itself takes for the layer visits that are really mad
 All of it is measured in the same rounds as what is held against it, and worked out round by round.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence

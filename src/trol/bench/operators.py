@@ -1,7 +1,5 @@
 """Operators: how many a pass launches (the suite `launch`), and where the time of a pass goes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What a suite is measured on: sizes, number types, devices, and random models built to them."""
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A case's limit is the host's own time for the layer visits that are made (`trol.
 unless the case says otherwise.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping

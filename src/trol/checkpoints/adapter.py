@@ -3,8 +3,6 @@
 Also digests, short texts that identify a model by its configuration or by its weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -5,8 +5,6 @@ gone. Its weights are the model's own under other names, its configuration is cu
 both compute what the plan computes is checked on samples before anything is written.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

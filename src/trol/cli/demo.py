@@ -3,8 +3,6 @@
 One seed of the demo: train the stages that both arms share, then each arm, then measure.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`trol eval`: scores per question type, beside chance."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from trol.cli import terminal

@@ -1,7 +1,5 @@
 """`trol info`: what is installed here, what trol assumes of it, and what it makes of a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`trol train`: run a recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any

@@ -7,8 +7,6 @@ for all answers: the text between the stand-ins is what the template makes of th
 answer begins where a prompt would end, and includes the end of its turn.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

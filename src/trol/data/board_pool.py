@@ -1,7 +1,5 @@
 """Many boards, drawn, asked about and tokenised once, then learnt from in many steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

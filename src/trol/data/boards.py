@@ -12,8 +12,6 @@ type and one right answer:
 - `are there more red tiles than blue tiles?` is `no` for equal numbers.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence

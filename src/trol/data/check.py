@@ -1,7 +1,5 @@
 """Reads a whole mixture once, in parallel, and reports the rows that cannot be trained on."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 from collections import Counter

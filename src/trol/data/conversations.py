@@ -4,8 +4,6 @@ A batch has the inputs that the host's own processor makes, and labels at the an
 cannot be learnt from is named, counted, and replaced by a sound one.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path

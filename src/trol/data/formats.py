@@ -5,8 +5,6 @@ A row becomes messages `{"role", "content"}` whose content is a list of parts, `
 bytes of a file: nothing is opened here.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence

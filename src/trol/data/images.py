@@ -6,8 +6,6 @@ white, as viewers show them. Transparent pixels become white. Rows of data refer
 path, data URL, bytes, or, if allowed, address.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import urllib.request

@@ -6,8 +6,6 @@ each source's files, then source, row, reason and detail of each damaged row. A 
 where the sizes are no longer those of the files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ where a conversation is BOS + template + <SEP> + prompt + response template + <S
 EOS; a pair's question is the text between BOS and the second <SEP>.
 """
 
-from __future__ import annotations
-
 import csv
 import random
 import re

@@ -6,8 +6,6 @@ sources of the running Python are parsed and never imported: nothing runs, opens
 and the pairs are the same on every call.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import inspect

@@ -5,8 +5,6 @@ library opens, are mapped into memory by that library, so a table of any size ne
 memory; parquet is converted to Arrow once, in the library's own cache.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

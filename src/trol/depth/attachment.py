@@ -1,7 +1,5 @@
 """Attaching a policy to a transformers model, in place, and taking it off again."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -5,8 +5,6 @@ as `trol.depth` put in force. None of them lives on the model, so two threads on
 mix their calls up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar

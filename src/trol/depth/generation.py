@@ -1,7 +1,5 @@
 """The mixin of the model that trol is attached to: it knows question from answer."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """`LayerRun`: the host's own layer, its inputs and its cache, during one forward pass."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext, suppress
 from typing import Any
 

@@ -9,8 +9,6 @@ Beside its planes a layer may have `Holes`, the positions that skipped it and le
 values, and a record that its policy keeps of each token (`append_token_state`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

@@ -10,8 +10,6 @@ This takes a few passes over a few layers, once for each class of model. Where t
 is needed, one more pass compares FLOPs predicted from shapes with FLOPs counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

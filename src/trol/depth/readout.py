@@ -1,7 +1,5 @@
 """Reading a state where it stands: the host's final norm and head on the output of any layer."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The two mixins that make a decoder traverse: one for its layers, one for their stack."""
 
-from __future__ import annotations
-
 import warnings
 from contextlib import nullcontext
 from typing import Any, cast

@@ -3,8 +3,6 @@
 Cost: layer visits, FLOPs, bytes and milliseconds, predicted from shapes.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager

@@ -10,8 +10,6 @@ state. *Dense* computes all tokens and selects, and is the readable reference; *
 (`trol.execution.rows`) lets only the rows enter the layer that a fixed plan sends there.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Integer
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Scores compare generated texts with references; the loss reads the references themselves.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext

@@ -8,8 +8,6 @@ thresholds are searched on one half of the questions and judged on the other, in
 before (fixed-sequence testing), so the promise holds for questions that the search never saw.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

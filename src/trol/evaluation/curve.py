@@ -27,8 +27,6 @@ Points lie in rising order of `visits_share`; the last one is the full model, bu
 oracle, whose last point chooses among levels with the full model's budget.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The methods that a curve compares: how each makes its policies, cheap ones to dear ones."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The questions are about boards, from sets of pairs, from files of chats, or windows of plain text.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

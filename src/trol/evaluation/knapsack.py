@@ -15,8 +15,6 @@ layers, and the best of several outputs is better than one of them. The controls
 A bootstrap gives the interval of the oracle's share of layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

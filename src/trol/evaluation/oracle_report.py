@@ -24,8 +24,6 @@ mean over sequences; a share is of the full model's. A loss stands with its sign
 higher is better everywhere.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tasks: sets of questions by name, and what a model scores on them."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Runs are interleaved in rounds; results are medians and half the interquartile range of ratios.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

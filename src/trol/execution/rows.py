@@ -3,8 +3,6 @@
 A cache layer that holds these rows, and what of a layer's other inputs belongs to which row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

@@ -4,14 +4,7 @@ Importing this package registers them: `AutoModelForImageTextToText.from_pretrai
 `AutoProcessor.from_pretrained(folder)` and `pipeline("image-text-to-text", ...)` work after it.
 """
 
-from __future__ import annotations
-
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 # From its own module: before transformers 5.2x the other name wants torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor

@@ -4,8 +4,6 @@ A TroL model is any vision tower, any decoder, the projector between them, and a
 images of a batch are consumed in reading order: row by row, within a row from left to right.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -6,8 +6,6 @@ base. transformers takes the longest row of the batch for n, and `dynamic` remem
 so a row's result depends on its batch mates. Here n is a row's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any

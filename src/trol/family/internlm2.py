@@ -4,8 +4,6 @@ InternLM2's weights fit transformers' Llama once its fused maps are split. What 
 partial LoRA, a low-rank update on image tokens only, and embedding rows beyond the vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, cast
 

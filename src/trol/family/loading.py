@@ -5,8 +5,6 @@ Once trol.family is imported, transformers' Auto classes know such hosts too:
 config, dtype, attention, device map, quantisation and revision included, its policy attached.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Generator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Of a TroL model only the decoder's own linear maps are quantised.
 """
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import logging

@@ -4,8 +4,6 @@ Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images i
 [3, H, W] pixels and P = `config.tokens_per_image` image tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

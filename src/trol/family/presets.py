@@ -5,8 +5,6 @@ number of layers, whose conversations may have the form BOS user <SEP> assistant
 al. (arXiv 2410.20022, its code). `composed` makes a published size of checkpoints of its parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

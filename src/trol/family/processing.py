@@ -1,7 +1,5 @@
 """TrolProcessor: conversations and pictures to token ids and pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path

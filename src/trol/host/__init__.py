@@ -7,8 +7,6 @@ assumption is a row of `trol.host.assumptions`, with a check. Imports `errors` a
 Here itself: which releases of transformers trol is tested with, those that its metadata allows.
 """
 
-from __future__ import annotations
-
 import functools
 from importlib.metadata import PackageNotFoundError, requires, version
 

@@ -4,8 +4,6 @@
 every row; `trol.attach` looks up those that cost next to nothing, once in a process.
 """
 
-from __future__ import annotations
-
 import functools
 from importlib.metadata import version
 

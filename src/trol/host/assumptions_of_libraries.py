@@ -1,7 +1,5 @@
 """Rows of the table of assumptions: loading, saving, Trainer, PEFT, accelerate, bitsandbytes."""
 
-from __future__ import annotations
-
 import tempfile
 from functools import partial
 from importlib.util import find_spec

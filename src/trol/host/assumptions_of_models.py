@@ -1,7 +1,5 @@
 """Rows of the table of assumptions: models, their layers and outputs, `generate`, and caches."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

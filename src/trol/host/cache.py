@@ -5,8 +5,6 @@ A cache layer keeps keys and values (`CacheLayerMixin`), a recurrent state
 of each token, which is cropped and reordered as the layers are.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast

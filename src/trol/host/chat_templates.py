@@ -1,7 +1,5 @@
 """Chat templates: the text that one makes of a conversation, the answers it marks, and its ids."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -5,8 +5,6 @@ Then come the wrappers around a model (PEFT, data parallelism), parameters that 
 `mark_as_trol_host`, by which a saved model that needs trol is not opened without it by accident.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

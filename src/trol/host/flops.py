@@ -1,7 +1,5 @@
 """FLOPs of one visit of a layer: predicted from its modules, and counted by torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any

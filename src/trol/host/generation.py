@@ -1,7 +1,5 @@
 """What trol uses of transformers' `generate` and its forward passes, under names of our own."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

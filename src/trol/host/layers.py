@@ -6,8 +6,6 @@ the last layer: final norm, linear map, scale and cap. A family needs a row in `
 if it differs from all others; `trol.attach` probes whether it does.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

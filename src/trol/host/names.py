@@ -5,8 +5,6 @@ of a layer, and what finds a cache or a part by its name. A family whose names s
 tables needs nothing else, unless `trol.host.layers.FAMILY_NOTES` says how it differs.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast

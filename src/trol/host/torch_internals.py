@@ -5,8 +5,6 @@ operators that launch something; a context variable that `torch.compile` can tra
 run a Triton kernel of ours where Triton is installed, which is never required.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """transformers' Trainer: the moments at which trol takes part, under names of our own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

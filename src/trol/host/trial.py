@@ -4,8 +4,6 @@ An assumption is looked up on the smallest real model (`tiny_model`). The probe 
 runs a user's own model on random ids (`trial_run`) and leaves it as it was.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Weights: whether they are quantised, whether they are in memory, and where a layer computes."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -64,9 +62,7 @@ def keep_differentiable(four_bit: Any) -> None:
             f"({PACKS_FLAG}), through which no gradient would pass; train with bits=0."
         )
     if getattr(state, PACKED_FLAG, False):  # only a packed state has the attribute
-        from bitsandbytes.functional import (  # noqa: PLC0415 - an optional dependency
-            _convert_weight_packed_for_cpu_inverse as unpacked,
-        )
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked  # noqa: PLC0415 - an optional dependency
 
         four_bit.weight.data, four_bit.weight.quant_state = unpacked(four_bit.weight.data, state)
         four_bit.quant_state = four_bit.weight.quant_state

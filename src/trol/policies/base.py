@@ -3,8 +3,6 @@
 Parameters know whether they were trained or loaded, and a policy warns when it first uses others.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Controllers: tiny networks that decide, token by token and layer by layer, what is skipped."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass

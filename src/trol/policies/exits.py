@@ -4,8 +4,6 @@ Measures of confidence, the policy with its optional trained exit heads, and lay
 train a model so that it can be left early.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass

@@ -5,8 +5,6 @@
 `mixer.Gate` and `depth.policy.mixture` compute the same, and run where Triton is missing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """TroL's mixer: each layer runs again on the question, weighted token by token by a tiny gate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass

@@ -1,7 +1,5 @@
 """Random tokens in place of chosen ones: the control for every policy that chooses tokens."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """A router per sequence: the prompt's hidden states choose one plan for the whole answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any

@@ -5,8 +5,6 @@ nothing else is read. Charts are named `TASK-visits.png`, `TASK-flops.png`, `TAS
 the hidden states at half of the visits, `TASK-cosine.png`.
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Mapping, Sequence

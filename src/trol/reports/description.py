@@ -1,7 +1,5 @@
 """Descriptions of a model: as `trol info` gives it, and as the model card of a training run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

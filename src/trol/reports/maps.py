@@ -4,8 +4,6 @@ A map is made of the trace of one prompt with one picture. Shapes: L layers, R v
 T tokens of the trace (the prompt first, then the answer), N image tokens, W words of the question.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

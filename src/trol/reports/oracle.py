@@ -4,8 +4,6 @@ The results are those of `trol oracle --json`: the report of `trol.evaluation.or
 `model`, `task`, `split`, `scope` and `run` beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What every page is made of: result files, templates, tables with intervals, and charts."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -17,8 +17,6 @@ same order as `seeds`; accuracies are shares, 0 to 1)::
 `accuracy` of arm x, seed s is a mean over types unless "all" is among its keys.
 """
 
-from __future__ import annotations
-
 import base64
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """`with trol.speculate(model, draft)`, and what speculation refuses, by name and with the cure."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial

@@ -6,8 +6,6 @@ depth_config.json, depth.safetensors             the policy and its gates, as tr
 parts.safetensors                                the projector, and other parts that learnt
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

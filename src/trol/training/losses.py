@@ -3,8 +3,6 @@
 The exit loss teaches a stack to be left early: each layer's output is read as if the last.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

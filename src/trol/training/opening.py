@@ -1,7 +1,5 @@
 """Opens the model of a recipe: a new one, an existing host, or the result of an earlier run."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Recipes: what is trained, stage by stage, as one short YAML file, and what it may say."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A training run by a recipe: its stages one after another, on transformers' Trainer."""
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

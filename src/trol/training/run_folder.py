@@ -7,8 +7,6 @@ finished/stage-1/           the model after the last stage that is over
 result/                     on its way to OUT
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

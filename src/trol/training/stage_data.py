@@ -1,7 +1,5 @@
 """The data of a stage: its rows, their batches, and the module that computes a batch's loss."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Which parameters of a model learn in a stage: its parts, and what quantised weights allow."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from typing import Any

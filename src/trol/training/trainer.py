@@ -3,8 +3,6 @@
 Checkpoints are whole or absent, and a step whose loss or gradient is no number stops the stage.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

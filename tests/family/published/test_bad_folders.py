@@ -7,12 +7,7 @@ import pickle
 import pytest
 import torch
 
-from family.published.folders import (
-    drawn_gates,
-    published_folder,
-    write_json,
-    write_weights,
-)
+from family.published.folders import drawn_gates, published_folder, write_json, write_weights
 from family.published.shapes import HIDDEN, internlm2_shapes, phi3_shapes
 from trol.errors import DataError, HostError, TrolError
 from trol.family import TrolForConditionalGeneration

@@ -6,8 +6,6 @@ was broken off goes on where it was (finished files are compared and kept), and 
 more than one file of weights is in memory.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

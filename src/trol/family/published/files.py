@@ -4,8 +4,6 @@ Also what can name a checkpoint (a folder, or owner/name on the hub), and the to
 tokenizer's files add to the vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

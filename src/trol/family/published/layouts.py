@@ -6,8 +6,6 @@ own or among the weights: L entries, which may all be the same one. Tensors are 
 asked for.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re

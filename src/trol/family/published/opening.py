@@ -5,8 +5,6 @@ and its processor; `from_pretrained` of the model's class and of the processor's
 are called by themselves.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

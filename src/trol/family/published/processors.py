@@ -5,8 +5,6 @@ see one square picture, resized as torch does it; TroL-3.8B one to six square ti
 picture once more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
