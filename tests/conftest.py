@@ -20,7 +20,9 @@ import torch
 if os.environ.get("TROL_SHAPES"):  # before trol is imported; tests/test_axes.py sets it
     from jaxtyping import install_import_hook
 
-    install_import_hook(["trol.depth", "trol.execution", "trol.family"], "beartype.beartype")
+    # Not the configurations: transformers checks these dataclasses itself, by their own names.
+    family = [f"trol.family.{name}" for name in ("modeling", "generation", "processing")]
+    install_import_hook(["trol.depth", "trol.execution", *family], "signatures.checked")
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(

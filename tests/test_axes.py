@@ -13,6 +13,9 @@ CHECKED = (
     ("tests/laws/test_formula.py", "llama or gemma3"),
     ("tests/laws/test_replay.py", "llama"),
     ("tests/laws/test_exits.py", "llama"),
+    ("tests/laws/test_token_wise.py", "llama and some_twice"),
+    ("tests/laws/test_rows_kept.py", "llama"),
+    ("tests/family", "test_modeling or test_rope or test_internlm2"),
 )
 """Files of tests, and which of theirs, to be run with every signature checked."""
 

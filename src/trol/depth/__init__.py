@@ -1,8 +1,6 @@
 """Depth as a choice: plans, policies, the visit loop, planes, hosts, traces and cost.
 
-Letters: B rows of a batch, T tokens of a call, S positions so far, D hidden size, L layers,
-R most visits, H heads, d head size.
-
+Imports `execution`, `host`, `axes` and `errors`; the letters of shapes are those of `trol.axes`.
 This package is also what `with trol.depth(model, policy):` calls.
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Integer
 from torch import Tensor
 from transformers import Cache
 
@@ -19,7 +20,7 @@ from trol.host.names import PER_KEY, PER_TOKEN
 class RowSubsetLayer(AttentionLayer, Specialised):  # only in this order can a live layer become it
     """Mixin for a cache layer of a whole batch that holds some of its rows."""
 
-    held_rows: Tensor
+    held_rows: Integer[Tensor, " rows"]
     """Which rows. Shape: [b]."""
     batch: int
     """B: how many rows there are."""
@@ -80,7 +81,9 @@ class RowSubsetLayer(AttentionLayer, Specialised):  # only in this order can a l
         return places
 
 
-def hold_rows(layer: object, rows: Tensor, batch: int, device: torch.device) -> None:
+def hold_rows(
+    layer: object, rows: Integer[Tensor, " rows"], batch: int, device: torch.device
+) -> None:
     """Makes an empty cache layer one that holds these rows alone, in place."""
     layer.__class__ = specialised(type(layer), RowSubsetLayer)
     subset = cast(RowSubsetLayer, layer)
@@ -99,7 +102,7 @@ def rows_are_known(value: Any, name: str, batch: int) -> bool:
     return value.ndim == len(PER_TOKEN.get(name, ())) and len(value) in (1, batch)
 
 
-def select_rows(value: Any, name: str, rows: Tensor, batch: int) -> Any:
+def select_rows(value: Any, name: str, rows: Integer[Tensor, " rows"], batch: int) -> Any:
     """The part of a side input that belongs to some rows [b]; the whole if it belongs to none.
 
     Raises:

@@ -18,16 +18,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from trol.axes import States, TokenMask
 from trol.host.torch_internals import CompileableContextVar
 
 _VISITING = CompileableContextVar("trol_visiting_tokens")
 
 
-def of_visiting_tokens(values: Tensor) -> Tensor:
+def of_visiting_tokens(values: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, "_ n *rest"]:
     """What of `values` [B, T, ...] belongs to the tokens that the running part computes.
 
     For parts that read something of each token beside their arguments. Shape: [1, n, ...].
@@ -39,20 +41,20 @@ def of_visiting_tokens(values: Tensor) -> Tensor:
 class VisitingTokens:
     """Which of a call's B * T tokens make one visit of a layer, where not all of them do."""
 
-    def __init__(self, rows: int, tokens: int, places: Tensor) -> None:
+    def __init__(self, rows: int, tokens: int, places: Integer[Tensor, " n"]) -> None:
         self.shape = rows, tokens
         self.count = len(places)
         self.places = places if self.count else places.new_zeros(1)
         """Their indices among the B * T tokens; if there are none, the first token. Shape: [n]."""
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> VisitingTokens:
+    def from_mask(cls, mask: TokenMask) -> VisitingTokens:
         """Those of a BoolTensor [B, T]: the one look at a device's values that a visit takes."""
         rows, tokens = mask.shape
         return cls(rows, tokens, mask.flatten().nonzero()[:, 0])
 
     @classmethod
-    def from_rows(cls, visits: Sequence[bool], state: Tensor) -> VisitingTokens:
+    def from_rows(cls, visits: Sequence[bool], state: States) -> VisitingTokens:
         """All tokens of some rows; `visits` says of each row whether it is one. State [B, T, D]."""
         tokens = state.shape[1]
         rows = torch.tensor([row for row, visit in enumerate(visits) if visit])
@@ -60,7 +62,7 @@ class VisitingTokens:
         return cls(len(visits), tokens, places.to(state.device))
 
     @classmethod
-    def last_of_rows(cls, state: Tensor) -> VisitingTokens:
+    def last_of_rows(cls, state: States) -> VisitingTokens:
         """The last token of each row. Shape of state: [B, T, D]."""
         rows, tokens = state.shape[:2]
         return cls(rows, tokens, torch.arange(tokens - 1, rows * tokens, tokens).to(state.device))
@@ -83,7 +85,9 @@ class VisitingTokens:
             return value.index_select(0, self.places)
         return value
 
-    def scatter(self, value: Tensor, like: Tensor) -> Tensor:
+    def scatter(
+        self, value: Float[Tensor, "*leading out"], like: Float[Tensor, "*axes in"]
+    ) -> Float[Tensor, "*axes out"]:
         """`value` at the visiting tokens' places, 0 at all others; leading axes are `like`'s."""
         size, width = self.shape[0] * self.shape[1], value.shape[-1]
         whole = value.new_zeros(size, width)
@@ -150,14 +154,14 @@ class VisitingQueries(TorchFunctionMode):
 
     def _attend(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
+        query: Float[Tensor, "B H T d"],
+        key: Float[Tensor, "B H_kv S d"],
+        value: Float[Tensor, "B H_kv S d_v"],
+        attn_mask: Shaped[Tensor, "*B_H T S"] | None = None,
         *,
         is_causal: bool = False,
         **settings: Any,
-    ) -> Tensor:
+    ) -> Float[Tensor, "B H T d_v"]:
         out = value.new_zeros(*query.shape[:-1], value.shape[-1])
         self.skipped_pairs += query.shape[0] * query.shape[2] * key.shape[-2]
         for row, places in enumerate(self.places):

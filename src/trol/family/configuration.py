@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from jaxtyping import Bool, Shaped
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -159,7 +161,7 @@ class TrolCausalLMOutput(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-def check_count(mask: torch.Tensor, features: int, tokens_per_image: int) -> None:
+def check_count(mask: Bool[Tensor, "B T"], features: int, tokens_per_image: int) -> None:
     """`DataError` unless the mask [B, T] marks as many placeholders as there are features."""
     if torch.compiler.is_compiling():
         return  # a check on values would break the graph; TrolProcessor has checked before
@@ -174,8 +176,11 @@ def check_count(mask: torch.Tensor, features: int, tokens_per_image: int) -> Non
 
 
 def repeat_images(
-    pixel_values: torch.Tensor, mask: torch.Tensor, tokens_per_image: int, times: int
-) -> torch.Tensor:
+    pixel_values: Shaped[Tensor, "N 3 H W"],
+    mask: Bool[Tensor, "B T"],
+    tokens_per_image: int,
+    times: int,
+) -> Shaped[Tensor, "N_times 3 H W"]:
     """Pixels [N, 3, H, W] for rows each repeated `times` times: all images of a row, again.
 
     Repeating image by image, as transformers does where it has not encoded them before, would

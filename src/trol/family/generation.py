@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -48,7 +49,9 @@ class RowRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @torch.no_grad()
-    def forward(self, state: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, state: Float[Tensor, "..."], position_ids: Integer[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
         """cos and sin [B, T, d] in the type of `state`, for positions [B, T]."""
         lengths = position_ids.amax(-1, keepdim=True) + 1  # Shape: [B, 1]
         known = _AT_LEAST.get()
@@ -84,7 +87,7 @@ def by_row(decoder: nn.Module, config: Any) -> None:
 
 
 @contextmanager
-def rows_known(lengths: Tensor) -> Generator[None]:
+def rows_known(lengths: Integer[Tensor, " B"]) -> Generator[None]:
     """While prompts are read in chunks: each row's whole length, in tokens [B]."""
     token = _AT_LEAST.set(lengths[:, None])
     try:

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -61,7 +62,7 @@ class PartialLora(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.scale = alpha / rank
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
+    def forward(self, state: Float[Tensor, "*B_T in"]) -> Float[Tensor, "*B_T out"]:
         """Shape: [B, T, in] -> [B, T, out]."""
         out, image_tokens = self.base(state), _IMAGE_TOKENS.get()
         if image_tokens is None:
@@ -86,8 +87,8 @@ class InternLM2DecoderLayer(LlamaDecoderLayer):
     # Its signature is Llama's, which says what this transformers calls the cache.
     @functools.wraps(LlamaDecoderLayer.forward)
     def forward(
-        self, *args: Any, image_tokens: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
+        self, *args: Any, image_tokens: Bool[Tensor, "B T"] | None = None, **kwargs: Any
+    ) -> Float[Tensor, "B T D"]:
         """Shape: [B, T, D], in and out."""
         # Set within the layer, so that it holds too when checkpointing runs the layer once more.
         token = _IMAGE_TOKENS.set(image_tokens)

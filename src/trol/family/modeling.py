@@ -7,12 +7,14 @@ Shapes: B rows, T tokens, D hidden size of the decoder, V vocabulary; N images i
 from typing import Any, cast
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from trol.axes import States, TokenIds, TokenMask
 from trol.depth import attach, attached, is_attached
 from trol.depth.policy import from_settings, to_settings
 from trol.depth.roles import IGNORED_LABEL
@@ -43,14 +45,16 @@ class TrolProjector(nn.Module):
         self.linear_2 = nn.Linear(inner, hidden)
         self.positions = nn.Embedding(positions, hidden) if positions else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Float[Tensor, "N P width"]) -> Float[Tensor, "N P D"]:
         """Features [N, P, width of the tower / downsample_ratio²] -> [N, P, D]."""
         features = features if self.norm is None else self.norm(features)
         projected = self.linear_2(self.act(self.linear_1(features)))
         return projected if self.positions is None else projected + self.positions.weight
 
 
-def pixel_shuffle(features: torch.Tensor, ratio: float) -> torch.Tensor:
+def pixel_shuffle(
+    features: Float[Tensor, "N rows columns C"], ratio: float
+) -> Float[Tensor, "N rows_k columns_k C_kk"]:
     """One feature from each block of k x k neighbours, k = 1 / ratio, side by side.
 
     [N, rows, columns, C] -> [N, rows / k, columns / k, C · k²]; within a block row by row.
@@ -105,7 +109,7 @@ class TrolModel(TrolPreTrainedModel):
         """The module that owns the decoder's layers; within OPT's, for one, it lies deeper."""
         return self.language_model.get_decoder()
 
-    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_vision_features(self, pixel_values: Tensor) -> Float[Tensor, "N P width"]:
         """What the projector reads: the tower's patches, class tokens left out, pixel-shuffled.
 
         `pixel_values` [N, 3, H, W] -> [N, P, width of the tower / downsample_ratio²].
@@ -149,8 +153,8 @@ class TrolModel(TrolPreTrainedModel):
         return BaseModelOutputWithPooling(features, self.projector(features))
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, input_ids: TokenIds | None, inputs_embeds: States | None
+    ) -> TokenMask:
         """Where image features go [B, T]: the image token's id, or without ids its embedding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise DataError("give either input_ids or inputs_embeds, not both and not neither.")
@@ -161,7 +165,7 @@ class TrolModel(TrolPreTrainedModel):
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, input_ids: TokenIds) -> States:
         """Ids [B, T] -> [B, T, D]; an image token outside the table is looked up as id 0."""
         table = self.get_input_embeddings()
         if self.config.image_token_id >= table.num_embeddings:
@@ -169,8 +173,8 @@ class TrolModel(TrolPreTrainedModel):
         return table(input_ids)
 
     def _with_images(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, encoded: BaseModelOutputWithPooling
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, inputs_embeds: States, mask: TokenMask, encoded: BaseModelOutputWithPooling
+    ) -> tuple[States, Float[Tensor, "NP D"]]:
         """Embeddings [B, T, D] with the image features where mask [B, T] is, and those [N·P, D]."""
         assert encoded.pooler_output is not None
         features = encoded.pooler_output.flatten(0, -2)

@@ -159,7 +159,7 @@ class TrolProcessor(ProcessorMixin):
         starts = [start for start, _ in encoded["offset_mapping"]]
         return encoded["input_ids"], [int(any(s in span for span in moved)) for s in starts]
 
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:
         """What stands in the text for the image with this number."""
         tiles = image_inputs.get("num_patches")
         return self._image(self.tokens_per_image * (1 if tiles is None else int(tiles[image_idx])))
