@@ -29,7 +29,7 @@ class AdapterError(TrolError):
 
 
 class UntrainedWarning(UserWarning):
-    """A policy runs with parameters that nobody has trained; the message says what they do."""
+    """A policy runs with untrained parameters; the message says what they do."""
 
 
 def unwritable(folder: object, error: OSError) -> UsageError:

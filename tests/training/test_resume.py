@@ -31,8 +31,6 @@ from .short import SHORT, STEPS, weights
 
 MODULE = sys.modules[run.__module__]
 
-KILLS = 10
-
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
@@ -87,8 +85,8 @@ def _train(out: str, settings: list[str]) -> None:
     main(["train", "demo", *settings, "--resume", "--questions", "0", "--out", out])
 
 
-def test_killed_ten_times_it_ends_the_same(
-    tmp_path: Path, unbroken: tuple[dict[str, Any], Path]
+def test_killed_again_and_again_it_ends_the_same(
+    tmp_path: Path, unbroken: tuple[dict[str, Any], Path], request: pytest.FixtureRequest
 ) -> None:
     """Odd attempts are killed at any moment, even ones while a checkpoint is being written.
 
@@ -96,12 +94,13 @@ def test_killed_ten_times_it_ends_the_same(
     """
     context, draw = get_context("forkserver"), random.Random(5)
     context.set_forkserver_preload(["trol.training", "trol.cli"])
+    kills = 10 if request.config.getoption("--slow") else 4
     out, drafts, killed = tmp_path / "out", 0, 0
     settings = [*SHORT, "save_every=1"]
     while True:
         process = context.Process(target=_train, args=(str(out), settings))
         process.start()
-        if killed == KILLS:
+        if killed == kills:
             process.join()
             break
         drafting = killed % 2
@@ -121,7 +120,7 @@ def test_killed_ten_times_it_ends_the_same(
             assert process.exitcode == 0
             shutil.rmtree(out)
     assert process.exitcode == 0
-    assert drafts == KILLS // 2
+    assert drafts == kills // 2
     assert same(out, unbroken)
 
 

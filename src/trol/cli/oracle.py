@@ -41,7 +41,7 @@ def oracle(
         str, option("--split", "NAME", "Of the task: train, validation, test.")
     ] = "test",
     scope: Annotated[
-        str, option("--scope", "ROLES", "Who skips: answer (as the paper), all.")
+        str, option("--scope", "ROLES", "Tokens that skip: answer (as the paper), all.")
     ] = "answer",
     samples: Annotated[int | None, option("--samples", "N", SAMPLES_HELP, min=0)] = None,
     router: Annotated[

@@ -24,7 +24,7 @@ EXAMPLES = (
 )
 METHOD_HELP = "uniform, random, exit, middle; by measure: influence, greedy, draft."
 KEEP_HELP = "Share of the layers that stay; draft needs none."
-SCOPE_HELP = "Who skips: answer, question, all (as `trol export` bakes it)."
+SCOPE_HELP = "Tokens that skip: answer, question, all (as `trol export` bakes it)."
 
 SCOPES = {
     "answer": "the tokens of answers; prompts visit every layer",

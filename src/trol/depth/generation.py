@@ -44,7 +44,7 @@ class HostMixin(Specialised):
         assistant_masks: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The host's own forward pass; `assistant_masks` or `labels` tell who is answer."""
+        """The host's own forward pass; `assistant_masks` or `labels` mark the answer tokens."""
         given = partial(argument, self.trol_original.forward, args=args, kwargs=kwargs)
         labels, mask = given("labels"), given("attention_mask")
         tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
@@ -94,7 +94,7 @@ class HostMixin(Specialised):
         return replace(info, roles=info.roles.behind(more), real=real)
 
     def _info_inside_generate(self, tokens: Tensor | None, mask: Tensor | None) -> PassInfo:
-        """What is known of a pass that nobody told its roles: a question, outside `generate`.
+        """What is known of a pass without roles: outside `generate`, all its tokens are question.
 
         Raises:
             HostError: it is made inside `generate`, and cannot be told from what it holds.

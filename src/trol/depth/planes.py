@@ -1,8 +1,8 @@
 """Planes: one set of keys and values per visit number, each an ordinary transformers cache layer.
 
 Visit r of a token attends, at every earlier position, to the newest plane <= r that the position
-has. That choice is made when keys and values are written: whoever does not make visit r copies
-its plane r - 1 entry into plane r, so reading needs no choice and any cache class serves.
+has. That choice is made when keys and values are written: a token that does not make visit r
+copies its plane r - 1 entry into plane r, so reading needs no choice and any cache class serves.
 Plane 1 is the host's own cache.
 
 Beside its planes a layer may have `Holes`, the positions that skipped it and left no keys and

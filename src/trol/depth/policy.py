@@ -203,7 +203,7 @@ class AbstractPolicy(ABC):
     def learns(self, layer: int) -> bool:
         """Whether the model's own loss reaches the parameters of this layer's gate.
 
-        Others are attached frozen: whoever has a loss for them lets them learn.
+        Others are attached frozen; a training loop that has a loss for them lets them learn.
         """
         del layer
         return True
@@ -301,7 +301,7 @@ def names() -> list[str]:
 def register(policy: Policy) -> Policy:
     """Makes a policy of your own known by its `name`, so that what is saved with it can be loaded.
 
-    A class decorator; whoever loads imports the module that has the class first.
+    A class decorator; a script that loads the policy imports the module of its class first.
 
     Raises:
         UsageError: it is no policy, has no name, or another policy has that name.

@@ -180,7 +180,7 @@ INPUT = "input"
 
 @dataclass(frozen=True)
 class Context:
-    """The B x T tokens of one call: who is in scope, where they stand, how they would be read."""
+    """The B x T tokens of one call: which are in scope, their positions, and their logits."""
 
     in_scope: Mask = True
     """Where the policy applies. Shape: [B, T]."""

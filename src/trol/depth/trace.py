@@ -305,8 +305,8 @@ class Recorder:
     def _end(self, start: int, mask: Any, images: bool, milliseconds: float) -> None:
         assert self._shape is not None
         rows, tokens = self._shape
-        nobody = torch.zeros(rows, tokens, dtype=torch.long)
-        visits = torch.stack([sum(n, nobody) for n in self._needs])
+        none = torch.zeros(rows, tokens, dtype=torch.long)
+        visits = torch.stack([sum(n, none) for n in self._needs])
         most = max(len(shares) for shares in self._shares)
         full = torch.zeros(self.layers, most, rows, tokens)
         for layer, shares in enumerate(self._shares):

@@ -30,7 +30,7 @@ ARMS = {
     "single": ("best single level", PAGE_INK, ":"),
     "random": ("oracle's levels dealt at random", pages.ORANGE, "--"),
 }
-"""Who chooses the level of a sequence, as the curve calls it -> name, colour, line."""
+"""How the level of a sequence is chosen, as the curve calls it -> name, colour, line."""
 
 FEW = 100
 """Sequences below which an oracle's figures say little."""
