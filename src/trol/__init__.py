@@ -88,9 +88,13 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'trol' has no attribute {name!r}")
+        raise AttributeError(f"trol has no {name!r}; its public names: {', '.join(__all__)}.")
     home = import_module(f"trol.{_HOMES[name]}")
     return home if name == "depth" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
 
 
 _MOVED = {
@@ -116,8 +120,8 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = f"trol.{_MOVED[module.__name__.removeprefix('trol.')]}"
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        target = import_module(new)
-        vars(module)["__getattr__"] = lambda name: getattr(target, name)
+        public = vars(import_module(new)).items()
+        vars(module).update({name: value for name, value in public if not name.startswith("__")})
 
 
 sys.meta_path.append(_Moved())

@@ -1,4 +1,4 @@
-"""The idea of DESIGN in the plainest form: one token, one visit, one layer call at a time.
+"""The visit loop of ARCHITECTURE in plainest form: one token, one visit, one call at a time.
 
 No cache, no batch, no masks of scope: for every token and every visit the keys and values that it
 may see are looked up in a table, position by position, and the bare layer is called on that one

@@ -36,7 +36,7 @@ VISITS = {
 }
 """Visits of each layer by the tokens of a question."""
 
-DECIDED = {"trol_tau", "exit_sure", "exit_heads", "some_twice", "some_skip"}
+TOKEN_DEPENDENT = {"trol_tau", "exit_sure", "exit_heads", "some_twice", "some_skip"}
 """Policies whose visits hang on the tokens."""
 
 
@@ -212,7 +212,7 @@ def test_padding_is_no_visit(host: Host) -> None:
 
 
 def test_every_policy_has_its_visits_written_here() -> None:
-    assert set(VISITS) == set(POLICIES) - DECIDED
+    assert set(VISITS) == set(POLICIES) - TOKEN_DEPENDENT
 
 
 def test_a_trace_reaches_through_chunks() -> None:

@@ -51,9 +51,14 @@ def llama():
         (lambda m: attach(m, "0-40"), "layer 40 of plan '0-40': this stack has 4 layers (0-3)"),
         (lambda m: attach(m, "0-x"), "'0-x' in plan '0-x' is no segment"),
         (lambda m: attach(m, ""), "an empty plan"),
-        (lambda m: trol.attach(m, 5), "got int 5; give a policy, the name of one, a plan or plan"),
-        (lambda m: trol.depth(m, None).__enter__(), "got NoneType None; give a policy"),
-        (lambda m: trol.speculate(m, draft=None).__enter__(), "got NoneType None; give a policy"),
+        (lambda m: trol.attach(m, 5), "got 5; give a policy (an instance: TrolMixer())"),
+        (
+            lambda m: trol.attach(m, TrolMixer),
+            "got the class TrolMixer; give a policy (an instance",
+        ),
+        (lambda m: trol.attach(m, "replay"), "policy replay needs weights and visits"),
+        (lambda m: trol.depth(m, None).__enter__(), "got None; give a policy"),
+        (lambda m: trol.speculate(m, draft=None).__enter__(), "got None; give a policy"),
         (lambda _: trol.attach("x", "all"), "got str 'x'; give a transformers model"),
         (lambda m: attach(m, Planned(["all", "0-4"])), "layer 4 of plan '0-4'"),
         (

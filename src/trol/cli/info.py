@@ -55,9 +55,9 @@ def _collect() -> dict[str, Any]:
         "policies": list(names()),
         "hosts": {
             kind: {
-                name: getattr(quirk, kind)
-                for name, quirk in FAMILY_NOTES.items()
-                if getattr(quirk, kind)
+                name: getattr(note, kind)
+                for name, note in FAMILY_NOTES.items()
+                if getattr(note, kind)
             }
             for kind in ("refused", "no_second_visit", "no_holes")
         },

@@ -1,4 +1,4 @@
-"""`trol map`: which layers a question and a picture visited twice, as a PNG and as JSON."""
+"""`trol map`: how much second visits weigh, token by token, as a PNG and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def map_question(
     max_new_tokens: terminal.MaxNewTokens = 16,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Draw which tokens went twice through which layers of MODEL."""
+    """Draw how much each layer's second visit weighs on picture and question."""
     from trol.data.images import open_image
     from trol.files import folder, write_json, write_whole
     from trol.reports.maps import draw

@@ -56,7 +56,8 @@ ChatTemplate = Annotated[
     ),
 ]
 Depth = Annotated[
-    str | None, option("--depth", "PLAN", 'A plan such as "0-3:2 4-7", or a plan file.')
+    str | None,
+    option("--depth", "PLAN", 'A plan such as "0-3:2 4-7", a plan file, or a policy by name.'),
 ]
 MaxNewTokens = Annotated[int, option("--max-new-tokens", "N", "Longest answer, in tokens.", min=1)]
 Out = Annotated[Path, option("--out", "DIR", "Folder for the results.")]

@@ -12,7 +12,7 @@ from torch import nn
 from trol.depth.call import Decoding, Executor, Kernel, open_on, overrides_of
 from trol.depth.generation import HostMixin, make_ready
 from trol.depth.policy import AbstractPolicy, PolicyLike, StackBounds, from_settings, resolve
-from trol.depth.probe import Under, findings, miscounts
+from trol.depth.probe import InForce, findings, miscounts
 from trol.depth.stack import LayerMixin, StackMixin
 from trol.depth.trace import Recorder, StackCost, Trace, stack_cost
 from trol.errors import HostError, UsageError, unknown
@@ -97,7 +97,7 @@ def _attach(model: nn.Module, policy: AbstractPolicy, *, probe: bool) -> None:
     for index, (layer, site) in enumerate(zip(layers, sites, strict=True)):
         specialise(layer, LayerMixin)
         traversing = cast(Any, layer)
-        traversing.depth_index, traversing.depth_site = index, site
+        traversing.depth_index, traversing.depth_signature = index, site
         if gates[index] is not None:
             traversing.depth = gates[index]
     if decoder is model:
@@ -128,7 +128,7 @@ def check_by_probe(model: nn.Module) -> None:
             and the attached policy would.
     """
     host, stack = attached(model)
-    seen = findings(host, stack, _under(host))
+    seen = findings(host, stack, _in_force(host))
     if seen.wrong or seen.broken:
         kind = stack.config.model_type
         what = f"trol cannot treat {kind} rightly: {seen.wrong}"
@@ -142,13 +142,13 @@ def check_by_probe(model: nn.Module) -> None:
     _check_readable(stack, stack.depth_policy)
 
 
-def _under(host: nn.Module) -> Under:
+def _in_force(host: nn.Module) -> InForce:
     @contextmanager
-    def under(policy: PolicyLike, *, by: Executor = "dense") -> Generator[None]:
+    def in_force(policy: PolicyLike, *, by: Executor = "dense") -> Generator[None]:
         with depth(host, policy), executor(host, by):
             yield
 
-    return under
+    return in_force
 
 
 def _check_readable(stack: Any, policy: AbstractPolicy) -> None:
@@ -178,7 +178,7 @@ def _detach(model: Model) -> Model:
         )
     for layer in _layers(stack):
         restore(cast(Any, layer))
-        for name in ("depth_index", "depth_site"):
+        for name in ("depth_index", "depth_signature"):
             delattr(layer, name)
         remove_submodule(layer, GATE)
     for name in (
@@ -230,8 +230,8 @@ def check(decoder: Any, policy: AbstractPolicy) -> None:
             f"{family_note(decoder).no_second_visit}; skip layers of it, or exit early."
         )
     skips = any(one.least == 0 for one in bounds)
-    quirk = family_note(decoder)
-    no_holes = quirk.no_holes or (
+    note = family_note(decoder)
+    no_holes = note.no_holes or (
         "its recurrent layers have no positions to leave out" if is_recurrent(decoder) else ""
     )
     if skips and policy.skipped_kv == "hole" and no_holes:
@@ -255,7 +255,7 @@ def cost_of(model: nn.Module) -> StackCost:
     host, stack = attached(model)
     cost = stack_cost(list(_layers(stack)), gates_of(stack), stack.config)
     with _ONE_AT_A_TIME:
-        wrong = miscounts(host, stack, cost, _under(host))
+        wrong = miscounts(host, stack, cost, _in_force(host))
     return replace(cost, layers=(None,) * len(cost.layers)) if wrong else cost
 
 

@@ -35,7 +35,7 @@ class PassInfo:
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
     start: int | None = None
     """Columns before these tokens, where the caller knows and the policy reads it."""
-    last_only: Callable[[], bool] | None = None
+    asks_last_only: Callable[[], bool] | None = None
     """Whether only the output of each row's last token is read; None where all of it is."""
     tokens: int | None = None
     """How many tokens of each row the caller knew of; a wrapper may put its own before them."""
@@ -97,7 +97,7 @@ class Call:
     """Whether some layer has seen this call; written by the layers."""
     absent: frozenset[int] = frozenset()
     """Layers that every token of the batch skips: they have no keys and values."""
-    last_only: Callable[[], bool] | None = None
+    asks_last_only: Callable[[], bool] | None = None
     """Whether only the last token's output of the last layer is read; None while it is traced."""
     free: bool = False
     """Whether this runs without gradients, a compiler and dropout."""
@@ -131,8 +131,8 @@ class Call:
 
     def only_last_of(self, layer: int) -> bool:
         """Whether only the last token's output of this layer is read."""
-        last_only = self.last_only if layer == len(self.times_applied) - 1 else None
-        return last_only is not None and self.parts and self.looks and last_only()
+        asks_last_only = self.asks_last_only if layer == len(self.times_applied) - 1 else None
+        return asks_last_only is not None and self.parts and self.looks and asks_last_only()
 
     def rows_going(self, visit: Visit) -> tuple[bool, ...] | None:
         """Which rows make the next visit, where a plan settles it for whole sequences."""

@@ -57,9 +57,10 @@ class HostMixin(Specialised):
         else:
             depth_info = pass_info(assistant_masks, targets, mask)
         notes: dict[Any, Any] = {}
-        last_only = partial(reads_last_only, self.config, kwargs, self.depth_stack[0].depth_readers)
+        readers = self.depth_stack[0].depth_readers
+        asks_last_only = partial(reads_last_only, self.config, kwargs, readers)
         token = PASS_INFO.set(
-            replace(depth_info, last_only=last_only, readout=Readout(self), notes=notes)
+            replace(depth_info, asks_last_only=asks_last_only, readout=Readout(self), notes=notes)
         )
         try:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]

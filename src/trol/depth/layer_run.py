@@ -49,7 +49,7 @@ class LayerRun:
         *,
         attending: VisitingQueries | None = None,
         inputs: Inputs | None = None,
-        leaves: bool = False,
+        stop_after_keys: bool = False,
     ) -> States:
         """layer_l(state), reading and writing plane `plane`. Shape: [B, T, D], in and out.
 
@@ -59,11 +59,11 @@ class LayerRun:
             going: the tokens that the layer's token-wise parts compute; None for all.
             attending: attention over these tokens' queries alone.
             inputs: arguments beside the state, where they are not those of the call.
-            leaves: whether to stop once keys and values are stored (raises `KeysWritten`).
+            stop_after_keys: whether to stop once keys and values are stored (raises `KeysWritten`).
         """
         args, kwargs = inputs or (self.given if self.holes is None else self.inputs(state))
         if self.planes is not None:
-            cache = self.planes.enter_visit(plane, leaves=leaves)
+            cache = self.planes.enter_visit(plane, stop_after_keys=stop_after_keys)
             if cache is not self.cache or not self.persists:
                 args, kwargs = self.site.with_cache(args, kwargs, cache)
         if going is None:
@@ -86,7 +86,7 @@ class LayerRun:
         if self.planes is None or not self.planes.stores_keys(plane):
             return False
         with suppress(KeysWritten):
-            self.apply(state, plane, leaves=True)
+            self.apply(state, plane, stop_after_keys=True)
         self.planes.exit_visit()
         return True
 

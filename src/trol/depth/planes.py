@@ -53,7 +53,7 @@ class PlanedCache(Specialised):
     layers: list[CacheLayer]
     offloading: bool
     planes: dict[tuple[int, int], CacheLayer]
-    """Planes above 1: (layer, visit number) -> slot; under HOLES and ALONG a `TokenState`."""
+    """Planes above 1: (layer, visit number) -> slot; under HOLES and TOKEN_STATE a `TokenState`."""
     absent: frozenset[int]
     """Layers that have no keys and values because the whole batch skips them."""
 
@@ -218,13 +218,15 @@ class LayerPlanes:
         slot = self.slots[plane - 1]
         return has_keys(slot) and not is_recurrent(slot) and not is_indexed(slot)
 
-    def enter_visit(self, plane: int, *, leaves: bool = False) -> Any:
+    def enter_visit(self, plane: int, *, stop_after_keys: bool = False) -> Any:
         """The cache to hand to the layer for its visit number `plane`, as of `LayerRun.apply`."""
         self._slot = slot = self.slots[plane - 1]
         if self.cache.offloading:
             prefetch(self.cache, slot)
-        if leaves or (self.remembers and has_keys(slot)):
-            self._open = slot = VisitCacheLayer(slot, self.in_scope, self.fresh, leaves=leaves)
+        if stop_after_keys or (self.remembers and has_keys(slot)):
+            self._open = slot = VisitCacheLayer(
+                slot, self.in_scope, self.fresh, stop_after_keys=stop_after_keys
+            )
         if slot is self.cache.layers[self.layer]:
             return self.cache
         layers = list(self.cache.layers)

@@ -336,14 +336,20 @@ def from_settings(settings: dict[str, Any]) -> AbstractPolicy:
     """The policy of `{"policy": name, **settings}`.
 
     Raises:
-        UsageError: the name or a setting is unknown.
+        UsageError: the name or a setting is unknown, or a setting is missing.
     """
     rest = dict(settings)
     cls = policy_class(str(rest.pop("policy", None)))
-    known = list(inspect.signature(cls).parameters)
+    known = inspect.signature(cls).parameters
     for key in rest:
         if key not in known:
-            raise unknown(f"setting of policy {cls.name}", key, known)
+            raise unknown(f"setting of policy {cls.name}", key, list(known))
+    missing = [key for key, one in known.items() if one.default is one.empty and key not in rest]
+    if missing:
+        raise UsageError(
+            f"policy {cls.name} needs {' and '.join(missing)}, which a name alone does not give; "
+            f"make it in Python: {cls.__name__}({', '.join(f'{key}=...' for key in missing)})."
+        )
     return cls(**rest)
 
 
@@ -363,8 +369,9 @@ def resolve(spec: PolicyLike | object) -> AbstractPolicy:
     if isinstance(spec, Plan):
         return from_settings({"policy": "plan", "plan": spec})
     if not isinstance(spec, str):
+        what = f"the class {spec.__name__}" if isinstance(spec, type) else f"{spec!r:.60}"
         raise UsageError(
-            f"got {type(spec).__name__} {spec!r:.60}; give a policy, the name of one, a plan or "
+            f"got {what}; give a policy (an instance: TrolMixer()), the name of one, a plan or "
             "plan text."
         )
     if spec in names():

@@ -43,14 +43,14 @@ TINY = 100_000_000
 """Parameters below which a model is so small that all its layers are tried."""
 
 
-Under = Callable[..., AbstractContextManager[None]]
-"""`under(policy, by=executor)` puts both in force on the probed model for a while."""
+InForce = Callable[..., AbstractContextManager[None]]
+"""`with in_force(policy, by=executor):` puts both in force on the probed model."""
 
 
-class EveryOther(AbstractPolicy):
+class ProbePolicy(AbstractPolicy):
     """a_r = 1 while r < `visits` - 1, then for every other token; layers not named are skipped."""
 
-    name = "every_other"
+    name = "probe"
     decides = True
     reads_start = True
 
@@ -92,7 +92,7 @@ _MISCOUNTS: dict[tuple[Any, ...], bool] = {}
 """Whether FLOPs were predicted wrongly, for each class of models."""
 
 
-def findings(host: Any, stack: Any, under: Under) -> Findings:
+def findings(host: Any, stack: Any, in_force: InForce) -> Findings:
     """The findings on this class of model, probed once; none where the probe cannot run.
 
     It cannot where weights are quantised, sharded or not in memory, and where the stack has fewer
@@ -110,13 +110,13 @@ def findings(host: Any, stack: Any, under: Under) -> Findings:
     if key in _FINDINGS:
         return _FINDINGS[key]
     with trial_run(host):
-        result = _probed(host, stack, layers, which, under)
+        result = _probed(host, stack, layers, which, in_force)
     if not result.broken:  # the user may mend what breaks the model
         _FINDINGS[key] = result
     return result
 
 
-def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
+def miscounts(host: Any, stack: Any, cost: StackCost, in_force: InForce) -> bool:
     """Whether layers of this class of model take other FLOPs than `cost` predicts from shapes.
 
     False where the probe cannot run, and under attentions whose operators torch does not count.
@@ -130,7 +130,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, under: Under) -> bool:
         counter = FlopCounterMode(display=False)
         counts = dict.fromkeys(which, 0)
         ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
-        with trial_run(host), under(" ".join(map(str, which))), torch.no_grad(), counter:
+        with trial_run(host), in_force(" ".join(map(str, which))), torch.no_grad(), counter:
             for index in which:
                 count_flops(layers[index], index, counts, counter)
             stack(ids, use_cache=False)
@@ -153,7 +153,7 @@ def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], 
 
 
 def _probed(
-    host: Any, stack: Any, layers: list[nn.Module], which: list[int], under: Under
+    host: Any, stack: Any, layers: list[nn.Module], which: list[int], in_force: InForce
 ) -> Findings:
     ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
     outputs: list[Any] = []
@@ -170,18 +170,18 @@ def _probed(
     plan = " ".join(f"{index}:{visits}" for index in which)
     try:
         with torch.no_grad():
-            with under(plan):
+            with in_force(plan):
                 logits = host(ids, use_cache=False)
             state, whole = outputs[0], outputs[-1]
             if len(outputs) < 2 or state.ndim != 3 or state.shape[:2] != ids.shape:
                 shape = _SEVERAL.format(list(state.shape))
                 return Findings(wrong=shape if len(outputs) > 1 else _NOT_CALLED)
-            with under(plan):
+            with in_force(plan):
                 apart = difference(last_on_cache(stack, ids), whole[:, -1])
             if apart > tolerance(whole):
                 # Some families are no more exact than this: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
-                with under(bare):
+                with in_force(bare):
                     noise = difference(
                         last_on_cache(stack, ids), stack(ids, use_cache=False)[0][:, -1]
                     )
@@ -190,21 +190,21 @@ def _probed(
                         wrong=f"with plan '{plan}' the last of {TOKENS} tokens leaves the stack "
                         f"otherwise on a cache than without, by {apart:.2g} of the largest number"
                     )
-            entangled = _entangled(stack, ids, EveryOther(which, visits), under)
+            entangled = _entangled(stack, ids, ProbePolicy(which, visits), in_force)
             return Findings(unreadable=_unreadable(host, state, logits), entangled=entangled)
     except Exception as error:  # whatever a family raises here is the finding
         shape = outputs[0].shape if outputs else ()
         if len(shape) > 3:
             return Findings(wrong=_SEVERAL.format(list(shape)))
-        if bare := _fails_bare(host, stack, ids, under):
+        if bare := _fails_bare(host, stack, ids, in_force):
             return Findings(broken=bare)
         return Findings(wrong=f"plan '{plan}' ends in {type(error).__name__}: {error}")
 
 
-def _fails_bare(host: Any, stack: Any, ids: Tensor, under: Under) -> str:
+def _fails_bare(host: Any, stack: Any, ids: Tensor, in_force: InForce) -> str:
     """The error in which the same passes end where every token visits every layer once."""
     try:
-        with torch.no_grad(), under("all"):
+        with torch.no_grad(), in_force("all"):
             host(ids, use_cache=False)
             last_on_cache(stack, ids)
     except Exception as error:  # as above
@@ -216,11 +216,11 @@ _NOT_CALLED = "its last layer is not called where there are ids alone"
 _SEVERAL = "its layers hand on several states for each token (shape {})"
 
 
-def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, under: Under) -> str:
-    with under(policy):
+def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, in_force: InForce) -> str:
+    with in_force(policy):
         among_all = stack(ids, use_cache=False)[0], last_on_cache(stack, ids)
     try:
-        with under(policy, by="token-wise"):
+        with in_force(policy, by="token-wise"):
             alone = stack(ids, use_cache=False)[0], last_on_cache(stack, ids)
     except Exception as error:  # as above
         return f"some tokens alone end in {type(error).__name__}: {error}"

@@ -75,9 +75,10 @@ class Prompt:
     length: int
     """Columns of the prompt, padding included. Unit: tokens."""
     columns: int
-    """Columns that `generate` starts from; as an assistant of another, more than the prompt."""
+    """Columns that are there when `generate` starts: more than the prompt where it runs as the
+    assistant of another `generate`."""
     ids: int
-    """How many of these columns were given as ids: not embeddings, nor in a cache alone."""
+    """How many of them came as `input_ids`, and not as embeddings or in a cache."""
     answers: TokenMask | None = None
     """Assistant turns inside the prompt, where there are any. Shape: [B, length]."""
     cache_is_the_callers: bool = False
@@ -187,7 +188,7 @@ class Context:
     start: int = 0
     """Columns before these tokens, if the policy reads it (`reads_start`), else 0."""
     padding: Shaped[Tensor, "B S"] | None = None
-    """The padding mask as the caller gave it: 1 at tokens that are none. Shape: [B, S]."""
+    """The caller's padding mask: 1 at real tokens, 0 at padding. Shape: [B, S]."""
     readout: Callable[[Tensor], Tensor] | None = None
     """The host's final norm and head; None where the stack is called without its host."""
     training: bool = False

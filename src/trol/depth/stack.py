@@ -35,10 +35,10 @@ class LayerMixin(Specialised):
     """A decoder layer whose tokens may visit it zero, one or several times."""
 
     depth_index: int
-    depth_site: LayerSignature
+    depth_signature: LayerSignature
     depth: nn.Module
     """The policy's parameters on this layer; present only where the policy has any."""
-    depth_beside: int | None = None
+    depth_extra_outputs: int | None = None
     """How many outputs the family returns beside the hidden states, -1 where it returns a bare
     tensor; None until a layer of the class has run."""
 
@@ -57,8 +57,8 @@ class LayerMixin(Specialised):
         call, layer = depth_call, self.depth_index
         if call is None:
             out = forward(state, *args, **kwargs)
-            return out if self.depth_beside is not None else self._form_noted(out)
-        cache = self.depth_site.cache_in(args, kwargs)
+            return out if self.depth_extra_outputs is not None else self._form_noted(out)
+        cache = self.depth_signature.cache_in(args, kwargs)
         call.cache, call.entered = cache, True
         if layer == 0 and call.policy.reads_input:
             call.context.notes[INPUT] = state
@@ -72,29 +72,29 @@ class LayerMixin(Specialised):
             return self._form_noted(forward(state, *args, **kwargs))
         given, attention = (args, kwargs), attention_of(call.config)
         run = LayerRun(
-            cast(nn.Module, self), forward, self.depth_site, given, cache, attention=attention
+            cast(nn.Module, self), forward, self.depth_signature, given, cache, attention=attention
         )
         out = traverse(run, state, layer, getattr(self, "depth", None), call)
         call.times_applied[layer] = run.times_applied
         if not run.times_applied:
             return self._skipped(out, args, kwargs)
         out = run.wrap(out)
-        return out if self.depth_beside is not None else self._form_noted(out)
+        return out if self.depth_extra_outputs is not None else self._form_noted(out)
 
     def _form_noted(self, out: Any) -> Any:
         """Notes the form of an output of this class, which a skipped layer must return as well."""
-        if self.depth_beside is None and not torch.compiler.is_compiling():
-            type(self).depth_beside = len(out) - 1 if isinstance(out, tuple) else -1
+        if self.depth_extra_outputs is None and not torch.compiler.is_compiling():
+            type(self).depth_extra_outputs = len(out) - 1 if isinstance(out, tuple) else -1
         return out
 
     def _skipped(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The skipped layer's output, in the form that its family returns."""
-        if self.depth_beside is None:
+        if self.depth_extra_outputs is None:
             # Seen by the probe at attach; without the probe, by one run without a cache.
-            args, kwargs = self.depth_site.with_cache(args, kwargs, None)
+            args, kwargs = self.depth_signature.with_cache(args, kwargs, None)
             with torch.no_grad():
                 self._form_noted(super().forward(state, *args, **kwargs))  # type: ignore[misc]
-        beside = self.depth_beside
+        beside = self.depth_extra_outputs
         return state if beside is None or beside < 0 else (state, *(None,) * beside)
 
 
@@ -184,7 +184,7 @@ class StackMixin(Specialised):
         scope = policy.scope_in(training=self.training)
         cache = self._cache(args, kwargs)
         bounds = self.depth_bounds_of(policy)
-        absent = bounds.never if scope == "all" else frozenset()
+        absent = self.depth_absent(policy)
         planed = isinstance(cache, PlanedCache)
         if cache is not None and not torch.compiler.is_compiling():
             check_cache(cache)
@@ -222,7 +222,7 @@ class StackMixin(Specialised):
             config=self.config,
             times_applied=[None] * self.depth_layers,
             absent=absent,
-            last_only=info.last_only if overrides.recorder is None else None,
+            asks_last_only=info.asks_last_only if overrides.recorder is None else None,
             # Dropout draws other numbers for some tokens alone than for these among all others.
             free=alone and not self.training,
             executor=overrides.executor,

@@ -84,7 +84,7 @@ class StackCost:
         computed: Sequence[int],
         *,
         stayed: Sequence[int] | None = None,
-        left: Sequence[int] | None = None,
+        keys_only: Sequence[int] | None = None,
         step: int,
         past: int = 0,
         images: bool = False,
@@ -94,25 +94,24 @@ class StackCost:
         Args:
             computed: tokens that go through each layer, each visit counted.
             stayed: of them those that its token-wise parts did not compute.
-            left: tokens that leave keys and values there, and no more.
+            keys_only: tokens of which only keys and values are computed there.
             step: tokens of one row in this call.
             past: tokens of one row before it.
             images: as in `flops`.
         """
         total = 0
         none = [None] * len(computed)
-        for index, (layer, count, out, keys) in enumerate(
-            zip(self.layers, computed, stayed or none, left or none, strict=True)
-        ):
-            if not (count or keys):
+        counts = zip(self.layers, computed, stayed or none, keys_only or none, strict=True)
+        for index, (layer, visited, stay, keys) in enumerate(counts):
+            if not (visited or keys):
                 continue
             if layer is None or (keys and layer.keys_per_token is None):
                 return None
-            total += layer.flops(count, step=step, past=past, images=images)
+            total += layer.flops(visited, step=step, past=past, images=images)
             total += (keys or 0) * (layer.keys_per_token or 0)
-            if out:
+            if stay:
                 own = self.token_wise[index] + self.token_wise_on_images[index] * images
-                total -= out * own
+                total -= stay * own
         return total
 
 
@@ -234,7 +233,7 @@ class Recorder:
         self._shape: tuple[int, int] | None = None
         self._computed = [0] * self.layers
         self._stayed = [0] * self.layers
-        self._left = [0] * self.layers
+        self._keys_only = [0] * self.layers
         self._beside = 0
 
     @contextmanager
@@ -249,11 +248,11 @@ class Recorder:
         self._end(start, mask, images, 1000 * (time.perf_counter() - began))
 
     def visit(
-        self, layer: int, need: Mask, state: States, computed: int, *, stayed: int, left: int
+        self, layer: int, need: Mask, state: States, computed: int, *, stayed: int, keys_only: int
     ) -> None:
         """One visit was made by the tokens in `need`. Shape of state: [B, T, D].
 
-        `computed`, `stayed` and `left` are numbers of tokens as in `StackCost.layer_flops`.
+        `computed`, `stayed` and `keys_only` are numbers of tokens as in `StackCost.layer_flops`.
         """
         rows, tokens = state.shape[:2]
         self._shape = rows, tokens
@@ -262,7 +261,7 @@ class Recorder:
         self._needs[layer].append(need.detach().long().cpu())
         self._computed[layer] += computed
         self._stayed[layer] += stayed
-        self._left[layer] += left
+        self._keys_only[layer] += keys_only
 
     def translated(self) -> None:
         """The policy may have changed states at a layer's entrance."""
@@ -318,7 +317,7 @@ class Recorder:
         layers = self.trace.stack_cost.layer_flops(
             self._computed,
             stayed=self._stayed,
-            left=self._left,
+            keys_only=self._keys_only,
             step=tokens,
             past=start,
             images=images,

@@ -32,20 +32,20 @@ def traverse(
     """Passes the tokens through layer `layer` as the policy says. Shape: [B, T, D], in and out."""
     policy, context, in_scope = call.policy, call.context, call.context.in_scope
     least, most = call.bounds.layers[layer]
-    limit = max(most, 1)  # outside the scope every token visits once
+    limit = max(most, 1)  # a layer that tokens in scope skip is visited once outside the scope
     _prepare(run, layer, (least, limit), state.shape[1], call)
     if policy.translates and in_scope is not False:
         state = _entering(Visit(layer, 0, state, gate, context, run.cache), call)
     # Where every answer is 0 or 1, a token that stops keeps its state as its output: no mixing.
     mixes = not policy.decides or torch.is_grad_enabled()
     # Below `least`, all tokens go again whatever a_r is, so the answer can wait for `mix`.
-    later = mixes and in_scope is True and call.recorder is None and not policy.observes
+    answers_can_wait = mixes and in_scope is True and call.recorder is None and not policy.observes
     need: Mask = True
-    left: list[tuple[Visit, Answer | None]] = []
+    to_mix: list[tuple[Visit, Answer | None]] = []
     answers: list[Answer | None] = []
     for number in range(limit):
         visit = Visit(layer, number, state, gate, context, run.cache)
-        if later and 0 < number < least:
+        if answers_can_wait and 0 < number < least:
             again = None
         else:
             again = _again(visit, most, call)
@@ -53,11 +53,13 @@ def traverse(
             need = in_scope if 0 < number < least else goes if need is True else _and(need, goes)
         answers.append(again)
         if mixes and (again is None or isinstance(again, Tensor) or again != 1):
-            left.append((visit, again))
+            to_mix.append((visit, again))
         if number == 0 and run.holes is not None:
             run.holes.mark_skipped(need if run.leaves_holes else True, state)
         last = number + 1 == limit
-        if need is True and call.recorder is None and not (last and number and call.last_only):
+        # Of the last layer's last visit, a prompt may need one token alone (`tokens_going`).
+        may_be_few = last and number > 0 and call.asks_last_only is not None
+        if need is True and call.recorder is None and not may_be_few:
             state = run.apply(state, number + 1)
             continue
         going = tokens_going(visit, need, call, last=last)
@@ -70,7 +72,7 @@ def traverse(
         run.planes.commit(number)
     if call.recorder is not None:
         call.recorder.answers(layer, answers, ended=number == limit)
-    return _mixed(left, state, call)
+    return _mixed(to_mix, state, call)
 
 
 def _prepare(run: LayerRun, layer: int, bounds: tuple[int, int], tokens: int, call: Call) -> None:
@@ -134,10 +136,10 @@ def _must_run(run: LayerRun, number: int, need: Mask) -> bool:
     return number == 0 or possible or (run.planes.keep and run.planes.recurrent)
 
 
-def _mixed(left: list[tuple[Visit, Answer | None]], state: States, call: Call) -> States:
+def _mixed(to_mix: list[tuple[Visit, Answer | None]], state: States, call: Call) -> States:
     """sum_r w_r x_r from behind: out_r = (1 - a_r) x_r + a_r out_{r+1}. Shape: [B, T, D]."""
     mix = call.policy.mix
-    for visit, again in reversed(left):
+    for visit, again in reversed(to_mix):
         state = mix(visit, state) if again is None else mixture(visit.state, state, again)
     return state
 
@@ -168,13 +170,13 @@ def make_visit(
     Where no token goes, the layer runs up to its keys and values only.
     """
     state, plane = visit.state, visit.number + 1
-    computed, stayed, left = state.shape[0] * state.shape[1], 0, 0
+    computed, stayed, keys_only = state.shape[0] * state.shape[1], 0, 0
     rows = rows_alone(run, visit, call) if isinstance(need, Tensor) else None
     if rows is not None:
         computed = len(rows) * state.shape[1]
         out = visit_alone(run, state, plane, rows)
     elif none_go(need, going) and call.looks and run.leave(state, plane):
-        computed, left, out = 0, computed, state
+        computed, keys_only, out = 0, computed, state
     elif going is not None and _is_worth(going, visit, call):
         stayed, attending = going.staying, _attending(going, visit, call)
         visited = run.apply(state, plane, going, attending=attending)
@@ -186,7 +188,7 @@ def make_visit(
         shown = True if last and torch.is_grad_enabled() and isinstance(need, Tensor) else need
         out = _selected(run.apply(state, plane), state, shown)
     if call.recorder is not None:
-        call.recorder.visit(visit.layer, need, state, computed, stayed=stayed, left=left)
+        call.recorder.visit(visit.layer, need, state, computed, stayed=stayed, keys_only=keys_only)
     return out
 
 

@@ -271,12 +271,12 @@ class VisitCacheLayer:
         in_scope: bool | Tensor,
         fallback: Written | None,
         *,
-        leaves: bool = False,
+        stop_after_keys: bool = False,
     ) -> None:
         self.layer = layer
         self.in_scope = in_scope
         self.fallback = fallback
-        self.leaves = leaves
+        self.stop_after_keys = stop_after_keys
         self.written: Written = ()
 
     @property
@@ -290,12 +290,12 @@ class VisitCacheLayer:
         """Stores the step's keys and values. Shape: [B, H, T, d] each, in and out.
 
         Raises:
-            KeysWritten: `leaves` is set: the rest of the layer need not run.
+            KeysWritten: `stop_after_keys` is set: the rest of the layer need not run.
         """
         keys, values = self._merged(0, keys, axis=2), self._merged(1, values, axis=2)
         self.written = keys, values, *self.written[2:]
         attended = self.layer.update(keys, values, *args, **kwargs)
-        if self.leaves:
+        if self.stop_after_keys:
             raise KeysWritten
         return attended
 

@@ -70,12 +70,12 @@ def _visit(cost: StackCost) -> dict[str, Any]:
     }
 
 
-def _refused(stack: Any, quirk: FamilyNote) -> dict[str, str]:
+def _refused(stack: Any, note: FamilyNote) -> dict[str, str]:
     """What is refused on a model that is not refused as a whole -> why."""
     recurrent = "a recurrent state has no positions to leave out, nor to take back"
     reasons = {
-        "second visits": quirk.no_second_visit,
-        "skipped_kv='hole'": quirk.no_holes or recurrent * stack.depth_recurrent,
+        "second visits": note.no_second_visit,
+        "skipped_kv='hole'": note.no_holes or recurrent * stack.depth_recurrent,
         "speculation": recurrent * stack.depth_recurrent,
         "reading predictions (early exit)": stack.depth_unreadable,
         "some tokens alone": stack.depth_entangled,
