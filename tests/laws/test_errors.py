@@ -54,7 +54,7 @@ def llama():
         (lambda m: trol.attach(m, 5), "got 5; give a policy (an instance: TrolMixer())"),
         (
             lambda m: trol.attach(m, TrolMixer),
-            "got the class TrolMixer; give a policy (an instance",
+            "got the class TrolMixer; give a policy",
         ),
         (lambda m: trol.attach(m, "replay"), "policy replay needs weights and visits"),
         (lambda m: trol.depth(m, None).__enter__(), "got None; give a policy"),

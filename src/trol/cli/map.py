@@ -29,7 +29,7 @@ def map_question(
     max_new_tokens: terminal.MaxNewTokens = 16,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Draw how much each layer's second visit weighs on picture and question."""
+    """Draw how much second visits weigh, layer by layer."""
     from trol.data.images import open_image
     from trol.files import folder, write_json, write_whole
     from trol.reports.maps import draw
