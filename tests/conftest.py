@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
+import gc
 import logging
 import random
 from collections.abc import Iterator
@@ -47,6 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, skip in skips.items():
             if name in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collection, which accelerate asks for often."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Takes it back: some libraries look for leaks when they are unloaded."""
+    gc.unfreeze()
 
 
 THEIR_OWN = ("Passing `generation_config` together with",)
