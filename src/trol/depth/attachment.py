@@ -90,14 +90,14 @@ def _attach(model: nn.Module, policy: AbstractPolicy, *, probe: bool) -> None:
     check_stack(decoder)
     check(decoder, policy)
     # All that can fail comes before anything is changed.
-    sites = [layer_signature(layer) for layer in layers]
+    signatures = [layer_signature(layer) for layer in layers]
     gates = _new_gates(layers, policy, decoder.config.hidden_size)
     for module in (*layers, decoder, model):
         check_hooks(module)
-    for index, (layer, site) in enumerate(zip(layers, sites, strict=True)):
+    for index, (layer, signature) in enumerate(zip(layers, signatures, strict=True)):
         specialise(layer, LayerMixin)
         traversing = cast(Any, layer)
-        traversing.depth_index, traversing.depth_signature = index, site
+        traversing.depth_index, traversing.depth_signature = index, signature
         if gates[index] is not None:
             traversing.depth = gates[index]
     if decoder is model:

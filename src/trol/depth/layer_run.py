@@ -23,14 +23,14 @@ class LayerRun:
         self,
         layer: nn.Module,
         forward: Any,
-        site: LayerSignature,
+        signature: LayerSignature,
         given: Inputs,
         cache: Any,
         *,
         attention: str | None,
     ) -> None:
         self.attention = attention
-        self.layer, self.forward, self.site = layer, forward, site
+        self.layer, self.forward, self.signature = layer, forward, signature
         self.given, self.cache = given, cache
         self.persists = cache is not None
         """Whether later calls read the keys and values that this one leaves."""
@@ -65,11 +65,11 @@ class LayerRun:
         if self.planes is not None:
             cache = self.planes.enter_visit(plane, stop_after_keys=stop_after_keys)
             if cache is not self.cache or not self.persists:
-                args, kwargs = self.site.with_cache(args, kwargs, cache)
+                args, kwargs = self.signature.with_cache(args, kwargs, cache)
         if going is None:
             out = self.forward(state, *args, **kwargs)
         else:
-            layer = with_parts(self.layer, self.site.parts, going.stand_in)
+            layer = with_parts(self.layer, self.signature.parts, going.stand_in)
             with attending or nullcontext():
                 out = self.forward.__func__(layer, state, *args, **kwargs)
         self.times_applied += 1
@@ -96,13 +96,13 @@ class LayerRun:
             return self.given
         args, kwargs = self.given
         mask = hide_keys(
-            self.site.mask_in(args, kwargs),
+            self.signature.mask_in(args, kwargs),
             *self.holes.hidden_from(state),
             attention=self.attention,
             causal=is_causal(self.layer, kwargs),
             dtype=state.dtype,
         )
-        return self.site.with_mask(args, kwargs, mask)
+        return self.signature.with_mask(args, kwargs, mask)
 
     def wrap(self, state: States) -> Any:
         """The layer's output in the form that its family returns; the layer has run."""

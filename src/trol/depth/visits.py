@@ -258,7 +258,7 @@ def visit_alone(run: LayerRun, state: States, plane: int, rows: Integer[Tensor, 
     args, kwargs = run.inputs(state)
     batch = len(state)
     given = {name: select_rows(one, name, rows, batch) for name, one in kwargs.items()}
-    names = run.site.names[: len(args)]
+    names = run.signature.names[: len(args)]
     placed = [select_rows(one, name, rows, batch) for name, one in zip(names, args, strict=True)]
     visited = run.apply(state.index_select(0, rows), plane, inputs=(tuple(placed), given))
     return state.index_copy(0, rows, visited)
@@ -267,7 +267,7 @@ def visit_alone(run: LayerRun, state: States, plane: int, rows: Integer[Tensor, 
 def _rows_of_all_inputs_known(run: LayerRun, batch: int) -> bool:
     """Whether each input of the layer beside its states says which part belongs to which row."""
     args, kwargs = run.given
-    placed = zip(run.site.names[: len(args)], args, strict=True)
+    placed = zip(run.signature.names[: len(args)], args, strict=True)
     return all(rows_are_known(value, name, batch) for name, value in [*placed, *kwargs.items()])
 
 
