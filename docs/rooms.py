@@ -11,11 +11,12 @@ import re
 from html import escape
 from itertools import product
 from pathlib import Path
+from textwrap import wrap
 
 import grimp
 
 ROOT = Path(__file__).parents[1]
-WIDTH, HEIGHT, LINE = 300, 46, 84
+WIDTH, HEIGHT, LINE = 300, 60, 98
 """Size of a box, and from one line of rooms to the next. Unit: pixels."""
 
 
@@ -50,11 +51,11 @@ def imports(rooms: list[str]) -> set[tuple[str, str]]:
 
 
 def purpose(room: str) -> str:
-    """The first line of a room's docstring, without its name."""
+    """The first sentence of a room's docstring, without its name."""
     package = ROOT / "src" / "trol" / room
     file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
     first = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]
-    return first.split(": ", 1)[-1].rstrip(".")
+    return re.split(r"[;.]", first.split(": ", 1)[-1])[0]
 
 
 def drawing() -> str:
@@ -75,12 +76,14 @@ def drawing() -> str:
             f'<path d="M{start[0]:g} {start[1]:g}C{start[0]:g} {start[1] + bend:g} '
             f'{end[0]:g} {end[1] - bend:g} {end[0]:g} {end[1]:g}"/>'
         )
-    boxes = [
-        f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
-        f'<text x="{x + 10:g}" y="{y + 19:g}" class="n">{room}</text>'
-        f'<text x="{x + 10:g}" y="{y + 36:g}">{escape(purpose(room)[:56])}</text>'
-        for room, (x, y) in place.items()
-    ]
+    boxes = []
+    for room, (x, y) in place.items():
+        boxes.append(f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>')
+        boxes.append(f'<text x="{x + 10:g}" y="{y + 19:g}" class="n">{room}</text>')
+        for number, words in enumerate(wrap(purpose(room), 54)):
+            boxes.append(
+                f'<text x="{x + 10:g}" y="{y + 35 + 14 * number:g}">{escape(words)}</text>'
+            )
     size = 40 + widest * (WIDTH + 40), 30 + len(lines) * LINE
     return "\n".join(
         [
