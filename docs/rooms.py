@@ -80,7 +80,7 @@ def drawing() -> str:
     for room, (x, y) in place.items():
         boxes.append(f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>')
         boxes.append(f'<text x="{x + 10:g}" y="{y + 19:g}" class="n">{room}</text>')
-        for number, words in enumerate(wrap(purpose(room), 54)):
+        for number, words in enumerate(wrap(purpose(room), 50)):
             boxes.append(
                 f'<text x="{x + 10:g}" y="{y + 35 + 14 * number:g}">{escape(words)}</text>'
             )
