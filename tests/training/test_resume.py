@@ -23,7 +23,7 @@ from torch import nn
 from trol import files
 from trol.cli import main
 from trol.errors import TrainingError, UsageError
-from trol.training import resolve, run, trainer
+from trol.training import resolve, run, run_folder, trainer
 from trol.training.run_folder import newest_checkpoint, whole_folder
 from trol.training.stage_data import Reader
 
@@ -69,7 +69,7 @@ def test_a_run_stopped_again_and_again_ends_the_same(
 ) -> None:
     """The time is over at every third step that is not the last of its stage."""
     recipe, steps, stops = resolve("demo", SHORT), itertools.count(1), 0
-    monkeypatch.setattr(trainer, "any_process", lambda _: next(steps) % 3 == 0)
+    monkeypatch.setattr(run_folder, "any_process", lambda _: next(steps) % 3 == 0)
     while "stopped" in (results := run(recipe, tmp_path / "out", resume=True, max_hours=1.0)):
         assert not (tmp_path / "out").exists()
         stops += 1
@@ -169,7 +169,7 @@ def test_another_recipe_other_data_or_processes_are_refused_by_name(
         run(resolve("demo", [*settings, "stages.step2.learning_rate=1e-3"]), out, resume=True)
     with pytest.raises(UsageError, match=r"only was .* and is"):
         run(resolve("demo", settings), out, resume=True, only=["vision"])
-    monkeypatch.setattr(MODULE, "data_fingerprint", lambda *_: "others")
+    monkeypatch.setattr(run_folder, "data_fingerprint", lambda *_: "others")
     with pytest.raises(UsageError, match="data of stage vision have changed"):
         run(resolve("demo", [*settings, "save_every=3"]), out, resume=True)
 

@@ -101,7 +101,7 @@ def oracle(
 
 def _check(task: str | None, metric: str | None, questions: int, split: str, scope: str) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
-    from trol.data.pairs import SPLITS
+    from trol.data.own_files import SPLITS
     from trol.evaluation.answers import METRICS
 
     if task is not None:

@@ -17,15 +17,7 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 
-from trol.data.own_files import (
-    PAIR_FORMATS,
-    SPLITS,
-    Pair,
-    check_split,
-    check_there,
-    drawn,
-    read_pairs,
-)
+from trol.data import own_files
 from trol.errors import DataError, UsageError, unknown
 
 ASKED = {
@@ -52,7 +44,7 @@ _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?](?=\s|$)")
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def docstring_pairs(split: str, *, limit: int | None = None, seed: int = 0) -> list[Pair]:
+def docstring_pairs(split: str, *, limit: int | None = None, seed: int = 0) -> list[own_files.Pair]:
     """Pairs of a split (train, validation or test) in the order that `seed` gives.
 
     Which pair belongs to which split follows from its answer alone, whatever the seed: no object,
@@ -62,14 +54,14 @@ def docstring_pairs(split: str, *, limit: int | None = None, seed: int = 0) -> l
         UsageError: an unknown split, or a limit below 1.
         DataError: this Python came without the sources of its library.
     """
-    check_split(split)
-    return drawn(_splits()[split], limit, seed)
+    own_files.check_split(split)
+    return own_files.drawn(_splits()[split], limit, seed)
 
 
 @cache
-def _splits() -> dict[str, tuple[Pair, ...]]:
+def _splits() -> dict[str, tuple[own_files.Pair, ...]]:
     """All pairs by split; a question or (last name, answer) that came before is left out."""
-    pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    pairs: dict[str, list[own_files.Pair]] = {split: [] for split in own_files.SPLITS}
     seen: set[object] = set()
     for name, pair in _all_pairs():
         keys = {pair.question, (name.rpartition(".")[2], pair.answer)}
@@ -86,7 +78,7 @@ def _splits() -> dict[str, tuple[Pair, ...]]:
 
 def _split_of(answer: str) -> str:
     place = zlib.crc32(answer.lower().encode()) / 2**32
-    for split, share in SPLITS.items():
+    for split, share in own_files.SPLITS.items():
         place -= share
         if place < 0:
             return split
@@ -97,7 +89,7 @@ def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _all_pairs() -> Iterator[tuple[str, Pair]]:
+def _all_pairs() -> Iterator[tuple[str, own_files.Pair]]:
     """Every documented public object with its full name, module by module."""
     library = _library()
     for path in sorted(library.rglob("*.py")):
@@ -116,7 +108,7 @@ def _all_pairs() -> Iterator[tuple[str, Pair]]:
 
 def _inside(
     node: ast.Module | ast.ClassDef, name: str, *, in_class: bool
-) -> Iterator[tuple[str, Pair]]:
+) -> Iterator[tuple[str, own_files.Pair]]:
     for child in node.body:
         if not isinstance(child, Definition) or child.name.startswith("_"):
             continue
@@ -127,10 +119,12 @@ def _inside(
             yield from _inside(child, full, in_class=True)
 
 
-def _pair(kind: str, name: str, signature: str, doc: str | None) -> Iterator[tuple[str, Pair]]:
+def _pair(
+    kind: str, name: str, signature: str, doc: str | None
+) -> Iterator[tuple[str, own_files.Pair]]:
     answer = None if doc is None else first_sentence(doc, name.rpartition(".")[2])
     if answer is not None:
-        yield name, Pair(ASKED[kind].format(name=name, signature=signature), answer, kind)
+        yield name, own_files.Pair(ASKED[kind].format(name=name, signature=signature), answer, kind)
 
 
 def first_sentence(doc: str, name: str) -> str | None:
@@ -181,17 +175,19 @@ def _arguments(arguments: ast.arguments, *, bound: bool, defaults: bool) -> str:
     return f"({ast.unparse(plain)})"
 
 
-NAMES = ("docstrings", *(f"{form}:FILE" for form in PAIR_FORMATS))
+NAMES = ("docstrings", *(f"{form}:FILE" for form in own_files.PAIR_FORMATS))
 """Forms of the names of sets."""
 
 
 def is_pairs(name: str) -> bool:
     """Whether the name is that of a set of pairs, whose file need not be there."""
     form, colon, _ = name.partition(":")
-    return name == "docstrings" or (bool(colon) and form in PAIR_FORMATS)
+    return name == "docstrings" or (bool(colon) and form in own_files.PAIR_FORMATS)
 
 
-def pairs_of(name: str, split: str, *, limit: int | None = None, seed: int = 0) -> list[Pair]:
+def pairs_of(
+    name: str, split: str, *, limit: int | None = None, seed: int = 0
+) -> list[own_files.Pair]:
     """The pairs of a split of `docstrings`, `alpaca:FILE`, `cnn_dailymail:FILE` or `samsum:FILE`.
 
     Which pairs a split has is fixed; the seed gives their order, of which the first `limit` are
@@ -201,21 +197,21 @@ def pairs_of(name: str, split: str, *, limit: int | None = None, seed: int = 0) 
         UsageError: no such set or split.
         DataError: the file is missing or damaged as a whole.
     """
-    check_split(split)
+    own_files.check_split(split)
     if not is_pairs(name):
         raise unknown("set of pairs", name, NAMES)
     if name == "docstrings":
         return docstring_pairs(split, limit=limit, seed=seed)
     form, path = _file_of(name)
     changed = path.stat().st_mtime_ns if path.exists() else 0
-    return drawn(_pairs(form, path, split, changed), limit, seed)
+    return own_files.drawn(_pairs(form, path, split, changed), limit, seed)
 
 
 def check_set(name: str) -> None:
     """Raises if the set is a file's and no file is named, or there is none of that name."""
     if name != "docstrings":
         form, path = _file_of(name)
-        check_there(form, path)
+        own_files.check_there(form, path)
 
 
 def _file_of(name: str) -> tuple[str, Path]:
@@ -226,6 +222,6 @@ def _file_of(name: str) -> tuple[str, Path]:
 
 
 @lru_cache(maxsize=8)
-def _pairs(form: str, path: Path, split: str, changed: int) -> tuple[Pair, ...]:
+def _pairs(form: str, path: Path, split: str, changed: int) -> tuple[own_files.Pair, ...]:
     del changed  # part of the cache's key: a file that has changed is read again
-    return tuple(read_pairs(form, path, split))
+    return tuple(own_files.read_pairs(form, path, split))

@@ -23,18 +23,10 @@ from trol.depth.policy import AbstractPolicy, Answer, Bounds, Visit
 from trol.depth.readout import Readout
 from trol.depth.trace import StackCost
 from trol.errors import HostError
+from trol.host import trial
 from trol.host.classes import original_class
 from trol.host.flops import COUNTED, count_flops, miscounted
 from trol.host.layers import attention_of, family_note, layer_list
-from trol.host.trial import (
-    can_run,
-    difference,
-    harmless_ids,
-    last_on_cache,
-    layer_kinds,
-    tolerance,
-    trial_run,
-)
 
 TOKENS = 5
 NOISE = 8
@@ -103,13 +95,13 @@ def findings(host: Any, stack: Any, in_force: InForce) -> Findings:
         stack: its stack of layers.
         under: puts a policy in force on it for a while.
     """
-    if not can_run(host, stack.config, TOKENS):
+    if not trial.can_run(host, stack.config, TOKENS):
         return Findings()
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
     if key in _FINDINGS:
         return _FINDINGS[key]
-    with trial_run(host):
+    with trial.trial_run(host):
         result = _probed(host, stack, layers, which, in_force)
     if not result.broken:  # the user may mend what breaks the model
         _FINDINGS[key] = result
@@ -122,15 +114,15 @@ def miscounts(host: Any, stack: Any, cost: StackCost, in_force: InForce) -> bool
     False where the probe cannot run, and under attentions whose operators torch does not count.
     Arguments as of `findings`.
     """
-    if not can_run(host, stack.config, TOKENS) or attention_of(stack.config) not in COUNTED:
+    if not trial.can_run(host, stack.config, TOKENS) or attention_of(stack.config) not in COUNTED:
         return False
     layers = list(layer_list(stack) or ())
     which, key = _sample(host, stack, layers)
     if key not in _MISCOUNTS:
         counter = FlopCounterMode(display=False)
         counts = dict.fromkeys(which, 0)
-        ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
-        with trial_run(host), in_force(" ".join(map(str, which))), torch.no_grad(), counter:
+        ids = trial.harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
+        with trial.trial_run(host), in_force(" ".join(map(str, which))), torch.no_grad(), counter:
             for index in which:
                 count_flops(layers[index], index, counts, counter)
             stack(ids, use_cache=False)
@@ -142,7 +134,7 @@ def miscounts(host: Any, stack: Any, cost: StackCost, in_force: InForce) -> bool
 
 def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], tuple[Any, ...]]:
     """One layer of each kind, fewer of a large model; and a key for this class of models."""
-    kinds = layer_kinds(layers, stack.config)
+    kinds = trial.layer_kinds(layers, stack.config)
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     size = sum(parameter.numel() for parameter in host.parameters())
     which = sorted(first.values())
@@ -155,7 +147,7 @@ def _sample(host: Any, stack: Any, layers: list[nn.Module]) -> tuple[list[int], 
 def _probed(
     host: Any, stack: Any, layers: list[nn.Module], which: list[int], in_force: InForce
 ) -> Findings:
-    ids = harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
+    ids = trial.harmless_ids(host.config, TOKENS, next(stack.parameters()).device)
     outputs: list[Any] = []
 
     def keep(_module: Any, _given: Any, out: Any) -> None:
@@ -177,13 +169,13 @@ def _probed(
                 shape = _SEVERAL.format(list(state.shape))
                 return Findings(wrong=shape if len(outputs) > 1 else _NOT_CALLED)
             with in_force(plan):
-                apart = difference(last_on_cache(stack, ids), whole[:, -1])
-            if apart > tolerance(whole):
+                apart = trial.difference(trial.last_on_cache(stack, ids), whole[:, -1])
+            if apart > trial.tolerance(whole):
                 # Some families are no more exact than this: then the bare layers differ as much.
                 bare = " ".join(map(str, which))
                 with in_force(bare):
-                    noise = difference(
-                        last_on_cache(stack, ids), stack(ids, use_cache=False)[0][:, -1]
+                    noise = trial.difference(
+                        trial.last_on_cache(stack, ids), stack(ids, use_cache=False)[0][:, -1]
                     )
                 if apart > NOISE * noise:
                     return Findings(
@@ -206,7 +198,7 @@ def _fails_bare(host: Any, stack: Any, ids: Tensor, in_force: InForce) -> str:
     try:
         with torch.no_grad(), in_force("all"):
             host(ids, use_cache=False)
-            last_on_cache(stack, ids)
+            trial.last_on_cache(stack, ids)
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}"
     return ""
@@ -218,14 +210,14 @@ _SEVERAL = "its layers hand on several states for each token (shape {})"
 
 def _entangled(stack: Any, ids: Tensor, policy: AbstractPolicy, in_force: InForce) -> str:
     with in_force(policy):
-        among_all = stack(ids, use_cache=False)[0], last_on_cache(stack, ids)
+        among_all = stack(ids, use_cache=False)[0], trial.last_on_cache(stack, ids)
     try:
         with in_force(policy, by="token-wise"):
-            alone = stack(ids, use_cache=False)[0], last_on_cache(stack, ids)
+            alone = stack(ids, use_cache=False)[0], trial.last_on_cache(stack, ids)
     except Exception as error:  # as above
         return f"some tokens alone end in {type(error).__name__}: {error}"
-    apart = max(difference(*pair) for pair in zip(alone, among_all, strict=True))
-    if apart <= tolerance(alone[0]):
+    apart = max(trial.difference(*pair) for pair in zip(alone, among_all, strict=True))
+    if apart <= trial.tolerance(alone[0]):
         return ""
     return f"some tokens alone give other states, by {apart:.2g} of the largest number"
 
@@ -238,7 +230,7 @@ def _unreadable(host: Any, state: Tensor, out: Any) -> str:
         read = Readout(host)(state)
     except HostError as error:
         return str(error)
-    apart = difference(read, logits)
-    if apart <= tolerance(logits):
+    apart = trial.difference(read, logits)
+    if apart <= trial.tolerance(logits):
         return ""
     return f"its logits differ from head(norm(state)) by {apart:.2g} of the largest"

@@ -20,20 +20,8 @@ from torch import Tensor
 from trol.depth import attached, depth, is_attached
 from trol.depth.policy import from_settings
 from trol.errors import DataError, HostError, UsageError
+from trol.evaluation import gates
 from trol.evaluation.answers import StepsDone
-from trol.evaluation.gates import (
-    GRID,
-    Agreement,
-    GateCalibration,
-    GateRecord,
-    Thresholds,
-    Trial,
-    at,
-    count_second_visits,
-    full_traversal,
-    record_gates,
-    search,
-)
 from trol.evaluation.hidden_states import BATCH as EXIT_BATCH
 from trol.evaluation.hidden_states import ExitOutcome, record_exits, run_exits
 from trol.evaluation.items import BATCH, Item, fitted_prompts
@@ -306,7 +294,7 @@ def calibrate_gates(
     quality: float = 0.99,
     confidence: float = 0.9,
     progress: StepsDone = lambda done, of: None,
-) -> GateCalibration:
+) -> gates.GateCalibration:
     """The mixer of `model` with the thresholds that cost least of those that keep the answers.
 
     Layers are left out in the order of the harm that each does alone, as many as the answers bear;
@@ -333,16 +321,16 @@ def calibrate_gates(
         raise DataError("there are no questions to calibrate on; give a set that has some.")
     _check_halves(len(items), quality, confidence)
     layers = attached(model)[1].depth_layers
-    expected = 2 + 3 * layers + 3 * math.ceil(math.log2(len(GRID) * (layers + 1)))
+    expected = 2 + 3 * layers + 3 * math.ceil(math.log2(len(gates.GRID) * (layers + 1)))
     after_pass = _counter(progress, lambda done: max(expected, done))
     trials, records = [], []
     for half in (items[0::2], items[1::2]):
-        records.append(record_gates(model, processor, half, mixer, new_tokens=new_tokens))
+        records.append(gates.record_gates(model, processor, half, mixer, new_tokens=new_tokens))
         full = records[-1].answers
-        trials.append(Trial(model, processor, half, mixer, new_tokens, full, after_pass))
+        trials.append(gates.Trial(model, processor, half, mixer, new_tokens, full, after_pass))
         after_pass()
     first, judge = trials
-    order = search(first, records[0], most_changed(len(first.items), quality, confidence))
+    order = gates.search(first, records[0], most_changed(len(first.items), quality, confidence))
     chosen = order[0]
     for setting in order:
         if _p_value(judge.agreement(setting), quality) > 1 - confidence:
@@ -352,26 +340,26 @@ def calibrate_gates(
 
 
 def _measured(
-    first: Trial,
-    judge: Trial,
-    record: GateRecord,
-    chosen: Thresholds,
+    first: gates.Trial,
+    judge: gates.Trial,
+    record: gates.GateRecord,
+    chosen: gates.Thresholds,
     *,
     quality: float,
     confidence: float,
-) -> GateCalibration:
+) -> gates.GateCalibration:
     """The chosen thresholds with what they did to the answers, and what they cost."""
-    model, processor, everything = judge.model, judge.processor, full_traversal(len(chosen))
-    policy, full = at(judge.mixer, chosen), at(judge.mixer, everything)
+    model, processor, everything = judge.model, judge.processor, gates.full_traversal(len(chosen))
+    policy, full = gates.at(judge.mixer, chosen), gates.at(judge.mixer, everything)
     made, most = (
-        count_second_visits(
+        gates.count_second_visits(
             model, processor, judge.items[: 2 * BATCH], one, new_tokens=judge.new_tokens
         )
         for one in (policy, full)
     )
     kept = judge.agreement(chosen)
     policies = {"plain": "plain", "full": full, "sparse": policy}
-    return GateCalibration(
+    return gates.GateCalibration(
         policy,
         searched=first.agreement(chosen),
         kept=kept,
@@ -385,7 +373,7 @@ def _measured(
     )
 
 
-def _p_value(kept: Agreement, quality: float) -> float:
+def _p_value(kept: gates.Agreement, quality: float) -> float:
     """For the hypothesis that the share kept is below `quality`; exact binomial tail."""
     return binomial_tail(kept.changed, kept.questions, 1 - quality)
 

@@ -39,18 +39,8 @@ import torch
 from trol.depth import AbstractPolicy, depth
 from trol.depth.policy import Plain, to_settings
 from trol.errors import DataError
+from trol.evaluation import curve_methods
 from trol.evaluation.answers import LOWER_IS_BETTER, answer, losses, scores
-from trol.evaluation.curve_methods import (
-    ORACLE,
-    Candidate,
-    Request,
-    candidates,
-    check_adapters,
-    check_methods,
-    made_on,
-    oracle_of,
-    oracle_points,
-)
 from trol.evaluation.hidden_states import layers_of, state_cosines
 from trol.evaluation.items import Item, fitted_prompts
 from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
@@ -208,7 +198,7 @@ def curve(
     model: Any,
     processor: Any,
     tasks: Sequence[str],
-    request: Request,
+    request: curve_methods.Request,
     *,
     progress: CurveProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
@@ -231,11 +221,11 @@ def curve(
         DataError: a task has no questions, or the oracle's folder is damaged.
     """
     check_tasks(tasks)
-    check_methods(request.methods, request.oracle)
-    check_adapters(request)
-    if request.oracle is not None and ORACLE in request.methods:
+    curve_methods.check_methods(request.methods, request.oracle)
+    curve_methods.check_adapters(request)
+    if request.oracle is not None and curve_methods.ORACLE in request.methods:
         for name in tasks:
-            oracle_of(request.oracle, name, request.scope, layers_of(model))
+            curve_methods.oracle_of(request.oracle, name, request.scope, layers_of(model))
     return {
         "scope": request.scope,
         "layers": layers_of(model),
@@ -256,7 +246,7 @@ def _device_name(model: Any) -> str:
 
 
 def _task(
-    model: Any, processor: Any, name: str, request: Request, progress: CurveProgress
+    model: Any, processor: Any, name: str, request: curve_methods.Request, progress: CurveProgress
 ) -> dict[str, Any]:
     task = task_of(name)
     samples = [
@@ -270,13 +260,13 @@ def _task(
     ]
     if not all(sample.items for sample in samples):
         raise DataError(f"the task {name} has no question; ask for one at least.")
-    full = Candidate(1.0, FULL, model, (Plain(),) * request.seeds)
+    full = curve_methods.Candidate(1.0, FULL, model, (Plain(),) * request.seeds)
     measured: Measured = {}
-    by_method: dict[str, list[Candidate]] = {}
+    by_method: dict[str, list[curve_methods.Candidate]] = {}
     for method in request.methods:
-        if method != ORACLE:
+        if method != curve_methods.ORACLE:
             progress(f"{name}: plans of {method}", 0, 1)
-            by_method[method] = candidates(method, model, processor, name, request)
+            by_method[method] = curve_methods.candidates(method, model, processor, name, request)
     of = sum(map(len, by_method.values())) + 1
     progress(f"{name}: full model", 0, of)
     whole = _points(full, samples, measured)
@@ -290,14 +280,14 @@ def _task(
             done += 1
         points.sort(key=lambda point: (point["settings"] == FULL, point["visits_share"]["mean"]))
         methods[method] = {"bound": False, "points": points}
-    if ORACLE in request.methods:
+    if curve_methods.ORACLE in request.methods:
         assert request.oracle is not None  # or check_methods had raised
-        result = oracle_of(request.oracle, name, request.scope, layers_of(model))
+        result = curve_methods.oracle_of(request.oracle, name, request.scope, layers_of(model))
         here = statistics.fmean(point.metrics[result.metric] for point in whole)
-        methods[ORACLE] = {
+        methods[curve_methods.ORACLE] = {
             "bound": True,
-            "made_on": {**made_on(result), "full_here": here},
-            "points": oracle_points(result, request.oracle, request.keeps),
+            "made_on": {**curve_methods.made_on(result), "full_here": here},
+            "points": curve_methods.oracle_points(result, request.oracle, request.keeps),
         }
     progress(f"{name}: done", of, of)
     return {
@@ -310,7 +300,9 @@ def _task(
     }
 
 
-def _points(candidate: Candidate, samples: Sequence[Sample], measured: Measured) -> list[Point]:
+def _points(
+    candidate: curve_methods.Candidate, samples: Sequence[Sample], measured: Measured
+) -> list[Point]:
     """The point of each seed; what has been measured for another method is not measured again."""
     points: list[Point] = []
     for seed, (sample, policy) in enumerate(zip(samples, candidate.policies, strict=True)):
@@ -322,7 +314,7 @@ def _points(candidate: Candidate, samples: Sequence[Sample], measured: Measured)
 
 
 def _as_json(
-    candidate: Candidate, points: Sequence[Point], whole: Sequence[Point]
+    candidate: curve_methods.Candidate, points: Sequence[Point], whole: Sequence[Point]
 ) -> dict[str, Any]:
     """A point as JSON: statistics over seeds, and shares of the full model's costs."""
     result: dict[str, Any] = {"keep": candidate.keep, "settings": candidate.settings}

@@ -33,18 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol.errors import UsageError
+from trol.evaluation import knapsack
 from trol.evaluation.answers import LOWER_IS_BETTER
-from trol.evaluation.knapsack import (
-    SLACK,
-    HeldOut,
-    Knapsack,
-    Scores,
-    best_of_n,
-    equal_shares,
-    random_allocation,
-    single_level,
-    solve,
-)
 from trol.evaluation.oracle import Menu
 from trol.evaluation.store import OracleRow
 
@@ -67,8 +57,8 @@ class Table:
         place = {item: number for number, item in enumerate(items)}
         column = {level.text: number for number, level in enumerate(menu.levels)}
         drawn = max(row.sample for row in rows)
-        self.scores: Scores = np.full((len(items), len(menu.levels)), np.nan)
-        self.drawn: Scores = np.full((len(items), drawn), np.nan)
+        self.scores: knapsack.Scores = np.full((len(items), len(menu.levels)), np.nan)
+        self.drawn: knapsack.Scores = np.full((len(items), drawn), np.nan)
         self.types = [""] * len(items)
         for row in rows:
             at = place[row.item]
@@ -80,7 +70,7 @@ class Table:
         self.menu, self.layers, self.n = menu, menu.layers, len(items)
         self.greedy = self.scores[:, menu.full]
         self.full = float(self.greedy.mean())
-        self.knapsack: Knapsack = solve(menu.costs, self.scores)
+        self.knapsack: knapsack.Knapsack = knapsack.solve(menu.costs, self.scores)
 
     def at(self, layers: float) -> float:
         """The oracle's mean score with a mean budget of so many layers."""
@@ -109,11 +99,11 @@ class Table:
     def summary(self) -> dict[str, Any]:
         """The oracle by both of its definitions, and without any limit."""
         costs = np.asarray(self.menu.costs)
-        good = self.scores >= self.greedy[:, None] - SLACK
+        good = self.scores >= self.greedy[:, None] - knapsack.SLACK
         cheapest = np.where(good, costs, costs.max() + 1).argmin(axis=1)
         own = costs[cheapest].mean(), self.scores[np.arange(self.n), cheapest].mean()
         has_drawn = self.drawn.size > 0 and bool(np.isfinite(self.drawn).all())
-        outputs = best_of_n(self.greedy, self.drawn) if has_drawn else None
+        outputs = knapsack.best_of_n(self.greedy, self.drawn) if has_drawn else None
         return {
             "full": self.full,
             "equal_budget": self.reaching(self.full),
@@ -163,7 +153,9 @@ def report(
             for i, level in enumerate(menu.levels)
         ],
         **{key: mine[key] for key in ("full", "equal_budget", "per_sequence", "best")},
-        "equal_shares": equal_shares(menu.costs, table.scores, menu.full, menu.layers, seed),
+        "equal_shares": knapsack.equal_shares(
+            menu.costs, table.scores, menu.full, menu.layers, seed
+        ),
         "mix": mix.tolist(),
         "curve": curve,
         "controls": {
@@ -182,18 +174,18 @@ class _Arms:
 
     def __init__(self, table: Table, seed: int) -> None:
         self.table, self.seed = table, seed
-        self.held_out = HeldOut(table.scores, table.menu.costs, table.types, seed)
+        self.held_out = knapsack.HeldOut(table.scores, table.menu.costs, table.types, seed)
 
     def at(self, layers: float) -> dict[str, float]:
         """Mean scores with a mean budget of so many layers."""
         table = self.table
-        mean, spread = random_allocation(table.scores, table.choices(layers), self.seed)
+        mean, spread = knapsack.random_allocation(table.scores, table.choices(layers), self.seed)
         return {
             "oracle": table.at(layers),
             "random": mean,
             "random_spread": spread,
             "held_out": self.held_out.score(layers),
-            "single": single_level(table.scores, table.menu.costs, layers),
+            "single": knapsack.single_level(table.scores, table.menu.costs, layers),
         }
 
     def curve(self, equal: float) -> list[dict[str, float]]:
@@ -208,7 +200,7 @@ class _Arms:
 
 def _reaches(curve: Sequence[dict[str, float]], arm: str, score: float) -> float | None:
     """The first share of the curve at which an arm is as good as this score."""
-    return next((point["share"] for point in curve if point[arm] >= score - SLACK), None)
+    return next((point["share"] for point in curve if point[arm] >= score - knapsack.SLACK), None)
 
 
 def _best_of_n(table: Table, outputs: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -216,7 +208,7 @@ def _best_of_n(table: Table, outputs: dict[str, Any] | None) -> dict[str, Any] |
     if outputs is None:
         return None
     gain = table.at(table.layers) - table.full
-    share = (outputs["score"] - table.full) / gain if gain > SLACK else None
+    share = (outputs["score"] - table.full) / gain if gain > knapsack.SLACK else None
     return {**outputs, "share_of_gain": share, "oracle_reaches": table.reaching(outputs["score"])}
 
 

@@ -11,21 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trol.host import classes, weights
+from trol.host import classes, trial, weights
 from trol.host.chat_templates import IN_PIECES, PIECES
-from trol.host.trial import (
-    Assumption,
-    differs,
-    ids,
-    lacks,
-    parameters,
-    row,
-    tiny_config,
-    tiny_model,
-)
 
-LIBRARIES: list[Assumption] = []
-used_by = partial(row, LIBRARIES)
+LIBRARIES: list[trial.Assumption] = []
+used_by = partial(trial.row, LIBRARIES)
 
 
 @used_by("host/classes.py declare_tied: shared gates are saved once", at_attach=True)
@@ -38,8 +28,8 @@ def tied() -> str | None:
 @used_by("host/classes.py tied_names; family/loading.py")
 def all_tied() -> str | None:
     """A model lists under all_tied_weights_keys which of its parameters are another one's."""
-    names = classes.tied_names(tiny_model(tie_word_embeddings=True))
-    return differs("of a tied Llama", names, {"lm_head.weight"})
+    names = classes.tied_names(trial.tiny_model(tie_word_embeddings=True))
+    return trial.differs("of a tied Llama", names, {"lm_head.weight"})
 
 
 @used_by("host/chat_templates.py: which words a conversation trains, and roles")
@@ -50,7 +40,7 @@ def marks() -> str | None:
         chat_template=IN_PIECES,
         return_assistant_tokens_mask=True,
     )
-    return differs("of a text in pieces", rendered, (["ask say!"], [[(4, 7)]]))
+    return trial.differs("of a text in pieces", rendered, (["ask say!"], [[(4, 7)]]))
 
 
 class _WithModule(LlamaForCausalLM):
@@ -72,7 +62,7 @@ class _WithModule(LlamaForCausalLM):
 @used_by("depth/stack.py _init_weights: gates keep what was saved, or have first values")
 def draws_what_is_missing() -> str | None:
     """_init_weights is asked for modules that a checkpoint lacks, and changes no others."""
-    model = tiny_model(_WithModule)
+    model = trial.tiny_model(_WithModule)
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     whole: Any = _WithModule.from_pretrained(None, config=model.config, state_dict=dict(state))
     unchanged = all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
@@ -98,7 +88,7 @@ class _Lazy:
 @used_by("family/published/opening.py: tensors are read one at a time")
 def asks_for_all() -> str | None:
     """from_pretrained asks nothing but `[...]` of the values of a state dict."""
-    model = tiny_model(dtype="float32")
+    model = trial.tiny_model(dtype="float32")
     lazy: Any = {name: _Lazy(tensor) for name, tensor in model.state_dict().items()}
     opened: Any = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=lazy)
     return None if torch.equal(opened.lm_head.weight, model.lm_head.weight) else "other weights"
@@ -117,12 +107,12 @@ def fills_rotary() -> str | None:
     """The buffers of every class named ...RotaryEmbedding are filled by its rope_type."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8}
     rope |= {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2, "factor": 4.0}
-    config = tiny_config(rope_parameters=rope)
+    config = trial.tiny_config(rope_parameters=rope)
     short, long = (ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=n)[0] for n in (4, 16))
     if not torch.allclose(short, 2 * long):
         return f"longrope gives {short.tolist()} before its switch, {long.tolist()} after"
     stand_in: Any = _StandInRotaryEmbedding(config)
-    PreTrainedModel._init_weights(tiny_model(), stand_in)
+    PreTrainedModel._init_weights(trial.tiny_model(), stand_in)
     same = torch.equal(stand_in.inv_freq, short)
     return None if same else f"inv_freq is {stand_in.inv_freq.tolist()}"
 
@@ -133,7 +123,7 @@ def strict_errors() -> str | None:
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
 
     try:
-        tiny_config(num_attention_heads=3)
+        trial.tiny_config(num_attention_heads=3)
     except (StrictDataclassError, ValueError):
         return None
     return "a Llama of width 8 with 3 heads was taken"
@@ -155,11 +145,11 @@ def execution_device() -> str | None:
     """accelerate's hooks on an offloaded model say where its modules compute."""
     from accelerate import cpu_offload  # noqa: PLC0415
 
-    model: Any = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
+    model: Any = cpu_offload(trial.tiny_model(), execution_device=torch.device("cpu"))
     layer = model.model.layers[0]
     if not next(layer.parameters()).is_meta:
         return "the weights of an offloaded layer stay where they were"
-    return differs("where it computes", str(weights.running_device(layer)), "cpu")
+    return trial.differs("where it computes", str(weights.running_device(layer)), "cpu")
 
 
 @used_by("host/classes.py rebind_wrappers: roles under prompt tuning that came first")
@@ -167,7 +157,7 @@ def kept_method() -> str | None:
     """PEFT's prompt learning keeps the model's prepare_inputs_for_generation on the wrapper."""
     from peft import PromptTuningConfig, get_peft_model  # noqa: PLC0415
 
-    model = tiny_model()
+    model = trial.tiny_model()
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
     method = vars(get_peft_model(model, tuning)).get(classes.ORIGINAL_PREPARES)
     return (
@@ -182,8 +172,8 @@ def forgets_quantisation() -> str | None:
     """A quantiser takes off a model what says that it is quantised."""
     from transformers.quantizers.base import HfQuantizer  # noqa: PLC0415
 
-    taken = parameters(HfQuantizer.remove_quantization_config)
-    return differs("remove_quantization_config takes", taken, ["self", "model"])
+    taken = trial.parameters(HfQuantizer.remove_quantization_config)
+    return trial.differs("remove_quantization_config takes", taken, ["self", "model"])
 
 
 @used_by("host/classes.py trained_copy: gates in training under PEFT")
@@ -192,16 +182,16 @@ def modules_to_save() -> str | None:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
     config = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["o_proj"])
-    learner = get_peft_model(tiny_model(), config)
+    learner = get_peft_model(trial.tiny_model(), config)
     wrapped = next(m for name, m in learner.named_modules() if name.endswith("0.self_attn.o_proj"))
     copy: Any = classes.trained_copy(wrapped)
     calls: list[int] = []
     copy.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        learner(ids())
+        learner(trial.ids())
     if copy is wrapped or not copy.weight.requires_grad:
         return f"{type(wrapped).__name__} has no copy that learns"
-    return differs("calls of the copy in one pass", len(calls), 1)
+    return trial.differs("calls of the copy in one pass", len(calls), 1)
 
 
 @used_by("host/classes.py lora_b_maps; training/adapters.py")
@@ -209,13 +199,13 @@ def low_rank_maps() -> str | None:
     """PEFT calls a module lora_B.NAME for each low-rank update."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
-    learner = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"]))
+    learner = get_peft_model(trial.tiny_model(), LoraConfig(r=1, target_modules=["q_proj"]))
     calls: list[int] = []
     for update in classes.lora_b_maps(learner, "default"):
         update.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        learner(ids())
-    return differs("calls in one pass of two layers", len(calls), 2)
+        learner(trial.ids())
+    return trial.differs("calls in one pass of two layers", len(calls), 2)
 
 
 @used_by("host/trainer.py: checkpoints, and resuming them bit for bit")
@@ -228,8 +218,8 @@ def checkpoints() -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         settings: Any = {"use_cpu": True, "report_to": [], "max_steps": 1, "logging_steps": 2}
         arguments = TrainingArguments(folder, **settings, save_strategy="no", disable_tqdm=True)
-        rows: Any = [{"input_ids": ids()[0], "labels": ids()[0]}]
-        trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+        rows: Any = [{"input_ids": trial.ids()[0], "labels": trial.ids()[0]}]
+        trainer = Trainer(trial.tiny_model(), arguments, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     names = (*COUNTERS.values(), *OVERRIDDEN, *SWITCHES)
@@ -242,7 +232,7 @@ def trainer_divides() -> str | None:
     """Trainer hands num_items_in_batch to a loss."""
     from transformers import Trainer  # noqa: PLC0415
 
-    return lacks(Trainer.compute_loss, "num_items_in_batch")
+    return trial.lacks(Trainer.compute_loss, "num_items_in_batch")
 
 
 @used_by("host/weights.py: gradients pass through 4-bit weights on a CPU")

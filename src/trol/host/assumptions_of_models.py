@@ -18,23 +18,13 @@ from transformers.cache_utils import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trol.host import cache as caches
-from trol.host import names
+from trol.host import names, trial
 from trol.host.generation import CONTINUOUS, SHOWN, SLICES_LOGITS
 from trol.host.layers import final_norm, head_of, scaled_logits
 from trol.host.names import CACHE
-from trol.host.trial import (
-    Assumption,
-    differs,
-    ids,
-    lacks,
-    parameters,
-    row,
-    tiny_config,
-    tiny_model,
-)
 
-MODELS: list[Assumption] = []
-used_by = partial(row, MODELS)
+MODELS: list[trial.Assumption] = []
+used_by = partial(trial.row, MODELS)
 
 
 @used_by("host/names.py CACHE: every pass with a cache", at_attach=True)
@@ -42,26 +32,30 @@ def one_name() -> str | None:
     """The cache has one name in layers, stacks, models and prepare_inputs_for_generation."""
     model: Any = LlamaForCausalLM
     takers = (LlamaDecoderLayer.forward, model.forward, model.prepare_inputs_for_generation)
-    return next(filter(None, (lacks(taker, CACHE) for taker in takers)), None)
+    return next(filter(None, (trial.lacks(taker, CACHE) for taker in takers)), None)
 
 
 @used_by("depth/generation.py, speculation: the cache that outlives a pass")
 def name_in_outputs() -> str | None:
     """What a pass returns, and what generate returns, has the cache under the same name."""
-    model = tiny_model()
+    model = trial.tiny_model()
     with torch.no_grad():
-        out = model(ids(), use_cache=True)
-        answer = model.generate(ids(), max_new_tokens=2, return_dict_in_generate=True)
+        out = model(trial.ids(), use_cache=True)
+        answer = model.generate(trial.ids(), max_new_tokens=2, return_dict_in_generate=True)
     keys = [names.cache_key(out), names.cache_key(answer)]
-    return differs("the cache's names", keys, [CACHE, CACHE])
+    return trial.differs("the cache's names", keys, [CACHE, CACHE])
 
 
 @used_by("host/layers.py layer_signature: every visit", at_attach=True)
 def layer_takes() -> str | None:
     """A decoder layer takes hidden_states first, and attention_mask and the cache by name."""
     forward = LlamaDecoderLayer.forward
-    first = differs("the first parameter of a layer", parameters(forward)[1], "hidden_states")
-    return first or lacks(forward, "attention_mask", "position_embeddings", "position_ids", CACHE)
+    first = trial.differs(
+        "the first parameter of a layer", trial.parameters(forward)[1], "hidden_states"
+    )
+    return first or trial.lacks(
+        forward, "attention_mask", "position_embeddings", "position_ids", CACHE
+    )
 
 
 class _ArgumentOfCall(LlamaDecoderLayer):
@@ -83,31 +77,31 @@ def enters_by_call() -> str | None:
     from trol.host.trainer import checkpoint_activations  # noqa: PLC0415 - loads Trainer
 
     _ArgumentOfCall.arrived = ()
-    model = tiny_model()
+    model = trial.tiny_model()
     for layer in model.model.layers:
         layer.__class__ = _ArgumentOfCall
-    model(ids())
+    model(trial.ids())
     checkpoint_activations(model.train())
     states = torch.ones(1, 3, 8, requires_grad=True)
     model(inputs_embeds=states, use_cache=False).logits.sum().backward()
-    return differs("what reached forward", _ArgumentOfCall.arrived, (True,) * 6)
+    return trial.differs("what reached forward", _ArgumentOfCall.arrived, (True,) * 6)
 
 
 @used_by("depth/generation.py HostMixin.forward: roles by labels, penalties", at_attach=True)
 def model_takes() -> str | None:
     """A causal model takes labels, attention_mask and logits_to_keep by these names."""
     wanted = ("input_ids", "attention_mask", "inputs_embeds", "labels", SLICES_LOGITS)
-    return lacks(LlamaForCausalLM.forward, *wanted)
+    return trial.lacks(LlamaForCausalLM.forward, *wanted)
 
 
 @used_by("depth/generation.py _penalised: penalties join the loss")
 def loss_first() -> str | None:
     """A loss is the first of what a model returns, and is divided by num_items_in_batch."""
-    model, labels = tiny_model(), ids()
+    model, labels = trial.tiny_model(), trial.ids()
     with torch.no_grad():
-        loss = model(ids(), labels=labels).loss
-        first = model(ids(), labels=labels, return_dict=False)[0]
-        halved = model(ids(), labels=labels, num_items_in_batch=torch.tensor(6)).loss
+        loss = model(trial.ids(), labels=labels).loss
+        first = model(trial.ids(), labels=labels, return_dict=False)[0]
+        halved = model(trial.ids(), labels=labels, num_items_in_batch=torch.tensor(6)).loss
     if torch.equal(loss, first) and torch.isclose(halved * 2, loss):
         return None
     return f"loss {loss:.4f}, first of the tuple {first}, over 6 in place of 3 {halved:.4f}"
@@ -116,9 +110,9 @@ def loss_first() -> str | None:
 @used_by("host/generation.py reads_last_only: the last layer's last visit")
 def keeps_last() -> str | None:
     """logits_to_keep=K gives the logits of the last K positions alone."""
-    model = tiny_model()
+    model = trial.tiny_model()
     with torch.no_grad():
-        whole, last = model(ids()).logits, model(ids(), logits_to_keep=1).logits
+        whole, last = model(trial.ids()).logits, model(trial.ids(), logits_to_keep=1).logits
     same = last.shape[1] == 1 and torch.allclose(whole[:, -1:], last, atol=1e-5)
     return None if same else f"logits of shape {list(last.shape)}"
 
@@ -127,19 +121,19 @@ def keeps_last() -> str | None:
 def shown() -> str | None:
     """A pass can be asked to show hidden states, attentions and router logits, and no more."""
     expected = {"output_attentions", "output_hidden_states", "output_router_logits"}
-    return differs("what can be shown", set(SHOWN), expected)
+    return trial.differs("what can be shown", set(SHOWN), expected)
 
 
 @used_by("depth/stack.py _close: attentions of first visits")
 def attentions_once() -> str | None:
     """Attentions are captured once each time that a layer's own forward runs."""
-    model = tiny_model(attn_implementation="eager")
+    model = trial.tiny_model(attn_implementation="eager")
     layer = model.model.layers[0]
     own = layer.forward
     layer.forward = lambda state, **kwargs: own(own(state, **kwargs), **kwargs)
     with torch.no_grad():
-        out = model(ids(), output_attentions=True, use_cache=False)
-    return differs("attentions of 3 applications", len(out.attentions), 3)
+        out = model(trial.ids(), output_attentions=True, use_cache=False)
+    return trial.differs("attentions of 3 applications", len(out.attentions), 3)
 
 
 @used_by("depth/generation.py HostMixin.generate", at_attach=True)
@@ -147,8 +141,8 @@ def generate_takes() -> str | None:
     """generate takes the ids, then the generation configuration."""
     if not hasattr(GenerationConfig(), "return_dict_in_generate"):
         return "GenerationConfig has no return_dict_in_generate"
-    first = parameters(getattr(LlamaForCausalLM, "generate"))[1:3]  # noqa: B009 - not declared
-    return differs("its first parameters", first, ["inputs", "generation_config"])
+    first = trial.parameters(getattr(LlamaForCausalLM, "generate"))[1:3]  # noqa: B009 - not declared
+    return trial.differs("its first parameters", first, ["inputs", "generation_config"])
 
 
 class _ArgumentOfPass(LlamaForCausalLM):
@@ -171,9 +165,9 @@ def prepared() -> str | None:
     """generate makes each pass of what prepare_inputs_for_generation returns for all ids so far."""
     _ArgumentOfPass.passes = ()
     with torch.no_grad():
-        tiny_model(_ArgumentOfPass).generate(ids(), max_new_tokens=3, do_sample=False)
+        trial.tiny_model(_ArgumentOfPass).generate(trial.ids(), max_new_tokens=3, do_sample=False)
     expected = ((4, 4, True), (5, 1, True), (6, 1, True))
-    return differs("(ids, new ids, cache) of three passes", _ArgumentOfPass.passes, expected)
+    return trial.differs("(ids, new ids, cache) of three passes", _ArgumentOfPass.passes, expected)
 
 
 @used_by("host/generation.py prefill, extended, decoding: speculation", at_attach=True)
@@ -185,7 +179,7 @@ def private_steps() -> str | None:
         "_expand_inputs_for_generation": ("expand_size", "is_encoder_decoder", "input_ids"),
         "_optimize_model_for_decode": (),
     }
-    faults = (lacks(getattr(LlamaForCausalLM, name), *taken) for name, taken in steps.items())
+    faults = (trial.lacks(getattr(LlamaForCausalLM, name), *taken) for name, taken in steps.items())
     return next(filter(None, faults), None)
 
 
@@ -199,7 +193,7 @@ def continuous() -> str | None:
 @used_by("host/names.py with_parts: tokens that stay are not computed")
 def parts() -> str | None:
     """A layer's token-wise parts are called by their names, so something may stand in for them."""
-    model = tiny_model()
+    model = trial.tiny_model()
     layer, entered = model.model.layers[0], []
 
     def noting(part: torch.nn.Module) -> Callable[..., Any]:
@@ -207,19 +201,19 @@ def parts() -> str | None:
 
     model.model.layers[0] = names.with_parts(layer, names.token_wise_parts(layer), noting)
     with torch.no_grad():
-        model(ids(), use_cache=False)
+        model(trial.ids(), use_cache=False)
     expected = [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp]
-    return differs("the parts entered", entered, expected)
+    return trial.differs("the parts entered", entered, expected)
 
 
 @used_by("host/layers.py final_norm: exits, calibration and the exit loss read logits")
 def readout() -> str | None:
     """The logits of a Llama are its head on its final norm on what leaves its last layer."""
-    model = tiny_model()
+    model = trial.tiny_model()
     states: list[Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda _layer, _inputs, out: states.append(out))
     with torch.no_grad():
-        logits = model(ids(), use_cache=False).logits
+        logits = model(trial.ids(), use_cache=False).logits
         read = scaled_logits(head_of(model)(final_norm(model.model, states[0])), model.config)
     return None if torch.equal(logits, read) else "other logits"
 
@@ -228,7 +222,9 @@ def readout() -> str | None:
 def known_names() -> str | None:
     """No layer of today hands the cache on under a name that is not known."""
     taken = {
-        name for name in parameters(LlamaDecoderLayer.forward) if "cache" in name or "past" in name
+        name
+        for name in trial.parameters(LlamaDecoderLayer.forward)
+        if "cache" in name or "past" in name
     }
     unknown = sorted(taken - {*names.KNOWN_CACHE_NAMES, "use_cache", "cache_position"})
     return f"LlamaDecoderLayer.forward also takes {unknown}" if unknown else None
@@ -297,7 +293,7 @@ def crops() -> str | None:
     layer = DynamicLayer()
     layer.update(*_step(3))
     layer.crop(-2)
-    return differs("the length after crop(-2) of 3 tokens", layer.get_seq_length(), 1)
+    return trial.differs("the length after crop(-2) of 3 tokens", layer.get_seq_length(), 1)
 
 
 @used_by("depth/planes.py: masks of a layer", at_attach=True)
@@ -308,7 +304,7 @@ def mask_sizes() -> str | None:
         layer.update(*_step(5))
     sizes = [tuple(layer.get_mask_sizes(2)) for layer in layers]
     what = "get_mask_sizes(2) after 5 tokens, whole and in a window of 4"
-    return differs(what, sizes, [(7, 0), (5, 2)])
+    return trial.differs(what, sizes, [(7, 0), (5, 2)])
 
 
 @used_by("depth/visits.py: layers that hold some rows alone", at_attach=True)
@@ -332,7 +328,7 @@ def kinds() -> str | None:
         for is_kind in (caches.has_keys, caches.is_sliding, caches.is_recurrent)
     ]
     expected = [[True, True, True, False], [False, True, False, False], [False] * 3 + [True]]
-    return differs("keys, window, recurrent state of the four kinds", answers, expected)
+    return trial.differs("keys, window, recurrent state of the four kinds", answers, expected)
 
 
 @used_by("host/cache.py held_bytes: kv_bytes of every trace", at_attach=True)
@@ -358,7 +354,7 @@ def names_of_tensors() -> str | None:
 @used_by("host/cache.py with_layers: a visit sees the cache with its own plane", at_attach=True)
 def nothing_beside_layers() -> str | None:
     """A cache counts no tokens beside its layers."""
-    config = tiny_config()
+    config = trial.tiny_config()
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=8)):
         before = {name: value for name, value in vars(cache).items() if name != "layers"}
         cache.update(*_step(), 0)
@@ -372,17 +368,17 @@ def nothing_beside_layers() -> str | None:
 @used_by("host/cache.py VisitCacheLayer: what a visit stores is merged", at_attach=True)
 def stands_in() -> str | None:
     """A cache calls `update` of a layer and reads its attributes; an object may stand in for it."""
-    cache: Any = DynamicCache(config=tiny_config())
+    cache: Any = DynamicCache(config=trial.tiny_config())
     cache.layers[0] = caches.VisitCacheLayer(cache.layers[0], True, None)
     cache.update(*_step(), 0)
     state = (cache.get_seq_length(), cache.get_mask_sizes(1, 0), list(cache.is_sliding))
-    return differs("length, mask sizes, windows", state, (1, (2, 0), [False, False]))
+    return trial.differs("length, mask sizes, windows", state, (1, (2, 0), [False, False]))
 
 
 @used_by("speculation: what is cut off a window again", at_attach=True)
 def records() -> str | None:
     """Windows keep what a crop needs from activate_past_recording on, until record_past is off."""
-    cache: Any = DynamicCache(config=tiny_config())
+    cache: Any = DynamicCache(config=trial.tiny_config())
     window: Any = DynamicSlidingWindowLayer(3)
     cache.layers[0] = window
     window.update(*_step(4))
@@ -393,13 +389,13 @@ def records() -> str | None:
     caches.record_past(cache, cache.layers, on=False)
     window.update(*_step(1))
     sizes = (recorded, window.get_seq_length(), window.keys.shape[-2])
-    return differs("keys while recording, length and keys after", sizes, (4, 5, 2))
+    return trial.differs("keys while recording, length and keys after", sizes, (4, 5, 2))
 
 
 @used_by("host/cache.py KeysWritten: a layer that is left at its cache", at_attach=True)
 def survives_an_error() -> str | None:
     """An error out of `update` leaves the cache as it was."""
-    cache: Any = DynamicCache(config=tiny_config())
+    cache: Any = DynamicCache(config=trial.tiny_config())
     cache.update(*_step(), 0)
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -409,15 +405,15 @@ def survives_an_error() -> str | None:
     try:
         cache.update(*_step(), 1)
     except KeyError:
-        return differs("the length of layer 0", cache.get_seq_length(), 1)
+        return trial.differs("the length of layer 0", cache.get_seq_length(), 1)
     return "Cache.update swallowed an error of its layer"
 
 
 @used_by("depth/planes.py adopt, visits.py: live caches gain planes", at_attach=True)
 def change_class() -> str | None:
     """A live cache and its layers may change their class to a subclass."""
-    cache: Any = DynamicCache(config=tiny_config())
+    cache: Any = DynamicCache(config=trial.tiny_config())
     cache.__class__ = type("DynamicCache", (DynamicCache,), {})
     cache.layers[0].__class__ = type("DynamicLayer", (DynamicLayer,), {})
     cache.update(*_step(), 0)
-    return differs("the length", cache.get_seq_length(), 1)
+    return trial.differs("the length", cache.get_seq_length(), 1)

@@ -20,17 +20,8 @@ from trol.depth import AbstractPolicy
 from trol.depth.call import in_force, overrides_of
 from trol.depth.planes import PlanedCache, fork_cache
 from trol.errors import HostError
+from trol.host import generation
 from trol.host.cache import can_take_back, record_past
-from trol.host.generation import (
-    SLICES_LOGITS,
-    extended,
-    is_stateless,
-    next_pass,
-    padding_token,
-    prefill,
-    stops_at_tokens,
-    with_cache,
-)
 from trol.host.names import CACHE
 from trol.speculation.acceptance import Drafts, Known, draft_budget, greedy, sampled
 
@@ -81,7 +72,7 @@ class ForwardPasses:
 
     def prompt(self, ids: Tensor, config: Any) -> Tensor:
         """The pass over the prompt. Gives the last token's logits. Shape: [B, 1, V]."""
-        self.outputs = prefill(self.model, ids, config, self.kwargs)
+        self.outputs = generation.prefill(self.model, ids, config, self.kwargs)
         return self._logits(1)
 
     def run(self, ids: Tensor, new: int, *, read: int | None = None) -> Tensor:
@@ -90,23 +81,26 @@ class ForwardPasses:
         Gives the logits of the last `read` (default: `new`) of them. Shape: [B, read, V].
         """
         read = new if read is None else read
-        inputs = next_pass(self.model, ids, new, self.kwargs)
-        if SLICES_LOGITS in inputs:
-            inputs[SLICES_LOGITS] = read
+        inputs = generation.next_pass(self.model, ids, new, self.kwargs)
+        if generation.SLICES_LOGITS in inputs:
+            inputs[generation.SLICES_LOGITS] = read
         self.outputs = self.model(**inputs, return_dict=True)
         return self._logits(read)
 
     def extend(self, tokens: int) -> None:
         """Makes masks and positions longer by `tokens` ids."""
         if tokens:
-            self.kwargs = extended(self.model, self.outputs, self.kwargs, tokens)
+            self.kwargs = generation.extended(self.model, self.outputs, self.kwargs, tokens)
 
     def fork(self, *, planes: bool) -> ForwardPasses:
         """The same passes on a cache of their own, which starts from what this one holds."""
         twin = copy.copy(self)
         cache = fork_cache(self.cache, planes=planes)
         _record_past(cache, on=False)  # nothing is cut off a fork
-        twin.kwargs, twin.outputs = {**self.kwargs, CACHE: cache}, with_cache(self.outputs, cache)
+        twin.kwargs, twin.outputs = (
+            {**self.kwargs, CACHE: cache},
+            generation.with_cache(self.outputs, cache),
+        )
         return twin
 
     def _logits(self, read: int) -> Tensor:
@@ -156,11 +150,11 @@ class Loop:
 
     def __post_init__(self) -> None:
         rows, device = len(self.ids), self.ids.device
-        self.draft_processor = type(self.processor)(filter(is_stateless, self.processor))
+        self.draft_processor = type(self.processor)(filter(generation.is_stateless, self.processor))
         self.in_order = len(self.draft_processor) < len(self.processor)
         self.accept = sampled if self.config.do_sample else greedy
         # As transformers' own loop: without an end token, finished rows go on until all are.
-        self.pads = stops_at_tokens(self.criteria)
+        self.pads = generation.stops_at_tokens(self.criteria)
         self.records = self.config.return_dict_in_generate
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -247,7 +241,7 @@ class Loop:
         certain = torch.arange(columns, device=tokens.device) < lead[:, None]
         if not all(self.active):
             done = ~torch.tensor(self.active, device=tokens.device)[:, None]
-            padding = padding_token(self.config).to(tokens.device)
+            padding = generation.padding_token(self.config).to(tokens.device)
             tokens, certain = torch.where(done, padding, tokens), certain | done
         return Known(tokens, certain)
 

@@ -18,25 +18,12 @@ from trol.data.conversations import NAMED
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError, unknown
 from trol.host.trainer import tensorboard
+from trol.training import run_folder
 from trol.training.adapters import finished, learner_of, save_trained
 from trol.training.losses import exit_loss
 from trol.training.opening import opened
 from trol.training.progress import GATE, Progress
 from trol.training.recipe import Recipe, Stage
-from trol.training.run_folder import (
-    RECIPE,
-    WorkingFolder,
-    data_fingerprint,
-    differences,
-    is_first_process,
-    join_processes,
-    newest_checkpoint,
-    on_cpu,
-    process_count,
-    wait_for_processes,
-    whole_folder,
-    writing,
-)
 from trol.training.stage_data import check_data, sized, stage_data
 from trol.training.trainer import CheckpointSchedule, GateMeans, StageTrainer, optimiser, schedule
 
@@ -53,7 +40,7 @@ FINDINGS = "training.json"
 class RunContext:
     """What surrounds a stage without changing what it learns."""
 
-    working: WorkingFolder | None
+    working: run_folder.WorkingFolder | None
     """Where checkpoints go; None for none."""
     deadline: float | None = None
     """When to stop, on the clock of `time.monotonic`."""
@@ -126,11 +113,11 @@ def run(
         if name not in recipe.stages:
             raise UsageError(f"the recipe has no stage {name!r}, but {', '.join(recipe.stages)}.")
     _check(out, max_hours, report_to)
-    join_processes()
+    run_folder.join_processes()
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-    folder = WorkingFolder(out)
+    folder = run_folder.WorkingFolder(out)
     begun: dict[str, Any] = {"start": None if start is None else str(start)}
-    begun |= {"only": names, "processes": process_count()}
+    begun |= {"only": names, "processes": run_folder.process_count()}
     if not resume:
         folder.refuse_to_forget()
     elif folder.is_begun:
@@ -156,7 +143,7 @@ def run(
 def _check(out: Path, max_hours: float | None, report_to: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{str(out)!r} is a file; name a folder to save the model in.")
-    if out.is_dir() and any(out.iterdir()) and not (out / RECIPE).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / run_folder.RECIPE).is_file():
         raise UsageError(
             f"{str(out)!r} holds files that are no training run's; name a new folder, so that "
             "nothing in it is lost."
@@ -172,10 +159,10 @@ def _check(out: Path, max_hours: float | None, report_to: Sequence[str]) -> None
 
 def _finished_before(recipe: Recipe, names: list[str], out: Path) -> dict[str, Any] | None:
     """The results of the run that has filled `out` already, if it was this recipe's."""
-    if not ((out / RECIPE).is_file() and (out / FINDINGS).is_file()):
+    if not ((out / run_folder.RECIPE).is_file() and (out / FINDINGS).is_file()):
         return None
     results = json.loads((out / FINDINGS).read_text(encoding="utf-8"))
-    changed = differences((out / RECIPE).read_text(encoding="utf-8"), recipe)
+    changed = run_folder.differences((out / run_folder.RECIPE).read_text(encoding="utf-8"), recipe)
     before = list(results["losses"])
     if before != names:
         changed.append(f"its stages were {', '.join(before)} and are {', '.join(names)}")
@@ -217,20 +204,24 @@ def _trained(
 
 
 def _save(
-    model: Any, processor: Any, recipe: Recipe, results: dict[str, Any], folder: WorkingFolder
+    model: Any,
+    processor: Any,
+    recipe: Recipe,
+    results: dict[str, Any],
+    folder: run_folder.WorkingFolder,
 ) -> None:
     """Writes everything into a folder beside `out`, then moves it into place."""
-    with writing("the trained model", folder.path):
-        with whole_folder(folder.path / "result") as draft:
-            if is_first_process():
+    with run_folder.writing("the trained model", folder.path):
+        with run_folder.whole_folder(folder.path / "result") as draft:
+            if run_folder.is_first_process():
                 save_trained(model, recipe, draft)
                 processor.save_pretrained(draft)
-                (draft / RECIPE).write_text(recipe.yaml(), encoding="utf-8")
+                (draft / run_folder.RECIPE).write_text(recipe.yaml(), encoding="utf-8")
                 text = json.dumps(results, indent=2) + "\n"
                 (draft / FINDINGS).write_text(text, encoding="utf-8")
-        if is_first_process():
+        if run_folder.is_first_process():
             folder.deliver()
-    wait_for_processes()
+    run_folder.wait_for_processes()
 
 
 def train_stage(
@@ -249,16 +240,16 @@ def train_stage(
     stage = _sized(recipe.stages[name], data.rows, f"{context.label}{name}")
     place = checkpoint = None
     if context.working is not None:
-        context.working.check_data(name, data_fingerprint(data.rows, data.collate))
+        context.working.check_data(name, run_folder.data_fingerprint(data.rows, data.collate))
         place = context.working.stage(number)
-        checkpoint = newest_checkpoint(place)
+        checkpoint = run_folder.newest_checkpoint(place)
     callbacks: list[Any] = [
         CheckpointSchedule(0 if place is None else recipe.save_every, context.deadline)
     ]
     if loss := exit_loss(learner, stage):
         data.reader.loss = loss
         callbacks.append(loss)
-    if "tensorboard" in context.report_to and is_first_process():
+    if "tensorboard" in context.report_to and run_folder.is_first_process():
         callbacks.append(tensorboard(context.logs / name))
     data.reader.train()
     steps = optimiser(data.reader, stage)
@@ -276,7 +267,7 @@ def train_stage(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # progress is shown by ours
-    progress = Progress(f"{context.label}{name}") if is_first_process() else None
+    progress = Progress(f"{context.label}{name}") if run_folder.is_first_process() else None
     if progress is not None:
         trainer.add_callback(progress)
     try:
@@ -301,7 +292,7 @@ def train_stage(
 def _sized(stage: Stage, rows: Any, label: str) -> Stage:
     """The stage with its length; a warm-up that is cut to fit is said on stderr."""
     resolved = sized(stage, rows)
-    if resolved.warmup_steps < stage.warmup_steps and is_first_process():
+    if resolved.warmup_steps < stage.warmup_steps and run_folder.is_first_process():
         print(
             f"{label}: {resolved.steps} steps, so the warm-up is {resolved.warmup_steps} of them, "
             f"not {stage.warmup_steps}",
@@ -317,10 +308,11 @@ def device_batch(stage: Stage) -> int:
     Raises:
         UsageError: the batch cannot be divided so.
     """
-    parts = stage.accumulate * process_count()
+    processes = run_folder.process_count()
+    parts = stage.accumulate * processes
     if stage.batch % parts:
         raise UsageError(
-            f"a batch of {stage.batch} cannot be divided among {process_count()} processes in "
+            f"a batch of {stage.batch} cannot be divided among {processes} processes in "
             f"{stage.accumulate} parts each; give a batch that is a multiple of {parts}."
         )
     return stage.batch // parts
@@ -344,7 +336,7 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         bf16=recipe.precision == "bf16",
         logging_steps=max(1, stage.steps // LOGS),
         logging_nan_inf_filter=False,  # the first NaN is the last step
-        use_cpu=on_cpu(),
+        use_cpu=run_folder.on_cpu(),
         save_strategy="no",  # CheckpointSchedule asks for checkpoints
         report_to=[tracker for tracker in context.report_to if tracker != "tensorboard"],
         disable_tqdm=True,
@@ -354,9 +346,9 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         dataloader_pin_memory=False,
         label_names=["labels"],
     )
-    if arguments.world_size != process_count():
+    if arguments.world_size != run_folder.process_count():
         raise TrainingError(
-            f"{process_count()} processes were started, but each would train alone "
+            f"{run_folder.process_count()} processes were started, but each would train alone "
             f"({arguments.parallel_mode}); start them with torchrun or accelerate launch."
         )
     if arguments.deepspeed_plugin is not None and stage.muon:

@@ -21,20 +21,9 @@ from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.errors import TrainingError, UsageError
 from trol.host.trainer import StepwiseTrainer, keep_newest
+from trol.training import run_folder
 from trol.training.progress import GATE
 from trol.training.recipe import Stage
-from trol.training.run_folder import (
-    DRAFTS,
-    WEIGHTS,
-    any_process,
-    is_first_process,
-    newest_checkpoint,
-    process_count,
-    put_state,
-    state_of,
-    whole_folder,
-    writing,
-)
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the iteration X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al., 2024)."""
@@ -248,7 +237,7 @@ class CheckpointSchedule(TrainerCallback):
             return
         if self.save_every and state.global_step % self.save_every == 0:
             control.should_save = True
-        if self.deadline is not None and any_process(time.monotonic() > self.deadline):
+        if self.deadline is not None and run_folder.any_process(time.monotonic() > self.deadline):
             control.should_save = control.should_training_stop = True
 
 
@@ -305,7 +294,7 @@ class StageTrainer(StepwiseTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:  # type: ignore[override]
         """The step of Trainer; counts its tokens and checks its loss."""
         if self.by_tokens:
-            self.speed.count(inputs["input_ids"].numel() * process_count())
+            self.speed.count(inputs["input_ids"].numel() * run_folder.process_count())
         loss = super().training_step(model, inputs, *rest)
         if not torch.isfinite(loss):
             raise self.diverged(f"the loss is {loss.item()}")
@@ -313,7 +302,7 @@ class StageTrainer(StepwiseTrainer):
 
     def diverged(self, what: str) -> TrainingError:
         """The error for a training that has become numerically meaningless."""
-        newest = None if self.place is None else newest_checkpoint(self.place)
+        newest = None if self.place is None else run_folder.newest_checkpoint(self.place)
         state = "no checkpoint was written" if newest is None else f"the last good one is {newest}"
         return TrainingError(
             f"stage {self.name}, step {self.state.global_step + 1}: {what}. The step was not "
@@ -328,7 +317,11 @@ class StageTrainer(StepwiseTrainer):
 
     def checkpoint_folder(self) -> Path:
         """Where Trainer writes a checkpoint, before it gets its place."""
-        return Path(self.args.output_dir or "") if self.place is None else self.place / DRAFTS
+        return (
+            Path(self.args.output_dir or "")
+            if self.place is None
+            else self.place / run_folder.DRAFTS
+        )
 
     def write_checkpoint(self, write: Callable[[], None]) -> None:
         """Lets Trainer write it, and puts it in its place once it is whole."""
@@ -336,22 +329,22 @@ class StageTrainer(StepwiseTrainer):
         step = self.state.global_step
         what = f"the checkpoint at step {step} of stage {self.name}"
         place = self.place / f"checkpoint-{step}"
-        with writing(what, self.place), whole_folder(place) as draft:
+        with run_folder.writing(what, self.place), run_folder.whole_folder(place) as draft:
             write()
             between_logs = {**self.since_last_log, "seconds": self.seconds}
             file = draft / BETWEEN_LOGS.format(rank=self.args.process_index)
             file.write_text(json.dumps(between_logs), encoding="utf-8")
-        if is_first_process():
+        if run_folder.is_first_process():
             keep_newest(self.place, self.keep)
 
     def write_weights(self, folder: Path) -> None:
         """Writes the parameters that learn; the others are as the stage began with them."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state_of(self.reader, _learns), folder / WEIGHTS)
+        save_file(run_folder.state_of(self.reader, _learns), folder / run_folder.WEIGHTS)
 
     def read_weights(self, folder: Path) -> None:
         """Reads the parameters that learn."""
-        put_state(self.reader, _learns, folder / WEIGHTS)
+        run_folder.put_state(self.reader, _learns, folder / run_folder.WEIGHTS)
 
     def recall_between_logs(self, checkpoint: Path) -> None:
         """Puts back what the checkpoint says of the losses since the last log."""

@@ -18,19 +18,8 @@ from transformers.utils.hub import cached_file
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolConfig
 from trol.family.memory import check_opening
+from trol.family.published import files
 from trol.family.published.configs import trol_config
-from trol.family.published.files import (
-    CONFIG,
-    GATING,
-    MARKER,
-    STEMS,
-    Checkpoint,
-    added_tokens,
-    check_source,
-    end_token,
-    read_json,
-    unreachable,
-)
 from trol.family.published.layouts import SIGNATURES, Weights, mapped, read_gates
 from trol.family.published.processors import MARKS, published_processor
 
@@ -50,7 +39,7 @@ class Published:
 
     source: str
     """The folder or hub name that was asked for."""
-    checkpoint: Checkpoint
+    checkpoint: files.Checkpoint
     family: str
     """"internlm2" or "phi3"."""
     config: TrolConfig
@@ -93,10 +82,12 @@ class Published:
         mark that ends a turn.
         """
         file = self.folder / "generation_config.json"
-        ids = read_json(file).get("eos_token_id") if file.is_file() else generation.eos_token_id
+        ids = (
+            files.read_json(file).get("eos_token_id") if file.is_file() else generation.eos_token_id
+        )
         stops = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        added = added_tokens(self.folder)
-        ends = (end_token(self.folder), MARKS[self.family].end)
+        added = files.added_tokens(self.folder)
+        ends = (files.end_token(self.folder), MARKS[self.family].end)
         stops = list(dict.fromkeys([*stops, *(added[end] for end in ends if end in added)]))
         generation.eos_token_id = stops[0] if len(stops) == 1 else stops
 
@@ -108,7 +99,7 @@ def find_published_model(source: str | Path | None, settings: dict[str, Any]) ->
     """
     if source is None or any(settings.get(name) for name in ELSEWHERE):
         return None
-    if (Path(source) / MARKER).is_file():
+    if (Path(source) / files.MARKER).is_file():
         raise HostError(
             f"{source} holds a conversion that was not finished; run the same `trol convert` "
             "again, which goes on where it was."
@@ -133,7 +124,7 @@ def find_published(source: str | Path, **settings: Any) -> Published | None:
             cure.
         HostError: it cannot be fetched.
     """
-    check_source(source)
+    files.check_source(source)
     if not Path(source).is_dir():
         hub = {name: settings[name] for name in HUB_SETTINGS if name in settings}
         folder = _fetched(str(source), hub)
@@ -141,7 +132,7 @@ def find_published(source: str | Path, **settings: Any) -> Published | None:
         folder = Path(source) if _may_be_published(Path(source)) else None
     if folder is None:
         return None
-    checkpoint = Checkpoint(folder)
+    checkpoint = files.Checkpoint(folder)
     for family, names in SIGNATURES.items():
         if all(name in checkpoint for name in names):
             config = trol_config(family, checkpoint)
@@ -150,22 +141,25 @@ def find_published(source: str | Path, **settings: Any) -> Published | None:
             sharing, tensors = read_gates(checkpoint, family, layers, width)
             config.depth = {"policy": "trol_mixer", "sharing": sharing}
             return Published(str(source), checkpoint, family, config, tensors)
-    if not (folder / GATING).is_file():
+    if not (folder / files.GATING).is_file():
         return None
     known = "; ".join(f"{family}: {', '.join(t)}" for family, t in SIGNATURES.items())
     raise DataError(
-        f"{folder} has a {GATING}, but its tensors ({checkpoint.names()[0]!r}, ...) are of no "
-        f"published TroL ({known}); put the weights beside it that were published with it."
+        f"{folder} has a {files.GATING}, but its tensors ({checkpoint.names()[0]!r}, ...) are of "
+        f"no published TroL ({known}); put the weights beside it that were published with it."
     )
 
 
 def _may_be_published(folder: Path) -> bool:
     """Whether the folder has gates, or a model type that transformers does not know."""
-    if (folder / GATING).is_file():
+    if (folder / files.GATING).is_file():
         return True
-    if not (folder / CONFIG).is_file():
+    if not (folder / files.CONFIG).is_file():
         return False
-    return read_json(folder / CONFIG).get("model_type") not in {*CONFIG_MAPPING.keys(), None}
+    return files.read_json(folder / files.CONFIG).get("model_type") not in {
+        *CONFIG_MAPPING.keys(),
+        None,
+    }
 
 
 def _fetched(name: str, hub: dict[str, Any]) -> Path | None:
@@ -175,14 +169,14 @@ def _fetched(name: str, hub: dict[str, Any]) -> Path | None:
     )
     reason = None
     try:
-        reason = unreachable(name, hub)
+        reason = files.unreachable(name, hub)
         if reason is not None:
             hub = {**hub, "local_files_only": True}  # what was fetched before can still be opened
-        config = cached_file(name, CONFIG, **hub)  # raises for an unknown name
-        saved = config and read_json(Path(config)).get("model_type") == TrolConfig.model_type
-        if saved or cached_file(name, GATING, **hub, **quietly) is None:
+        config = cached_file(name, files.CONFIG, **hub)  # raises for an unknown name
+        saved = config and files.read_json(Path(config)).get("model_type") == TrolConfig.model_type
+        if saved or cached_file(name, files.GATING, **hub, **quietly) is None:
             return None
-        for kind, stem in STEMS.items():
+        for kind, stem in files.STEMS.items():
             patterns = [*SMALL_FILES, f"{stem}*{kind}"]
             folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
             if any(folder.glob(f"{stem}*{kind}")):
@@ -193,5 +187,5 @@ def _fetched(name: str, hub: dict[str, Any]) -> Path | None:
         raise HostError(
             f"{name!r} is no folder here and cannot be fetched from the hub ({why}); check the "
             "name and the network, or give the folder of a saved model or of a published "
-            f"checkpoint: {CONFIG}, {GATING}, the weights and the tokenizer's files."
+            f"checkpoint: {files.CONFIG}, {files.GATING}, the weights and the tokenizer's files."
         ) from error
