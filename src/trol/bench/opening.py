@@ -7,8 +7,6 @@ process held of its own while opening (what is mapped from a file does not count
 the weights. The published checkpoint has random weights and is written here.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import threading
@@ -109,7 +107,7 @@ class PeakMemory:
     It is known on Linux alone; `peak` is 0 elsewhere.
     """
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> "PeakMemory":
         self.first, self.peak, self._open = _anonymous(), 0, True
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()

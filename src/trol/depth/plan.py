@@ -1,7 +1,5 @@
 """A plan: how often each layer is to be visited, decided beforehand, as text and as JSON."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,7 +89,7 @@ class Plan:
         return {"visits": list(self.visits), "beyond": self.beyond}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
         """The plan of a JSON form; raises `UsageError` when it is none."""
         if not isinstance(data.get("visits"), list) or set(data) - {"visits", "beyond"}:
             raise UsageError(f'{data!r} is no plan; write {{"visits": [2, 1, 0], "beyond": 0}}.')

@@ -5,8 +5,6 @@ at, and `Plain` is the policy of the host itself. Below them, policies are looke
 package root (`trol.POLICIES`) lists them all, and each is imported when it is first used.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -252,7 +250,7 @@ class StackBounds:
     """Whether every token visits every layer exactly once."""
 
     @classmethod
-    def of(cls, policy: AbstractPolicy, layers: int) -> StackBounds:
+    def of(cls, policy: AbstractPolicy, layers: int) -> "StackBounds":
         """The bounds of `policy` on a stack of `layers` layers."""
         bounds = tuple(policy.bounds(layer) for layer in range(layers))
         for layer, one in enumerate(bounds):

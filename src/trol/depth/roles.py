@@ -4,8 +4,6 @@
 what a policy may ask about the tokens of one pass: their scope, position, padding and logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -51,19 +49,19 @@ class Roles:
             return self.answer == (scope == "answer")
         return self.answer if scope == "answer" else ~self.answer
 
-    def behind(self, more: int) -> Roles:
+    def behind(self, more: int) -> "Roles":
         """The same roles behind `more` tokens of question, such as PEFT's virtual ones."""
         if more <= 0 or not isinstance(self.answer, Tensor):
             return self
         return Roles(torch.nn.functional.pad(self.answer, (more, 0)))
 
     @classmethod
-    def of_labels(cls, labels: TokenIds) -> Roles:
+    def of_labels(cls, labels: TokenIds) -> "Roles":
         """Training labels [B, T]: what the loss looks at is answer."""
         return cls(labels != IGNORED_LABEL)
 
     @classmethod
-    def of_assistant_masks(cls, masks: Shaped[Tensor, "B T"]) -> Roles:
+    def of_assistant_masks(cls, masks: Shaped[Tensor, "B T"]) -> "Roles":
         """A chat template's `assistant_masks` [B, T]: 1 where the assistant speaks."""
         return cls(masks.bool())
 
@@ -95,7 +93,7 @@ class Prompt:
         columns: int,
         ids: int,
         cache_is_the_callers: bool,
-    ) -> Prompt:
+    ) -> "Prompt":
         """The prompt of a `generate` call; `masks` is `assistant_masks` [B, length] or None.
 
         Raises:

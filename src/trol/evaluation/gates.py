@@ -12,8 +12,6 @@ alone, then left out in groups, those that do least harm first; then one thresho
 layers that stay; then each layer is tried on its own again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,7 +194,7 @@ class Trial:
             self.after_pass()
         return self.counts[thresholds]
 
-    def agreement(self, thresholds: Thresholds) -> Agreement:
+    def agreement(self, thresholds: Thresholds) -> "Agreement":
         """How many answers are kept."""
         return Agreement(self.changed(thresholds), len(self.items))
 

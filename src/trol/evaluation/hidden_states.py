@@ -6,8 +6,6 @@ An exit's unit is the *answer*, because its tokens depend on one another. Its qu
 of its tokens whose exit predicts what the full model predicts; its last token predicts nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +147,7 @@ class ExitRecord:
     layers: Tensor
     """The layer before which each look is taken, and L for tokens that never leave: [E + 1]."""
 
-    def outcome(self, threshold: float) -> ExitOutcome:
+    def outcome(self, threshold: float) -> "ExitOutcome":
         """The predicted outcome of leaving at this threshold."""
         always = torch.ones_like(self.agrees[:1])
         look = torch.cat([self.confidence >= threshold, always]).int().argmax(0)  # the first

@@ -6,8 +6,6 @@ computed once, and each level goes on from a copy. The last token of the prompt,
 first of the answer, is left to each level's `generate`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -272,7 +270,7 @@ class Questions:
             "temperature": TEMPERATURE,
         }
 
-    def drawing(self, samples: int) -> Questions:
+    def drawing(self, samples: int) -> "Questions":
         """The same questions with so many answers drawn at full depth."""
         return replace(self, samples=samples)
 

@@ -9,8 +9,6 @@ both in steps of the model's own policy (https://arxiv.org/abs/2211.17192, theor
 tokens per round is (1 - a^(k+1)) / (1 - a) for agreement a; here the rounds are played through).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -249,7 +247,7 @@ def _candidates(
     agreed: Callable[[Layers], Rows],
     stays: Sequence[int],
     kept: int | None,
-    costs: Costs,
+    costs: "Costs",
     *,
     progress: StepsDone,
     measured: Measurements,

@@ -13,8 +13,6 @@ of rows per shard; its report and the training of routers read them::
      "new_tokens": 7, "scores": {metric: number}}
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -290,7 +288,7 @@ class OracleResult:
     run: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> OracleResult:
+    def read(cls, folder: Path) -> "OracleResult":
         """The result in the folder of a finished oracle.
 
         Raises:

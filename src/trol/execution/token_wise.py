@@ -12,8 +12,6 @@ On a CPU, attention computes the queries of the visiting tokens alone as well:
 On a GPU a call of sdpa is one launch of a kernel that needs no mask; there all queries attend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,13 +46,13 @@ class VisitingTokens:
         """Their indices among the B * T tokens; if there are none, the first token. Shape: [n]."""
 
     @classmethod
-    def from_mask(cls, mask: TokenMask) -> VisitingTokens:
+    def from_mask(cls, mask: TokenMask) -> "VisitingTokens":
         """Those of a BoolTensor [B, T]: the one look at a device's values that a visit takes."""
         rows, tokens = mask.shape
         return cls(rows, tokens, mask.flatten().nonzero()[:, 0])
 
     @classmethod
-    def from_rows(cls, visits: Sequence[bool], state: States) -> VisitingTokens:
+    def from_rows(cls, visits: Sequence[bool], state: States) -> "VisitingTokens":
         """All tokens of some rows; `visits` says of each row whether it is one. State [B, T, D]."""
         tokens = state.shape[1]
         rows = torch.tensor([row for row, visit in enumerate(visits) if visit])
@@ -62,7 +60,7 @@ class VisitingTokens:
         return cls(len(visits), tokens, places.to(state.device))
 
     @classmethod
-    def last_of_rows(cls, state: States) -> VisitingTokens:
+    def last_of_rows(cls, state: States) -> "VisitingTokens":
         """The last token of each row. Shape of state: [B, T, D]."""
         rows, tokens = state.shape[:2]
         return cls(rows, tokens, torch.arange(tokens - 1, rows * tokens, tokens).to(state.device))
@@ -94,7 +92,7 @@ class VisitingTokens:
         whole.index_copy_(0, self.places, value.flatten(0, -2))
         return whole.view(*like.shape[:-1], width)
 
-    def stand_in(self, part: nn.Module) -> VisitingPart:
+    def stand_in(self, part: nn.Module) -> "VisitingPart":
         """What takes the place of a token-wise part during the visit."""
         return VisitingPart(part, self)
 

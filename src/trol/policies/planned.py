@@ -4,8 +4,6 @@ Also the static plans, which keep a share of the layers without looking at a mod
 the same number of layers for a share, so that their plans cost the same.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -127,7 +125,7 @@ class Replay(DataclassPolicy):
         self.answers = again.clamp(0, 1)  # Shape: [L, R + 1, B, T]
 
     @classmethod
-    def of(cls, trace: Trace, *, scope: Scope = "all") -> Replay:
+    def of(cls, trace: Trace, *, scope: Scope = "all") -> "Replay":
         """The replay of everything that `trace` saw.
 
         Raises:

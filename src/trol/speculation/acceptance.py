@@ -4,8 +4,6 @@ Greedy decoding accepts a draft that is the model's best token; sampling accepts
 probability that leaves the model's distribution unchanged.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +21,7 @@ class Drafts:
     chances: Tensor | None = None
     """The draft's distribution at each of them, in sampling. Shape: [B, k, V]."""
 
-    def column(self, number: int) -> Drafts:
+    def column(self, number: int) -> "Drafts":
         """Draft `number` alone; no draft if `number` is past the last."""
         here = slice(number, number + 1)
         return Drafts(self.tokens[:, here], None if self.chances is None else self.chances[:, here])
@@ -43,7 +41,7 @@ class Known:
         here = self.columns(0, others.shape[1])
         return torch.where(here.certain, here.tokens, others)
 
-    def columns(self, start: int, count: int) -> Known:
+    def columns(self, start: int, count: int) -> "Known":
         """`count` columns from `start` on; nothing is known of those past the last."""
         more = max(start + count - self.tokens.shape[1], 0)
         tokens, certain = (

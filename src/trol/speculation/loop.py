@@ -5,8 +5,6 @@ advance by what the slowest one gained; what a faster row has verified beyond th
 comes before its drafts in the next round. For rows that are finished, padding is known to follow.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -92,7 +90,7 @@ class ForwardPasses:
         if tokens:
             self.kwargs = generation.extended(self.model, self.outputs, self.kwargs, tokens)
 
-    def fork(self, *, planes: bool) -> ForwardPasses:
+    def fork(self, *, planes: bool) -> "ForwardPasses":
         """The same passes on a cache of their own, which starts from what this one holds."""
         twin = copy.copy(self)
         cache = fork_cache(self.cache, planes=planes)

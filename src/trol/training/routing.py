@@ -4,8 +4,6 @@ The model stays as it is. Its states at the router's layer are computed once for
 what is learnt from them is small.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import random
@@ -93,7 +91,7 @@ class Table:
         """Where a level scores at least what the full one does, within the tolerance: [N, M]."""
         return self.scores >= self.scores[:, -1:] - self.tolerance
 
-    def of(self, places: list[int]) -> Table:
+    def of(self, places: list[int]) -> "Table":
         """The table of some of its questions, by their places."""
         questions = tuple(self.questions[i] for i in places)
         return Table(self.menu, questions, self.costs[places], self.scores[places], self.tolerance)

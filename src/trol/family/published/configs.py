@@ -6,8 +6,6 @@ flat, like that of InternLM-XComposer2; Phi-3's has a part each for decoder and 
 InternVL-Chat.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +109,7 @@ class ConfigReader:
             raise DataError(f"{place} is {values!r}, not an object; {CURE}.")
         self._values, self.place = values, place
 
-    def part(self, name: str) -> ConfigReader:
+    def part(self, name: str) -> "ConfigReader":
         """The reader of a part; of an empty one where it is left out."""
         return ConfigReader(self.get(name, default={}), f"{self.place}: {name}")
 
