@@ -184,7 +184,7 @@ class StackMixin(Specialised):
         scope = policy.scope_in(training=self.training)
         cache = self._cache(args, kwargs)
         bounds = self.depth_bounds_of(policy)
-        absent = self.depth_absent(policy)
+        absent = bounds.never if scope == "all" else frozenset()
         planed = isinstance(cache, PlanedCache)
         if cache is not None and not torch.compiler.is_compiling():
             check_cache(cache)

@@ -90,7 +90,9 @@ class LayerSignature:
 
     def cache_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache among a layer's arguments, or None."""
-        return _argument(args, kwargs, self._cache_key(kwargs), self.cache_position)
+        if self.cache_name in kwargs:  # asked in every layer: no further call
+            return kwargs[self.cache_name]
+        return _argument(args, kwargs, cache_key(kwargs) or self.cache_name, self.cache_position)
 
     def mask_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The attention mask among a layer's arguments, or None."""
@@ -98,15 +100,14 @@ class LayerSignature:
 
     def with_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> Arguments:
         """The same arguments with another cache."""
-        return _replaced(args, kwargs, self._cache_key(kwargs), self.cache_position, cache)
+        if self.cache_name in kwargs:
+            return args, {**kwargs, self.cache_name: cache}
+        name = cache_key(kwargs) or self.cache_name
+        return _replaced(args, kwargs, name, self.cache_position, cache)
 
     def with_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Arguments:
         """The same arguments with another attention mask."""
         return _replaced(args, kwargs, "attention_mask", self.mask_position, mask)
-
-    def _cache_key(self, kwargs: dict[str, Any]) -> str:
-        own = self.cache_name
-        return own if own in kwargs else cache_key(kwargs) or own
 
 
 def _argument(
