@@ -7,6 +7,7 @@ import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import trol
+from hosts.releases import OLDEST
 from trol.depth import attached
 from trol.errors import HostError
 from trol.host.cache import new_cache
@@ -144,6 +145,8 @@ def test_layers_that_look_at_pictures_are_right() -> None:
         try:
             trol.attach(model, Planned("0 2-3") if name == "skip" else new_policy())
         except HostError as error:  # transformers 5.16 runs these layers without a picture as well
+            if not OLDEST:
+                raise
             pytest.skip(str(error))
         for given in ({}, seen):
             assert cached_difference(model, ids, **given) <= 1e-4, name

@@ -126,6 +126,8 @@ def test_saving_adapters_alone_says_so(tmp_path: Path) -> None:
     try:
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     except ValueError as error:  # transformers 5.24 wants a PEFT that is not released yet
+        if "peft" not in str(error).lower():
+            raise
         pytest.skip(str(error))
     with pytest.warns(UserWarning, match=r"trol\.save\(model, folder\)"):
         model.save_pretrained(tmp_path)

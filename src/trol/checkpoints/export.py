@@ -6,11 +6,7 @@ both compute what the plan computes is checked on samples before anything is wri
 """
 
 import copy
-import os
-import shutil
-import tempfile
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from trol.checkpoints.adapter import check_writable
 from trol.depth import Plan, attached, depth, detach, is_attached
 from trol.errors import HostError, UsageError, unwritable
+from trol.files import whole_folder
 from trol.host.layers import attention_of, find_decoder, layer_list, with_attention
 from trol.host.weights import forget_quantisation, is_quantised
 from trol.policies.planned import Planned
@@ -86,9 +83,12 @@ def export(
     if isinstance(processor, ProcessorMixin):
         samples.append(picture_row(plain, processor, seed))
     baked, difference = bake(plain, plan, samples)
-    with _whole_folder(place) as folder:
-        baked.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    try:
+        with whole_folder(place) as folder:
+            baked.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    except OSError as error:
+        raise unwritable(place, error) from error
     layers = len(_layers_of(plain)[1])
     count = sum(parameter.numel() for parameter in baked.parameters())
     return Exported(str(place), layers, _visited(plan, layers), count, difference)
@@ -135,22 +135,6 @@ def check_destination(destination: str | Path) -> None:
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"{place} exists and is not empty; name a folder that is not there yet.")
     check_writable(place)
-
-
-@contextmanager
-def _whole_folder(place: Path) -> Generator[Path]:
-    """A folder that becomes `place` when all is in it; nothing stays if that fails."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-"))
-    except OSError as error:
-        raise unwritable(place, error) from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        os.replace(partial, place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def random_rows(model: Any, seed: int) -> dict[str, Tensor]:
