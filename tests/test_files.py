@@ -55,3 +55,14 @@ def test_a_folder_that_cannot_be_named_leaves_the_earlier_one(
         (draft / "second").touch()
     assert names(place) == ["first"]
     assert names(tmp_path) == ["model"]
+
+
+def test_what_a_killed_run_left_of_an_earlier_folder_is_no_obstacle(tmp_path: Path) -> None:
+    place, left = tmp_path / "out", tmp_path / ".out.draft.old"
+    for folder in (place, left):
+        folder.mkdir()
+        (folder / "a").write_text("earlier")
+    with whole_folder(place) as draft:
+        (draft / "a").write_text("new")
+    assert (place / "a").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [place]

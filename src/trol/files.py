@@ -70,6 +70,7 @@ def whole_folder(
             for path in [*draft.rglob("*"), draft]:
                 _sync(path)
             if place.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while removing it
                 place.replace(old)
             draft.replace(place)
             _sync(place.parent)
