@@ -98,8 +98,11 @@ def _host(model: Any) -> Any:
 def _losses(
     model: Any, processor: Any, given: GivenPlan, task: str, *, questions: int, seed: int
 ) -> dict[str, Any]:
-    """Loss of references of the test split: of the full model, of the plan as it was `chosen` (null
-    where it is for every token), and for `all` tokens, as the checkpoint has it."""
+    """Loss of references of the test split, nats per token.
+
+    Of the `full` model, of the plan as it was `chosen` (null where it is for every token), and for
+    `all` tokens, as the checkpoint has it.
+    """
     from trol.depth import Plan
     from trol.evaluation.plan_search import WINDOW, plan_loss
     from trol.evaluation.tasks import questions_of, task_of

@@ -9,7 +9,7 @@ null where it is not known::
      "timing": {"batch", "tokens", "rounds"},
      "tasks": {task: {
         "n": int, "kind": "question" | "window",
-        "splits": bool,      whether plans were chosen on a split of their own, not a part of the file
+        "splits": bool,           whether plans were chosen on another split, not a part of the file
         "metrics": {name: {"better": "higher" | "lower"}},   the first judges
         "methods": {method: {
             "bound": bool,            drawn by looking at the references
@@ -40,17 +40,10 @@ import torch
 
 from trol.depth import AbstractPolicy, depth, trace
 from trol.depth.policy import Plain, to_settings
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
 from trol.evaluation import curve_methods
-from trol.depth.roles import IGNORED_LABEL
-from trol.evaluation.answers import (
-    LOSS_BATCH,
-    LOWER_IS_BETTER,
-    answer,
-    losses,
-    mean_losses,
-    scores,
-)
+from trol.evaluation.answers import LOSS_BATCH, LOWER_IS_BETTER, answer, losses, mean_losses, scores
 from trol.evaluation.hidden_states import layers_of, state_cosines
 from trol.evaluation.items import Item, batches, fitted_prompts, labelled, positions_of
 from trol.evaluation.plan_search import JUDGING

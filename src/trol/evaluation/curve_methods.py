@@ -1,7 +1,7 @@
 """The methods that a curve compares: how each makes its policies, cheap ones to dear ones."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import chain

@@ -172,7 +172,8 @@ class _Search:
         *,
         of: int,
     ) -> None:
-        self.subject, self.scope, self.measured = subject, scope, measured
+        self.subject, self.measured = subject, measured
+        self.scope: Scope = scope
         self.progress, self.of = progress, of
         self.layers = layers_of(subject[0])
         self.keep_first = 0 if scope == "answer" else SPARED
@@ -194,7 +195,7 @@ class _Search:
         """The layers left when those that the loss misses least are gone one by one."""
 
         def cost(stays: Layers, base: Layers) -> float:
-            return self.loss(*(plan_keeping(some, self.layers) for some in (stays, base)))
+            return self.loss(plan_keeping(stays, self.layers), plan_keeping(base, self.layers))
 
         removal = Removal(range(self.layers), cost)
         for _ in removal.take(self.layers - kept):

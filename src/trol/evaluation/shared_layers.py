@@ -6,15 +6,13 @@ to layer l begins with what entered that layer. What it computes is the same to 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Visit, depth
-from trol.depth.readout import Readout
-from trol.depth.roles import IGNORED_LABEL, Mask
+from trol.depth.roles import Mask
 from trol.evaluation.answers import mean_losses
 from trol.evaluation.hidden_states import entering, layers_of, scoped
 from trol.evaluation.items import Item, batches, labelled
@@ -158,13 +156,14 @@ class PlanLosses:
         scope: Scope,
         keep_first: int = 0,
     ) -> None:
-        self.model, self.scope, self.keep_first = model, scope, keep_first
+        self.model, self.keep_first = model, keep_first
+        self.scope: Scope = scope
         alike = sorted(items, key=lambda item: len(item.question) + len(item.answer))
         read = (dict(labelled(model, processor, some)) for some in batches(alike, BATCH))
         self.runs = SharedRuns([self._run(inputs) for inputs in read])
 
     def of(self, plan: Plan, base: Plan) -> float:
-        """The loss under a plan that has its first layers in common with `base`; NaN is infinite."""
+        """The loss under a plan with its first layers in common with `base`; NaN is infinite."""
         each = [loss for some in self.runs.under(plan, base) for loss in some]
         mean = sum(each) / len(each)
         return math.inf if math.isnan(mean) else mean
