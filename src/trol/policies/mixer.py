@@ -68,6 +68,7 @@ class TrolMixer(DataclassPolicy):
         tau: the gate threshold: tokens whose gate is <= tau leave without another visit; 0 is
             exact, and a layer's output then moves by at most tau * |x_2 - x_1|. One for all layers,
             or one for each; None for a layer without second visits, whose gate is not computed.
+        keep_first: tokens at the head of each sequence that visit every layer once.
         initial_gate: the gate's value before training, 0.001 for nearly no effect; None for
             nn.Linear's own initialisation, as published.
 
@@ -84,6 +85,7 @@ class TrolMixer(DataclassPolicy):
     training_scope: Scope = "all"
     tau: float | Sequence[float | None] = 0.0
     initial_gate: float | None = None
+    keep_first: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
