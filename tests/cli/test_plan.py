@@ -16,9 +16,9 @@ from trol.cli.models import read_plan, write_plan
 from trol.data.own_files import Pair
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
-from trol.evaluation import plan_search as draft_plans
+from trol.evaluation import draft_search as draft_plans
 from trol.evaluation.answers import losses
-from trol.evaluation.plan_search import MOST_TOKENS, Costs
+from trol.evaluation.draft_search import MOST_TOKENS, Costs
 from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import task_of
 

@@ -18,6 +18,8 @@ from trol.errors import DataError, TrolError, UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from trol.depth import PolicyLike
+
 EXAMPLES = (
     'trol chat --image docs/board.png --question "which digit is on the yellow tile?"',
     'trol chat HuggingFaceTB/SmolLM2-135M --question "The sky is" --max-new-tokens 20',
@@ -143,7 +145,7 @@ def open_conversation(
     if plan is not None:
         if not plan.strip():
             raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")
-        plan = models.plan_text(plan)
+        models.policy_of(plan)  # refused before the model is opened
     with terminal.quiet_libraries():
         model, processor = models.open_model(name, bits=bits, chat_template=chat_template)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
@@ -170,6 +172,7 @@ class Conversation:
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.plan: str | None = None
+        self.policy: PolicyLike | None = None
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[Image.Image] = []
 
@@ -198,19 +201,21 @@ class Conversation:
 
     def use_plan(self, text: str | None) -> None:
         """Answer under a plan, its text or file, from now on (None: the model's own policy)."""
-        before, self.plan = self.plan, models.plan_text(text) if text else None
+        before = self.plan, self.policy
+        self.plan = models.policy_text(text) if text else None
+        self.policy = models.policy_of(text) if text else None
         try:
             with self.depth():
                 pass
         except TrolError:
-            self.plan = before
+            self.plan, self.policy = before
             raise
 
     def depth(self) -> AbstractContextManager[None]:
         """The chosen plan is in force while this is open, if one was chosen."""
         from trol.depth.attachment import depth
 
-        return nullcontext() if self.plan is None else depth(self.model, self.plan)
+        return nullcontext() if self.policy is None else depth(self.model, self.policy)
 
     def reset(self) -> None:
         """Forget all turns and pictures."""
