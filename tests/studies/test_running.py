@@ -145,7 +145,7 @@ def test_each_study_runs_at_tiny_size(name: str, host: str, tmp_path: Path) -> N
     assert result is not None
     assert [claim["claim"] for claim in result["claims"]] == [c.text for c in study.claims]
     for claim in result["claims"]:
-        assert claim["low"] <= claim["high"]
+        assert claim["value"] is None or claim["low"] <= claim["high"]
         assert claim["verdict"] in ("reproduced", "refuted", "not decided at this size")
     assert all(len(row) == len(t["heading"]) for t in result["tables"] for row in t["rows"])
     assert set(study.amounts) == {"tiny", "real"}

@@ -42,6 +42,9 @@ def verdicts(results: Mapping[str, Any]) -> Table:
 
 def figures(claim: Mapping[str, Any]) -> list[str]:
     """Estimate, interval and bound as text."""
+    bound = f"{claim['side']} {claim['bound']:g}"
+    if claim["value"] is None:
+        return ["–", "no unit has it", bound]
     value, low, high = (f"{claim[key]:.3f}" for key in ("value", "low", "high"))
-    figures = [value, f"{low} to {high}", f"{claim['side']} {claim['bound']:g}"]
+    figures = [value, f"{low} to {high}", bound]
     return [text.replace("-", "−") for text in figures]

@@ -10,8 +10,13 @@ from trol.studies.study import Study
 
 STUDIES = (
     "single-layers",
+    "skip-or-exit",
     "influence-or-greedy",
     "untrained-traversal",
+    "gates-alone",
+    "oracle",
+    "confident-exits",
+    "drafts",
 )
 """The studies by name; each is the `STUDY` of the module of that name."""
 

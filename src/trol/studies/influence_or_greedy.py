@@ -1,6 +1,6 @@
 """Which layers to leave out: plans by measure and by rule, with and without the first token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ RULES = ("middle", "uniform", "exit")
 SPARED = ("", ", first token spared")
 PARTS = (8, 4)
 """One layer in so many is left out."""
+QUARTER = PARTS[-1]
+SPARES = SPARED[-1]
 
 
 def gone(layers: int, part: int) -> int:
@@ -24,100 +26,96 @@ def gone(layers: int, part: int) -> int:
     return max(1, round(layers / part))
 
 
-def _chosen(subject: Subject, method: str, spared: bool, _: object) -> dict[str, str]:
-    """Part -> the plan, chosen on windows of the validation split."""
-    items, layers = subject.windows("validation"), subject.layers
-    file = folder(subject.folder) / f"plans-{method}{'-spared' * spared}.jsonl"
-    kept = Measurements(file, subject.header())
-    plans = {
-        str(part): chosen_plan(
-            method,
-            subject.model,
-            subject.processor,
-            items,
-            1 - gone(layers, part) / layers,
-            scope="answer" if spared else "all",
-            measured=kept,
-        )
-        for part in PARTS
-    }
-    kept.finish()
-    return {part: str(plan) for part, plan in plans.items()}
+def keep(layers: int, part: int) -> float:
+    """The share of the layers that stays."""
+    return 1 - gone(layers, part) / layers
 
 
-def _measured(
-    subject: Subject, chosen: str, part: int, spared: bool, values: Mapping[str, Any]
-) -> list[float]:
-    return subject.losses(planned(values[chosen][str(part)], spared=spared))
-
-
-def _ruled(
-    subject: Subject, method: str, part: int, spared: bool, seed: int, _: object
-) -> list[float]:
-    layers = subject.layers
-    plan = static_plan(method, layers, 1 - gone(layers, part) / layers, seed)
-    return subject.losses(planned(plan, spared=spared))
-
-
-def name_of(method: str, part: int, spared: str = "", seed: int | None = None) -> str:
-    """The arm of a method."""
+def arm_of(method: str, part: int, spared: str = "", seed: int | None = None) -> str:
+    """What the arm of a method is called."""
     drawn = "" if seed is None else f" {seed}"
     return f"{method}{drawn}, 1 in {part}{spared}"
 
 
+def plans_of(method: str) -> str:
+    """What the arm is called in which a method chooses plans."""
+    return f"plans by {method}"
+
+
+def choose(subject: Subject, method: str, _: object = None) -> dict[str, str]:
+    """Part -> the plan, chosen on windows of the validation split."""
+    file = folder(subject.folder) / f"plans-{method}.jsonl"
+    kept = Measurements(file, subject.header())
+    subject_and_text = (subject.model, subject.processor, subject.windows("validation"))
+    plans = {}
+    for part in PARTS:
+        share = keep(subject.layers, part)
+        chosen = chosen_plan(method, *subject_and_text, share, scope="all", measured=kept)
+        plans[str(part)] = str(chosen.plan)
+    kept.finish()
+    return plans
+
+
+def under_chosen(
+    subject: Subject, method: str, part: int, spared: bool, values: Mapping[str, Any]
+) -> list[float]:
+    """Losses under the plan that a method chose."""
+    return subject.losses(planned(values[plans_of(method)][str(part)], spared=spared))
+
+
+def under_rule(
+    subject: Subject, method: str, part: int, spared: bool, seed: int, _: object
+) -> list[float]:
+    """Losses under the plan that a rule gives."""
+    plan = static_plan(method, subject.layers, keep(subject.layers, part), seed)
+    return subject.losses(planned(plan, spared=spared))
+
+
 def _arms(subject: Subject) -> list[Arm]:
     arms = [Arm(FULL, lambda _: subject.losses("plain"))]
+    arms += [Arm(plans_of(method), partial(choose, subject, method)) for method in MEASURED]
     for spared in SPARED:
-        for method in MEASURED:
-            plans = f"plans by {method}{spared}"
-            arms.append(Arm(plans, partial(_chosen, subject, method, bool(spared))))
-            for part in PARTS:
-                measure = partial(_measured, subject, plans, part, bool(spared))
-                arms.append(Arm(name_of(method, part, spared), measure, needs=(plans,)))
         for part in PARTS:
+            for method in MEASURED:
+                chosen = partial(under_chosen, subject, method, part, bool(spared))
+                arms.append(Arm(arm_of(method, part, spared), chosen, needs=(plans_of(method),)))
             for method in RULES:
-                ruled = partial(_ruled, subject, method, part, bool(spared), 0)
-                arms.append(Arm(name_of(method, part, spared), ruled))
+                ruled = partial(under_rule, subject, method, part, bool(spared), 0)
+                arms.append(Arm(arm_of(method, part, spared), ruled))
             for seed in range(subject.seeds):
-                ruled = partial(_ruled, subject, "random", part, bool(spared), seed)
-                arms.append(Arm(name_of("random", part, spared, seed), ruled))
+                ruled = partial(under_rule, subject, "random", part, bool(spared), seed)
+                arms.append(Arm(arm_of("random", part, spared, seed), ruled))
     return arms
 
 
 def _random(evidence: Evidence, part: int, spared: str = "") -> list[str]:
-    return [name_of("random", part, spared, seed) for seed in range(evidence.seeds)]
+    return [arm_of("random", part, spared, seed) for seed in range(evidence.seeds)]
 
 
-def _tables(evidence: Evidence) -> list[Table]:
+def _tables(evidence: Evidence) -> Sequence[Table]:
     rows = []
     for method in (*MEASURED, *RULES, "random"):
         row = [method if method != "random" else f"random, mean of {evidence.seeds}"]
         for part in PARTS:
             for spared in SPARED:
                 random = _random(evidence, part, spared)
-                arms = random if method == "random" else name_of(method, part, spared)
+                arms = random if method == "random" else arm_of(method, part, spared)
                 row.append(f"{evidence.difference(arms, FULL).value:.3f}")
         rows.append(row)
-    counts = {part: gone(evidence.layers, part) for part in PARTS}
-    heading = ["plan", *(f"{n} layers out{s}" for n in counts.values() for s in SPARED)]
+    counts = [gone(evidence.layers, part) for part in PARTS]
+    heading = ["plan", *(f"{count} layers out{spared}" for count in counts for spared in SPARED)]
     plans = [
-        [f"{method}{spared}", plan]
-        for spared in SPARED
-        for method in MEASURED
-        for plan in evidence.values[f"plans by {method}{spared}"].values()
+        [method, plan] for method in MEASURED for plan in evidence.values[plans_of(method)].values()
     ]
     title = f"Nats per token above the full model's {evidence.mean(FULL):.3f}"
     return [Table(title, heading, rows), Table("Plans that were chosen", ["by", "plan"], plans)]
 
 
 def _undone(evidence: Evidence) -> Estimate:
-    block, spared = name_of("middle", QUARTER), name_of("middle", QUARTER, SPARES)
+    block, spared = arm_of("middle", QUARTER), arm_of("middle", QUARTER, SPARES)
     harm, left = evidence.units(block, spared) - evidence.units(FULL)
     return resampled(lambda units: float(1 - left[units].mean() / harm[units].mean()), len(harm))
 
-
-QUARTER = PARTS[-1]
-SPARES = SPARED[-1]
 
 STUDY = Study(
     name="influence-or-greedy",
@@ -128,14 +126,14 @@ STUDY = Study(
     ),
     design=(
         "One layer in eight, and one in four, is left out by all tokens, or by all but the first "
-        "of each window: by influence and by greedy search, chosen on windows of other topics; a "
-        "block in the middle, evenly spaced layers, the last layers, and random inner layers. The "
-        "loss of each window, in nats per token."
+        "of each window: by influence and by greedy search, chosen on windows of other topics with "
+        "the first token spared; a block in the middle, evenly spaced layers, the last layers, and "
+        "random inner layers. The loss of each window, in nats per token."
     ),
     controls="The full model on the same windows; random plans; topics that chose no plan.",
     amounts={
         "tiny": {"windows": 4, "window": 32, "chosen_by": 2},
-        "real": {"windows": 16, "window": 128, "chosen_by": 4},
+        "real": {"windows": 10, "window": 128, "chosen_by": 4},
     },
     arms=_arms,
     claims=(
@@ -145,7 +143,7 @@ STUDY = Study(
             "nats by influence above those by greedy",
             "below",
             0.1,
-            lambda e: e.difference(name_of("influence", QUARTER), name_of("greedy", QUARTER)),
+            lambda e: e.difference(arm_of("influence", QUARTER), arm_of("greedy", QUARTER)),
         ),
         Claim(
             "A plan chosen by influence is better than random inner layers",
@@ -153,7 +151,7 @@ STUDY = Study(
             "nats by influence above the mean of random plans, a quarter of the layers out",
             "below",
             0.0,
-            lambda e: e.difference(name_of("influence", QUARTER), _random(e, QUARTER)),
+            lambda e: e.difference(arm_of("influence", QUARTER), _random(e, QUARTER)),
         ),
         Claim(
             "Evenly spaced layers are worse to leave out than random inner ones",
@@ -161,7 +159,7 @@ STUDY = Study(
             "nats evenly spaced above the mean of random plans, a quarter of the layers out",
             "above",
             0.0,
-            lambda e: e.difference(name_of("uniform", QUARTER), _random(e, QUARTER)),
+            lambda e: e.difference(arm_of("uniform", QUARTER), _random(e, QUARTER)),
         ),
         Claim(
             "With the first token spared, a middle block is a better choice than greedy's",
@@ -170,7 +168,7 @@ STUDY = Study(
             "below",
             0.0,
             lambda e: e.difference(
-                name_of("middle", QUARTER, SPARES), name_of("greedy", QUARTER, SPARES)
+                arm_of("middle", QUARTER, SPARES), arm_of("greedy", QUARTER, SPARES)
             ),
         ),
         Claim(

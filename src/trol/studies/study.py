@@ -28,7 +28,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95 % interval."""
+    """A statistic with its 95 % interval; NaN where no unit has it."""
 
     value: float
     low: float
@@ -44,12 +44,15 @@ def resampled(statistic: Callable[..., float], *sizes: int) -> Estimate:
             what was measured on the same unit stays paired.
     """
     generator = np.random.default_rng(0)
+    value = float(statistic(*map(np.arange, sizes)))
+    if np.isnan(value):
+        return Estimate(value, value, value)
     drawn = [
         statistic(*(generator.integers(size, size=size) for size in sizes))
         for _ in range(RESAMPLES)
     ]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(float(statistic(*map(np.arange, sizes))), float(low), float(high))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Estimate(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,16 @@ class Claim:
     def json(self, evidence: Evidence) -> dict[str, Any]:
         """The claim with its estimate and verdict."""
         estimate = self.estimate(evidence)
+        known = not np.isnan(estimate.value)
         return {
             "claim": self.text,
             "source": self.source,
             "statistic": self.statistic,
             "side": self.side,
             "bound": self.bound,
-            "value": estimate.value,
-            "low": estimate.low,
-            "high": estimate.high,
+            "value": estimate.value if known else None,
+            "low": estimate.low if known else None,
+            "high": estimate.high if known else None,
             "verdict": self.verdict(estimate),
         }
 

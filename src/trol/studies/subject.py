@@ -26,7 +26,7 @@ from trol.policies.planned import Planned
 TEXT = "pydoc"
 """The task whose windows are read."""
 
-TINY = {"hidden_size": 32, "layers": 8, "heads": 2, "positions": 256}
+TINY = {"hidden_size": 32, "layers": 8, "heads": 2, "positions": 1024}
 """Sizes of the random decoder that a study can be tried on."""
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

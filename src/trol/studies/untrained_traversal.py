@@ -120,7 +120,7 @@ STUDY = Study(
         "twice. The loss of each window of text, in nats per token."
     ),
     controls="The full model on the same windows; several seeds of the initialisation.",
-    amounts={"tiny": {"windows": 4, "window": 32}, "real": {"windows": 16, "window": 128}},
+    amounts={"tiny": {"windows": 4, "window": 32}, "real": {"windows": 10, "window": 128}},
     arms=_arms,
     claims=(
         Claim(
