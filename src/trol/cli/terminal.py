@@ -45,7 +45,8 @@ def argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text)
 
 
-Model = Annotated[str, argument("MODEL", "A name, a folder or a hub name.")]
+MODEL_IS = "A name (smollm2, trol-tiny), a folder, a GGUF file or a hub name."
+Model = Annotated[str, argument("MODEL", MODEL_IS)]
 AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 ChatTemplate = Annotated[
     str | None,

