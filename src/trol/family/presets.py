@@ -28,6 +28,7 @@ from trol.family.configuration import IMAGE_TOKEN, PUBLISHED, TrolConfig
 from trol.family.internlm2 import InternLM2Config
 from trol.family.loading import config_file
 from trol.family.modeling import TrolForConditionalGeneration
+from trol.family.pretrained import located
 from trol.family.processing import TrolProcessor
 from trol.family.published.configs import ConfigReader, internlm2_rope
 from trol.family.published.files import CONFIG, Checkpoint, read_json
@@ -267,7 +268,8 @@ def composed(
 ) -> tuple[Any, TrolProcessor]:
     """The model of a published size and its processor, in float32.
 
-    `preset` names the size, a `vision` tower and a `text` decoder (folders or hub names), whose
+    `preset` names the size, a `vision` tower and a `text` decoder (folders, short names or hub
+    names), whose
     own dimensions replace the published ones. Weights that no checkpoint has are random: projector,
     gates, the tower without `vision`, and the decoder without `text`. The tokenizer of such a
     decoder knows these `words`.
@@ -286,9 +288,9 @@ def composed(
     config.depth = policy
     weights: dict[str, Tensor] = {}
     if preset.get("vision"):
-        weights |= _tower(config, str(preset["vision"]))
+        weights |= _tower(config, located(str(preset["vision"])))
     if preset.get("text"):
-        processor = _decoder(config, str(preset["text"]), weights)
+        processor = _decoder(config, located(str(preset["text"])), weights)
     else:
         processor = _processor(config, word_tokenizer(words), template=None)
     names = ("vision_config", "text_config", "image_token_id", "downsample_ratio")
