@@ -141,11 +141,11 @@ def test_published_settings_are_those_of_the_paper() -> None:
 
 def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     from family.small import internlm2
-    from trol.family import presets
+    from trol.family import composition
 
     small = internlm2().config
     small.text_config.vocab_size = 512
-    monkeypatch.setitem(presets.PUBLISHED, "trol-1.8b", lambda: small)
+    monkeypatch.setitem(composition.PUBLISHED, "trol-1.8b", lambda: small)
     settings = resolve("trol-1.8b", ["preset={name: trol-1.8b}", "bits=0", "precision=fp32"])
     model, processor = opened(settings, None)
     stage = Stage(train=("projector", "mixers"), data="boards", steps=1, batch=2, boards=2)
