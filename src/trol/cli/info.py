@@ -15,7 +15,7 @@ EXAMPLES = (
 
 
 def info(
-    model: Annotated[str | None, argument("[MODEL]", "A name, a folder or a hub name.")] = None,
+    model: Annotated[str | None, argument("[MODEL]", terminal.MODEL_IS)] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Show versions and assumptions, or what trol makes of MODEL."""

@@ -24,6 +24,7 @@ from trol.family.internlm2 import InternLM2Config
 from trol.family.loading import config_file, load_model
 from trol.family.modeling import TrolForConditionalGeneration
 from trol.family.presets import word_tokenizer
+from trol.family.pretrained import located
 from trol.family.processing import TrolProcessor
 from trol.family.published.configs import ConfigReader, internlm2_rope
 from trol.family.published.files import CONFIG, Checkpoint, read_json
@@ -68,8 +69,8 @@ def composed(
 ) -> tuple[Any, TrolProcessor]:
     """A model that is made of checkpoints, and its processor, in float32.
 
-    With a `name`, it is a published size; its `vision` tower and `text` decoder (folders or hub
-    names) are optional, and their own dimensions replace the published ones. Without, it is any
+    With a `name`, it is a published size; its `vision` tower and `text` decoder (folders, short
+    names or hub names) are optional, and their own dimensions replace the published ones. Without, it is any
     tower on any text decoder: pictures are resized to `image_size` pixels (None: the tower's), and
     `downsample_ratio` 1/k makes one image token of k x k patches. Weights that no checkpoint has
     are random: projector, gates, the tower without `vision`, and the decoder without `text`. The
@@ -112,7 +113,7 @@ def _joined(preset: dict[str, Any], policy: dict[str, Any], _: Sequence[str]) ->
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    source = str(preset["vision"])
+    source = located(str(preset["vision"]))
     tower = _opened_tower(source)
     config = TrolConfig(
         vision_config=_at_size(tower.config, preset.get("image_size")),
@@ -173,14 +174,14 @@ def _published_size(
     config.depth = policy
     weights: dict[str, Tensor] = {}
     if preset.get("vision"):
-        source = str(preset["vision"])
+        source = located(str(preset["vision"]))
         tower = _opened_tower(source)
         published = config.vision_config
         _check_kind(source, tower.config, published)
         config.vision_config = _at_size(tower.config, published.image_size)
         weights |= _tower_weights(tower, config)
     if preset.get("text"):
-        processor = _decoder(config, str(preset["text"]), weights)
+        processor = _decoder(config, located(str(preset["text"])), weights)
     else:
         processor = _processor(config, word_tokenizer(words), template=None)
     names = ("vision_config", "text_config", "image_token_id", "downsample_ratio")

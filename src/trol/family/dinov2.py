@@ -15,7 +15,6 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from trol.errors import DataError, HostError
-from trol.files import whole_folder
 
 HEAD_SIZE = 64
 """Of every attention head of every DINOv2; no weight tells it."""
@@ -41,7 +40,7 @@ class Constant:
 
 
 def convert_dinov2(file: Path, folder: Path) -> None:
-    """Writes the DINOv2 of an ONNX file as a folder that `AutoModel.from_pretrained` opens.
+    """Fills a folder with the DINOv2 of an ONNX file, so that `AutoModel.from_pretrained` opens it.
 
     Its image processor is written beside it. What the file has on top of the tower is left out.
 
@@ -59,9 +58,8 @@ def convert_dinov2(file: Path, folder: Path) -> None:
         image_mean=IMAGENET_DEFAULT_MEAN,
         image_std=IMAGENET_DEFAULT_STD,
     )
-    with whole_folder(folder) as draft:
-        model.save_pretrained(draft)
-        pictures.save_pretrained(draft)
+    model.save_pretrained(folder)
+    pictures.save_pretrained(folder)
 
 
 def read_constants(file: Path) -> list[Constant]:
@@ -77,7 +75,7 @@ def read_constants(file: Path) -> list[Constant]:
         from google.protobuf.message import DecodeError  # noqa: PLC0415
     except ImportError as missing:
         raise HostError(
-            f"{file} is read with the package onnx ({missing}); pip install 'trol-vlm[pretrained]'."
+            f"{file} is read with the package onnx ({missing}); pip install 'trol-vlm[onnx]'."
         ) from missing
     try:
         graph = onnx.load(str(file)).graph
