@@ -70,11 +70,12 @@ def composed(
     """A model that is made of checkpoints, and its processor, in float32.
 
     With a `name`, it is a published size; its `vision` tower and `text` decoder (folders, short
-    names or hub names) are optional, and their own dimensions replace the published ones. Without, it is any
-    tower on any text decoder: pictures are resized to `image_size` pixels (None: the tower's), and
-    `downsample_ratio` 1/k makes one image token of k x k patches. Weights that no checkpoint has
-    are random: projector, gates, the tower without `vision`, and the decoder without `text`. The
-    tokenizer of such a decoder knows these `words`.
+    names or hub names) are optional, and their own dimensions replace the published ones. Without,
+    it is any tower on any text decoder: pictures are resized to `image_size` pixels (None: the
+    tower's own size), and `downsample_ratio` 1/k makes one image token of k x k patches.
+
+    Weights that no checkpoint has are random: projector, gates, the tower without `vision`, and the
+    decoder without `text`. The tokenizer of such a decoder knows these `words`.
 
     Raises:
         UsageError: the size or a key is unknown, a part is not named, or the sizes do not fit.
@@ -115,8 +116,9 @@ def _joined(preset: dict[str, Any], policy: dict[str, Any], _: Sequence[str]) ->
         tokenizer.pad_token = tokenizer.eos_token
     source = located(str(preset["vision"]))
     tower = _opened_tower(source)
+    pixels = _pixels(source, tower.config, preset.get("image_size"))
     config = TrolConfig(
-        vision_config=_at_size(tower.config, preset.get("image_size")),
+        vision_config=_at_size(tower.config, pixels),
         text_config=text.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         downsample_ratio=preset.get("downsample_ratio", 1.0),
@@ -125,7 +127,7 @@ def _joined(preset: dict[str, Any], policy: dict[str, Any], _: Sequence[str]) ->
     )
     config.projector_positions = config.tokens_per_image
     processor = TrolProcessor(
-        _square_pictures(source, config.vision_config.image_size),
+        _square_pictures(source, pixels),
         tokenizer,
         tokens_per_image=config.tokens_per_image,
         chat_template=AS_TEXT + template_of(tokenizer),
@@ -133,17 +135,32 @@ def _joined(preset: dict[str, Any], policy: dict[str, Any], _: Sequence[str]) ->
     return config, _tower_weights(tower, config) | _decoder_weights(text), processor
 
 
-def _at_size(config: Any, pixels: Any) -> Any:
-    """A tower's configuration for square pictures of so many pixels; None: for its own size."""
-    patch = config.patch_size
-    if pixels is None:
-        return config
+def _pixels(source: str, config: Any, wanted: Any) -> int:
+    """Height and width of the pictures, checked; None is the tower's own."""
+    patch, own = (_side(getattr(config, name, None)) for name in ("patch_size", "image_size"))
+    if patch is None or own is None:
+        raise HostError(
+            f"{source} is a {config.model_type!r}, which sees no square pictures in patches; give "
+            "a vision tower such as DINOv2, CLIP or SigLIP."
+        )
+    pixels = own if wanted is None else wanted
     if not isinstance(pixels, int) or pixels < 1 or pixels % patch:
         raise UsageError(
             f"recipe.preset.image_size is {pixels!r}; give a multiple of {patch} pixels, the width "
-            "of the tower's patches."
+            f"of a patch of {source}."
         )
-    return type(config)(**{**config.to_dict(), "image_size": pixels})
+    return pixels
+
+
+def _side(size: Any) -> int | None:
+    """The side of a square, which some configurations give twice."""
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _at_size(config: Any, image_size: Any) -> Any:
+    """A tower's configuration for pictures of this size."""
+    return type(config)(**{**config.to_dict(), "image_size": image_size})
 
 
 def _square_pictures(source: str, pixels: int) -> SiglipImageProcessorPil:

@@ -122,8 +122,9 @@ def dinov2_weights(constants: list[Constant], source: str) -> dict[str, torch.Te
 
 def _filled(weights: dict[str, torch.Tensor], source: str) -> Dinov2Model:
     """The model of these weights; `DataError` unless each has a place of its shape, and no more."""
+    made: Any = Dinov2Model
     try:
-        model, info = Dinov2Model.from_pretrained(
+        model, info = made.from_pretrained(
             None, config=_config(weights), state_dict=weights, output_loading_info=True
         )
         wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
