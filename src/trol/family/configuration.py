@@ -28,9 +28,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from trol.errors import DataError, UsageError, unknown
 from trol.family.internlm2 import InternLM2Config
 
-IMAGE_TOKEN = "<image>"
-"""Stands for one image in every text and template, whatever the tokenizer's image token is."""
-
 DEFAULT_DEPTH = {"policy": "trol_mixer"}
 """Published TroL: each layer's gate decides per token how much of a second visit counts."""
 

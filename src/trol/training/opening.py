@@ -21,8 +21,9 @@ from trol.family import (
     tiny,
     tiny_processor,
 )
+from trol.family.composition import composed
 from trol.family.loading import load_model
-from trol.family.presets import TEMPLATES, byte_level_tokenizer, composed, separate, text_decoder
+from trol.family.presets import TEMPLATES, byte_level_tokenizer, separate, text_decoder
 from trol.family.published.files import CONFIG, read_json
 from trol.host.trainer import checkpoint_activations
 from trol.training.adapters import is_plain_host, open_adapters
@@ -77,7 +78,7 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
         return _host(recipe, recipe.host)
     if recipe.decoder:
         return _new_decoder(recipe)
-    if "name" in recipe.preset:
+    if {"name", "vision", "text"} & recipe.preset.keys():
         model, processor = composed(recipe.preset, recipe.policy, [NOTHING, *WORDS])
     else:
         processor = tiny_processor([NOTHING, *WORDS])
@@ -97,7 +98,7 @@ def _tiny(recipe: Recipe, vocabulary: int) -> Any:
     sizes = set(inspect.signature(tiny).parameters) - {"vocab_size", "depth"}
     for key in recipe.preset:
         if key not in sizes:
-            raise unknown("key in recipe.preset", key, {*sizes, "name"})
+            raise unknown("key in recipe.preset", key, {*sizes, "name", "vision", "text"})
     try:
         config = tiny(vocabulary, **recipe.preset, depth=recipe.policy)
         return TrolForConditionalGeneration(config)

@@ -100,8 +100,9 @@ class Recipe:
     """A whole training run."""
 
     preset: dict[str, Any] = field(default_factory=dict)
-    """A new model: the keyword arguments of `trol.family.tiny`, or the `name` of a published
-    size with folders or hub names of the `vision` tower and `text` decoder that it starts from."""
+    """A new model: the keyword arguments of `trol.family.tiny`; or the `vision` tower and `text`
+    decoder that it is joined of (folders, short names or hub names), with `image_size` and
+    `downsample_ratio`; or the `name` of a published size and the parts that it starts from."""
     host: str = ""
     """In place of `preset`, an existing model that the policy is attached to: folder or hub name
     of a vision-language model or a text decoder."""
