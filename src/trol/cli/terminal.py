@@ -77,6 +77,24 @@ Task = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trol {_version('trol-vlm')}")
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show trol's version."
+        ),
+    ] = False,
+) -> None:
+    """Let tokens visit a layer again, or not at all."""
+    del version  # its callback has left
+
+
 def listed(names: str) -> list[str]:
     """The names of a text with commas between them, each once."""
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))

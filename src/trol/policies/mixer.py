@@ -18,9 +18,17 @@ KERNEL = ("trol.policies.gate_kernel", "gated_mixture")
 """Computes `Gate` and `mixture` in one launch on CUDA devices."""
 
 UNTRAINED = (
-    "TrolMixer's gates were never trained: they mix second visits in at random, and a pretrained "
-    "model's answers break; TrolMixer(initial_gate=0.01) changes little."
+    "TrolMixer's gates were never trained: they start at random (initial_gate=None), and a "
+    "pretrained model's answers break; TrolMixer() starts at 0.01 and changes little."
 )
+
+UNTRAINED_CONSTANT = (
+    "TrolMixer's gates were never trained: a second visit costs as much as the first and counts "
+    "for {:g} everywhere."
+)
+
+ATTACHED_GATE = 0.01
+"""Where gates start that are attached to a host: one that was pretrained stays what it was."""
 
 SHARING = ("per_layer", "shared")
 
@@ -41,9 +49,10 @@ class Gate(PolicyLinear):
     def reset_parameters(self) -> None:
         if self.initial is None:
             nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
-            return self.mark_untrained()
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, math.atanh(2 * self.initial - 1))
+        else:
+            nn.init.zeros_(self.weight)
+            nn.init.constant_(self.bias, math.atanh(2 * self.initial - 1))
+        self.mark_untrained()
 
     def forward(self, input: Tensor) -> Tensor:
         """The gate of each token. Shape: [B, T, D] -> [B, T]."""
@@ -68,8 +77,10 @@ class TrolMixer(DataclassPolicy):
         tau: the gate threshold: tokens whose gate is <= tau leave without another visit; 0 is
             exact, and a layer's output then moves by at most tau * |x_2 - x_1|. One for all layers,
             or one for each; None for a layer without second visits, whose gate is not computed.
-        initial_gate: the gate's value before training, 0.001 for nearly no effect; None for
-            nn.Linear's own initialisation, as published.
+        initial_gate: the gate's value before training. None is nn.Linear's own initialisation, as
+            published, for models that are trained from nothing (`from_nothing`): it takes a
+            pretrained host's perplexity from PPL0 to PPL1, 0.01 to PPL2 (SmolLM2-135M, scope all;
+            LAB.md).
 
     Raises:
         UsageError: a setting is out of its range.
@@ -83,7 +94,7 @@ class TrolMixer(DataclassPolicy):
     scope: Scope = "question"
     training_scope: Scope = "all"
     tau: float | Sequence[float | None] = 0.0
-    initial_gate: float | None = None
+    initial_gate: float | None = ATTACHED_GATE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +108,8 @@ class TrolMixer(DataclassPolicy):
         if self.initial_gate is not None and not 0 < self.initial_gate < 1:
             raise UsageError(f"initial_gate is {self.initial_gate}, but must lie in (0, 1).")
         self.tau = _checked(self.tau)
+        start = self.initial_gate
+        self._untrained = UNTRAINED if start is None else UNTRAINED_CONSTANT.format(start)
 
     @property
     def tied(self) -> bool:
@@ -130,7 +143,7 @@ class TrolMixer(DataclassPolicy):
         if visit.number == 0:
             return 1.0
         assert visit.gate is not None
-        warn_if_untrained(visit, UNTRAINED)
+        warn_if_untrained(visit, self._untrained)
         tau, gate = self.threshold(visit.layer), visit.gate(visit.state)
         return torch.where(gate > tau, gate, 0.0) if tau else gate
 
@@ -139,12 +152,22 @@ class TrolMixer(DataclassPolicy):
             return super().mix(visit, further)
         gate, state = visit.gate, visit.state
         assert gate is not None
-        warn_if_untrained(visit, UNTRAINED)
+        warn_if_untrained(visit, self._untrained)
         if fits(state) and visit.context.fuses and type(gate) is Gate and not has_hooks(gate):
             out = run_kernel(*KERNEL, state, further, gate.weight, gate.bias)
             if out is not None:
                 return out
         return mixture(state, further, gate(state))  # every gate is above a tau of 0
+
+
+def from_nothing(settings: dict[str, Any]) -> dict[str, Any]:
+    """Policy settings of a model that is trained from nothing: `{"policy": name, ...}`.
+
+    A mixer's gates then start as published, unless the settings say how, and the result says so.
+    """
+    if settings.get("policy") != TrolMixer.name:
+        return settings
+    return {**settings, "initial_gate": settings.get("initial_gate")}
 
 
 def _checked(tau: Any) -> float | tuple[float | None, ...]:
