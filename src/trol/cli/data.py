@@ -44,7 +44,10 @@ def _known(action: str) -> str:
 
 def data(
     action: Annotated[
-        str, typer.Argument(metavar="check", help="Read everything once.", callback=_known, is_eager=True)
+        str,
+        typer.Argument(
+            metavar="check", help="Read everything once.", callback=_known, is_eager=True
+        ),
     ],
     mixture: Annotated[str, argument("MIXTURE", "A YAML file, or a name: trol-2.27m.")],
     *,

@@ -78,7 +78,9 @@ class Plan:
         if named > layers:
             # Plan text `exit@20` is kept as '0-19': both are named, whichever was written.
             leaves = set(self.visits) == {1}
-            form, most = (f" (which is exit@{named})", f" (exit@{layers} at most)") if leaves else ("", "")
+            form, most = (
+                (f" (which is exit@{named})", f" (exit@{layers} at most)") if leaves else ("", "")
+            )
             raise UsageError(
                 f"layer {named - 1} of plan '{self}'{form}: this stack has {layers} layers "
                 f"(0-{layers - 1}); name no layer above {layers - 1}{most}."
