@@ -140,7 +140,8 @@ class NaiveLayer:
     def _token(self, layer: nn.Module, given: dict, x: Tensor, planes: list[dict]) -> Tensor:
         """out = sum_r w_r x_r of the last token in `planes`. Shape: [1, 1, D]."""
         token = len(planes) - 1
-        mine = self.policy.scope in ("all", "answer" if self.answer[token] else "question")
+        role = "answer" if self.answer[token] else "question"
+        mine = self.policy.scope in ("all", role) and token >= self.policy.keep_first
         most = max(self._most(), 1) if mine else 1
         if mine and self.exits is not None:
             x = self.exits.entering(self.index, token, x, self.gate)

@@ -38,6 +38,7 @@ POLICIES: dict[str, Callable[[], AbstractPolicy]] = {
     "repeat": lambda: Planned("0:2 1 3:3"),
     "skip_answer": lambda: Planned("1 3:2", scope="answer"),
     "skip_question": lambda: Planned("0:2 3", scope="question"),
+    "skip_kept": lambda: Planned("0:2 2-3", keep_first=2),
     "exit_sure": lambda: EarlyExit("margin", SURE, scope="all"),
     "exit_heads": lambda: EarlyExit("margin", SURE, heads=True),
     "controller": Controller,
@@ -50,6 +51,7 @@ POLICIES: dict[str, Callable[[], AbstractPolicy]] = {
 HOLED: dict[str, Callable[[], AbstractPolicy]] = {
     "hole_answer": lambda: Planned("1-3", scope="answer", skipped_kv="hole"),
     "hole_question": lambda: Planned("0 2", scope="question", skipped_kv="hole"),
+    "hole_kept": lambda: Planned("0 2", skipped_kv="hole", keep_first=1),
     "hole_exit": lambda: EarlyExit("patience", 1, scope="all", skipped_kv="hole"),
     "hole_some": lambda: RandomTokens(0.5, visit=1, skipped_kv="hole"),
 }

@@ -31,6 +31,7 @@ KINDS: dict[str, AbstractPolicy] = {
     "tau": TrolMixer(scope="all", tau=0.5),
     "skip": Planned("1"),
     "skip_answer": Planned("1:2", scope="answer"),
+    "skip_kept": Planned("1", keep_first=2),
     "exit": EarlyExit("margin", 0.3, scope="all"),
     "hole": Planned("0", scope="answer", skipped_kv="hole"),
     "router": Router(["0", "all"], hidden=8),

@@ -35,13 +35,13 @@ def test_replay_is_the_policy(host: Host, name: str) -> None:
     expected = model(**said).logits
     with trace(model) as seen:
         assert gap(model(**said).logits, expected) == 0
-    replay = Replay.of(seen, scope=policy.scope)
+    replay = Replay.of(seen, scope=policy.scope, keep_first=policy.keep_first)
     with depth(model, "exit@1"), depth(model, replay):
         assert gap(model(**said).logits, expected) <= host.default_exact
     decoded = greedy(model, inputs)
     with trace(model) as seen:
         greedy(model, inputs)
-    replay = Replay.of(seen, scope=policy.scope)
+    replay = Replay.of(seen, scope=policy.scope, keep_first=policy.keep_first)
     with depth(model, replay), trace(model) as again:
         assert_same(greedy(model, inputs), decoded, host.default_exact)
     # Also where a gate is 3e-8 (llama-trol has one; 1 - w_1 rounds it away), but not where it is 0.

@@ -8,7 +8,7 @@ mix their calls up.
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import Lock, Thread, current_thread
 from threading import enumerate as enumerate_threads
@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from trol.axes import States
 from trol.depth.planes import HOLES, TOKEN_STATE, PlanedCache
 from trol.depth.policy import PLAIN, AbstractPolicy, StackBounds, Visit
 from trol.depth.readout import Readout
-from trol.depth.roles import Context, Prompt, Roles
+from trol.depth.roles import INPUT, Context, Prompt, Roles
 from trol.depth.trace import Recorder, StackCost
 from trol.host.cache import new_cache
 from trol.host.generation import shows_all
@@ -35,6 +36,8 @@ class PassInfo:
     """Whether a later token can still be question; planes above 1 are dropped otherwise."""
     start: int | None = None
     """Columns before these tokens, where the caller knows and the policy reads it."""
+    behind_first: bool = False
+    """Whether the caller knows that none of these is among the policy's `keep_first` tokens."""
     asks_last_only: Callable[[], bool] | None = None
     """Whether only the output of each row's last token is read; None where all of it is."""
     tokens: int | None = None
@@ -83,7 +86,9 @@ class Call:
     keep: bool
     """Whether planes above 1 outlive this call."""
     everywhere: bool
-    """Whether the scope in force is `all`: then a layer skipped by plan is never needed."""
+    """Whether no token is out of scope: then a layer skipped by plan is never needed."""
+    narrows: bool
+    """Whether some of these tokens may be among the policy's `keep_first` tokens."""
     recorder: Recorder | None
     config: Any
     """The stack's configuration."""
@@ -107,6 +112,16 @@ class Call:
     """Whether the layers' token-wise parts can compute some tokens alone."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the stack."""
+
+    def begin(self, state: States) -> None:
+        """Takes what enters layer 0: where the policy's `keep_first` tokens are. [B, T, D]."""
+        context = self.context
+        if self.policy.reads_input:
+            context.notes[INPUT] = state
+        if self.narrows:
+            later = context.behind(self.policy.keep_first, state)
+            in_scope = later if context.in_scope is True else context.in_scope & later
+            self.context = replace(context, in_scope=in_scope)
 
     @property
     def looks(self) -> bool:

@@ -157,9 +157,14 @@ class HostMixin(Specialised):
         keep = prompt.may_ask_again(start, count)
         stack = self.depth_stack[0]
         # Compiled code would be compiled anew for each start: only policies that read it are told.
-        reads_start = stack.depth_policy_in_force().reads_start
+        policy = stack.depth_policy_in_force()
         info = PassInfo(
-            roles, keep=keep, start=start if reads_start else None, tokens=count, real=mask
+            roles,
+            keep=keep,
+            start=start if policy.reads_start else None,
+            behind_first=prompt.holds_first(policy.keep_first, start, mask),
+            tokens=count,
+            real=mask,
         )
         if cache is not None and cache.is_compileable:
             _ready_for_compiled(stack, cache, info)

@@ -135,6 +135,9 @@ class AbstractPolicy(ABC):
     skipped_kv: Literal["project", "hole"] = "project"
     """What later tokens see of a token that skipped a layer: keys and values made from the state
     that passed by (`project`), or nothing (`hole`)."""
+    keep_first: int = 0
+    """The first tokens of each sequence that are out of scope whatever their role: they visit every
+    layer once. Pretrained decoders keep an attention sink there. Unit: tokens."""
 
     def __init__(
         self,
@@ -142,14 +145,22 @@ class AbstractPolicy(ABC):
         scope: Scope = "all",
         training_scope: Scope | None = None,
         skipped_kv: Literal["project", "hole"] = "project",
+        keep_first: int = 0,
     ) -> None:
         check_scope(scope)
         check_scope(training_scope or scope)
         if skipped_kv not in SKIPPED_KV:
             raise unknown("skipped_kv", skipped_kv, SKIPPED_KV)
+        given: Any = keep_first  # a caller's, or a file's
+        if not isinstance(given, int) or given < 0:
+            raise UsageError(
+                f"keep_first is {given!r}; give how many tokens of each sequence visit every "
+                "layer, 0 or more."
+            )
         self.scope = scope
         self.training_scope = training_scope or scope
         self.skipped_kv = skipped_kv
+        self.keep_first = keep_first
 
     @abstractmethod
     def bounds(self, layer: int) -> Bounds:
@@ -218,6 +229,10 @@ class AbstractPolicy(ABC):
     def scope_in(self, *, training: bool) -> Scope:
         """The scope in force."""
         return self.training_scope if training else self.scope
+
+    def applies_to_all(self, *, training: bool) -> bool:
+        """Whether no token is out of scope, whatever its role and its place."""
+        return self.scope_in(training=training) == "all" and not self.keep_first
 
     def skips(self, layer: int) -> bool:
         """Whether no token in scope visits this layer."""

@@ -83,6 +83,8 @@ class Prompt:
     """Whether the cache lives on after `generate`, so that later questions may read it."""
     ids_so_far: Tensor | None = None
     """All ids so far, as `generate` prepared its last pass from them. Shape: [R, n]."""
+    fewest: int | None = None
+    """Real tokens of the prompt in the row that has fewest; None until that was looked at."""
 
     @classmethod
     def of(
@@ -152,6 +154,19 @@ class Prompt:
         answer = torch.arange(tokens, device=ids.device) >= tokens - new
         return Roles(answer.expand(ids.shape) if 0 < new < tokens else new > 0)
 
+    def holds_first(self, first: int, start: int, mask: Tensor | None) -> bool:
+        """Whether it is known that the first so many tokens of each row come before `start`.
+
+        The padding mask [B, S] is looked at once, behind the prompt.
+        """
+        if not first or start < self.length:
+            return not first
+        if self.fewest is None:
+            self.fewest = self.length
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                self.fewest = int(mask[:, : self.length].sum(-1).min())
+        return start - self.length + self.fewest >= first
+
     def may_ask_again(self, start: int, tokens: int) -> bool:
         """Whether a token after these can still be question."""
         return self.cache_is_the_callers or start + tokens < self.length
@@ -173,6 +188,18 @@ def expand_rows(values: Tensor, rows: int) -> Tensor:
     return values.repeat_interleave(rows // values.shape[0], dim=0)
 
 
+def positions_in_sequences(position_ids: Integer[Tensor, "B T"]) -> Integer[Tensor, "B T"]:
+    """How many tokens of its sequence came before each, in packed rows: [B, T] -> [B, T].
+
+    A sequence begins where a position does not follow the one before, as transformers sees it.
+    """
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(
+        position_ids
+    )
+    follows = torch.nn.functional.pad(position_ids.diff(dim=-1) == 1, (1, 0))
+    return columns - columns.masked_fill(follows, 0).cummax(-1).values
+
+
 INPUT = "input"
 """Under this note, for policies that read it, lies what entered layer 0. Shape: [B, T, D]."""
 
@@ -187,6 +214,8 @@ class Context:
     """Columns before these tokens, if the policy reads it (`reads_start`), else 0."""
     padding: Shaped[Tensor, "B S"] | None = None
     """The caller's padding mask: 1 at real tokens, 0 at padding. Shape: [B, S]."""
+    position_ids: Integer[Tensor, "B T"] | None = None
+    """The caller's, where they tell the sequences of a packed row apart. Shape: [B, T]."""
     readout: Callable[[Tensor], Tensor] | None = None
     """The host's final norm and head; None where the stack is called without its host."""
     training: bool = False
@@ -207,12 +236,23 @@ class Context:
         return self.padding[:, -tokens:].bool().to(state.device)
 
     def positions(self, state: States) -> Integer[Tensor, "#B T"]:
-        """How many tokens of its row came before each, padding not counted: [B, T, D] -> [B, T]."""
+        """How many tokens of its sequence came before each: [B, T, D] -> [B, T].
+
+        Padding is not counted, nor are the sequences that are packed before it in its row.
+        """
         tokens = state.shape[1]
+        if self.position_ids is not None:
+            return positions_in_sequences(self.position_ids).to(state.device)
         if self.padding is None:
             return torch.arange(self.start, self.start + tokens, device=state.device)[None]
         counted = self.padding.long().cumsum(-1) - 1
         return counted.clamp(min=0)[:, -tokens:].to(state.device)
+
+    def behind(self, first: int, state: States) -> Mask:
+        """Which tokens come behind the first so many of their sequence: [B, T, D] -> [B, T]."""
+        if self.padding is None and self.position_ids is None and self.start >= first:
+            return True
+        return (self.positions(state) >= first).expand(state.shape[:2])
 
     def scope(self, state: States) -> TokenMask:
         """The real tokens in scope. Shape: [B, T, D] -> BoolTensor [B, T]."""

@@ -21,12 +21,12 @@ from trol.depth.call import (
 from trol.depth.layer_run import LayerRun
 from trol.depth.planes import HOLES, PlanedCache, check_cache, drop_planes, install_planes
 from trol.depth.policy import AbstractPolicy, StackBounds
-from trol.depth.roles import INPUT, Context
+from trol.depth.roles import Context
 from trol.depth.trace import StackCost, stack_cost
 from trol.depth.visits import check_rows, traverse
 from trol.errors import HostError
 from trol.host.classes import Specialised
-from trol.host.layers import LayerSignature, argument, attention_of, layer_list
+from trol.host.layers import LayerSignature, argument, attention_of, layer_list, text_positions
 from trol.host.names import CACHE, cache_among, returned_cache
 from trol.host.torch_internals import captured_by_layer
 
@@ -60,8 +60,8 @@ class LayerMixin(Specialised):
             return out if self.depth_extra_outputs is not None else self._form_noted(out)
         cache = self.depth_signature.cache_in(args, kwargs)
         call.cache, call.entered = cache, True
-        if layer == 0 and call.policy.reads_input:
-            call.context.notes[INPUT] = state
+        if layer == 0:
+            call.begin(state)
         if layer in call.absent:
             call.times_applied[layer] = 0
             if call.recorder is not None:
@@ -157,7 +157,7 @@ class StackMixin(Specialised):
 
     def depth_absent(self, policy: AbstractPolicy) -> frozenset[int]:
         """The layers that the whole batch always skips."""
-        everywhere = policy.scope_in(training=self.training) == "all"
+        everywhere = policy.applies_to_all(training=self.training)
         return self.depth_bounds_of(policy).never if everywhere else frozenset()
 
     def _overrides(self) -> Overrides:
@@ -182,14 +182,15 @@ class StackMixin(Specialised):
         """The call for this pass, or None where every token visits every layer once."""
         policy = overrides.policy or self.depth_policy
         scope = policy.scope_in(training=self.training)
+        everywhere = policy.applies_to_all(training=self.training)
         cache = self._cache(args, kwargs)
         bounds = self.depth_bounds_of(policy)
-        absent = bounds.never if scope == "all" else frozenset()
+        absent = bounds.never if everywhere else frozenset()
         planed = isinstance(cache, PlanedCache)
         if cache is not None and not torch.compiler.is_compiling():
             check_cache(cache)
             if planed:
-                check_rows(cache, policy, bounds, everywhere=scope == "all")
+                check_rows(cache, policy, bounds, everywhere=everywhere)
         if cache is not None and (absent or (planed and cache.absent)):
             install_planes(cache, absent)
         in_scope = info.roles.in_scope(scope)
@@ -198,14 +199,19 @@ class StackMixin(Specialised):
             return None
         # Kernels have no gradients, and compilers make their own.
         alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        start = info.start
+        narrows = bool(policy.keep_first) and in_scope is not False and not info.behind_first
+        padding, position_ids, start = self._padding(info, args, kwargs), None, info.start
+        if padding is None and cache is None and (narrows or policy.reads_start):
+            position_ids = text_positions(self._argument("position_ids", args, kwargs))
         if start is None:
             # Without a cache, nothing comes before these tokens.
-            start = 0 if cache is None or not policy.reads_start else int(cache.get_seq_length())
+            asked = policy.reads_start or (narrows and padding is None)
+            start = 0 if cache is None or not asked else int(cache.get_seq_length())
         context = Context(
             in_scope,
             start,
-            self._padding(info, args, kwargs),
+            padding,
+            position_ids,
             info.readout,
             training=self.training,
             layers=self.depth_layers,
@@ -217,7 +223,8 @@ class StackMixin(Specialised):
             bounds,
             context,
             keep,
-            everywhere=scope == "all",
+            everywhere=everywhere,
+            narrows=narrows,
             recorder=overrides.recorder,
             config=self.config,
             times_applied=[None] * self.depth_layers,

@@ -58,6 +58,19 @@ def layer_takes() -> str | None:
     )
 
 
+@used_by("depth/roles.py positions_in_sequences: the first tokens of packed sequences")
+def packed_rows() -> str | None:
+    """Without a mask, a position that does not follow the one before begins another sequence."""
+    model, ids = trial.tiny_model(), trial.ids(5)
+    places = torch.tensor([[0, 1, 0, 1, 2]])
+    with torch.no_grad():
+        together = model(ids, position_ids=places, use_cache=False).logits[:, 2:]
+        alone = model(ids[:, 2:], use_cache=False).logits
+    if trial.difference(together, alone) > trial.tolerance(alone):
+        return "a sequence that is packed behind another does not give what it gives alone"
+    return None
+
+
 class _ArgumentOfCall(LlamaDecoderLayer):
     """A layer whose call hands an argument of its own to its forward, as `LayerMixin` does."""
 

@@ -179,6 +179,17 @@ def argument(
     return _argument(args, kwargs, name, places(forward).get(name))
 
 
+def text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """Position ids of text, among axes of pictures the first of four: [4, B, T] -> [B, T].
+
+    None where there are none, and where there are axes of pictures alone: transformers cannot tell
+    packed sequences by those either.
+    """
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    return position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
+
+
 @functools.cache
 def _places(method: Callable[..., Any]) -> dict[str, int]:
     """Where a method takes each of its parameters, counted after the object."""

@@ -22,7 +22,7 @@ from trol.strict import plain
 SkippedKV = Literal["project", "hole"]
 """What later tokens see of a token that skipped a layer; see `AbstractPolicy.skipped_kv`."""
 
-SHARED_SETTINGS = ("scope", "training_scope", "skipped_kv")
+SHARED_SETTINGS = ("scope", "training_scope", "skipped_kv", "keep_first")
 """Settings that `AbstractPolicy` keeps and checks for those policies that offer them."""
 
 COMPARED = 8

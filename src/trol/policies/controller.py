@@ -118,6 +118,7 @@ class Controller(DataclassPolicy):
         alpha: what a layer visit costs; not with `target`.
         target: the share e to reach, (2 / L, 1]; None for no target.
         weight: what it costs to miss the target.
+        keep_first: tokens at the head of each sequence that never skip.
         initial: the probability of going through before training, near 1 so that training starts
             near the full model; None for nn.Linear's own initialisation, as published.
 
@@ -139,6 +140,7 @@ class Controller(DataclassPolicy):
     scope: Scope = "answer"
     training_scope: Scope = "answer"
     skipped_kv: SkippedKV = "project"
+    keep_first: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -122,6 +122,7 @@ class EarlyExit(DataclassPolicy):
         every: looks are taken before layers first, first + every, first + 2 every, ...
         scope: which tokens may leave (Glavas et al.: prompts use all layers).
         skipped_kv: what later tokens see of one that left.
+        keep_first: tokens at the head of each sequence that never leave.
         heads: whether each look has a trained translator, `ExitHead`; the token then leaves as
             the translated state.
 
@@ -142,6 +143,7 @@ class EarlyExit(DataclassPolicy):
     every: int = 1
     scope: Scope = "answer"
     skipped_kv: SkippedKV = "project"
+    keep_first: int = 0
     heads: bool = False
 
     def __post_init__(self) -> None:

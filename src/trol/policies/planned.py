@@ -26,6 +26,9 @@ class Planned(DataclassPolicy):
 
     Args:
         plan: one plan, plan text or its JSON form; or a list of them, one for each row.
+        scope: whose visits the plan settles; all others visit every layer once.
+        skipped_kv: what later tokens see of one that skipped.
+        keep_first: tokens at the head of each sequence that visit every layer once.
 
     Raises:
         UsageError: a plan is malformed, or names a layer that the stack does not have.
@@ -38,6 +41,7 @@ class Planned(DataclassPolicy):
     _: KW_ONLY
     scope: Scope = "all"
     skipped_kv: SkippedKV = "project"
+    keep_first: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +104,7 @@ class Replay(DataclassPolicy):
         weights: w_r of every layer and token. Shape: [L, R + 1, B, T]; columns count from the
             first token that the cache ever saw, padding included.
         visits: how often each token visited each layer. Shape: [L, B, T].
-        scope: the scope of the policy that was traced.
+        scope, keep_first: those of the policy that was traced.
 
     Raises:
         UsageError: the stack has another number of layers, or more tokens come than were traced.
@@ -113,6 +117,7 @@ class Replay(DataclassPolicy):
     visits: Tensor | list[Any]
     _: KW_ONLY
     scope: Scope = "all"
+    keep_first: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +130,7 @@ class Replay(DataclassPolicy):
         self.answers = again.clamp(0, 1)  # Shape: [L, R + 1, B, T]
 
     @classmethod
-    def of(cls, trace: Trace, *, scope: Scope = "all") -> "Replay":
+    def of(cls, trace: Trace, *, scope: Scope = "all", keep_first: int = 0) -> "Replay":
         """The replay of everything that `trace` saw.
 
         Raises:
@@ -136,7 +141,7 @@ class Replay(DataclassPolicy):
                 "the traced policy changes states at exits, and a trace holds visits and weights "
                 "alone; attach the policy itself, or trace it with heads=False."
             )
-        return cls(trace.weights, trace.visits, scope=scope)
+        return cls(trace.weights, trace.visits, scope=scope, keep_first=keep_first)
 
     def check(self, layers: int) -> None:
         if len(self.visits) != layers:

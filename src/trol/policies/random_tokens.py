@@ -41,6 +41,7 @@ class RandomTokens(DataclassPolicy):
     seed: int = 0
     scope: Scope = "all"
     skipped_kv: SkippedKV = "project"
+    keep_first: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -82,6 +82,7 @@ class Router(DataclassPolicy):
         hidden: H, the width of the hidden layer.
         dial: the threshold on P_m, in [0, 1]: 0 always takes the cheapest plan, 1 the full one.
         scope: `answer`. A plan for the question itself would depend on tokens that come later.
+        keep_first: tokens at the head of each sequence that visit every layer once.
 
     Raises:
         UsageError: a setting is out of its range, or the menu is not such a list.
@@ -99,6 +100,7 @@ class Router(DataclassPolicy):
     dial: float = 0.5
     scope: Scope = "answer"
     skipped_kv: SkippedKV = "project"
+    keep_first: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
