@@ -75,7 +75,7 @@ def application(words: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     # With a callback of its own, one registered verb is still a verb.
-    app.callback()(_root)
+    app.callback()(terminal.root)
     for verb in words[:1] if words and words[0] in VERBS else VERBS:
         module_name, function = VERBS[verb].split(":")
         module = importlib.import_module(module_name)
@@ -85,7 +85,3 @@ def application(words: Sequence[str]) -> typer.Typer:
             called if verb in FETCH_NOTHING else terminal.may_be_offline(called)
         )
     return app
-
-
-def _root() -> None:
-    """Let tokens visit a layer again, or not at all."""

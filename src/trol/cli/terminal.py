@@ -95,6 +95,22 @@ def may_be_offline(verb: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [*own.parameters.values(), option.replace(default=False)]
     called.__signature__ = own.replace(parameters=parameters)  # pyright: ignore
     return called
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trol {_version('trol-vlm')}")
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show trol's version."
+        ),
+    ] = False,
+) -> None:
+    """Let tokens visit a layer again, or not at all."""
+    del version  # its callback has left
 
 
 def listed(names: str) -> list[str]:

@@ -12,7 +12,7 @@ from trol.checkpoints.adapter import is_trained
 from trol.data.boards import WORDS
 from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
-from trol.depth.policy import from_settings
+from trol.depth.policy import AbstractPolicy, from_settings, to_settings
 from trol.errors import HostError, UsageError, unknown
 from trol.family import (
     TrolConfig,
@@ -173,8 +173,13 @@ def _to(model: Any, dtype: torch.dtype) -> None:
 def _check_policy(model: Any, recipe: Recipe, name: str) -> None:
     """Raises `UsageError` where the recipe would replace a policy that is trained already."""
     policy, wanted = attached(model)[1].depth_policy, from_settings(recipe.policy)
-    if policy != wanted:
+    if _trained(policy) != _trained(wanted):
         raise UsageError(
             f"{name} comes with the policy {policy}, the recipe says {wanted}; write the first "
             "into the recipe, or give a host without a policy."
         )
+
+
+def _trained(policy: AbstractPolicy) -> dict[str, Any]:
+    """The settings of a policy without what its parameters were before they were trained."""
+    return {key: value for key, value in to_settings(policy).items() if key != "initial_gate"}

@@ -15,6 +15,7 @@ from trol.data.pairs import NAMES, is_pairs
 from trol.depth.policy import from_settings
 from trol.errors import UsageError, unknown
 from trol.family.presets import TEMPLATES
+from trol.policies.mixer import from_nothing
 from trol.strict import built, plain, read_yaml, setting
 
 DATA = ("cells", "symbols", "boards")
@@ -113,7 +114,8 @@ class Recipe:
     """`separated` gives a host Glavas et al.'s form, BOS user <SEP> assistant EOS; a file, or text
     in Jinja, another template; empty for the host's own."""
     policy: dict[str, Any] = field(default_factory=lambda: {"policy": "trol_mixer"})
-    """The depth policy that the model is made with."""
+    """The depth policy that the model is made with; gates of new models start as published, those
+    of hosts so that they change little (`initial_gate`)."""
     seed: int = setting(0, bounds=(0, 2**32 - 1))
     """Seed of the weights, the boards and their order."""
     bits: int = setting(0, choices=(0, 4, 8))
@@ -154,6 +156,8 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         # Its text, because the recipe may move away from the file.
         text = read_template(resolved.chat_template, tuple(TEMPLATES))
         resolved = dataclasses.replace(resolved, chat_template=text)
+    if not resolved.host:
+        resolved = dataclasses.replace(resolved, policy=from_nothing(resolved.policy))
     _check(resolved)
     return resolved
 
