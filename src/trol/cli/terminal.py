@@ -95,6 +95,8 @@ def may_be_offline(verb: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [*own.parameters.values(), option.replace(default=False)]
     called.__signature__ = own.replace(parameters=parameters)  # pyright: ignore
     return called
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"trol {_version('trol-vlm')}")
