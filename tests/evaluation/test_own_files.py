@@ -15,9 +15,9 @@ from trol.errors import DataError, UsageError
 from trol.evaluation import check_tasks, evaluate
 from trol.evaluation import curve as points
 from trol.evaluation.answers import answers
-from trol.evaluation.calibration import calibrate_exits
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request
+from trol.evaluation.exit_calibration import calibrate_exits
 from trol.evaluation.items import WHOLE, fitted, labelled, messages, prompts
 from trol.evaluation.oracle import Batch
 from trol.evaluation.plan_search import CHOOSING, JUDGING, chosen_plan

@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 from trol.cli import terminal
-from trol.cli.chat import open_conversation
 from trol.cli.terminal import listed, option, run_record
 from trol.errors import UsageError, unknown
 
@@ -43,6 +42,7 @@ def evaluate(
     A model without a chat template is asked in plain text: question, line break, answer.
     """
     from trol import evaluation
+    from trol.cli.conversation import open_conversation
     from trol.evaluation.tasks import default_task
 
     names = None if tasks is None else listed(tasks)

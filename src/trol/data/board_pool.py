@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trol.data.answers import Answers
 from trol.data.boards import ASKERS, COLOURS, Board, draw_array, make_board, questions
+from trol.data.images import IMAGE_TOKEN
 from trol.depth.roles import IGNORED_LABEL
+from trol.host.chat_templates import encode_text
 
 EMPTY = len(COLOURS), 10
 """Colour number and digit of a cell without a tile."""
@@ -154,24 +157,19 @@ def _attention_mask(parts: Tensor) -> Tensor:
 
 
 def _tokenised(processor: Any, chats: Sequence[Sequence[tuple[str, str]]]) -> list[TokenRow]:
-    """All conversations through the chat template at once, their pictures already expanded."""
-    picture = processor.image_token * processor.tokens_per_image
-    conversations = []
+    """All conversations through the chat template, their pictures already expanded."""
+    answers, picture = Answers(processor), processor.replace_image_token({}, 0)
+    texts = []
     for pairs in chats:
-        messages = [
-            {"role": role, "content": text}
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
             for pair in pairs
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-        messages[0]["content"] = picture + messages[0]["content"]
-        conversations.append(messages)
-    encoded = processor.tokenizer.apply_chat_template(
-        conversations,
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+        messages[0]["content"].insert(0, {"type": "image"})
+        _, pieces = answers.cut(messages)
+        texts.append([piece.replace(IMAGE_TOKEN, picture) for piece in pieces])
+    encoded = encode_text(processor.tokenizer, texts, (), padding=False)
     return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
 
 
