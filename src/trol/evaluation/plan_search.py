@@ -186,8 +186,8 @@ class _Search:
 
         ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3) ranks by the mean alone, which does
         not see what a layer does at few tokens. Without 15 of its 30 layers, SmolLM2 has 52 times
-        the perplexity on docstrings by the mean, 28 by the worst token and 18 by both (1,024
-        tokens); without 8 of them, 2.64, 2.82 and 2.64. Of equal layers the earlier stays.
+        its perplexity on docstrings (1,024 tokens) by the mean, 148 by the worst token and 21 by
+        both, and without 8 of them 2.64 by the mean and by both. Of equal layers the earlier stays.
         """
         each = self._once(
             "influences", lambda: influences(*self.subject, self.scope, keep_first=self.keep_first)
