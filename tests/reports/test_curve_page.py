@@ -230,7 +230,8 @@ def test_one_seed_has_no_interval() -> None:
         for one in method["points"]:
             for value in (*one["metrics"].values(), one["ms_ratio"], one["visits_share"]):
                 value["values"], value["spread"] = value["values"][:1], None
-    points, equal = curve.tables_of(task_of(drawn))
+    points, equal, claim = curve.tables_of(task_of(drawn))
+    assert {row[-1] for row in claim.rows} == {"not shown"}
     assert [row[-1] for row in points.rows[:4]] == ["−0.300", "−0.200", "−0.100", "–"]
     assert "[" not in "".join(cell for row in equal.rows for cell in row)
     assert "--seeds 3" in equal.notes[0]

@@ -231,6 +231,8 @@ def visits_in_words(policy: AbstractPolicy, layers: int) -> str:
     bounds = StackBounds.of(policy, layers).layers
     least, most = sum(one.least for one in bounds), sum(one.most for one in bounds)
     count = f"{most}" if least == most else f"{least} to {most}"
+    if policy.keep_first and policy.scope != "answer" and count != str(layers):
+        return f"{count} for a token behind the first {policy.keep_first}, {layers} for others"
     if policy.scope == "all" or count == str(layers):
         return f"{count} for each token"
     return f"{count} for a token of the {policy.scope}, {layers} for others"
