@@ -1,17 +1,27 @@
-"""`trol chat`: one question, several turns, and what it refuses."""
+"""`trol chat`: one question, several turns, a person at a terminal, and what it refuses."""
 
 import io
 import json
+import os
+import pty
+import signal
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 import trol
 from cli.command import run
-from trol.cli.chat import Conversation
+from trol.cli.chat import commands
+from trol.cli.conversation import Conversation, visits_in_words
 from trol.data.images import open_image
 from trol.errors import UsageError
+from trol.family.presets import byte_level_tokenizer, text_decoder
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 QUESTION = "which digit is on the yellow tile?"
@@ -113,3 +123,131 @@ def test_bad_input(
     assert says in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def reader(template: str | None, *, positions: int = 256) -> Conversation:
+    """A conversation with a tiny random model that reads text alone."""
+    tokenizer = byte_level_tokenizer(["Why is the sky blue?"], 300)
+    tokenizer.chat_template = template
+    torch.manual_seed(0)
+    config = text_decoder(tokenizer, hidden_size=32, layers=6, heads=2, positions=positions)
+    return Conversation(LlamaForCausalLM(config).eval(), tokenizer, max_new_tokens=4)
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def test_what_the_model_cannot_do_is_not_offered() -> None:
+    seeing = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
+    reading = reader(CHAT)
+    assert set(commands(seeing)) - set(commands(reading)) == {"/image PATH"}
+    with pytest.raises(UsageError, match="reads text only"):
+        reading.check_sees()
+    example = commands(reading)["/depth PLAN"].split('"')[1]
+    reading.use_plan(example)  # the plan that is named fits the model
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("all", "6 for each token"),
+        ("0-2 4:3", "6 for each token"),
+        ("0-2 4", "4 for each token"),
+        (trol.TrolMixer(), "12 for a token of the question, 6 for others"),
+        (trol.EarlyExit(first=2), "2 to 6 for a token of the answer, 6 for others"),
+    ],
+    ids=str,
+)
+def test_layer_visits_in_words(policy: Any, words: str) -> None:
+    assert visits_in_words(trol.depth.policy.resolve(policy), 6) == words
+
+
+def test_the_depth_may_change_between_turns() -> None:
+    """The conversation goes on, and each turn is what a new one under its plan would answer."""
+    conversation = reader(CHAT)
+    for plan in (None, "0-2 4-5", None):
+        conversation.use_plan(plan)
+        assert (f"{plan};" if plan else "own (plain);") in conversation.depth_in_words()
+        earlier = list(conversation.messages)
+        answer = conversation.ask("Why?").text
+        again = reader(CHAT)
+        again.use_plan(plan)
+        again.messages = earlier
+        assert again.ask("Why?").text == answer
+    assert len(conversation.messages) == 6
+
+
+@pytest.mark.parametrize("said", [0, 3])
+def test_an_interrupt_ends_the_answer_alone(said: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said until then is the turn; nothing said, no turn."""
+    conversation = reader(CHAT)
+    ids = conversation.tokenizer("sky", add_special_tokens=False)["input_ids"]
+
+    def interrupted(*, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+            for token in ids[:said]:
+                streamer.put(torch.tensor([token]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation.model, "generate", interrupted)
+    answer = conversation.ask("Why?", stream=True)
+    assert answer.ended == "interrupted"
+    assert answer.text == ("sky" if said else "")
+    assert len(conversation.messages) == (2 if said else 0)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Why?")  # without a stream nobody saw a part of it
+
+
+def test_an_answer_ends_where_the_positions_do() -> None:
+    conversation = reader(None, positions=64)
+    conversation.max_new_tokens = 1000
+    answer = conversation.ask("Why is the sky blue? " * 5)
+    assert (answer.ended, len(answer.input_ids) + answer.new_tokens) == ("longest", 64)
+    with pytest.raises(trol.errors.DataError, match="64 positions, so there is no room"):
+        conversation.ask("Why is the sky blue? " * 20)
+
+
+Step = tuple[bytes, bytes | Callable[[int], None]]
+
+
+def at_a_terminal(steps: list[Step]) -> tuple[str, int]:
+    """All that `trol chat` writes on a terminal, and its exit code; each step waits for a text."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "trol", "chat", "trol-tiny"])
+    seen, place = b"", 0
+    try:
+        for text, keys in [*steps, (b"\0", b"")]:
+            while text not in seen[place:]:
+                seen += os.read(terminal, 4096)
+            place = seen.index(text, place) + len(text)
+            keys(child) if callable(keys) else os.write(terminal, keys)
+    except OSError:  # the program has left
+        pass
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(terminal)
+    return seen.decode(), code
+
+
+def test_a_person_at_a_terminal() -> None:
+    prompt = b"you: "
+    seen, code = at_a_terminal(
+        [
+            (prompt, b"is there a 7?\n"),
+            (prompt, b"/depth all\n"),
+            (prompt, b"is there a 5?\n"),
+            (prompt, b"/depth\n"),
+            (prompt, b"/help\n"),
+            (prompt, b"/reset\n"),
+            (prompt, lambda child: os.kill(child, signal.SIGINT)),
+            (prompt, b"\x04"),
+        ]
+    )
+    assert code == 0
+    assert "trol-tiny: 2 layers; depth: the model's own (trol_mixer); layer visits: 4" in seen
+    assert "From now on: all; layer visits: 2 for each token (the model's own: 4" in seen
+    assert "From now on: the model's own" in seen
+    assert "/image PATH" in seen
+    assert "Ctrl-D or /quit leaves." in seen
+    assert "Traceback" not in seen

@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from transformers import Cache
@@ -99,6 +100,17 @@ def test_bad_usage_is_2(words: list[str], capsys: pytest.CaptureFixture[str]) ->
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Usage: trol" in captured.err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"trol {version('trol-vlm')}\n"
+
+
+@pytest.mark.parametrize("more", [(), ("mixture.yaml",)])
+def test_an_unknown_verb_of_data(more: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "chek", *more) == 2
+    assert "unknown verb of trol data 'chek'. Did you mean 'check'?" in capsys.readouterr().err
 
 
 def test_json_is_alone_on_stdout(

@@ -115,12 +115,12 @@ def test_other_bad_plans() -> None:
     with pytest.raises(UsageError, match="has no text form"):
         str(Plan([2, 3], beyond=1))
     with pytest.raises(
-        UsageError, match=r"layer 40 of plan '0-40': this stack has 32 layers \(0-31\)"
+        UsageError, match=r"of plan '0-40' \(which is exit@41\): this stack has 32 layers \(0-31\)"
     ):
         Plan("0-40").for_layers(32)
     with pytest.raises(UsageError, match=r"name no layer above 11 \(exit@12 at most\)\.$"):
         Plan("exit@20").for_layers(12)
-    with pytest.raises(UsageError, match=r"name no layer above 11\.$"):
+    with pytest.raises(UsageError, match=r"of plan '0-3 20': .*name no layer above 11\.$"):
         Plan("0-3 20").for_layers(12)
     for data in ({}, {"visits": 3}, {"visits": [1], "more": 1}):
         with pytest.raises(UsageError, match="is no plan"):

@@ -11,20 +11,17 @@ from training import standins
 from trol.depth import attach, attached, detach
 from trol.depth.attachment import gates_of
 from trol.errors import DataError, HostError, UsageError
-from trol.evaluation.calibration import (
+from trol.evaluation.calibration import at_least, binomial_tail, most_changed, needed, p_value
+from trol.evaluation.exit_calibration import (
     EXIT_THRESHOLDS,
-    at_least,
-    binomial_tail,
     calibrate_exits,
     flops_share,
-    most_changed,
-    needed,
-    p_value,
     with_threshold,
 )
 from trol.evaluation.hidden_states import ExitOutcome, predicting_tokens, record_exits, run_exits
 from trol.evaluation.items import Item
 from trol.family.loading import load_model
+from trol.host.layers import FAMILY_NOTES, FamilyNote
 from trol.policies.exits import EarlyExit
 
 
@@ -187,27 +184,28 @@ def test_calls_are_counted(llama: tuple) -> None:
         cost=1.0,
         progress=lambda done, of: seen.append((done, of)),
     )
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [(done, 6) for done in range(1, 7)]  # a record and both ways, 2 batches each
 
 
 def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where running keeps less than the record promised, a stricter threshold is run."""
     items, policy, calls = _items(20, words=1), EarlyExit("margin", 1.0), []
 
-    def worse(*given: Any) -> ExitOutcome:
+    def worse(*given: Any, **more: Any) -> ExitOutcome:
         calls.append(given[3].thresholds[0])
-        ran = run_exits(*given)
-        return ran if len(calls) > 2 else ExitOutcome(torch.zeros_like(ran.qualities), ran.shares)
+        ran = run_exits(*given, **more)
+        return ran if len(calls) > 3 else ExitOutcome(torch.zeros_like(ran.qualities), ran.shares)
 
-    monkeypatch.setattr("trol.evaluation.calibration.run_exits", worse)
+    monkeypatch.setattr("trol.evaluation.exit_calibration.run_exits", worse)
     calibrated = calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
-    assert len(calls) == 3
-    assert calls == sorted(set(calls))
+    assert len(calls) == 4  # both ways at the first threshold, the chosen way at others
+    assert calls == sorted(calls)
+    assert len(set(calls)) == 3
     assert calibrated.policy.thresholds[0] == calls[-1]
     calls.clear()
     monkeypatch.setattr(
-        "trol.evaluation.calibration.run_exits",
-        lambda *given: ExitOutcome(torch.zeros(20, dtype=torch.double), run_exits(*given).shares),
+        "trol.evaluation.exit_calibration.run_exits",
+        lambda *given, words: ExitOutcome(0.0 * words[:20].double(), run_exits(*given).shares),
     )
     with pytest.raises(HostError, match="when tokens really leave"):
         calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
@@ -258,3 +256,33 @@ def test_answers_that_say_nothing(llama: tuple) -> None:
     items = [Item(None, "say a word.", "", "words")] * 8
     with pytest.raises(DataError, match="longer answers"):
         calibrate_exits(model, processor, items, EarlyExit("margin", 1.0), cost=1.0)
+
+
+@pytest.mark.parametrize("better", ["project", "hole"])
+def test_the_way_that_keeps_more_is_taken(
+    llama: tuple, monkeypatch: pytest.MonkeyPatch, better: str
+) -> None:
+    """And its p-value is doubled, since the better of two may be so by chance."""
+
+    def outcome(
+        model: Any, processor: Any, items: Any, policy: EarlyExit, *_: Any, **__: Any
+    ) -> ExitOutcome:
+        ran = run_exits(model, processor, items, policy)
+        kept = 1.0 if policy.skipped_kv == better else 0.9
+        return ExitOutcome(torch.full_like(ran.qualities, kept), ran.shares)
+
+    monkeypatch.setattr("trol.evaluation.exit_calibration.run_exits", outcome)
+    items = _items(20, words=1)
+    calibrated = calibrate_exits(*llama, items, EarlyExit(), quality=0.5, confidence=0.6)
+    assert calibrated.policy.skipped_kv == better
+    assert calibrated.json()["other_skipped_kv"]["quality"] == pytest.approx(0.9)
+    assert calibrated.p_value == pytest.approx(2 * p_value(torch.zeros(20), 0.5))
+
+
+def test_a_host_that_hides_no_tokens_projects(
+    llama: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILY_NOTES, "llama", FamilyNote(no_holes="of a test"))
+    calibrated = calibrate_exits(*llama, _items(20, words=1), EarlyExit(), cost=1.0)
+    assert calibrated.policy.skipped_kv == "project"
+    assert calibrated.other is None

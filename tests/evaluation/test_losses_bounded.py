@@ -9,9 +9,8 @@ from torch.nn import functional
 
 from hosts import HOSTS, Host
 from laws.subjects import some_hosts
-from trol.depth import attach, depth
+from trol.depth import attach, depth, readout
 from trol.errors import HostError
-from trol.evaluation import answers
 from trol.evaluation.answers import mean_losses
 from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned
@@ -46,8 +45,8 @@ def test_they_are_those_of_all_logits(host: Host, monkeypatch: pytest.MonkeyPatc
     model, inputs = asked(host)
     words = model.config.get_text_config().vocab_size
     expected = unbounded(model, inputs)
-    for at_once in (1, 3 * words, answers.LOGITS_AT_ONCE):
-        monkeypatch.setattr(answers, "LOGITS_AT_ONCE", at_once)
+    for at_once in (1, 3 * words, readout.LOGITS_AT_ONCE):
+        monkeypatch.setattr(readout, "LOGITS_AT_ONCE", at_once)
         assert mean_losses(model, dict(inputs)) == pytest.approx(expected, abs=2e-5)
 
 
@@ -84,7 +83,7 @@ def test_no_more_logits_than_allowed_are_made(host: Host, monkeypatch: pytest.Mo
     head = model.get_output_embeddings()
     head.register_forward_hook(count)
     words = head.weight.shape[0]
-    monkeypatch.setattr(answers, "LOGITS_AT_ONCE", 2 * words)
+    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 2 * words)
     mean_losses(model, dict(inputs))
     assert max(made) <= max(2, len(LENGTHS)) * words  # the pass reads one position of each row
     wanted = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())

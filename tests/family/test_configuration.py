@@ -21,7 +21,7 @@ def test_round_trip_through_auto_config(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is TrolConfig
     assert type(loaded.vision_config) is SiglipVisionConfig
-    assert loaded.depth == depth
+    assert loaded.depth == {**depth, "initial_gate": None}
     assert loaded.to_diff_dict() == config.to_diff_dict()
 
 
@@ -37,7 +37,7 @@ def test_parts_are_any_registered_config_or_its_dict():
 
 def test_defaults_stand_for_published_trol():
     config = TrolConfig()
-    assert config.depth == {"policy": "trol_mixer"}
+    assert config.depth == {"policy": "trol_mixer", "initial_gate": None}
     assert (config.vision_config.model_type, config.text_config.model_type) == (
         "clip_vision_model",
         "llama",
@@ -45,8 +45,9 @@ def test_defaults_stand_for_published_trol():
 
 
 def test_default_depth_is_not_shared_between_configs():
+    before = dict(TrolConfig().depth)
     TrolConfig().depth["passes"] = 5
-    assert TrolConfig().depth == {"policy": "trol_mixer"}
+    assert TrolConfig().depth == before
 
 
 def test_a_pair_of_towers_gives_its_vision_part():

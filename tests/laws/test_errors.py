@@ -48,7 +48,7 @@ def llama():
     ("make", "said"),
     [
         (lambda m: attach(m, "trol_mixr"), "unknown policy 'trol_mixr'. Did you mean 'trol_mixer'"),
-        (lambda m: attach(m, "0-40"), "layer 40 of plan '0-40': this stack has 4 layers (0-3)"),
+        (lambda m: attach(m, "0-40"), "layer 40 of plan '0-40' (which is exit@41): this stack has"),
         (lambda m: attach(m, "0-x"), "'0-x' in plan '0-x' is no segment"),
         (lambda m: attach(m, ""), "an empty plan"),
         (lambda m: trol.attach(m, 5), "got 5; give a policy (an instance: TrolMixer())"),

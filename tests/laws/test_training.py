@@ -33,7 +33,7 @@ def test_gates_are_distinct_and_all_learn(host: Host) -> None:
 
     The published code writes [nn.Linear(D, 1)] * L: one gate under L names.
     """
-    model = attach(host.build(), TrolMixer())
+    model = attach(host.build(), TrolMixer(initial_gate=None))
     gates = [gate for gate in gates_of(attached(model)[1]) if gate is not None]
     weights = [gate.weight for gate in gates]
     assert len(gates) == len({id(weight) for weight in weights}) == 4

@@ -26,6 +26,7 @@ from trol.training import adapters
 
 LEARNT: dict[str, Callable[[], AbstractPolicy]] = {
     "mixer": lambda: TrolMixer(scope="all"),
+    "published_mixer": lambda: TrolMixer(scope="all", initial_gate=None),
     "shared": lambda: TrolMixer(scope="all", sharing="shared", tau=0.5),
     "heads": lambda: EarlyExit("margin", 0.5, heads=True, scope="all"),
     "controller": lambda: Controller(scope="all"),
@@ -150,9 +151,15 @@ def test_a_copy_is_no_training(model: Any, policy: AbstractPolicy, change: str) 
     assert len(warnings_of(COPIES[change](attach(model, policy)))) == 1
 
 
-def test_a_chosen_first_value_gives_no_warning(model: Any) -> None:
-    attach(model, TrolMixer(scope="all", initial_gate=0.01))
-    assert not warnings_of(model)
+@pytest.mark.parametrize(
+    ("start", "says"), [(None, "at random"), (0.01, "counts for 0.01"), (0.3, "counts for 0.3")]
+)
+def test_the_warning_says_what_untrained_gates_do(
+    model: Any, start: float | None, says: str
+) -> None:
+    attach(model, TrolMixer(scope="all", initial_gate=start))
+    (line,) = warnings_of(model)
+    assert says in line
 
 
 def test_a_saved_model_gives_no_warning(model: Any, tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def _fill(stack: Any, weights: dict[str, Tensor], folder: str | Path) -> None:
     for layer, gate in _gates(stack):
         for name, parameter in gate.named_parameters():
             parameter.data.copy_(weights[f"{layer}.{name}"])
+    for gate in gates_of(stack):  # where they are tied, each layer has a module of its own
         if isinstance(gate, PolicyModule):
             gate.mark_trained()
 

@@ -16,14 +16,15 @@ from trol.cli.terminal import option, run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.calibration import ExitCalibration
+    from trol.evaluation.exit_calibration import ExitCalibration
     from trol.evaluation.gates import GateCalibration
+    from trol.evaluation.items import Item
     from trol.policies.exits import EarlyExit
 
 EXAMPLES = (
     "trol calibrate --data boards --quality 0.99 --out runs/sparse",
     "trol calibrate --exit margin --data boards --quality 0.9 --out runs/margin",
-    "trol calibrate --exit entropy --data boards --cost 0.8 --json",
+    "trol calibrate smollm2 --exit margin --data text:README.md --first 20 --every 3",
 )
 RESULT = "calibration.json"
 
@@ -31,6 +32,9 @@ GATE_QUALITY = 0.99
 """Share of answers, where --quality says nothing."""
 EXIT_QUALITY, EXIT_QUESTIONS = 0.95, 300
 """Share of tokens, where --quality says nothing; and how many questions are asked."""
+WINDOWS, WINDOW = 100, 48
+"""How many windows of plain text are read for exits, and their tokens, where nothing is said.
+The windows are what is counted, so many short ones show more than a few long ones."""
 
 DATA_HELP = (
     "Questions to calibrate on: boards, docstrings, text:FILE, chat:FILE, alpaca:FILE, ... "
@@ -41,8 +45,10 @@ QUALITY_HELP = (
     f"tokens as the full model says them ({EXIT_QUALITY})."
 )
 QUESTIONS_HELP = (
-    f"How many. Default: four times what the quality needs; with --exit, {EXIT_QUESTIONS}."
+    f"How many. Default: four times what the quality needs; with --exit, {EXIT_QUESTIONS}, of "
+    f"text:FILE {WINDOWS} windows."
 )
+WINDOW_HELP = f"Tokens of text:FILE read at once. Default: {WINDOW}."
 EXIT_HELP = "Calibrate early exits: entropy, margin, saturation or patience."
 
 
@@ -57,6 +63,7 @@ class Request:
     first: int | None
     every: int | None
     questions: int | None
+    window: int | None
     seed: int
 
     @property
@@ -123,6 +130,7 @@ def calibrate(
         int | None, option("--every", "K", "Exits: look before each K-th layer.")
     ] = None,
     questions: Annotated[int | None, option("--questions", "N", QUESTIONS_HELP, min=1)] = None,
+    window: Annotated[int | None, option("--window", "N", WINDOW_HELP, min=4)] = None,
     seed: terminal.Seed = 0,
     chat_template: terminal.ChatTemplate = None,
     out: Annotated[Path, option("--out", "DIR", "The adapter's folder.")] = Path("runs/calibrated"),
@@ -133,10 +141,11 @@ def calibrate(
     from trol.depth import is_attached
     from trol.evaluation.tasks import default_task, task_of
 
-    request = Request(quality, confidence, measure, cost, first, every, questions, seed)
+    request = Request(quality, confidence, measure, cost, first, every, questions, window, seed)
     request.check()
-    if data is not None:
-        task_of(data)
+    windows = data is not None and task_of(data).windows
+    if window is not None and not windows:
+        raise UsageError("--window is for plain text; give --data text:FILE, or leave it out.")
     check_adapter_folder(out, beside=(RESULT,))
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
@@ -180,21 +189,51 @@ def _calibrated(
     model: Any, processor: Any, data: str, request: Request
 ) -> tuple[Any, dict[str, Any]]:
     """The calibrated thresholds of gates or of exits, and what was asked of them."""
-    from trol.evaluation.calibration import calibrate_exits, calibrate_gates, questions_for
+    from trol.evaluation.calibration import calibrate_gates, questions_for
+    from trol.evaluation.exit_calibration import calibrate_exits
     from trol.evaluation.tasks import questions_of, task_of
 
+    windows = task_of(data).windows
     if request.measure is None:
         goals = request.gate_goals
         count = request.questions or questions_for(**goals)
         search = partial(calibrate_gates, new_tokens=task_of(data).new_tokens)
     else:
         goals = request.exit_goals
-        count = request.questions or EXIT_QUESTIONS
-        search = partial(calibrate_exits, policy=_exit_policy(model, request))
-    items = questions_of(model, processor, data, count, seed=request.seed, split="validation")
+        count = request.questions or (WINDOWS if windows else EXIT_QUESTIONS)
+        search = partial(calibrate_exits, policy=(policy := _exit_policy(model, request)))
+    items = questions_of(
+        model,
+        processor,
+        data,
+        count,
+        seed=request.seed,
+        split="validation",
+        window=(request.window or WINDOW) if windows else None,
+    )
+    if request.measure is not None:
+        terminal.note(_beforehand(model, processor, items, policy))
     with terminal.progress("calibrating", "batch") as bar:
         calibrated = search(model, processor, items, **goals, progress=bar)
     return calibrated, {"questions": len(items), **goals}
+
+
+def _beforehand(model: Any, processor: Any, items: list[Item], policy: EarlyExit) -> str:
+    """How much is measured: answers, their tokens, looks, and how dear a look is."""
+    from trol.depth.readout import Readout
+    from trol.evaluation.items import tokenizer_of
+    from trol.host.layers import find_decoder, layer_list
+
+    encode = partial(tokenizer_of(processor), add_special_tokens=False)
+    tokens = sum(len(one.ids or encode(one.answer)["input_ids"]) for one in items)
+    layers: Any = layer_list(find_decoder(model))
+    looks = sum(map(policy.looks, range(len(layers))))
+    dear = Readout(model).flops / 2 / sum(part.numel() for part in layers[0].parameters())
+    return (
+        f"Measuring {len(items)} answers, about {tokens:,} tokens, three times or more: at {looks} "
+        f"looks in {len(layers)} layers, then as tokens really leave. A look costs {dear:.1f} "
+        "layers; --first and --every look less often, --questions reads less."
+    )
 
 
 def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
@@ -285,6 +324,12 @@ def _exits_text(calibrated: ExitCalibration) -> list[str]:
         f"tokens agree with the full model ({len(ran.qualities)} answers, {calibrated.tokens} "
         "tokens).",
     ]
+    if calibrated.other is not None:
+        ways = ("hole", "project") if policy.skipped_kv == "hole" else ("project", "hole")
+        lines.append(
+            f"skipped_kv={ways[0]!r} is written: it keeps no less than {ways[1]!r}, which kept "
+            f"{100 * calibrated.other.quality:.1f} % at the first threshold that was run."
+        )
     if share is not None and share >= 1:
         lines.append(
             "These exits save nothing on this model: its looks, which read the head, cost as much "

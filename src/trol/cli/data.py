@@ -35,8 +35,20 @@ QUARANTINE_HELP = (
 )
 
 
+def _known(action: str) -> str:
+    """The verb behind `trol data`, before the rest is missed; raises `UsageError` for another."""
+    if action not in ACTIONS:
+        raise unknown("verb of trol data", action, ACTIONS)
+    return action
+
+
 def data(
-    action: Annotated[str, argument("check", "Read everything once.")],
+    action: Annotated[
+        str,
+        typer.Argument(
+            metavar="check", help="Read everything once.", callback=_known, is_eager=True
+        ),
+    ],
     mixture: Annotated[str, argument("MIXTURE", "A YAML file, or a name: trol-2.27m.")],
     *,
     root: Annotated[Path | None, option("--root", "DIR", ROOT_HELP)] = None,
@@ -50,8 +62,7 @@ def data(
     Writes the list of damaged rows, and nothing beside the data. Exits with 1 when it found damage
     that the list did not hold before, or another number of sound rows than the mixture says.
     """
-    if action not in ACTIONS:
-        raise unknown("action", action, ACTIONS)
+    del action
     from trol.data.mixture import quarantine_path, read_mixture
 
     described = read_mixture(mixture, root=root)

@@ -147,7 +147,7 @@ def _measure_accuracy(
 
 def _maps(model: Any, processor: Any, out: Path) -> list[dict[str, str]]:
     """Maps of the first test questions, as files beside the report."""
-    from trol.cli.chat import Conversation
+    from trol.cli.conversation import Conversation
     from trol.cli.map import trace_question
     from trol.evaluation import sample_questions
     from trol.files import folder, write_whole

@@ -3,14 +3,13 @@
 from typing import Annotated, Any
 
 from trol.cli import terminal
-from trol.cli.chat import open_conversation
 from trol.cli.terminal import listed, option, run_record
 from trol.errors import UsageError, unknown
 
 EXAMPLES = (
     "trol eval --tasks boards",
     "trol eval trol-tiny --tasks boards --depth all --questions 300",
-    "trol eval HuggingFaceTB/SmolLM2-135M --tasks text:README.md --window 512 --json",
+    "trol eval smollm2 --tasks text:README.md --window 512 --json",
 )
 TASKS_HELP = (
     "text:FILE (plain text: loss, perplexity; any language model), chat:FILE (JSON Lines of "
@@ -43,6 +42,7 @@ def evaluate(
     A model without a chat template is asked in plain text: question, line break, answer.
     """
     from trol import evaluation
+    from trol.cli.conversation import open_conversation
     from trol.evaluation.tasks import default_task
 
     names = None if tasks is None else listed(tasks)

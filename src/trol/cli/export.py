@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trol.cli.models import GivenPlan
 
 EXAMPLES = (
-    'trol export HuggingFaceTB/SmolLM2-135M-Instruct models/short --plan "0-19 28-29"',
+    'trol export smollm2 models/short --plan "0-13 16-29"',
     "trol export models/llama models/llama-half --plan runs/plan.json",
     "trol export models/llama models/llama-short --plan runs/plan.json --task docstrings --json",
 )
@@ -78,7 +78,7 @@ def _tokens(given: GivenPlan) -> str:
     """For which tokens a plan is, in words."""
     parts = [f"scope={given.scope}"] if given.scope not in (None, "all") else []
     if given.keep_first:
-        parts.append(f"keep_first={given.keep_first}: the first tokens visit every layer")
+        parts.append(f"keep_first={given.keep_first} (the first tokens visit every layer)")
     return " and ".join(parts)
 
 
@@ -104,11 +104,10 @@ def _losses(
     `all` tokens, as the checkpoint has it.
     """
     from trol.depth import Plan
-    from trol.evaluation.plan_search import WINDOW, plan_loss
-    from trol.evaluation.tasks import questions_of, task_of
+    from trol.evaluation.plan_search import plan_loss
+    from trol.evaluation.tasks import questions_of
 
-    window = WINDOW if task_of(task).windows else None
-    items = questions_of(model, processor, task, questions, seed=seed, window=window)
+    items = questions_of(model, processor, task, questions, seed=seed)
     subject, scope = (model, processor, items), cast(Any, given.scope or "all")
     chosen = None
     if not holds_for_all(given):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trol.cli import terminal
-from trol.cli.chat import Conversation, open_conversation
 from trol.cli.terminal import option, run_record
 
 if TYPE_CHECKING:
+    from trol.cli.conversation import Conversation
     from trol.reports.maps import DepthMap
 
 EXAMPLES = (
@@ -30,6 +30,7 @@ def map_question(
     as_json: terminal.AsJson = False,
 ) -> None:
     """Draw how much second visits weigh, layer by layer."""
+    from trol.cli.conversation import open_conversation
     from trol.data.images import open_image
     from trol.files import folder, write_json, write_whole
     from trol.reports.maps import draw

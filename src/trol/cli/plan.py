@@ -26,7 +26,7 @@ METHOD_HELP = "By measure: greedy, influence, draft; unseen: middle, uniform, ra
 KEEP_HELP = "Share of the layers that stay; draft needs none."
 SCOPE_HELP = "Tokens that skip: answer, question, all (as `trol export` bakes it)."
 QUESTIONS_HELP = (
-    "Questions that choose the plan. Default: 64; of text:FILE, 8 windows of 256 tokens."
+    "Questions that choose the plan. Default: 64; of text:FILE, 2 windows of 1024 tokens."
 )
 
 SCOPES = {

@@ -76,11 +76,14 @@ class Plan:
         """
         named = len(self.visits)
         if named > layers:
-            # Plan text `exit@20` is kept as '0-19': its form is named, whichever was written.
-            exits = f" (exit@{layers} at most)" if set(self.visits) == {1} else ""
+            # Plan text `exit@20` is kept as '0-19': both are named, whichever was written.
+            leaves = set(self.visits) == {1}
+            form, most = (
+                (f" (which is exit@{named})", f" (exit@{layers} at most)") if leaves else ("", "")
+            )
             raise UsageError(
-                f"layer {named - 1} of plan '{self}': this stack has {layers} layers "
-                f"(0-{layers - 1}); name no layer above {layers - 1}{exits}."
+                f"layer {named - 1} of plan '{self}'{form}: this stack has {layers} layers "
+                f"(0-{layers - 1}); name no layer above {layers - 1}{most}."
             )
         return self.visits + (self.beyond,) * (layers - named)
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from trol.axes import Logits, States
 from trol.host.layers import final_norm, find_decoder, head_of, scaled_logits
 
+LOGITS_AT_ONCE = 2**24
+"""Logits that are in memory at once: 64 MiB in float32. One token's logits always are."""
+
 
 class Readout:
     """logits(x) = head(norm(x)), scaled and capped as the host does behind its last layer.
@@ -61,6 +64,12 @@ class Readout:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @property
+    def at_once(self) -> int:
+        """The most tokens whose logits are to be in memory at once."""
+        stack: Any = find_decoder(self.host)
+        return max(1, LOGITS_AT_ONCE // stack.config.vocab_size)
 
     @property
     def head(self) -> nn.Module:

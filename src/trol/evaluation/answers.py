@@ -4,7 +4,7 @@ Scores compare generated texts with references; the loss reads the references th
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -33,9 +33,6 @@ LOWER_IS_BETTER = frozenset({"loss"})
 
 LOSS_BATCH = 32
 """References that are read at once."""
-
-LOGITS_AT_ONCE = 2**24
-"""Logits that are in memory at once: 64 MiB in float32. One token's logits always are."""
 
 ItemsDone = Callable[[float], None]
 """Progress through items: takes how many items' worth of work is done."""
@@ -212,33 +209,41 @@ def losses(
 def mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
     """Mean loss of the labelled tokens of each row: [B].
 
-    Only the states before them go through the head, and so many at once that their logits stay
-    below `LOGITS_AT_ONCE`, whatever the batch and the vocabulary are.
+    Only the states before them go through the head, and so many at once that their logits fit
+    (`Readout.at_once`), whatever the batch and the vocabulary are.
     """
-    labels = inputs.pop("labels")
-    if is_attached(model):
-        inputs["assistant_masks"] = (
-            labels != IGNORED_LABEL
-        )  # with labels, the host would make all logits
-    readout = Readout(model)
-    with readout.unread() as kept:
-        vocabulary = model(**inputs, use_cache=False).logits.shape[-1]
-    if len(kept) != 1:
-        raise HostError(
-            f"{type(model).__name__} called its head {len(kept)} times in one pass, so what it "
-            "would read is not known; measure by a metric of answers, such as rougeL."
-        )
-    labels = labels[:, 1:].to(kept[0].device)
+    states = unread_states(model, inputs)
+    labels = inputs["labels"][:, 1:].to(states.device)
     rows, at = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-    states, targets = kept[0][rows, at], labels[rows, at]
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    read, targets = Readout(model), labels[rows, at]
+    pairs = zip(states[rows, at].split(read.at_once), targets.split(read.at_once), strict=True)
     each = torch.cat(
         [
-            functional.cross_entropy(readout.behind_norm(some).float(), words, reduction="none")
-            for some, words in zip(states.split(size), targets.split(size), strict=True)
+            functional.cross_entropy(read.behind_norm(some).float(), words, reduction="none")
+            for some, words in pairs
         ]
     )
     sums = torch.zeros(len(labels), dtype=torch.double).index_add(
         0, rows.cpu(), each.double().cpu()
     )
     return (sums / rows.cpu().bincount(minlength=len(labels))).tolist()
+
+
+def unread_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What the head would read of labelled inputs, without their logits. Shape: [B, T, D].
+
+    Raises:
+        HostError: the head is not called once in a pass.
+    """
+    given = dict(inputs)
+    labels = given.pop("labels")  # with them, the host would make all logits
+    if is_attached(model):
+        given["assistant_masks"] = labels != IGNORED_LABEL
+    with Readout(model).unread() as kept:
+        model(**given, use_cache=False)
+    if len(kept) != 1:
+        raise HostError(
+            f"{type(model).__name__} called its head {len(kept)} times in one pass, so what it "
+            "would read is not known; measure by a metric of answers, such as rougeL."
+        )
+    return kept[0]

@@ -1,40 +1,24 @@
-"""Calibration: the thresholds that save most while the answers stay as they were.
+"""Calibration: the thresholds of gates that save most while the answers stay as they were.
 
-Early exits: all thresholds are judged from one pass of the full model; the chosen one is then run
-for real, because tokens that left change later ones.
-
-Gates of a mixer: an answer is kept if it is, word for word, that of full traversal. Layers and
-thresholds are searched on one half of the questions and judged on the other, in an order fixed
-before (fixed-sequence testing), so the promise holds for questions that the search never saw.
+An answer is kept if it is, word for word, that of full traversal. Layers and thresholds are
+searched on one half of the questions and judged on the other, in an order fixed before
+(fixed-sequence testing), so the promise holds for questions that the search never saw. How many
+answers show what, and how surely, is here for `exit_calibration` too.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trol.depth import attached, depth, is_attached
-from trol.depth.policy import from_settings
-from trol.errors import DataError, HostError, UsageError
+from trol.depth import attached, is_attached
+from trol.errors import DataError, UsageError
 from trol.evaluation import gates
 from trol.evaluation.answers import StepsDone
-from trol.evaluation.hidden_states import BATCH as EXIT_BATCH
-from trol.evaluation.hidden_states import ExitOutcome, record_exits, run_exits
-from trol.evaluation.items import BATCH, Item, fitted_prompts
-from trol.evaluation.timing import forced_traces, time_prefills
-from trol.policies.exits import EarlyExit
+from trol.evaluation.items import BATCH, Item
+from trol.evaluation.timing import time_prefills
 from trol.policies.mixer import TrolMixer
-
-EXIT_THRESHOLDS = tuple(round(1 - 10 ** (step / 20 - 6), 7) for step in range(121))
-"""Candidate thresholds for measures in [0, 1], strict to lenient: fixed before any data are seen,
-and finest near 1, where trained models are."""
-
-ALONE, TOKENS = 5, 16
-"""Questions that are answered one at a time to count FLOPs, and the tokens of such an answer."""
 
 
 def needed(quality: float, confidence: float) -> int:
@@ -118,171 +102,17 @@ def check_exit_wishes(
     if cost is not None and not 0 < cost <= 1:
         raise UsageError(f"cost is {cost}, but is a share of the layers, in (0, 1].")
     if quality is not None:
-        _check_count(answers, quality, confidence)
+        check_count(answers, quality, confidence)
 
 
-def _check_count(answers: int, quality: float, confidence: float) -> None:
+def check_count(answers: int, quality: float, confidence: float) -> None:
+    """Raises `UsageError` where so many answers cannot show the quality, even without a fault."""
     least = needed(quality, confidence)
     if answers < least:
         raise UsageError(
             f"{answers} answers cannot show a quality of {quality} with a confidence of "
             f"{confidence}, even without a fault; give {least} or more, or ask for less."
         )
-
-
-@dataclass(frozen=True)
-class ExitCalibration:
-    """Exits with their threshold, and what was measured of it."""
-
-    policy: EarlyExit
-    predicted: ExitOutcome
-    """Read from the record."""
-    ran: ExitOutcome
-    """Measured by running the policy."""
-    p_value: float | None
-    """For the hypothesis that the quality is below the wanted one; None where a cost is wanted."""
-    tokens: int
-    """Counted, in all answers."""
-    flops_share: float | None
-    """FLOPs of an answer's token, looks included, as a share of the full model's; None where they
-    are not known."""
-
-    def json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {
-            "policy": self.policy.settings(),
-            "predicted": self.predicted.json(),
-            "ran": self.ran.json(),
-            "flops_share": self.flops_share,
-            "p_value": self.p_value,
-            "answers": len(self.ran.qualities),
-            "tokens": self.tokens,
-        }
-
-
-def calibrate_exits(
-    model: Any,
-    processor: Any,
-    items: Sequence[Item],
-    policy: EarlyExit,
-    *,
-    quality: float | None = None,
-    cost: float | None = None,
-    confidence: float = 0.9,
-    progress: StepsDone = lambda done, of: None,
-) -> ExitCalibration:
-    """The policy with the threshold that goes through fewest layers, or keeps most quality.
-
-    With `quality`, thresholds are tested from strict to lenient until one fails; of those that
-    passed, the last is cheapest (fixed-sequence testing, CALM, https://arxiv.org/abs/2207.07061,
-    section 3.6). If running it shows less than the record promised, the next stricter one is run.
-
-    Args:
-        model: the model; what is attached to it is out of force, but its exit heads are used.
-        processor: its processor; of a text decoder, its tokenizer.
-        items: questions with answers, of a split that nothing else is measured on.
-        policy: measure, first, every and heads; its threshold does not matter.
-        quality: wanted mean share of tokens that agree with the full model, in (0, 1).
-        cost: in its place, the wanted mean share of layers, in (0, 1].
-        confidence: that the quality holds on answers like these, in (0, 1).
-        progress: called after each pass over a batch.
-
-    Raises:
-        UsageError: a setting is outside its range, or too few items for the wanted confidence.
-        DataError: no answer has a token that another follows.
-        HostError: no threshold keeps what is wanted.
-    """
-    check_exit_wishes(quality, cost, confidence, len(items))
-    if policy.scope != "answer":
-        raise UsageError(
-            f"scope is {policy.scope!r}, but answers are what exits are calibrated on; take "
-            "scope='answer'."
-        )
-    subject = (model, processor, items)
-    sweep = -(-len(items) // EXIT_BATCH)  # two sweeps are expected; a third is rare
-    after_batch = _counter(progress, lambda done: sweep * max(2, -(-done // sweep)))
-    record = record_exits(*subject, policy, after_batch)
-    looks = len(record.layers) - 1
-    order = range(looks - 1, 0, -1) if policy.measure == "patience" else EXIT_THRESHOLDS
-    outcomes = [record.outcome(threshold) for threshold in order]
-    if quality is not None:
-        _check_count(len(outcomes[0].qualities), quality, confidence)
-        place: int | None = _last_passed(outcomes, quality, 1 - confidence)
-    else:
-        place = _best_within(outcomes, cost or 0.0)
-    while place is not None:
-        chosen = with_threshold(policy, order[place])
-        ran, p = run_exits(*subject, chosen, after_batch), None
-        if quality is not None:
-            p = p_value(1 - ran.qualities, 1 - quality)
-        if ran.executed <= (cost or 1.0) + 1e-9 if p is None else p <= 1 - confidence:
-            flops = flops_share(*subject, chosen)
-            return ExitCalibration(chosen, outcomes[place], ran, p, record.answer.numel(), flops)
-        place = _next(outcomes, place, 1 if p is None else -1)
-    wish = f"cost of {cost}" if quality is None else f"quality of {quality}"
-    raise HostError(
-        f"no threshold keeps a {wish} when tokens really leave, since later ones then see other "
-        "keys and values; ask for less, or look at later layers (first)."
-    )
-
-
-def with_threshold(policy: EarlyExit, threshold: float) -> EarlyExit:
-    """The same exits at another threshold."""
-    exits = from_settings({"policy": policy.name, **policy.settings(), "threshold": threshold})
-    assert isinstance(exits, EarlyExit)
-    return exits
-
-
-@torch.inference_mode()
-def flops_share(
-    model: Any, processor: Any, items: Sequence[Item], policy: EarlyExit
-) -> float | None:
-    """FLOPs of an answer's token where tokens leave, as a share of the full model's.
-
-    Traced while the first items are answered one at a time, since a token that leaves saves nothing
-    in a batch, or where a whole answer is read at once. Looks count, and keys and values of skipped
-    layers. None where the layers' FLOPs are not known.
-    """
-    inputs = [fitted_prompts(model, processor, [item], TOKENS) for item in items[:ALONE]]
-    sums: list[int] = []
-    for one in (policy, "plain"):
-        with depth(model, one):
-            traces = list(forced_traces(model, inputs, TOKENS))
-        steps = [step for seen in traces for step in seen.flops[1:]]  # the first is the question's
-        known = [step for step in steps if step is not None]
-        if len(known) < len(steps):
-            return None
-        sums.append(sum(known))
-    return sums[0] / sums[1]
-
-
-def _last_passed(outcomes: Sequence[ExitOutcome], quality: float, limit: float) -> int:
-    passes = (p_value(1 - outcome.qualities, 1 - quality) <= limit for outcome in outcomes)
-    passed = sum(takewhile(bool, passes)) - 1
-    if passed < 0:
-        raise HostError(
-            "even the strictest threshold cannot be shown to keep a quality of "
-            f"{quality}; lower it, give more questions, or look at later layers (first)."
-        )
-    return passed
-
-
-def _best_within(outcomes: Sequence[ExitOutcome], cost: float) -> int:
-    within = [place for place, one in enumerate(outcomes) if one.executed <= cost + 1e-9]
-    if not within:
-        least = min(one.executed for one in outcomes)
-        raise UsageError(
-            f"cost is {cost}, but these exits go through {least:.3f} of the layers at least; "
-            "allow more, or let tokens leave earlier (first)."
-        )
-    return max(within, key=lambda place: (outcomes[place].quality, -place))
-
-
-def _next(outcomes: Sequence[ExitOutcome], place: int, step: int) -> int | None:
-    """The next threshold in this direction at which another share of the layers runs."""
-    here = outcomes[place].executed
-    places = range(place + step, len(outcomes) if step > 0 else -1, step)
-    return next((other for other in places if outcomes[other].executed != here), None)
 
 
 def calibrate_gates(
@@ -322,7 +152,7 @@ def calibrate_gates(
     _check_halves(len(items), quality, confidence)
     layers = attached(model)[1].depth_layers
     expected = 2 + 3 * layers + 3 * math.ceil(math.log2(len(gates.GRID) * (layers + 1)))
-    after_pass = _counter(progress, lambda done: max(expected, done))
+    after_pass = counter(progress, lambda done: max(expected, done))
     trials, records = [], []
     for half in (items[0::2], items[1::2]):
         records.append(gates.record_gates(model, processor, half, mixer, new_tokens=new_tokens))
@@ -422,7 +252,7 @@ def _check_halves(questions: int, quality: float, confidence: float) -> None:
         )
 
 
-def _counter(progress: StepsDone, expected: Callable[[int], int]) -> Callable[[], None]:
+def counter(progress: StepsDone, expected: Callable[[int], int]) -> Callable[[], None]:
     """Counts passes, and reports them with how many are expected after so many."""
     done = 0
 

@@ -59,6 +59,9 @@ from trol.evaluation.timing import (
 COMPARED = 32
 """Questions whose hidden states are compared with the full model's."""
 
+COMPARED_TOKENS = 256
+"""Tokens of plain text whose hidden states are."""
+
 QUESTIONS = 200
 """Questions of each seed, where nobody says."""
 
@@ -137,7 +140,9 @@ def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:
                     each = scores(metric, texts, items)
                 values[metric] = statistics.fmean(each)
         cost = _forced_cost(sample, model)
-    compared = items[: 1 if sample.task.windows else COMPARED]
+    compared = items[:COMPARED]
+    if sample.task.windows:
+        compared = [replace(items[0], ids=items[0].ids[:COMPARED_TOKENS])]
     cosines = state_cosines(model, processor, compared, policy)
     if visits is not None:
         cost["visits"] = visits

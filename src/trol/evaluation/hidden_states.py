@@ -21,6 +21,7 @@ from trol.depth.policy import PolicyLike
 from trol.depth.readout import Readout
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
+from trol.evaluation.answers import unread_states
 from trol.evaluation.items import Item, batches, labelled
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.exits import MEASURES, EarlyExit
@@ -98,11 +99,8 @@ def states(model: Any, batch: Batch, policy: PolicyLike, chosen: Tensor) -> Tens
 
     A skipped layer leaves its input as it is.
     """
-    inputs = {name: one for name, one in batch.items() if name != "labels"}
-    if "labels" in batch:  # which would have the host make all logits
-        inputs["assistant_masks"] = batch["labels"] != IGNORED_LABEL
-    with depth(model, policy), _recorded(model, chosen) as seen, Readout(model).unread():
-        model(**inputs, use_cache=False)
+    with depth(model, policy), _recorded(model, chosen) as seen:
+        unread_states(model, batch)
     return torch.stack(seen)
 
 
@@ -172,6 +170,8 @@ class ExitRecord:
     """Shape: [E, N]."""
     agrees: Tensor
     """Whether the prediction is that of the last layer. Shape: [E, N]."""
+    words: Tensor
+    """What the last layer predicts. Shape: [N]."""
     answer: Tensor
     """Which answer a token belongs to, counted from 0. Shape: [N]."""
     layers: Tensor
@@ -230,27 +230,30 @@ def record_exits(
     """
     count = layers_of(model)
     looks = [layer for layer in range(count) if policy.looks(layer)]
-    read, parts = Readout(model), []
+    read, parts, sizes = Readout(model), [], []
     heads = gates_of(attached(model)[1]) if policy.heads else [None] * count
     for batch, chosen in predicting_tokens(model, processor, items):
         seen = states(model, batch, "plain", chosen).to(read.head.weight.dtype)  # type: ignore[arg-type]
-        last, earlier, rows = read(seen[-1]).argmax(-1), None, []
-        for layer in looks:
-            head = heads[layer]
-            logits = read(seen[layer] if head is None else head(seen[layer]))
-            sure, earlier = MEASURES[policy.measure](logits, earlier)
-            rows.append(torch.stack([sure.float(), (logits.argmax(-1) == last).float()]))
-        parts.append((torch.stack(rows, dim=1).cpu(), chosen.sum(1).cpu()))
+        for some in seen.split(read.at_once, dim=1):
+            last, earlier, rows = read(some[-1]).argmax(-1), None, []
+            for layer in looks:
+                head = heads[layer]
+                logits = read(some[layer] if head is None else head(some[layer]))
+                sure, earlier = MEASURES[policy.measure](logits, earlier)
+                rows.append(torch.stack([sure.float(), (logits.argmax(-1) == last).float()]))
+            parts.append((torch.stack(rows, dim=1).cpu(), last.cpu()))
+        sizes.append(chosen.sum(1).cpu())
         after_batch()
-    sizes = torch.cat([size for _, size in parts])
-    if not sizes.any():
+    size = torch.cat(sizes)
+    if not size.any():
         raise DataError(
             "no answer has a token that another follows, so nothing is predicted after an exit; "
             "give questions with longer answers."
         )
     confidence, agrees = torch.cat([part for part, _ in parts], dim=-1)
-    answer = torch.arange(len(sizes)).repeat_interleave(sizes)
-    return ExitRecord(confidence, agrees.bool(), answer, torch.tensor([*looks, count]))
+    words = torch.cat([last for _, last in parts])
+    answer = torch.arange(len(size)).repeat_interleave(size)
+    return ExitRecord(confidence, agrees.bool(), words, answer, torch.tensor([*looks, count]))
 
 
 @torch.inference_mode()
@@ -260,21 +263,34 @@ def run_exits(
     items: Sequence[Item],
     policy: EarlyExit,
     after_batch: Callable[[], None] = lambda: None,
+    *,
+    words: Tensor | None = None,
 ) -> ExitOutcome:
-    """The outcome where tokens really leave; arguments as `record_exits` takes them."""
-    agrees, shares, sizes = [], [], []
+    """The outcome where tokens really leave; arguments as `record_exits` takes them.
+
+    `words` are a record's, where there is one: what the full model predicts. Shape: [N].
+    """
+    full, left, shares, sizes = [], [], [], []
     for batch, chosen in predicting_tokens(model, processor, items):
-        with depth(model, "plain"):
-            full = model(**batch, use_cache=False).logits[chosen].argmax(-1)
+        if words is None:
+            with depth(model, "plain"):
+                full.append(_words(model, batch, chosen))
         with depth(model, policy), trace(model) as seen:
-            left = model(**batch, use_cache=False).logits[chosen].argmax(-1)
-        agrees.append((left == full).cpu())
+            left.append(_words(model, batch, chosen))
         shares.append(seen.visits[:, chosen.cpu()].double().mean(0))
         sizes.append(chosen.sum(1).cpu())
         after_batch()
     size = torch.cat(sizes)
     answer = torch.arange(len(size)).repeat_interleave(size)
-    return ExitOutcome(_by_answer(torch.cat(agrees), answer), _by_answer(torch.cat(shares), answer))
+    agrees = torch.cat(left) == (torch.cat(full) if words is None else words)
+    return ExitOutcome(_by_answer(agrees, answer), _by_answer(torch.cat(shares), answer))
+
+
+def _words(model: Any, batch: Batch, chosen: Tensor) -> Tensor:
+    """The most probable next word of the chosen tokens, on the CPU. Shape: [B, T] -> [N]."""
+    read, unread = Readout(model), unread_states(model, batch)
+    pieces = unread[chosen.to(unread.device)].split(read.at_once)
+    return torch.cat([read.behind_norm(some).argmax(-1).cpu() for some in pieces])
 
 
 def predicting_tokens(

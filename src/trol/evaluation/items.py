@@ -100,9 +100,9 @@ def chat_items(
 
 
 def _part_of(values: list[Any], part: Part) -> list[Any]:
-    """The values of a part, one at least where there are any."""
-    first, last = math.ceil(part[0] * len(values)), math.floor(part[1] * len(values))
-    return values[first:last] or values[-1:]
+    """The values of a part; parts that share no place of the file share no value."""
+    first, last = math.ceil(part[0] * len(values)), math.ceil(part[1] * len(values))
+    return values[first:last]
 
 
 def _chat_item(chat: Chat, folder: Path) -> Item:
@@ -158,13 +158,12 @@ def windows(
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )  # verbose: a text may be longer than the model reads at once
-    ids, places = encoded["input_ids"], encoded["offset_mapping"]
+    ids, places = (_part_of(encoded[name], part) for name in ("input_ids", "offset_mapping"))
     step = window - len(start)
     known = 0 if start else 1  # the first token of a text without a mark is not predicted
     begins = [at for at in range(0, len(ids), step) if len(ids) - at > known]
     if not begins:
         raise DataError(f"{where} is a single token, so nothing is predicted; name a longer text.")
-    begins = _part_of(begins, part)
     if count < len(begins):
         begins = sorted(random.Random(f"windows/{seed}").sample(begins, count))
     return [

@@ -38,9 +38,10 @@ SPARED = 1
 QUESTIONS = 64
 """Questions that a plan is chosen by, where nobody says."""
 
-WINDOWS, WINDOW = 8, 256
+WINDOWS, WINDOW = 2, 1024
 """Windows of plain text that a plan is chosen by, where nobody says, and tokens of each: a few
-minutes of two cores for a model of 135 M parameters."""
+minutes of two cores for a model of 135 M parameters. Long ones: plans chosen by windows of 256
+tokens lose layers that a longer context needs (LAB.md)."""
 
 
 CHOOSING, JUDGING = (0.0, 0.125), (0.125, 1.0)
@@ -181,15 +182,18 @@ class _Search:
         progress(min(len(measured.values), of), of)
 
     def by_influence(self, kept: int) -> list[int]:
-        """The layers of greatest block influence; of equal ones the earlier stays.
+        """The layers of greatest block influence: the mean over tokens, times the worst token's.
 
-        ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3).
+        ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3) ranks by the mean alone, which does
+        not see what a layer does at few tokens. Without 15 of its 30 layers, SmolLM2 has 52 times
+        its perplexity on docstrings (1,024 tokens) by the mean, 148 by the worst token and 21 by
+        both, and without 8 of them 2.64 by the mean and by both. Of equal layers the earlier stays.
         """
         each = self._once(
             "influences", lambda: influences(*self.subject, self.scope, keep_first=self.keep_first)
         )
-        ranked = sorted(range(self.layers), key=lambda layer: (-each[layer]["mean"], layer))
-        return ranked[:kept]
+        both = [one["mean"] * one["worst"] for one in each]
+        return sorted(range(self.layers), key=lambda layer: (-both[layer], layer))[:kept]
 
     def greedily(self, kept: int) -> Layers:
         """The layers left when those that the loss misses least are gone one by one."""

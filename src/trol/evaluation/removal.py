@@ -10,7 +10,7 @@ PROMISING = 8
 """Candidates for removal that are measured again after the first round: those that cost least
 beside the best of the round in which they were measured last."""
 
-EXCHANGES = 3
+EXCHANGES = 2
 """Exchanges of a layer that is gone for one that stays, at most."""
 
 Layers = tuple[int, ...]

@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 from trol.data.boards import chance_by_type
 from trol.data.own_files import read_chats, read_text
 from trol.data.pairs import NAMES, check_set, is_pairs
+from trol.depth import trace
 from trol.errors import DataError, HostError, UsageError, unknown
 from trol.evaluation.answers import METRICS, answer, answers, losses, scores
 from trol.evaluation.items import (
@@ -46,6 +47,9 @@ PAPERS_NEW_TOKENS = 300
 
 GUESSES, GUESSED = 24, 100
 """Training answers that a blind guesser tries, on so many validation questions of each type."""
+
+COSTED = 64
+"""Tokens of plain text whose cost is looked up: few, because no more is measured by it."""
 
 LARGEST_EXPONENT = 700.0
 """Nats per token whose perplexity still fits a float."""
@@ -361,7 +365,11 @@ def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
 
 
 def _cost(model: Any, processor: Any, item: Item, new_tokens: int) -> dict[str, Any]:
-    """The cost of answering one question, and how many tokens it took."""
+    """The cost of answering one question, or reading some plain text, and how many tokens it is."""
+    if item.ids:
+        with trace(model) as seen:
+            losses(model, processor, [replace(item, ids=item.ids[:COSTED])])
+        return {**seen.cost.json(), "tokens": int(seen.real.sum())}
     (one,) = answer(model, processor, [item], new_tokens=new_tokens, traced=True)
     assert one.trace is not None  # it is traced
     return {**one.trace.cost.json(), "tokens": int(one.trace.real.sum())}

@@ -27,11 +27,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from trol.errors import DataError, UsageError, unknown
 from trol.family.internlm2 import InternLM2Config
+from trol.policies.mixer import from_nothing
 
-IMAGE_TOKEN = "<image>"
-"""Stands for one image in every text and template, whatever the tokenizer's image token is."""
-
-DEFAULT_DEPTH = {"policy": "trol_mixer"}
+DEFAULT_DEPTH = from_nothing({"policy": "trol_mixer"})
 """Published TroL: each layer's gate decides per token how much of a second visit counts."""
 
 DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
@@ -65,7 +63,8 @@ class TrolConfig(PretrainedConfig):
     vision_feature_layer: int | None = None
     """Which of the tower's hidden states is read; None: its last hidden state."""
     depth: Any = None
-    """The depth policy: {"policy": name, **settings}; None: `DEFAULT_DEPTH`."""
+    """The depth policy: {"policy": name, **settings}; None: `DEFAULT_DEPTH`. Gates of a mixer start
+    as published unless `initial_gate` says how."""
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -144,7 +143,7 @@ def _depth(settings: Any) -> dict[str, Any]:
         raise UsageError(
             f"depth cannot be written as JSON ({error}), got {settings!r}; {cure}"
         ) from error
-    return copy.deepcopy(settings)
+    return copy.deepcopy(from_nothing(settings))
 
 
 @dataclass
@@ -190,7 +189,7 @@ def repeat_images(
     return torch.cat([row.repeat(times, 1, 1, 1) for row in rows])
 
 
-PUBLISHED_DEPTH = {"policy": "trol_mixer", "sharing": "shared"}
+PUBLISHED_DEPTH = from_nothing({"policy": "trol_mixer", "sharing": "shared"})
 """The released checkpoints have one gate for all layers."""
 
 

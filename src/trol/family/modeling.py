@@ -24,6 +24,7 @@ from trol.family.generation import TrolGenerationMixin, by_row, check_length
 from trol.family.memory import quiet_bitsandbytes, skip_parts
 from trol.family.published.opening import open_published
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
+from trol.policies.mixer import from_nothing
 
 
 class TrolProjector(nn.Module):
@@ -266,7 +267,8 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
 
         After post_init, which would draw the policy's parameters anew.
         """
-        attach(self, from_settings(self.config.depth), probe=False)  # the laws know this family
+        policy = from_settings(from_nothing(self.config.depth))
+        attach(self, policy, probe=False)  # the laws know this family
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the policy that is attached now in `config.depth`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trol.depth import Answer, Bounds, Scope, Visit
 from trol.depth.policy import check_share
-from trol.depth.roles import Mask
+from trol.depth.roles import Context, Mask
 from trol.errors import UsageError, unknown
 from trol.host.flops import matrix_flops
 from trol.policies.base import DataclassPolicy, PolicyLinear, SkippedKV, linear, warn_if_untrained
@@ -223,7 +223,7 @@ class EarlyExit(DataclassPolicy):
     def _is_sure(self, visit: Visit, state: Tensor) -> Tensor:
         notes = visit.context.notes
         before = notes.pop(("compared", visit.layer - self.every), None)
-        confidence, to_compare = MEASURES[self.measure](visit.context.read(state), before)
+        confidence, to_compare = _measured(MEASURES[self.measure], visit.context, state, before)
         if to_compare is not None:
             notes["compared", visit.layer] = to_compare
         look = (visit.layer - self.first) // self.every
@@ -236,6 +236,29 @@ class EarlyExit(DataclassPolicy):
         translating = matrix_flops(visit.gate) if self.heads and visit.gate is not None else 0
         reads = notes.get(("looked", visit.layer), False) and readout is not None
         return translating + (readout.flops if reads else 0)  # type: ignore[union-attr]
+
+
+def _measured(
+    measure: Measure, context: Context, state: Tensor, before: Tensor | None
+) -> Confidence:
+    """The confidence of all tokens, of which so many are read at once that their logits fit.
+
+    Shape: [B, T, D] -> [B, T].
+    """
+    rows, tokens = state.shape[:2]
+    if torch.compiler.is_compiling() or context.readout is None:
+        return measure(context.read(state), before)
+    at_once = context.readout.at_once
+    if rows * tokens <= at_once:
+        return measure(context.read(state), before)
+    flat = state.reshape(1, rows * tokens, -1).split(at_once, dim=1)
+    earlier: Sequence[Tensor | None] = [None] * len(flat)
+    if before is not None:
+        earlier = before.reshape(1, rows * tokens, -1).split(at_once, dim=1)
+    parts = [measure(context.read(some), last) for some, last in zip(flat, earlier, strict=True)]
+    confidence = torch.cat([sure for sure, _ in parts], dim=1).view(rows, tokens)
+    kept = [one for _, one in parts if one is not None]
+    return confidence, torch.cat(kept, dim=1).view(rows, tokens, -1) if kept else None
 
 
 def _check_threshold(measure: str, threshold: float) -> None:

@@ -15,10 +15,12 @@ from trol.data.pairs import NAMES, is_pairs
 from trol.depth.policy import from_settings
 from trol.errors import UsageError, unknown
 from trol.family.presets import TEMPLATES
+from trol.policies.mixer import from_nothing
 from trol.strict import built, plain, read_yaml, setting
 
-DATA = ("cells", "symbols", "boards")
-"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards."""
+DATA = ("cells", "symbols", "captions", "boards")
+"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards and the
+names of their cells, pictures of boards and questions about them."""
 
 FILES = (".yaml", ".yml", ".jsonl", ".json")
 """Endings of the files that a stage can learn from: mixtures, and chats."""
@@ -100,8 +102,9 @@ class Recipe:
     """A whole training run."""
 
     preset: dict[str, Any] = field(default_factory=dict)
-    """A new model: the keyword arguments of `trol.family.tiny`, or the `name` of a published
-    size with folders or hub names of the `vision` tower and `text` decoder that it starts from."""
+    """A new model: the keyword arguments of `trol.family.tiny`; or the `vision` tower and `text`
+    decoder that it is joined of (folders, short names or hub names), with `image_size` and
+    `downsample_ratio`; or the `name` of a published size and the parts that it starts from."""
     host: str = ""
     """In place of `preset`, an existing model that the policy is attached to: folder or hub name
     of a vision-language model or a text decoder."""
@@ -112,7 +115,8 @@ class Recipe:
     """`separated` gives a host Glavas et al.'s form, BOS user <SEP> assistant EOS; a file, or text
     in Jinja, another template; empty for the host's own."""
     policy: dict[str, Any] = field(default_factory=lambda: {"policy": "trol_mixer"})
-    """The depth policy that the model is made with."""
+    """The depth policy that the model is made with; gates of new models start as published, those
+    of hosts so that they change little (`initial_gate`)."""
     seed: int = setting(0, bounds=(0, 2**32 - 1))
     """Seed of the weights, the boards and their order."""
     bits: int = setting(0, choices=(0, 4, 8))
@@ -153,6 +157,8 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         # Its text, because the recipe may move away from the file.
         text = read_template(resolved.chat_template, tuple(TEMPLATES))
         resolved = dataclasses.replace(resolved, chat_template=text)
+    if not resolved.host:
+        resolved = dataclasses.replace(resolved, policy=from_nothing(resolved.policy))
     _check(resolved)
     return resolved
 

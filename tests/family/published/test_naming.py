@@ -14,7 +14,8 @@ from trol.family.published.opening import find_published
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "/no/such", "a/b/c", "../x", "~/x", "a/"])
-def test_what_is_neither_folder_nor_hub_name(name, monkeypatch):
+def test_what_is_neither_folder_nor_hub_name(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where nothing is called so
     monkeypatch.setattr(naming, "get_hf_file_metadata", None)
     for opening in (find_published, load_model, TrolForConditionalGeneration.from_pretrained):
         with pytest.raises(UsageError, match="there is no such folder here") as caught:

@@ -22,6 +22,7 @@ from trol.family.published import files
 from trol.family.published.configs import trol_config
 from trol.family.published.layouts import SIGNATURES, Weights, mapped, read_gates
 from trol.family.published.processors import MARKS, published_processor
+from trol.policies.mixer import from_nothing
 
 HUB_SETTINGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 """What `from_pretrained` takes and only fetching reads."""
@@ -139,7 +140,7 @@ def find_published(source: str | Path, **settings: Any) -> Published | None:
             text = config.text_config
             layers, width = text.num_hidden_layers, text.hidden_size
             sharing, tensors = read_gates(checkpoint, family, layers, width)
-            config.depth = {"policy": "trol_mixer", "sharing": sharing}
+            config.depth = from_nothing({"policy": "trol_mixer", "sharing": sharing})
             return Published(str(source), checkpoint, family, config, tensors)
     if not (folder / files.GATING).is_file():
         return None
