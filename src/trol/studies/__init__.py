@@ -11,6 +11,7 @@ from trol.studies.study import Study
 STUDIES = (
     "single-layers",
     "skip-or-exit",
+    "tuned-skip-or-exit",
     "influence-or-greedy",
     "untrained-traversal",
     "gates-alone",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trol.evaluation.calibration import EXIT_THRESHOLDS, with_threshold
+from trol.evaluation.exit_calibration import EXIT_THRESHOLDS, with_threshold
 from trol.evaluation.hidden_states import ExitOutcome, record_exits, run_exits
 from trol.policies.exits import EarlyExit
 from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
@@ -158,7 +158,7 @@ STUDY = Study(
         ),
         Claim(
             "The record promises more than running gives",
-            "LAB.md",
+            "first runs of trol",
             "share of the words that agree, in the record less in the run",
             "above",
             0.0,
@@ -166,7 +166,7 @@ STUDY = Study(
         ),
         Claim(
             "Tokens that leave had better leave holes than projected keys and values",
-            "LAB.md",
+            "first runs of trol",
             "share of the words that agree, with holes less with projected ones",
             "above",
             0.0,

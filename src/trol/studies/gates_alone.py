@@ -33,23 +33,19 @@ def _before(subject: Subject, _: object) -> list[float]:
     return held_out(subject, subject.model, subject.processor)
 
 
-def _runs(subject: Subject | Evidence) -> int:
-    return min(subject.seeds, subject.amounts["most_runs"])
-
-
 def _arms(subject: Subject) -> list[Arm]:
     return [
         Arm(BEFORE, partial(_before, subject)),
         *(
             Arm(f"{way}, seed {seed}", partial(_trained, subject, way, seed))
-            for seed in range(_runs(subject))
+            for seed in range(subject.seeds)
             for way in WAYS
         ),
     ]
 
 
 def _of(way: str, evidence: Evidence) -> list[str]:
-    return [f"{way}, seed {seed}" for seed in range(_runs(evidence))]
+    return [f"{way}, seed {seed}" for seed in range(evidence.seeds)]
 
 
 def _tables(evidence: Evidence) -> list[Table]:
@@ -81,7 +77,6 @@ STUDY = Study(
             "batch": 2,
             "rate": 1e-3,
             "gate_rate": 3e-4,
-            "most_runs": 1,
         },
         "real": {
             "questions": 60,
@@ -89,7 +84,6 @@ STUDY = Study(
             "batch": 4,
             "rate": 1e-3,
             "gate_rate": 3e-4,
-            "most_runs": 1,
         },
     },
     arms=_arms,

@@ -205,7 +205,7 @@ STUDY = Study(
         ),
         Claim(
             "Choosing among depths gains more than choosing among as many outputs at full depth",
-            "what would show that depth has to vary; LAB.md",
+            "what would show that depth has to vary",
             "share of right answers, best level less best output, levels by influence",
             "above",
             0.0,

@@ -113,7 +113,7 @@ STUDY = Study(
     claims=(
         Claim(
             "Visiting a layer twice, for the second output alone, harms less than leaving it out",
-            "LAB.md",
+            "first runs of trol",
             "share of the layers whose second visit costs less than their absence",
             "above",
             0.5,

@@ -4,7 +4,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trol.depth import Plan
 from trol.evaluation.answers import losses
 from trol.evaluation.tasks import questions_of
 from trol.files import folder
@@ -45,8 +44,3 @@ def tuned(
         run(recipe, Path(place) / "run", label=f"{name}, ")
         model, processor = reopened(Path(place) / "run")
         return held_out(subject, model.eval(), processor)
-
-
-def plan_policy(plan: Plan) -> dict[str, Any]:
-    """Settings of a plan for the tokens of answers."""
-    return {"policy": "plan", "plan": str(plan), "scope": "answer"}

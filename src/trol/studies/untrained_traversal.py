@@ -133,7 +133,7 @@ STUDY = Study(
         ),
         Claim(
             "TroL's own initialisation harms more than a constant gate of .5",
-            "LAB.md",
+            "first runs of trol",
             "nats above those of constant gates of .5",
             "above",
             0.0,
