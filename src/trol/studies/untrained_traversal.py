@@ -141,7 +141,7 @@ STUDY = Study(
         ),
         Claim(
             "Gates of .01 change next to nothing",
-            "trol's default for attaching",
+            "trol's warning of untrained gates",
             "nats above the full model",
             "below",
             0.02,
