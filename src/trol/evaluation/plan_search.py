@@ -27,10 +27,8 @@ MEASURED = ("influence", "greedy", "draft")
 """The methods that look at the model, beside the static ones."""
 
 METHODS = (*MEASURED, *STATIC)
-"""The methods of `chosen_plan`."""
-
-DEFAULT_METHOD = "greedy"
-"""Of real models the best at every share (LAB.md); evenly spaced layers are the worst."""
+"""The methods of `chosen_plan`. Of pretrained models greedy is the best at every share, and evenly
+spaced layers the worst (docs/depth-selection.md)."""
 
 SPARED = 1
 """First tokens of a sequence that plans are tried without: there the attention sink is."""
