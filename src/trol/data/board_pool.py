@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trol.data.answers import Answers
-from trol.data.boards import ASKERS, COLOURS, Board, draw_array, make_board, questions
+from trol.data.boards import ASKERS, COLOURS, Board, caption, draw_array, make_board, questions
 from trol.data.images import IMAGE_TOKEN
 from trol.depth.roles import IGNORED_LABEL
 from trol.host.chat_templates import encode_text
@@ -98,6 +98,7 @@ def board_pool(
     easy: bool = False,
     fewest: int = 4,
     drawn: bool = True,
+    captions: bool = False,
 ) -> BoardPool:
     """The boards numbered first .. first + boards - 1 of a split.
 
@@ -112,10 +113,14 @@ def board_pool(
         easy: whether only the first four types are asked.
         fewest: tiles on a board, at least.
         drawn: whether the boards are drawn.
+        captions: whether one question about each asks for all of its cells, in place of others.
     """
     grids = [make_board(split, first + i, fewest=fewest) for i in range(boards)]
-    kinds = EASY if easy else MIX
-    chats = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in grids]
+    if captions:
+        turns_each, chats = 1, [[caption(board)] for board in grids]
+    else:
+        kinds = EASY if easy else MIX
+        chats = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in grids]
     alone, chats = chats[: round(packed * boards)], chats[round(packed * boards) :]
     rows = _tokenised(processor, [[pair] for pairs in alone for pair in pairs] + chats)
     count = len(alone) * turns_each

