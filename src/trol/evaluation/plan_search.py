@@ -17,7 +17,7 @@ from trol.evaluation.answers import StepsDone, losses
 from trol.evaluation.draft_search import draft_plan
 from trol.evaluation.hidden_states import influences, layers_of
 from trol.evaluation.items import WHOLE, Item, Part, positions_of
-from trol.evaluation.removal import EXCHANGES, Layers, Removal, measurements
+from trol.evaluation.removal import Layers, Removal, measurements
 from trol.evaluation.shared_layers import PlanLosses
 from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import questions_of, task_of
@@ -142,10 +142,7 @@ def chosen_plan(
     subject = (model, processor, items)
     if method == "draft":
         return ChosenPlan(draft_plan(*subject, keep, progress=progress, measured=measured).plan)
-    steps = {
-        "influence": 1,
-        "greedy": measurements(layers, layers - kept, exchanges=EXCHANGES),
-    }.get(method, 0)
+    steps = {"influence": 1, "greedy": measurements(layers, layers - kept)}.get(method, 0)
     search = _Search(subject, scope, measured, progress, of=steps + 2 + (scope != "answer"))
     if method in STATIC:
         plan = static_plan(method, layers, keep, seed)
@@ -202,7 +199,6 @@ class _Search:
         removal = Removal(range(self.layers), cost)
         for _ in removal.take(self.layers - kept):
             pass
-        removal.exchange()
         return removal.left
 
     def loss(self, plan: Plan, base: Plan, keep_first: int | None = None) -> float:
