@@ -39,7 +39,7 @@ QUESTIONS = 64
 WINDOWS, WINDOW = 2, 1024
 """Windows of plain text that a plan is chosen by, where nobody says, and tokens of each: a few
 minutes of two cores for a model of 135 M parameters. Long ones: plans chosen by windows of 256
-tokens lose layers that a longer context needs (LAB.md)."""
+tokens lose layers that a longer context needs (docs/depth-selection.md)."""
 
 
 CHOOSING, JUDGING = (0.0, 0.125), (0.125, 1.0)
