@@ -42,14 +42,14 @@ def is_broken(plain: Any, answer: Answer) -> bool:
     """Whether the plain model would not have written an answer, or it repeats itself.
 
     That is: its perplexity, as the plain model reads it, is over `WORSE` times that of the plain
-    model's own answer of this length; or fewer than half of its tokens differ.
+    model's own answer of this length; or it has less than half as many different tokens.
     """
     tokens, prompt = answer
     new = tokens[0, prompt:]
     own = plain.generate(
         tokens[:, :prompt], attention_mask=torch.ones(1, prompt), max_new_tokens=len(new)
     )
-    repeats = len(set(new.tolist())) < len(new) / 2
+    repeats = len(set(new.tolist())) < len(set(own[0, prompt:].tolist())) / 2
     return repeats or _perplexity(plain, tokens, prompt) > WORSE * _perplexity(plain, own, prompt)
 
 
