@@ -85,7 +85,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
             finally:
                 inside.pop()
             if not inside:
-                asked = args[0] if args else kwargs["input_ids"]
+                asked = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
                 given.append((tokens, asked.shape[1]))
         return tokens
 
