@@ -22,7 +22,7 @@ import torch
 from trol.bench.setting import Setting, idle_host, working_layers
 from trol.cli.models import open_model
 from trol.cli.terminal import run_record
-from trol.evaluation.plan_search import draft_plan
+from trol.evaluation.draft_search import draft_plan
 from trol.evaluation.tasks import task_of
 from trol.evaluation.timing import interleaved, measured_speed, ratio_and_spread
 from trol.speculation import speculate

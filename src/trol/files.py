@@ -15,6 +15,11 @@ from typing import Any
 from trol.errors import unwritable
 
 
+def cache_folder() -> Path:
+    """Where trol keeps what it can make or fetch again: $XDG_CACHE_HOME/trol, or ~/.cache/trol."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol"
+
+
 def folder(path: str | Path) -> Path:
     """The folder `path`, made if it is missing."""
     path = Path(path)

@@ -12,15 +12,17 @@ import trol
 from cli.command import run
 from training import standins
 from trol.checkpoints import export as exporting
-from trol.cli.models import read_plan, write_plan
+from trol.cli.models import GivenPlan, given_plan, policy_of, read_plan, write_plan
 from trol.data.own_files import Pair
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
-from trol.evaluation import plan_search as draft_plans
+from trol.evaluation import draft_search as draft_plans
 from trol.evaluation.answers import losses
-from trol.evaluation.plan_search import MOST_TOKENS, Costs
+from trol.evaluation.draft_search import MOST_TOKENS, Costs
+from trol.evaluation.plan_search import plan_loss
 from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import task_of
+from trol.policies.planned import Planned
 
 LAYERS = 4
 
@@ -129,6 +131,8 @@ def test_a_plan_file_is_read_back_whatever_the_plan(tmp_path: Path) -> None:
         ("[1, 0]", "no list of whole numbers 'visits'"),
         ('{"visits": [1, 0.5]}', "no list of whole numbers 'visits'"),
         ('{"visits": [1, 1, 0], "plan": "0-2"}', "but its visits are those of '0-1'"),
+        ('{"visits": [1], "plan": "0", "keep_first": -1}', "keep_first -1, which is no number"),
+        ('{"visits": [1], "plan": "0", "keep_first": "1"}', "keep_first '1', which is no number"),
     ],
 )
 def test_what_is_no_plan_file(content: str | None, cure: str, tmp_path: Path) -> None:
@@ -136,8 +140,79 @@ def test_what_is_no_plan_file(content: str | None, cure: str, tmp_path: Path) ->
     if content is not None:
         path.write_text(content)
     with pytest.raises(UsageError, match="plan") as caught:
-        read_plan(str(path))
+        given_plan(str(path))
     assert cure in str(caught.value)
+
+
+def test_a_plan_file_says_for_which_tokens_it_is(tmp_path: Path) -> None:
+    """An old file has no keep_first, and plan text is for every token."""
+    path, plan = tmp_path / "plan.json", Plan("0-1 3")
+    for about, scope, first in (
+        ({}, None, 0),
+        ({"scope": "answer", "keep_first": 0}, "answer", 0),
+        ({"scope": "all", "keep_first": 1}, "all", 1),
+    ):
+        write_plan(path, plan, LAYERS, about)
+        assert given_plan(str(path)) == GivenPlan(plan, scope, first)
+        assert policy_of(str(path)) == Planned(plan, scope=scope or "all", keep_first=first)  # type: ignore[arg-type]
+    assert policy_of("0-1 3") == "0-1 3"
+    assert given_plan("0-1 3") == GivenPlan(plan)
+
+
+def test_a_depth_of_a_plan_file_is_for_its_tokens(
+    llama: str, tmp_path: Path, few_docstrings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`trol eval --depth FILE` scores as the plan does for the tokens that the file names."""
+    path, model = tmp_path / "plan.json", AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    items = task_of("docstrings").items(4, 0, "test")
+    seen = set()
+    for scope, first in (("all", 0), ("all", 1), ("answer", 0)):
+        about = {"scope": scope, "keep_first": first}
+        write_plan(path, Plan("0 3"), LAYERS, about)
+        words = ("--tasks", "docstrings", "--metrics", "loss", "--depth", path, "--json")
+        assert run("eval", llama, *words) == 0
+        result = json.loads(capsys.readouterr().out)
+        expected = plan_loss(model, tokenizer, items, Plan("0 3"), scope, keep_first=first)  # type: ignore[arg-type]
+        loss = result["tasks"]["docstrings"]["metrics"]["loss"]
+        assert loss == pytest.approx(expected, abs=1e-6)
+        assert ("keep_first=1" in result["depth"]) == bool(first)
+        seen.add(loss)
+    assert len(seen) == 3
+
+
+def test_an_export_is_never_silent_about_what_a_plan_costs(
+    llama: str, tmp_path: Path, few_docstrings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    write_plan(path, Plan("0 3"), LAYERS, {"scope": "all", "keep_first": 1})
+    assert run("export", llama, tmp_path / "a", "--plan", path) == 0
+    output, notes = capsys.readouterr()
+    assert "the first tokens visit every layer), and the checkpoint" in notes
+    assert "of docstrings, nats per token: " in output
+    assert "the plan for keep_first=1" in output
+    assert "this checkpoint" in output
+    assert run("export", llama, tmp_path / "b", "--plan", "0 3", "--unmeasured", "--json") == 0
+    output, notes = capsys.readouterr()
+    assert json.loads(output)["loss"] is None
+    assert "was chosen for" not in notes
+    words = ("--plan", "0 3", "--unmeasured", "--task", "docstrings")
+    assert run("export", llama, tmp_path / "c", *words) == 2
+    assert "leave one out" in capsys.readouterr().err
+
+
+def test_a_plan_says_what_sparing_the_first_token_gives(
+    llama: str, tmp_path: Path, few_docstrings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    words = ("--keep", 0.5, "--questions", 4, "--out", out, "--chat-template", "{{ messages }}")
+    assert run("plan", llama, "--method", "middle", "--scope", "all", *words) == 0
+    text, content = capsys.readouterr().out, json.loads(out.read_text())
+    assert set(content["losses"]) == {"full", "keep_first=0", "keep_first=1"}
+    best = min((0, 1), key=lambda first: content["losses"][f"keep_first={first}"])
+    assert content["keep_first"] == best
+    assert f"this plan, where {'the first token' if best else 'every token'}" in text
+    assert f"{content['losses']['full']:.3f} the full model" in text
 
 
 @torch.no_grad()
@@ -261,11 +336,11 @@ def test_a_stopped_plan_goes_on_where_it_was(
     code = run(*words, out)
     monkeypatch.setattr(Measurements, "value", measuring)
     if code == 0:  # it was through before
-        assert method == "influence"
+        assert (method, after) == ("influence", 3)
         return
     assert code == 130
     said = capsys.readouterr().err
-    assert f"{method} makes {1 if method == 'influence' else ''}" in said
+    assert f"{method} makes {3 if method == 'influence' else ''}" in said
     assert f"Stopped. {kept} keeps {after} measurements" in said
     lines = kept.read_text().splitlines()
     assert len(lines) == 1 + after
@@ -325,8 +400,11 @@ def test_a_plan_says_for_whom_and_an_export_warns(
     words = ("export", llama, tmp_path / "short", "--plan", out, "--task", "docstrings")
     assert run(*words, "--questions", 3, "--json") == 0
     output, notes = capsys.readouterr()
-    warned = f"was chosen for scope={scope}, and the checkpoint applies it to every token" in notes
-    assert warned == (scope in ("answer", "question"))
+    assert (f"was chosen for scope={scope}" in notes) == (scope in ("answer", "question"))
+    spares = json.loads(out.read_text())["keep_first"] > 0
+    assert ("the checkpoint applies it to every token" in notes) == (
+        scope in ("answer", "question") or spares
+    )
     loss = json.loads(output)["loss"]
     full, short = AutoModelForCausalLM.from_pretrained(llama), tmp_path / "short"
     tokenizer = AutoTokenizer.from_pretrained(short)
@@ -337,7 +415,9 @@ def test_a_plan_says_for_whom_and_an_export_warns(
     ):
         each = losses(model, tokenizer, items)
         assert loss[name] == pytest.approx(sum(each) / len(each), abs=1e-6)
-    assert set(loss) == {"task", "questions", "full", "all", *filter(None, [scope])}
+    assert set(loss) == {"task", "questions", "full", "chosen", "all"}
+    first = json.loads(out.read_text())["keep_first"]
+    assert (loss["chosen"] is None) == (scope in (None, "all") and not first)
     assert few_docstrings[-1] == "test"
 
 

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from trol.data.boards import COLOURS, SPLITS, draw, draw_array, make_board, split_scans
+from trol.data.board_pool import board_pool
+from trol.data.boards import (
+    COLOURS,
+    NOTHING,
+    SPLITS,
+    WORDS,
+    caption,
+    draw,
+    draw_array,
+    make_board,
+    split_scans,
+)
 from trol.errors import UsageError
+from trol.family import tiny_processor
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -68,3 +80,24 @@ def test_what_cannot_be_is_refused() -> None:
         make_board("trian", 0)
     with pytest.raises(UsageError, match="0 to 4 tiles"):
         make_board("train", 0, fewest=0, most=4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_caption_names_all_cells_in_reading_order(seed: int) -> None:
+    board = make_board("train", seed)
+    question, answer = caption(board)
+    words, named = iter(answer.split()), []
+    for word in words:
+        named.append(None if word == NOTHING else (word, int(next(words))))
+    assert named == [tile and (tile.colour, tile.digit) for tile in board.cells]
+    assert set(question[:-1].split()) <= set(WORDS)
+
+
+def test_a_pool_of_captions_asks_once_about_each_board() -> None:
+    processor = tiny_processor([NOTHING, *WORDS])
+    pool = board_pool(processor, "train", first=0, boards=3, turns_each=6, captions=True)
+    batch = pool.batch([0, 1, 2])
+    for number, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        said = processor.tokenizer.decode(labels[labels >= 0], skip_special_tokens=True)
+        assert said == caption(make_board("train", number))[1]
+        assert (ids == processor.image_token_id).sum() == 9

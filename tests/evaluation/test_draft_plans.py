@@ -8,15 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trol.depth import Plan, attach, attached, depth, is_attached, trace
 from trol.errors import UsageError
-from trol.evaluation import plan_search as draft_plans
+from trol.evaluation import draft_search as draft_plans
+from trol.evaluation.draft_search import Costs, DraftChoice, draft_plan, tokens_per_round
 from trol.evaluation.items import Item
-from trol.evaluation.plan_search import (
-    Costs,
-    DraftChoice,
-    chosen_plan,
-    draft_plan,
-    tokens_per_round,
-)
+from trol.evaluation.plan_search import chosen_plan
 from trol.evaluation.timing import measured_speed
 from trol.family.presets import word_tokenizer
 from trol.policies.planned import Planned
@@ -96,7 +91,7 @@ def test_agreement_is_what_speculation_accepts(model: Any, tokenizer: Any) -> No
     _, stack = attached(model)
     with torch.no_grad(), depth(model, "plain"):
         one = draft_plans.generate_answers(model, tokenizer, ITEMS[:1], 24)
-        (row,) = draft_plans.agreement(stack, [one], (0, 1, 2))
+        (row,) = draft_plans.Agreement(model, stack, [one]).of((0, 1, 2), (0, 1, 2))
     with speculate(model, "0-2", tokens=1) as stats:
         said = model.generate(one.ids[:, : one.prompt], max_new_tokens=24, do_sample=False)
     assert said.tolist() == one.ids.tolist()
@@ -111,7 +106,7 @@ def test_a_model_with_a_plan_drafts_with_fewer_of_its_layers(model: Any, tokeniz
     assert result.plan.for_layers(5)[2] == 0
     assert isinstance(result, DraftChoice)
     assert 1 <= result.tokens <= draft_plans.MOST_TOKENS
-    assert chosen_plan("draft", model, tokenizer, ITEMS[:2], 0.4).for_layers(5).count(1) == 2
+    assert chosen_plan("draft", model, tokenizer, ITEMS[:2], 0.4).plan.for_layers(5).count(1) == 2
 
 
 def test_answers_end_where_the_model_ends_them(model: Any, tokenizer: Any) -> None:

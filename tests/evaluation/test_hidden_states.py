@@ -89,10 +89,39 @@ def test_a_layer_that_does_nothing_has_no_influence(llama: tuple, scope: str) ->
     finally:
         for part, weight in zip((idle.self_attn.o_proj, idle.mlp.down_proj), kept, strict=True):
             part.weight.data.copy_(weight)
-    assert values[2] == pytest.approx(0, abs=1e-6)
-    assert all(value > 0.01 for layer, value in enumerate(values) if layer != 2)
+    assert values[2] == pytest.approx({"mean": 0, "worst": 0}, abs=1e-6)
+    assert all(one["mean"] > 0.01 for layer, one in enumerate(values) if layer != 2)
 
 
 def test_no_items_is_an_error(llama: tuple) -> None:
     with pytest.raises(DataError, match="no tokens to measure"):
         state_cosines(*llama, [], "plain")
+
+
+def test_influence_by_the_worst_token_sees_a_layer_that_matters_at_one(llama: tuple) -> None:
+    """Layer 1 turns the first token alone; with that one left out it has no influence."""
+    model, processor = llama
+
+    def turns_first(_: object, __: object, out: object) -> object:
+        states = (out[0] if isinstance(out, tuple) else out).clone()  # type: ignore[union-attr,index]
+        states[:, 1:] = seen["entered"][:, 1:]
+        return (states, *out[1:]) if isinstance(out, tuple) else states
+
+    seen: dict[str, torch.Tensor] = {}
+
+    def enters(_: object, args: tuple, kwargs: dict) -> None:
+        seen["entered"] = args[0] if args else kwargs["hidden_states"]
+
+    layer = model.model.layers[1]
+    hooks = [
+        layer.register_forward_pre_hook(enters, with_kwargs=True),
+        layer.register_forward_hook(turns_first),
+    ]
+    try:
+        one = influences(model, processor, ITEMS, "all")[1]
+        spared = influences(model, processor, ITEMS, "all", keep_first=1)[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert one["worst"] > 10 * one["mean"] > 0.01
+    assert spared == pytest.approx({"mean": 0, "worst": 0}, abs=1e-6)

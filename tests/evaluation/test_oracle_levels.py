@@ -46,7 +46,7 @@ def test_a_level_equals_generating_it_from_nothing(hosted: tuple[Any, Any], scop
             tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         wanted = tokenizer.batch_decode(new, skip_special_tokens=True)
-        given = batch.answers(level.plan)
+        given = batch.answers(level.policy(scope))
         assert [one.text for one in given] == [text.strip() for text in wanted]
         ends = [row.index(2) + 1 if 2 in row else NEW_TOKENS for row in new.tolist()]
         assert [one.tokens for one in given] == ends
@@ -68,7 +68,7 @@ def test_the_prompt_of_scope_answer_is_passed_once(
     monkeypatch.setattr(type(model), "forward", counting)
     batch = Batch(model, tokenizer, items(), scope="answer", new_tokens=2)
     for level in MENU.levels:
-        batch.answers(level.plan)
+        batch.answers(level.policy("answer"))
     assert sum(length > 1 for length in lengths) == 1
 
 
@@ -106,11 +106,11 @@ def test_a_killed_run_goes_on_without_repeating(
     calls: list[str] = []
     answers = Batch.answers
 
-    def failing(self: Batch, plan: Any, noise: Any = None) -> Any:
+    def failing(self: Batch, policy: Any, noise: Any = None) -> Any:
         if len(calls) == 8:
             raise KeyboardInterrupt
-        calls.append(str(plan))
-        return answers(self, plan, noise)
+        calls.append(str(policy))
+        return answers(self, policy, noise)
 
     monkeypatch.setattr(Batch, "answers", failing)
     with pytest.raises(KeyboardInterrupt):

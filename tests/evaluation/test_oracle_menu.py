@@ -5,6 +5,8 @@ import pytest
 from trol.depth import Plan
 from trol.errors import UsageError
 from trol.evaluation.oracle import menu_of, read_menu
+from trol.evaluation.plan_search import ChosenPlan
+from trol.policies.planned import Planned, static_plan
 
 
 def test_eight_levels_are_evenly_spaced() -> None:
@@ -18,6 +20,24 @@ def test_eight_levels_are_evenly_spaced() -> None:
 def test_levels_of_a_series_all_differ(layers: int) -> None:
     for levels in range(2, layers + 1):
         assert len(set(read_menu(f"exit:{levels}", layers).costs)) == levels
+
+
+def test_a_measured_series_goes_from_half_of_the_layers_to_all() -> None:
+    asked: list[tuple[str, float]] = []
+
+    def choose(method: str, share: float) -> ChosenPlan:
+        asked.append((method, share))
+        return ChosenPlan(static_plan("middle", 12, share), keep_first=int(share < 0.7))
+
+    menu = read_menu("influence:4", 12, choose=choose)
+    assert asked == [("influence", pytest.approx(share)) for share in (1 / 2, 2 / 3, 5 / 6)]
+    assert menu.costs == [6, 8, 10, 12]
+    assert [level.keep_first for level in menu.levels] == [1, 1, 0, 0]
+    assert menu.levels[0].text == "0-2 9-11, keep_first=1"
+    assert menu.levels[0].policy("all") == Planned("0-2 9-11", scope="all", keep_first=1)
+    assert read_menu("greedy:8", 12, choose=choose).costs == [6, 7, 8, 9, 10, 11, 12]
+    with pytest.raises(UsageError, match="measures a model"):
+        read_menu("influence:4", 12)
 
 
 def test_series_and_plans_mix_and_the_same_plan_is_one_level() -> None:

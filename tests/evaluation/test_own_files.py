@@ -18,13 +18,14 @@ from trol.evaluation.answers import answers
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request
 from trol.evaluation.exit_calibration import calibrate_exits
-from trol.evaluation.items import fitted, labelled, messages, prompts
+from trol.evaluation.items import WHOLE, fitted, labelled, messages, prompts
 from trol.evaluation.oracle import Batch
-from trol.evaluation.plan_search import chosen_plan
+from trol.evaluation.plan_search import CHOOSING, JUDGING, chosen_plan
 from trol.evaluation.tasks import FORMS, default_task, questions_of
 from trol.family import tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.exits import EarlyExit
+from trol.policies.planned import Planned
 
 POSITIONS = 160
 TEXT = "What does it do? Return the sum of it, s\u0101\u1e41 \u2211, and no more.\n" * 9
@@ -209,21 +210,49 @@ def test_all_that_measures_takes_them_without_a_template(
     name = request.getfixturevalue(kind)
     items = questions_of(*reader, name, 4, seed=0, split="validation")
     for method in ("influence", "greedy"):
-        assert sum(chosen_plan(method, *reader, items, 0.67).visits) == 2
+        assert sum(chosen_plan(method, *reader, items, 0.67).plan.visits) == 2
     assert len(answers(*reader, items, new_tokens=2)) == len(items)
     batch = Batch(*reader, items, scope="answer", new_tokens=2)
-    assert len(batch.answers(chosen_plan("influence", *reader, items, 0.67))) == len(items)
+    policy = Planned(chosen_plan("influence", *reader, items, 0.67).plan, scope="answer")
+    assert len(batch.answers(policy)) == len(items)
     calibrate_exits(*reader, items, EarlyExit("margin", 1.0), cost=0.9)
     monkeypatch.setattr(points, "ROUNDS", 1)
     drawn = curve(*reader, [name], Request(("exit",), keeps=(0.67,), questions=2, seeds=1))
     assert "loss" in drawn["tasks"][name]["metrics"]
+    one = drawn["tasks"][name]["methods"]["exit"]["points"][0]
+    assert one["visits"]["mean"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("kind", ["text", "chats"])
+def test_plans_are_judged_by_another_part_of_a_file_than_chosen_by(
+    reader: tuple[Any, Any], kind: str, request: pytest.FixtureRequest
+) -> None:
+    """Whatever the windows' lengths, no token of the file is in both, and together they are it."""
+    name = request.getfixturevalue(kind)
+    marks = len(reader[1]("")["input_ids"])
+
+    def read(part: tuple[float, float], window: int | None) -> list[Any]:
+        items = questions_of(*reader, name, 1000, seed=0, window=window, part=part)
+        if window is None:
+            return [item.answer for item in items]
+        return [token for item in items for token in item.ids[marks:]]
+
+    for chosen, judged in ((30, 40), (40, 30), (50, 50)) if kind == "text" else ((None, None),):
+        first, rest, whole = read(CHOOSING, chosen), read(JUDGING, judged), read(WHOLE, judged)
+        assert first
+        assert rest
+        if kind == "chats":
+            assert sorted(first + rest) == sorted(whole)
+        else:
+            assert abs(len(whole) - len(first + rest)) <= 2  # a last token alone is no window
+            assert whole[: len(first)] == first
+            assert whole[-len(rest) :] == rest or whole[-len(rest) - 1 : -1] == rest
 
 
 def test_plain_text_is_answer_but_for_what_begins_it(reader: tuple[Any, Any], text: str) -> None:
     model, tokenizer = reader
     from trol.depth import attach, detach
     from trol.evaluation.answers import losses
-    from trol.policies.planned import Planned
 
     items = questions_of(*reader, text, 1, seed=0)
     attach(model, Planned("0 2", scope="answer"))

@@ -6,8 +6,8 @@ import re
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from trol.data.images import IMAGE_TOKEN
 from trol.errors import unknown
-from trol.family.configuration import IMAGE_TOKEN
 from trol.family.published.processors import MARKS
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -9,8 +9,8 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from golden.instructions import answer_of, max_new_tokens, user_message
+from trol.data.images import IMAGE_TOKEN
 from trol.family import TrolProcessor
-from trol.family.configuration import IMAGE_TOKEN
 from trol.family.published.processors import IMAGE_SETTINGS, MARKS, ImageSettings, chat_template
 
 from .pictures import picture

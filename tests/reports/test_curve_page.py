@@ -128,6 +128,31 @@ def test_it_shows_which_method_is_best_where() -> None:
     assert "3 seeds" in table.notes[0]
 
 
+def test_the_papers_claim_is_judged_beside_exit() -> None:
+    """By the interval of the paired difference, at each share; the full model is no method."""
+    task = task_of(results(exit=(0.3, 0.3, 0.3), skip=(0.1, 0.3, 0.4)))
+    rows = curve.beside_exit_table(task).rows
+    assert [row[0] for row in rows] == [f"{at} % skip (evenly spaced)" for at in (25, 50, 75)]
+    assert [row[2] for row in rows] == ["worse", "not shown", "better"]
+    assert rows[2][1] == "+0.100 [+0.100, +0.100]"
+    task["metrics"] = dict(reversed(task["metrics"].items()))  # loss = 3 - rouge
+    assert [row[2] for row in curve.beside_exit_table(task).rows] == [
+        "worse",
+        "not shown",
+        "better",
+    ]
+    assert not curve.beside_exit_table(task_of(results(skip=(0.1, 0.2, 0.3)))).rows
+
+
+def test_a_page_of_windows_says_what_chose_and_what_judged(tmp_path: Path) -> None:
+    drawn = results()
+    task_of(drawn).update(kind="window", splits=False)
+    page = " ".join(curve.write(drawn, tmp_path / "out").read_text().split())
+    assert "9 windows for each seed, of the file without its first eighth" in page
+    assert "chosen on the first eighth of the file" in page
+    assert "skip</em> are evenly spaced" in page
+
+
 def test_a_lower_loss_is_better() -> None:
     task = task_of(results(exit=(0.2, 0.2, 0.2), skip=(0.4, 0.4, 0.4)))  # loss = 3 - rouge
     task["metrics"] = dict(reversed(task["metrics"].items()))
@@ -205,7 +230,8 @@ def test_one_seed_has_no_interval() -> None:
         for one in method["points"]:
             for value in (*one["metrics"].values(), one["ms_ratio"], one["visits_share"]):
                 value["values"], value["spread"] = value["values"][:1], None
-    points, equal = curve.tables_of(task_of(drawn))
+    points, equal, claim = curve.tables_of(task_of(drawn))
+    assert {row[-1] for row in claim.rows} == {"not shown"}
     assert [row[-1] for row in points.rows[:4]] == ["−0.300", "−0.200", "−0.100", "–"]
     assert "[" not in "".join(cell for row in equal.rows for cell in row)
     assert "--seeds 3" in equal.notes[0]
@@ -236,7 +262,7 @@ def test_points_that_save_no_time_are_marked() -> None:
     assert "*" not in str(curve.points_table(task, []).rows)
     task["methods"]["skip"]["points"][2]["ms_ratio"] = stat(1.02)
     marked = [row[0] for row in curve.points_table(task, []).rows if row[3].endswith("*")]
-    assert marked == ["skip exit@3"]
+    assert marked == ["skip (evenly spaced) exit@3"]
 
 
 def test_a_time_within_its_scatter_of_the_full_models_saves_nothing() -> None:

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
+from family import parts
 from hosts.releases import IMAGES_WITHOUT_TORCHVISION
 from training import standins
 from trol.depth import attached
@@ -18,6 +19,7 @@ from trol.training.opening import opened, reopened
 from trol.training.recipe import Recipe, Stage
 from trol.training.run import device_batch
 from trol.training.stage_data import sized, stage_data
+from trol.training.trainable import part_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gemm_4bit_forward.*"),
@@ -128,6 +130,50 @@ def test_a_composed_model_computes_what_its_parts_do(folder: Path, name: str) ->
     assert processor.image_token_id == model.config.image_token_id
 
 
+def joined(folder: Path, place: Path, data: str, *overrides: str) -> Recipe:
+    """smol-vlm of small parts: one step in each stage, four image tokens a picture."""
+    tower, text = parts.tower(place / "tower", "dinov2"), parts.decoder(place / "text")
+    named = folder / "seen" / "chat.jsonl" if data == "chats" else data
+    stages = [
+        f"stages.{stage}.{setting}"
+        for stage in ("align", "step1", "step2")
+        for setting in ("steps=1", "batch=2", f"data={named}", "warmup_steps=0")
+    ]
+    size = ("preset.image_size=16", "preset.downsample_ratio=0.5", "precision=fp32")
+    models = (f"preset.vision={tower}", f"preset.text={text}")
+    return resolve("smol-vlm", [*models, *size, *stages, *overrides])
+
+
+@pytest.mark.parametrize("data", ["captions", "boards", "chats"])
+def test_pretrained_parts_learn_together(folder: Path, tmp_path: Path, data: str) -> None:
+    """What a stage trains moves, and the tower stays."""
+    settings = joined(folder, tmp_path, data)
+    before, start = opened(settings, None)[0].state_dict(), None
+    for name, stage in settings.stages.items():
+        run(settings, tmp_path / name, start=start, only=[name])
+        start = tmp_path / name
+        after = TrolForConditionalGeneration.from_pretrained(start).state_dict()
+        moved = {part_of(key) for key in before if not torch.equal(before[key], after[key])}
+        assert moved == set(stage.train)
+        before = after
+
+
+def test_adapters_of_quantised_parts_open_as_they_were_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = joined(folder, tmp_path, "boards", "bits=4")
+    assert run(settings, tmp_path / "out")["steps"] == 3
+    batches = []
+    for _ in range(2):
+        model, processor = reopened(tmp_path / "out")
+        data = stage_data(model, processor, settings.stages["step2"], 0)
+        with torch.no_grad():
+            batches.append(data.reader(**data.collate([0, 1]))["loss"])
+    assert isinstance(model, PeftModel)
+    assert processor.tokens_per_image == 4
+    assert torch.equal(*batches)  # nothing that is random anew: projector, positions, gates
+
+
 def test_published_settings_are_those_of_the_paper() -> None:
     for name, bits in (("trol-1.8b", 4), ("trol-3.8b", 8), ("trol-7b", 4)):
         settings = resolve(name)
@@ -141,11 +187,11 @@ def test_published_settings_are_those_of_the_paper() -> None:
 
 def test_a_published_size_needs_no_weights_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     from family.small import internlm2
-    from trol.family import presets
+    from trol.family import composition
 
     small = internlm2().config
     small.text_config.vocab_size = 512
-    monkeypatch.setitem(presets.PUBLISHED, "trol-1.8b", lambda: small)
+    monkeypatch.setitem(composition.PUBLISHED, "trol-1.8b", lambda: small)
     settings = resolve("trol-1.8b", ["preset={name: trol-1.8b}", "bits=0", "precision=fp32"])
     model, processor = opened(settings, None)
     stage = Stage(train=("projector", "mixers"), data="boards", steps=1, batch=2, boards=2)

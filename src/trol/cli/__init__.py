@@ -33,6 +33,8 @@ VERBS = {
     "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",
 }
+FETCH_NOTHING = ("demo", "bench")
+"""Verbs that open no model of another name or place, and so need no `--offline`."""
 HELP = {"-h", "--help"}
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -62,7 +64,7 @@ def application(words: Sequence[str]) -> typer.Typer:
     """The commands: the verb that `words` starts with, or all of them to list or to suggest."""
     import typer
 
-    from trol.cli.terminal import root
+    from trol.cli import terminal
 
     app = typer.Typer(
         epilog="`trol VERB --help` ends with three commands that run.",
@@ -73,10 +75,13 @@ def application(words: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     # With a callback of its own, one registered verb is still a verb.
-    app.callback()(root)
+    app.callback()(terminal.root)
     for verb in words[:1] if words and words[0] in VERBS else VERBS:
         module_name, function = VERBS[verb].split(":")
         module = importlib.import_module(module_name)
         epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in module.EXAMPLES)
-        app.command(verb, epilog=epilog)(getattr(module, function))
+        called = getattr(module, function)
+        app.command(verb, epilog=epilog)(
+            called if verb in FETCH_NOTHING else terminal.may_be_offline(called)
+        )
     return app

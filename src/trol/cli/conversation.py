@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from trol.cli import models, terminal
 from trol.depth import attached, depth, is_attached
-from trol.depth.policy import AbstractPolicy, Plain, StackBounds, resolve
+from trol.depth.policy import AbstractPolicy, Plain, PolicyLike, StackBounds, resolve
 from trol.errors import DataError, TrolError, UsageError
 from trol.evaluation.hidden_states import layers_of
 from trol.host.chat_templates import own_template
@@ -41,7 +41,7 @@ def open_conversation(
     if plan is not None:
         if not plan.strip():
             raise UsageError("--depth is empty; give a plan such as '0-3:2 4-7', or leave it out.")
-        plan = models.plan_text(plan)
+        models.policy_of(plan)  # refused before the model is opened
     with terminal.quiet_libraries():
         model, processor = models.open_model(name, bits=bits, chat_template=chat_template)
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
@@ -70,6 +70,7 @@ class Conversation:
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.plan: str | None = None
+        self.policy: PolicyLike | None = None
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[Image.Image] = []
 
@@ -110,25 +111,27 @@ class Conversation:
 
     def use_plan(self, text: str | None) -> None:
         """Answer under a plan, its text or file, from now on (None: the model's own policy)."""
-        before, self.plan = self.plan, models.plan_text(text) if text else None
+        before = self.plan, self.policy
+        self.plan = models.policy_text(text) if text else None
+        self.policy = models.policy_of(text) if text else None
         try:
             with self.depth():
                 pass
         except TrolError:
-            self.plan = before
+            self.plan, self.policy = before
             raise
 
     def depth(self) -> AbstractContextManager[None]:
         """The chosen plan is in force while this is open, if one was chosen."""
-        return nullcontext() if self.plan is None else depth(self.model, self.plan)
+        return nullcontext() if self.policy is None else depth(self.model, self.policy)
 
     def depth_in_words(self) -> str:
         """The depth in force, and how many layers a token visits under it."""
         own = attached(self.model)[1].depth_policy if is_attached(self.model) else Plain()
         visits = visits_in_words(own, self.layers)
-        if self.plan is None:
+        if self.policy is None:
             return f"the model's own ({own.name}); layer visits: {visits}"
-        chosen = visits_in_words(resolve(self.plan), self.layers)
+        chosen = visits_in_words(resolve(self.policy), self.layers)
         return f"{self.plan}; layer visits: {chosen} (the model's own: {visits})"
 
     def reset(self) -> None:
@@ -228,6 +231,8 @@ def visits_in_words(policy: AbstractPolicy, layers: int) -> str:
     bounds = StackBounds.of(policy, layers).layers
     least, most = sum(one.least for one in bounds), sum(one.most for one in bounds)
     count = f"{most}" if least == most else f"{least} to {most}"
+    if policy.keep_first and policy.scope != "answer" and count != str(layers):
+        return f"{count} for a token behind the first {policy.keep_first}, {layers} for others"
     if policy.scope == "all" or count == str(layers):
         return f"{count} for each token"
     return f"{count} for a token of the {policy.scope}, {layers} for others"

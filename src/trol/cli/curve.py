@@ -24,8 +24,10 @@ TASKS_HELP = (
     "Default: boards for a model that sees, else docstrings."
 )
 METHODS_HELP = (
-    "Of skip, exit, random, middle, influence, greedy, early_exit, controller, router, oracle."
+    "Of skip (evenly spaced), exit, random, middle, influence, greedy, early_exit, controller, "
+    "router, oracle."
 )
+QUESTIONS_HELP = "Questions of each seed. Default: 200; of text:FILE, 4 windows of 512 tokens."
 ADAPTERS_HELP = "Trained controllers, routers and exits, with commas between."
 
 
@@ -35,15 +37,16 @@ def curve(
     tasks: Annotated[str | None, option("--tasks", "NAMES", TASKS_HELP)] = None,
     methods: Annotated[
         str, option("--methods", "NAMES", METHODS_HELP)
-    ] = "skip,exit,random,middle,influence",
+    ] = "skip,exit,middle,influence,greedy",
     keep: Annotated[
         str, option("--keep", "RANGE", "Shares of the layers: first:last[:step].")
-    ] = "0.1:1.0",
-    questions: Annotated[int, option("--questions", "N", "Questions of each seed.", min=1)] = 200,
+    ] = "0.5:1.0",
+    questions: Annotated[int | None, option("--questions", "N", QUESTIONS_HELP, min=1)] = None,
     seeds: Annotated[int, option("--seeds", "N", "Samples of questions, random plans.", min=1)] = 3,
     scope: Annotated[str, option("--scope", "ROLES", "Whose tokens skip: answer, all.")] = "answer",
     adapters: Annotated[str, option("--adapters", "DIRS", ADAPTERS_HELP)] = "",
     oracle: Annotated[Path | None, option("--oracle", "DIR", "What `trol oracle` left.")] = None,
+    chat_template: terminal.ChatTemplate = None,
     out: terminal.Out = Path("runs/curve"),
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -73,7 +76,7 @@ def curve(
         curve_methods.check_adapters(request)
     check_writable(out)
     with terminal.quiet_libraries():
-        opened, processor = models.open_model(model)
+        opened, processor = models.open_model(model, chat_template=chat_template)
         request = replace(request, adapters=_adapters(opened, folders))
         with terminal.progress("curve", "point") as bar:
             curves = measure_curve(

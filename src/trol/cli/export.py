@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from trol.cli import models, terminal
-from trol.cli.terminal import argument, option, run_record
+from trol.cli.terminal import argument, flag, option, run_record
+from trol.errors import UsageError
 
 if TYPE_CHECKING:
     from trol.checkpoints.export import Exported
-    from trol.depth import Plan
+    from trol.cli.models import GivenPlan
 
 EXAMPLES = (
-    'trol export HuggingFaceTB/SmolLM2-135M-Instruct models/short --plan "0-19 28-29"',
+    'trol export smollm2 models/short --plan "0-13 16-29"',
     "trol export models/llama models/llama-half --plan runs/plan.json",
     "trol export models/llama models/llama-short --plan runs/plan.json --task docstrings --json",
 )
@@ -24,12 +25,13 @@ def export(
     destination: Annotated[str, argument("DEST", "The folder to make.")],
     *,
     plan: Annotated[str, option("--plan", "PLAN", "Plan text, or a file of `trol plan`.")],
-    task: Annotated[
-        str | None,
-        option("--task", "NAME", "Measure what it costs on questions such as docstrings."),
-    ] = None,
+    task: terminal.Task = None,
     questions: terminal.Questions = 16,
+    unmeasured: Annotated[
+        bool, flag("--unmeasured", "Do not measure what it costs in loss.")
+    ] = False,
     seed: terminal.Seed = 0,
+    chat_template: terminal.ChatTemplate = None,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Bake a plan into a plain transformers checkpoint.
@@ -39,35 +41,45 @@ def export(
     the same is refused, and nothing is written.
     """
     from trol.checkpoints import export as baking
-    from trol.evaluation.tasks import task_of
+    from trol.evaluation.tasks import default_task, task_of
 
-    wanted, scope = models.plan_and_scope(plan)
+    given = models.given_plan(plan)
     baking.check_destination(destination)
+    if unmeasured and task is not None:
+        raise UsageError("--unmeasured measures nothing, so there is no --task; leave one out.")
     if task is not None:
         task_of(task)
-    _note_scope(plan, scope, measures=task is not None)
+    if not holds_for_all(given):
+        terminal.note(
+            f"trol: {plan} was chosen for {_tokens(given)}, and the checkpoint applies it to every "
+            "token, for which it was not chosen: its answers may be far worse. Choose a plan with "
+            "`trol plan --scope all`, and see what the checkpoint itself costs."
+        )
     loss = None
     with terminal.quiet_libraries():
-        opened, processor = models.open_model(model)
+        opened, processor = models.open_model(model, chat_template=chat_template)
         host = _host(opened)
-        if task is not None:
-            loss = _losses(host, processor, wanted, scope, task, questions=questions, seed=seed)
-        exported = baking.export(host, processor, wanted, destination, seed=seed)
-    result = {"model": model, "plan": str(wanted), "scope": scope, **asdict(exported)}
+        if not unmeasured:
+            task = task or default_task(processor)
+            loss = _losses(host, processor, given, task, questions=questions, seed=seed)
+        exported = baking.export(host, processor, given.plan, destination, seed=seed)
+    result = {"model": model, "plan": str(given.plan), "scope": given.scope}
+    result |= {"keep_first": given.keep_first, **asdict(exported)}
     result |= {"loss": loss, "run": run_record(seed)}
-    terminal.report(result, as_json=as_json, text=lambda: _text(exported, wanted, loss))
+    terminal.report(result, as_json=as_json, text=lambda: _text(exported, given, loss))
 
 
-def _note_scope(plan: str, scope: str | None, *, measures: bool) -> None:
-    """Warns of a plan that was chosen for other tokens than all."""
-    if scope in (None, "all"):
-        return
-    cost = "" if measures else " --task NAME measures what that costs."
-    terminal.note(
-        f"trol: {plan} was chosen for scope={scope}, and the checkpoint applies it to every token, "
-        f"for which nothing was measured: its answers may be far worse. Choose a plan with `trol "
-        f"plan --scope all`.{cost}"
-    )
+def holds_for_all(given: GivenPlan) -> bool:
+    """Whether the plan is for every token, as a plain checkpoint has it."""
+    return given.scope in (None, "all") and not given.keep_first
+
+
+def _tokens(given: GivenPlan) -> str:
+    """For which tokens a plan is, in words."""
+    parts = [f"scope={given.scope}"] if given.scope not in (None, "all") else []
+    if given.keep_first:
+        parts.append(f"keep_first={given.keep_first} (the first tokens visit every layer)")
+    return " and ".join(parts)
 
 
 def _host(model: Any) -> Any:
@@ -84,43 +96,42 @@ def _host(model: Any) -> Any:
 
 
 def _losses(
-    model: Any,
-    processor: Any,
-    plan: Plan,
-    scope: str | None,
-    task: str,
-    *,
-    questions: int,
-    seed: int,
+    model: Any, processor: Any, given: GivenPlan, task: str, *, questions: int, seed: int
 ) -> dict[str, Any]:
-    """Loss of references of the test split, under all layers, and under the plan by scope."""
+    """Loss of references of the test split, nats per token.
+
+    Of the `full` model, of the plan as it was `chosen` (null where it is for every token), and for
+    `all` tokens, as the checkpoint has it.
+    """
     from trol.depth import Plan
     from trol.evaluation.plan_search import plan_loss
-    from trol.evaluation.tasks import check_reads, task_of
+    from trol.evaluation.tasks import questions_of
 
-    items = task_of(task).items(questions, seed, "test")
-    check_reads(processor, task, items)
-    scopes: list[Any] = [*dict.fromkeys(filter(None, (scope, "all")))]
+    items = questions_of(model, processor, task, questions, seed=seed)
+    subject, scope = (model, processor, items), cast(Any, given.scope or "all")
+    chosen = None
+    if not holds_for_all(given):
+        chosen = plan_loss(*subject, given.plan, scope, keep_first=given.keep_first)
     return {
         "task": task,
         "questions": len(items),
-        "full": plan_loss(model, processor, items, Plan("all"), "all"),
-        **{one: plan_loss(model, processor, items, plan, one) for one in scopes},
+        "full": plan_loss(*subject, Plan("all"), "all"),
+        "chosen": chosen,
+        "all": plan_loss(*subject, given.plan, "all"),
     }
 
 
-def _text(exported: Exported, plan: Plan, loss: dict[str, Any] | None) -> str:
+def _text(exported: Exported, given: GivenPlan, loss: dict[str, Any] | None) -> str:
     text = (
-        f"{exported.destination}: layers '{plan}' of {exported.layers} as {len(exported.kept)} "
-        f"layers, {exported.parameters / 1e6:.1f} M parameters; logits differ from the plan's by "
-        f"{exported.difference:.1g} at most. transformers opens it without trol."
+        f"{exported.destination}: layers '{given.plan}' of {exported.layers} as "
+        f"{len(exported.kept)} layers, {exported.parameters / 1e6:.1f} M parameters; logits differ "
+        f"from the plan's by {exported.difference:.1g} at most. transformers opens it without trol."
     )
     if loss is None:
         return text
     costs = [f"{loss['full']:.3f} the full model"]
-    for scope in ("answer", "question"):
-        if scope in loss:
-            costs.append(f"{loss[scope]:.3f} the plan for scope={scope}")
+    if loss["chosen"] is not None:
+        costs.append(f"{loss['chosen']:.3f} the plan for {_tokens(given)}")
     costs.append(f"{loss['all']:.3f} this checkpoint")
     return (
         f"{text}\nLoss of {loss['questions']} answers of {loss['task']}, nats per token: "

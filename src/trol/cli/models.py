@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trol.errors import UsageError
 
 if TYPE_CHECKING:
-    from trol.depth import Plan
+    from trol.depth import Plan, PolicyLike
 
 WRITE_AGAIN = "write it again with `trol plan MODEL --out FILE`."
 
@@ -53,27 +54,37 @@ def open_model(
     return model, processor
 
 
+@dataclass(frozen=True)
+class GivenPlan:
+    """A plan that a command line gives, and for which tokens it is."""
+
+    plan: Plan
+    scope: str | None = None
+    """The scope that its file says it was chosen for; None of plan text, and of a plan that was
+    chosen without looking at tokens."""
+    keep_first: int = 0
+    """The first tokens that visit every layer, as its file says; 0 where none is named."""
+
+
 def read_plan(text_or_path: str) -> Plan:
     """The plan of plan text (`0-7:2 8-23`), or of a plan file.
 
     Raises:
         UsageError: it is neither, or the file is damaged.
     """
-    return plan_and_scope(text_or_path)[0]
+    return given_plan(text_or_path).plan
 
 
-def plan_and_scope(text_or_path: str) -> tuple[Plan, str | None]:
-    """The plan, and the scope that a plan file says it was chosen for.
-
-    The scope is None for plan text, and for a plan that was chosen without looking at tokens.
-    """
+def given_plan(text_or_path: str) -> GivenPlan:
+    """The plan of plan text or a plan file, with what the file says beside it."""
     from trol.depth import Plan
 
     if _names_file(text_or_path):
         content = _read(text_or_path)
-        return _checked(content, text_or_path), content.get("scope")
+        plan = _checked(content, text_or_path)
+        return GivenPlan(plan, content.get("scope"), _keep_first(content, text_or_path))
     try:
-        return Plan(text_or_path), None
+        return GivenPlan(Plan(text_or_path))
     except UsageError as error:
         if os.path.isdir(text_or_path):
             raise UsageError(
@@ -83,9 +94,26 @@ def plan_and_scope(text_or_path: str) -> tuple[Plan, str | None]:
         raise
 
 
-def plan_text(text_or_path: str) -> str:
-    """A plan file as the text of its plan; anything else, such as a policy's name, as it is."""
-    return str(read_plan(text_or_path)) if _names_file(text_or_path) else text_or_path
+def policy_of(text_or_path: str) -> PolicyLike:
+    """What `trol.depth` takes for `--depth`: of a plan file, the plan for the tokens it is for."""
+    from trol.policies.planned import Planned
+
+    if not _names_file(text_or_path):
+        return text_or_path
+    given = given_plan(text_or_path)
+    scope: Any = given.scope or "all"
+    return Planned(given.plan, scope=scope, keep_first=given.keep_first)
+
+
+def policy_text(text_or_path: str) -> str:
+    """`--depth` as it is reported: of a plan file, the plan and the tokens it is for."""
+    if not _names_file(text_or_path):
+        return text_or_path
+    given = given_plan(text_or_path)
+    parts = [str(given.plan)]
+    parts += [f"scope={given.scope}"] if given.scope not in (None, "all") else []
+    parts += [f"keep_first={given.keep_first}"] if given.keep_first else []
+    return ", ".join(parts)
 
 
 def _names_file(text: str) -> bool:
@@ -117,6 +145,14 @@ def _checked(content: Any, path: str) -> Plan:
             f"{path} says plan {text!r}, but its visits are those of '{plan}'; {WRITE_AGAIN}"
         )
     return plan
+
+
+def _keep_first(content: Any, path: str) -> int:
+    """Its first tokens that visit every layer; 0 in files of before there were any."""
+    first = content.get("keep_first", 0)
+    if type(first) is not int or first < 0:
+        raise UsageError(f"{path} says keep_first {first!r}, which is no number; {WRITE_AGAIN}")
+    return first
 
 
 def check_plan_file(path: Path) -> None:

@@ -5,24 +5,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trol.cli import models, terminal
-from trol.cli.models import read_plan
 from trol.cli.terminal import SCOPES, option, run_record
 from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from trol.evaluation.oracle import Menu, Questions
+    from trol.evaluation.oracle import Choose, Menu, Questions
+    from trol.evaluation.plan_search import ChosenPlan
     from trol.evaluation.store import Store
 
 EXAMPLES = (
-    "trol oracle runs/decoder --menu uniform:8 --questions 500 --out runs/oracle",
+    "trol oracle runs/decoder --menu influence:8 --questions 500 --out runs/oracle",
     "trol oracle --task boards --menu 'all,0,1' --questions 100 --out runs/oracle-boards",
     "trol oracle runs/decoder --split train --router runs/router --out runs/oracle-train",
 )
-MENU_HELP = "Plans with commas between; uniform:8 is eight levels."
+MENU_HELP = "Plans with commas between; influence:8 is eight levels of that method of `trol plan`."
 SAMPLES_HELP = "Answers drawn at full depth as a control. Default: levels - 1."
 
 ROUTER_RESULT = "router.json"
@@ -35,7 +36,7 @@ def oracle(
     *,
     task: terminal.Task = None,
     metric: Annotated[str | None, option("--metric", "NAME", "Default: the task's first.")] = None,
-    menu: Annotated[str, option("--menu", "PLANS", MENU_HELP)] = "uniform:8",
+    menu: Annotated[str, option("--menu", "PLANS", MENU_HELP)] = "influence:8",
     questions: Annotated[int, option("--questions", "N", "Sequences of the set.")] = 500,
     split: Annotated[
         str, option("--split", "NAME", "Of the task: train, validation, test.")
@@ -67,7 +68,7 @@ def oracle(
     from trol.reports.oracle import write
 
     part = check_shard(shard)
-    parsed(menu, read_plan)
+    parsed(menu, partial(_read, scope=scope))
     check_writable(out)
     _check(task, metric, questions, split, scope)
     if router is not None:
@@ -76,7 +77,13 @@ def oracle(
         opened, processor = models.open_model(model, chat_template=chat_template)
         task = task or default_task(processor)
         metric = _metric(task, metric)
-        levels = read_menu(menu, layers_of(opened), seed=seed, read=read_plan)
+        levels = read_menu(
+            menu,
+            layers_of(opened),
+            seed=seed,
+            read=partial(_read, scope=scope),
+            choose=_chooser(opened, processor, task, scope=scope, seed=seed),
+        )
         if router is not None:
             Router([level.plan for level in levels.levels], after=after).check(levels.layers)
         asked = _questions(opened, processor, task, questions, split=split, scope=scope, seed=seed)
@@ -97,6 +104,32 @@ def oracle(
                     opened, processor, out, router, metric=metric, after=after, seed=seed
                 )
     terminal.report(result, as_json=as_json, text=lambda: _text(result))
+
+
+def _read(text: str, *, scope: str) -> ChosenPlan:
+    """A plan of the menu; the first tokens that a file's plan spares are those of prompts."""
+    from trol.evaluation.plan_search import ChosenPlan
+
+    given = models.given_plan(text)
+    return ChosenPlan(given.plan, given.keep_first if scope == "all" else 0)
+
+
+def _chooser(model: Any, processor: Any, task: str, *, scope: Any, seed: int) -> Choose:
+    """Chooses plans for a menu, on validation questions."""
+    from trol.evaluation.plan_search import CHOOSING, chosen_plan, items_to_choose_by
+    from trol.evaluation.store import Measurements
+
+    measured = Measurements()  # levels have many of them in common
+    items: list[Any] = []
+
+    def choose(method: str, share: float) -> ChosenPlan:
+        if not items:
+            items.extend(items_to_choose_by(model, processor, task, seed=seed, part=CHOOSING))
+        return chosen_plan(
+            method, model, processor, items, share, scope=scope, seed=seed, measured=measured
+        )
+
+    return choose
 
 
 def _check(task: str | None, metric: str | None, questions: int, split: str, scope: str) -> None:
@@ -129,9 +162,11 @@ def _questions(
     model: Any, processor: Any, task: str, count: int, *, split: str, scope: Any, seed: int
 ) -> Questions:
     from trol.evaluation.oracle import Questions
+    from trol.evaluation.plan_search import JUDGING
     from trol.evaluation.tasks import questions_of, task_of
 
-    items = questions_of(model, processor, task, count, seed=seed, split=split)
+    # Of a file of the user's, none that plans may have been chosen by.
+    items = questions_of(model, processor, task, count, seed=seed, split=split, part=JUDGING)
     if len(items) < 2:
         raise UsageError(
             f"the {split} split of {task} has {len(items)} questions, and an oracle compares 2 or "

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from trol.evaluation.store import Measurements
 
 EXAMPLES = (
-    "trol plan --method uniform --keep 0.5",
-    "trol plan --method greedy --keep 0.5 --task boards --questions 36 --out runs/greedy.json",
+    "trol plan --keep 0.5 --questions 36",
+    "trol plan --method middle --keep 0.5 --out runs/middle.json",
     "trol plan --method influence --keep 0.75 --scope all --task boards --questions 36 --json",
 )
-METHOD_HELP = "uniform, random, exit, middle; by measure: influence, greedy, draft."
+METHOD_HELP = "By measure: greedy, influence, draft; unseen: middle, uniform, random, exit."
 KEEP_HELP = "Share of the layers that stay; draft needs none."
 SCOPE_HELP = "Tokens that skip: answer, question, all (as `trol export` bakes it)."
+QUESTIONS_HELP = (
+    "Questions that choose the plan. Default: 64; of text:FILE, 2 windows of 1024 tokens."
+)
 
 SCOPES = {
     "answer": "the tokens of answers; prompts visit every layer",
@@ -42,49 +45,52 @@ TIMED_TOKENS = 32
 def plan(
     model: terminal.Model = terminal.DEFAULT_MODEL,
     *,
-    method: Annotated[str, option("--method", "NAME", METHOD_HELP)] = "uniform",
+    method: Annotated[str, option("--method", "NAME", METHOD_HELP)] = "greedy",
     keep: Annotated[float | None, option("--keep", "SHARE", KEEP_HELP)] = None,
     task: terminal.Task = None,
-    questions: terminal.Questions = 64,
+    questions: Annotated[int | None, option("--questions", "N", QUESTIONS_HELP, min=1)] = None,
     scope: Annotated[str, option("--scope", "ROLES", SCOPE_HELP)] = "answer",
     seed: terminal.Seed = 0,
+    chat_template: terminal.ChatTemplate = None,
     out: Annotated[Path, option("--out", "FILE", "The plan file.")] = Path("runs/plan.json"),
     as_json: terminal.AsJson = False,
 ) -> None:
     """Choose the layers that MODEL keeps at a share of its depth.
 
-    What is measured for greedy and draft is kept beside FILE until the plan is there: the same
-    command goes on where it was stopped.
+    What is measured for it is kept beside FILE until the plan is there: the same command goes on
+    where it was stopped.
     """
     models.check_plan_file(out)
     _check(method, keep, scope, task)
-    from trol.evaluation.plan_search import chosen_plan
-    from trol.evaluation.tasks import default_task, questions_of
-    from trol.host.layers import find_decoder, layer_list
-    from trol.policies.planned import STATIC, static_plan
+    from trol.evaluation.hidden_states import layers_of
+    from trol.evaluation.plan_search import ChosenPlan, chosen_plan, items_to_choose_by
+    from trol.evaluation.tasks import default_task
+    from trol.policies.planned import STATIC
 
     about: dict[str, Any] = {"model": model, "method": method, "keep": keep}
-    measurements = None
+    measurements, items, search = None, [], {}
     with terminal.quiet_libraries():
-        opened, processor = models.open_model(model)
-        layers = len(layer_list(find_decoder(opened)) or ())
-        if method in STATIC:
-            chosen = static_plan(method, layers, cast(float, keep), seed)
-        else:
+        opened, processor = models.open_model(model, chat_template=chat_template)
+        measures = method not in STATIC or scope != "answer"
+        if measures:
             task = task or default_task(processor)
             # Of the validation split, so that a test sees none of them.
-            items = questions_of(opened, processor, task, questions, seed=seed, split="validation")
+            items = items_to_choose_by(opened, processor, task, questions, seed=seed)
             about |= {"task": task, "questions": len(items), "scope": scope}
             measurements = _measurements(opened, items, out, about, seed)
-            subject = (opened, processor, items)
-            with _measuring(method, len(items), measurements) as progress:
-                search = {"progress": progress, "measured": measurements}
-                if method == "draft":
-                    chosen, about["draft"] = _draft(*subject, keep, **search)
-                else:
-                    share = cast(float, keep)
-                    chosen = chosen_plan(method, *subject, share, scope=cast(Any, scope), **search)
-    content = models.write_plan(out, chosen, layers, {**about, "run": run_record(seed)})
+        subject = (opened, processor, items)
+        with _measuring(method, measurements, len(items)) as progress:
+            search = {"progress": progress, "measured": measurements}
+            if method == "draft":
+                plan, about["draft"] = _draft(*subject, keep, **search)
+                chosen = ChosenPlan(plan)
+            else:
+                about_tokens: dict[str, Any] = {"scope": scope, "seed": seed}
+                share = cast(float, keep)
+                chosen = chosen_plan(method, *subject, share, **about_tokens, **search)
+    about |= {"keep_first": chosen.keep_first, "losses": chosen.losses}
+    layers = layers_of(opened)
+    content = models.write_plan(out, chosen.plan, layers, {**about, "run": run_record(seed)})
     if measurements is not None:
         measurements.finish()
     terminal.report(
@@ -95,12 +101,12 @@ def plan(
 def _check(method: str, keep: float | None, scope: str, task: str | None) -> None:
     """Raises `UsageError` before a model is opened for what no model can do."""
     from trol.depth.roles import check_scope
-    from trol.evaluation.plan_search import CHOSEN
+    from trol.evaluation.plan_search import METHODS
     from trol.evaluation.tasks import task_of
-    from trol.policies.planned import STATIC, kept_count
+    from trol.policies.planned import kept_count
 
-    if method not in STATIC and method not in CHOSEN:
-        raise unknown("method", method, [*STATIC, *CHOSEN])
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
     if keep is not None:
         kept_count(1, keep)
     elif method != "draft":
@@ -118,7 +124,7 @@ def _draft(
     model: Any, processor: Any, items: Sequence[Item], keep: float | None, **search: Any
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan that drafts fastest, and its figures: predicted, and measured here."""
-    from trol.evaluation.plan_search import draft_plan
+    from trol.evaluation.draft_search import draft_plan
     from trol.evaluation.timing import measured_speed
 
     draft = draft_plan(model, processor, items, keep, **search)
@@ -148,9 +154,12 @@ def _measurements(
 
 @contextmanager
 def _measuring(
-    method: str, questions: int, measurements: Measurements
+    method: str, measurements: Measurements | None, questions: int
 ) -> Generator[Callable[[int, int], None]]:
     """Says how much is to be measured, shows how far it is, and says what Ctrl-C leaves."""
+    if measurements is None:
+        yield lambda done, of: None
+        return
     announced = False
 
     def show(done: int, of: int) -> None:
@@ -178,6 +187,11 @@ def _text(content: dict[str, Any], layers: int, out: Path) -> str:
     lines = [content["plan"], f"{sum(content['visits'])} of {layers} layers, written to {out}"]
     if scope := content.get("scope"):
         lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
+    if losses := content["losses"]:
+        lines.append(
+            f"loss of {content['questions']} questions of {content['task']}, nats per token: "
+            f"{_losses_text(losses, content['keep_first'])}"
+        )
     if draft := content.get("draft"):
         speed = draft["measured"]
         lines.append(
@@ -188,3 +202,18 @@ def _text(content: dict[str, Any], layers: int, out: Path) -> str:
         if speed["ratio"] <= 1:
             lines.append("No draft of this model saves time here; decode without.")
     return "\n".join(lines)
+
+
+def _losses_text(losses: dict[str, float], keep_first: int) -> str:
+    """The full model's loss, the plan's, and the plan's with another number of tokens spared."""
+    from trol.evaluation.plan_search import SPARED, spared
+
+    names = {0: "every token in scope skips", SPARED: "the first token visits every layer"}
+    known = {first: losses[spared(first)] for first in names if spared(first) in losses}
+    parts = [f"{losses['full']:.3f} the full model"]
+    if len(known) == 1:
+        return f"{parts[0]}, {known[keep_first]:.3f} this plan"
+    for first in (keep_first, *(known.keys() - {keep_first})):
+        taken = "this plan, where" if first == keep_first else "if"
+        parts.append(f"{known[first]:.3f} {taken} {names[first]} (keep_first={first})")
+    return ", ".join(parts)

@@ -7,6 +7,8 @@ Verbs import torch, transformers and the rooms that need them inside their funct
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import platform
@@ -45,7 +47,8 @@ def argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text)
 
 
-Model = Annotated[str, argument("MODEL", "A name, a folder or a hub name.")]
+MODEL_IS = "A name (smollm2, trol-tiny), a folder, a GGUF file or a hub name."
+Model = Annotated[str, argument("MODEL", MODEL_IS)]
 AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 ChatTemplate = Annotated[
     str | None,
@@ -75,6 +78,23 @@ Task = Annotated[
         "sees, else docstrings.",
     ),
 ]
+
+
+def may_be_offline(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The verb with one option more, `--offline`, with which nothing is fetched."""
+
+    @functools.wraps(verb)
+    def called(*, offline: bool, **given: Any) -> Any:
+        if offline:  # before huggingface_hub is imported, which reads it once
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        return verb(**given)
+
+    kind = Annotated[bool, flag("--offline", "Fetch nothing: open what is on this machine.")]
+    option = inspect.Parameter("offline", inspect.Parameter.KEYWORD_ONLY, annotation=kind)
+    own = inspect.signature(verb, eval_str=True)
+    parameters = [*own.parameters.values(), option.replace(default=False)]
+    called.__signature__ = own.replace(parameters=parameters)  # pyright: ignore
+    return called
 
 
 def _print_version(wanted: bool) -> None:

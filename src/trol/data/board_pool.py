@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trol.data.boards import ASKERS, COLOURS, Board, draw_array, make_board, questions
+from trol.data.answers import Answers
+from trol.data.boards import ASKERS, COLOURS, Board, caption, draw_array, make_board, questions
+from trol.data.images import IMAGE_TOKEN
 from trol.depth.roles import IGNORED_LABEL
+from trol.host.chat_templates import encode_text
 
 EMPTY = len(COLOURS), 10
 """Colour number and digit of a cell without a tile."""
@@ -95,6 +98,7 @@ def board_pool(
     easy: bool = False,
     fewest: int = 4,
     drawn: bool = True,
+    captions: bool = False,
 ) -> BoardPool:
     """The boards numbered first .. first + boards - 1 of a split.
 
@@ -109,10 +113,14 @@ def board_pool(
         easy: whether only the first four types are asked.
         fewest: tiles on a board, at least.
         drawn: whether the boards are drawn.
+        captions: whether one question about each asks for all of its cells, in place of others.
     """
     grids = [make_board(split, first + i, fewest=fewest) for i in range(boards)]
-    kinds = EASY if easy else MIX
-    chats = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in grids]
+    if captions:
+        turns_each, chats = 1, [[caption(board)] for board in grids]
+    else:
+        kinds = EASY if easy else MIX
+        chats = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in grids]
     alone, chats = chats[: round(packed * boards)], chats[round(packed * boards) :]
     rows = _tokenised(processor, [[pair] for pairs in alone for pair in pairs] + chats)
     count = len(alone) * turns_each
@@ -154,24 +162,19 @@ def _attention_mask(parts: Tensor) -> Tensor:
 
 
 def _tokenised(processor: Any, chats: Sequence[Sequence[tuple[str, str]]]) -> list[TokenRow]:
-    """All conversations through the chat template at once, their pictures already expanded."""
-    picture = processor.image_token * processor.tokens_per_image
-    conversations = []
+    """All conversations through the chat template, their pictures already expanded."""
+    answers, picture = Answers(processor), processor.replace_image_token({}, 0)
+    texts = []
     for pairs in chats:
-        messages = [
-            {"role": role, "content": text}
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
             for pair in pairs
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-        messages[0]["content"] = picture + messages[0]["content"]
-        conversations.append(messages)
-    encoded = processor.tokenizer.apply_chat_template(
-        conversations,
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+        messages[0]["content"].insert(0, {"type": "image"})
+        _, pieces = answers.cut(messages)
+        texts.append([piece.replace(IMAGE_TOKEN, picture) for piece in pieces])
+    encoded = encode_text(processor.tokenizer, texts, (), padding=False)
     return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
 
 

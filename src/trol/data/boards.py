@@ -52,6 +52,9 @@ WORDS = (
 )
 """All words of all questions and answers."""
 
+NOTHING = "nothing"
+"""The word for a cell without a tile, where cells are named one after another."""
+
 _FLOOR = (236, 234, 228)
 _INK = (20, 20, 24)
 _SPLIT_SEED = 20240913
@@ -250,6 +253,12 @@ def questions(
             if len(results) == count:
                 return results
     raise UsageError(f"board {board.split}/{board.seed} allows no question of {types}; add types.")
+
+
+def caption(board: Board) -> tuple[str, str]:
+    """A question, and all nine cells in reading order: `red 7 nothing blue 3 ...`."""
+    cells = (NOTHING if tile is None else tile.name for tile in board.cells)
+    return "what tiles are there?", " ".join(cells)
 
 
 def chance_by_type(*, boards: int = 2000, split: str = "validation") -> dict[str, float]:

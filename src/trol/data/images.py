@@ -19,6 +19,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from trol.data.formats import RowError
 from trol.errors import DataError
 
+IMAGE_TOKEN = "<image>"
+"""Stands for one image in every text and template of a TroL model, whatever the tokenizer's image
+token is."""
+
 MOST_PIXELS = 50_000_000
 """Largest width x height that is decoded (150 MB as RGB)."""
 

@@ -8,7 +8,6 @@ where the sizes are no longer those of the files.
 
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from trol.data.formats import FORMATS, KINDS, Messages, RowError, read_row, row_
 from trol.data.images import open_picture
 from trol.data.row_files import JSON_FILES, Container, Table
 from trol.errors import DataError, UsageError, unknown
-from trol.files import whole_file
+from trol.files import cache_folder, whole_file
 from trol.strict import built, read_yaml
 
 
@@ -206,11 +205,6 @@ def quarantine_path(mixture: MixtureFile) -> Path:
     places = f"{mixture.path.resolve()}\n{mixture.root.resolve()}"
     mark = hashlib.sha256(places.encode()).hexdigest()[:16]
     return cache_folder() / "quarantine" / f"{mixture.path.stem}-{mark}.jsonl"
-
-
-def cache_folder() -> Path:
-    """Where trol keeps what it can make again: $XDG_CACHE_HOME/trol, or ~/.cache/trol."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trol"
 
 
 def _stale(path: Path, why: str) -> DataError:

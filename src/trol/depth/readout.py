@@ -68,7 +68,8 @@ class Readout:
     @property
     def at_once(self) -> int:
         """The most tokens whose logits are to be in memory at once."""
-        return max(1, LOGITS_AT_ONCE // find_decoder(self.host).config.vocab_size)
+        stack: Any = find_decoder(self.host)
+        return max(1, LOGITS_AT_ONCE // stack.config.vocab_size)
 
     @property
     def head(self) -> nn.Module:

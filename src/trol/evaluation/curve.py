@@ -8,7 +8,9 @@ null where it is not known::
     {"scope", "layers", "questions", "seeds": [int], "keep": [float], "device",
      "timing": {"batch", "tokens", "rounds"},
      "tasks": {task: {
-        "n": int, "metrics": {name: {"better": "higher" | "lower"}},   the first judges
+        "n": int, "kind": "question" | "window",
+        "splits": bool,           whether plans were chosen on another split, not a part of the file
+        "metrics": {name: {"better": "higher" | "lower"}},   the first judges
         "methods": {method: {
             "bound": bool,            drawn by looking at the references
             "made_on": {"n", "split", "metric", "seed", "full", "full_here"},    of an oracle alone
@@ -30,19 +32,21 @@ oracle, whose last point chooses among levels with the full model's budget.
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
 import torch
 
-from trol.depth import AbstractPolicy, depth
+from trol.depth import AbstractPolicy, depth, trace
 from trol.depth.policy import Plain, to_settings
+from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
 from trol.evaluation import curve_methods
-from trol.evaluation.answers import LOWER_IS_BETTER, answer, losses, scores
+from trol.evaluation.answers import LOSS_BATCH, LOWER_IS_BETTER, answer, losses, mean_losses, scores
 from trol.evaluation.hidden_states import layers_of, state_cosines
-from trol.evaluation.items import Item, fitted_prompts
+from trol.evaluation.items import Item, batches, fitted_prompts, labelled, positions_of
+from trol.evaluation.plan_search import JUDGING
 from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
 from trol.evaluation.timing import (
     Timing,
@@ -55,11 +59,23 @@ from trol.evaluation.timing import (
 COMPARED = 32
 """Questions whose hidden states are compared with the full model's."""
 
-ROUNDS = 5
-"""Questions that are answered one by one, for FLOPs and for times."""
+COMPARED_TOKENS = 256
+"""Tokens of plain text whose hidden states are."""
 
-FORCED_TOKENS = 16
+QUESTIONS = 200
+"""Questions of each seed, where nobody says."""
+
+WINDOWS, WINDOW = 4, 512
+"""Windows of plain text of each seed, where nobody says, and tokens of each."""
+
+ROUNDS = 2
+"""Questions of each seed that are answered one by one, for FLOPs and for times."""
+
+FORCED_TOKENS = 8
 """Tokens of such an answer, its end put off until there are as many."""
+
+TIMED_PROMPT = 64
+"""Tokens of plain text that such an answer goes on from, at most."""
 
 FULL = {"plan": "all"}
 """Settings of the full model's point, which every curve has."""
@@ -82,10 +98,8 @@ class Sample:
     def alone(self) -> list[Any]:
         """Prompts of one question each."""
         new_tokens = max(FORCED_TOKENS, self.task.new_tokens)
-        return [
-            fitted_prompts(self.model, self.processor, [item], new_tokens)
-            for item in self.items[:ROUNDS]
-        ]
+        short = [replace(item, ids=item.ids[: 2 * TIMED_PROMPT]) for item in self.items[:ROUNDS]]
+        return [fitted_prompts(self.model, self.processor, [item], new_tokens) for item in short]
 
 
 @dataclass(frozen=True)
@@ -115,15 +129,21 @@ def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:
     processor, items = sample.processor, sample.items
     values: dict[str, float] = {}
     with depth(model, policy):
-        texts, visits = answers_and_visits(sample, model)
-        for metric in sample.task.metrics:
-            if metric == "loss":
-                each: Sequence[float] = losses(model, processor, items)
-            else:
-                each = scores(metric, texts, items)
-            values[metric] = statistics.fmean(each)
+        if sample.task.windows:
+            values["loss"], visits = window_losses_and_visits(sample, model)
+        else:
+            texts, visits = answers_and_visits(sample, model)
+            for metric in sample.task.metrics:
+                if metric == "loss":
+                    each: Sequence[float] = losses(model, processor, items)
+                else:
+                    each = scores(metric, texts, items)
+                values[metric] = statistics.fmean(each)
         cost = _forced_cost(sample, model)
-    cosines = state_cosines(model, processor, items[:COMPARED], policy)
+    compared = items[:COMPARED]
+    if sample.task.windows:
+        compared = [replace(items[0], ids=items[0].ids[:COMPARED_TOKENS])]
+    cosines = state_cosines(model, processor, compared, policy)
     if visits is not None:
         cost["visits"] = visits
     return Point(values, {**cost, **_times(sample, model, policy)}, cosines)
@@ -146,6 +166,20 @@ def answers_and_visits(sample: Sample, model: Any) -> tuple[list[str], float | N
             visited += int((visits * read).sum())
             tokens += int(read.sum())
     return texts, visited / tokens if tokens else None
+
+
+def window_losses_and_visits(sample: Sample, model: Any) -> tuple[float, float]:
+    """The loss of the mean window, and the layer visits of the mean token that is predicted."""
+    values: list[float] = []
+    visited = tokens = 0
+    for some in batches(sample.items, LOSS_BATCH):
+        inputs = dict(labelled(model, sample.processor, some))
+        predicted = (inputs["labels"] != IGNORED_LABEL).cpu()
+        with trace(model) as seen:
+            values += mean_losses(model, inputs)
+        visited += int(seen.visits.sum(0)[predicted].sum())
+        tokens += int(predicted.sum())
+    return statistics.fmean(values), visited / tokens
 
 
 def _forced_cost(sample: Sample, model: Any) -> Costs:
@@ -229,7 +263,7 @@ def curve(
     return {
         "scope": request.scope,
         "layers": layers_of(model),
-        "questions": request.questions,
+        "questions": request.questions or QUESTIONS,
         "seeds": list(range(request.seeds)),
         "keep": list(request.keeps),
         "device": _device_name(model),
@@ -250,12 +284,7 @@ def _task(
 ) -> dict[str, Any]:
     task = task_of(name)
     samples = [
-        Sample(
-            model,
-            processor,
-            task,
-            questions_of(model, processor, name, request.questions, seed=seed),
-        )
+        Sample(model, processor, task, _items(model, processor, name, request, seed))
         for seed in range(request.seeds)
     ]
     if not all(sample.items for sample in samples):
@@ -292,12 +321,30 @@ def _task(
     progress(f"{name}: done", of, of)
     return {
         "n": len(samples[0].items),
+        "kind": "window" if task.windows else "question",
+        "splits": task.splits,
         "metrics": {
             metric: {"better": "lower" if metric in LOWER_IS_BETTER else "higher"}
             for metric in task.metrics
         },
         "methods": {method: methods[method] for method in request.methods},
     }
+
+
+def _items(
+    model: Any, processor: Any, name: str, request: curve_methods.Request, seed: int
+) -> list[Item]:
+    """The questions of one seed; of a file of the user's, none that plans were chosen by."""
+    windows = task_of(name).windows
+    return questions_of(
+        model,
+        processor,
+        name,
+        request.questions or (WINDOWS if windows else QUESTIONS),
+        seed=seed,
+        window=min(WINDOW, positions_of(model) or WINDOW) if windows else None,
+        part=JUDGING,
+    )
 
 
 def _points(

@@ -1,28 +1,27 @@
 """The methods that a curve compares: how each makes its policies, cheap ones to dear ones."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from trol.checkpoints import adapter
-from trol.depth import AbstractPolicy, Plan, Scope, attached, detach, is_attached
+from trol.depth import AbstractPolicy, Scope, attached, detach, is_attached
 from trol.depth.policy import from_settings, to_settings
 from trol.errors import UsageError, unknown
 from trol.evaluation.answers import LOWER_IS_BETTER
 from trol.evaluation.hidden_states import layers_of
-from trol.evaluation.plan_search import chosen_plan
+from trol.evaluation.plan_search import CHOOSING, ChosenPlan, chosen_plan, items_to_choose_by
 from trol.evaluation.store import Measurements, OracleResult
-from trol.evaluation.tasks import questions_of
+from trol.evaluation.tasks import task_of
 from trol.policies.exits import EarlyExit
-from trol.policies.planned import Planned, kept_count, static_plan
+from trol.policies.planned import Planned, kept_count
 
 STATIC = {"skip": "uniform", "exit": "exit", "random": "random", "middle": "middle"}
-"""Method -> the static plans that it draws."""
+"""Method -> the static plans that it draws; those of `skip` are evenly spaced."""
 
 SEARCHED = ("influence", "greedy")
 """Methods whose plans are chosen by measuring."""
@@ -36,7 +35,7 @@ ORACLE = "oracle"
 """A method that is not measured here: its curve is read from the folder of `trol oracle`."""
 
 CHOSEN_BY = 64
-"""Questions of the validation split that plans are chosen by."""
+"""Questions of the validation split that plans are chosen by; of plain text, `WINDOWS`."""
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Thresholds of `MEASURE` for exits that decide while running."""
@@ -82,7 +81,7 @@ class Request:
 
     methods: tuple[str, ...]
     keeps: tuple[float, ...]
-    questions: int = 200
+    questions: int | None = None
     seeds: int = 3
     scope: Scope = "answer"
     adapters: Mapping[str, Any] | None = None
@@ -158,22 +157,8 @@ def candidates(
     method: str, model: Any, processor: Any, task: str, request: Request
 ) -> list[Candidate]:
     """The points of one method on one task, the full model not among them."""
-    if method in STATIC:
-        return _plans(
-            model,
-            request,
-            lambda layers, keep: [
-                static_plan(STATIC[method], layers, keep, seed) for seed in range(request.seeds)
-            ],
-        )
-    if method in SEARCHED:
-        # Chosen once, by validation questions: the seeds differ in the questions they answer.
-        items = questions_of(model, processor, task, CHOSEN_BY, seed=0, split="validation")
-        kept = Measurements()  # shares have many of them in common
-        choose = partial(chosen_plan, method, model, processor, items, measured=kept)
-        return _plans(
-            model, request, lambda _, keep: [choose(keep, scope=request.scope)] * request.seeds
-        )
+    if method in STATIC or method in SEARCHED:
+        return _plans(method, model, processor, task, request)
     if method == EarlyExit.name:
         return _exits(model, request)
     values = {"dial": DIALS} if method == "router" else {}
@@ -184,20 +169,50 @@ def candidates(
     ]
 
 
-def _plans(
-    model: Any, request: Request, plans_of: Callable[[int, float], Sequence[Plan]]
-) -> list[Candidate]:
-    """The points at the shares at which some layer goes; where none does, it is the full model."""
-    layers, points = layers_of(model), []
+def _plans(method: str, model: Any, processor: Any, task: str, request: Request) -> list[Candidate]:
+    """The points at the shares at which some layer goes; where none does, it is the full model.
+
+    A plan is chosen once, by validation questions, and the seeds differ in the questions they
+    answer; plans drawn at random differ as well.
+    """
+    layers, points, items = layers_of(model), [], []
+    if method in SEARCHED or request.scope != "answer":
+        windows = task_of(task).windows
+        items = items_to_choose_by(
+            model, processor, task, None if windows else CHOSEN_BY, part=CHOOSING
+        )
+    kept = Measurements()  # shares have many of them in common
     for keep in request.keeps:
         if kept_count(layers, keep) == layers:
             continue
-        plans = plans_of(layers, keep)
-        texts = [str(plan) for plan in plans]
-        settings = {"plan": texts[0]} if len(set(texts)) == 1 else {"plans": texts}
-        policies = tuple(Planned(plan, scope=request.scope) for plan in plans)
-        points.append(Candidate(keep, settings, model, policies))
+        plans = [
+            chosen_plan(
+                STATIC.get(method, method),
+                model,
+                processor,
+                items,
+                keep,
+                scope=request.scope,
+                seed=seed,
+                measured=kept,
+            )
+            for seed in (range(request.seeds) if method == "random" else (0,))
+        ]
+        plans *= request.seeds // len(plans)
+        policies = tuple(
+            Planned(one.plan, scope=request.scope, keep_first=one.keep_first) for one in plans
+        )
+        points.append(Candidate(keep, _settings(plans), model, policies))
     return points
+
+
+def _settings(plans: Sequence[ChosenPlan]) -> dict[str, Any]:
+    """The plan, or the plans of the seeds, and the first tokens spared, if there are any."""
+    texts, firsts = [str(one.plan) for one in plans], [one.keep_first for one in plans]
+    settings: dict[str, Any] = {"plan": texts[0]} if len(set(texts)) == 1 else {"plans": texts}
+    if any(firsts):
+        settings["keep_first"] = firsts[0] if len(set(firsts)) == 1 else firsts
+    return settings
 
 
 def _exits(model: Any, request: Request) -> list[Candidate]:

@@ -61,25 +61,36 @@ def state_cosines(
         full, other = (states(model, batch, one, chosen) for one in ("plain", policy))
         return cosine_similarity(full[1:], other[1:], dim=-1)
 
-    return _means(cosines(batch) for batch in _read(model, processor, items))
+    return _all(cosines(batch) for batch in _read(model, processor, items)).mean(1).tolist()
 
 
 def influences(
-    model: Any, processor: Any, items: Sequence[Item], scope: Scope = "answer"
-) -> list[float]:
-    """Block influence of each layer in the full model: 1 - mean over tokens of cos(x_l, x_l+1).
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    scope: Scope = "answer",
+    *,
+    keep_first: int = 0,
+) -> list[dict[str, float]]:
+    """Block influence of each layer in the full model, 1 - cos(x_l, x_l+1): `mean` and `worst`.
 
-    ShortGPT (https://arxiv.org/abs/2403.03853, section 3.2), over the tokens in `scope`.
+    ShortGPT's (https://arxiv.org/abs/2403.03853, section 3.2) is the mean over the tokens in
+    `scope`, here without the first `keep_first` of each row. The worst token shows what the mean
+    hides: a layer that matters at one token alone, such as the one that builds an attention sink.
 
     Raises:
         DataError: the items have no tokens in scope.
     """
 
     def cosines(batch: Batch) -> Tensor:
-        full = states(model, batch, "plain", scoped(batch, scope))
+        places = batch["attention_mask"].long().cumsum(-1) - 1
+        chosen = scoped(batch, scope) & (places >= keep_first)
+        full = states(model, batch, "plain", chosen)
         return cosine_similarity(full[:-1], full[1:], dim=-1)
 
-    return [1 - mean for mean in _means(cosines(batch) for batch in _read(model, processor, items))]
+    each = 1 - _all(cosines(batch) for batch in _read(model, processor, items))
+    both = zip(each.mean(1).tolist(), each.amax(1).tolist(), strict=True)
+    return [{"mean": mean, "worst": worst} for mean, worst in both]
 
 
 @torch.inference_mode()
@@ -106,12 +117,12 @@ def _read(model: Any, processor: Any, items: Sequence[Item]) -> Iterator[Batch]:
         yield labelled(model, processor, some)
 
 
-def _means(batches_of: Iterable[Tensor]) -> list[float]:
-    """Means over all tokens of all batches. Shape of each batch: [L, N]."""
+def _all(batches_of: Iterable[Tensor]) -> Tensor:
+    """The values of all tokens of all batches. Shape: [L, N] each -> [L, N]."""
     parts = [values.double().cpu() for values in batches_of]
     if not sum(part.shape[1] for part in parts):
         raise DataError("the questions have no tokens to measure; give some, with answers.")
-    return torch.cat(parts, dim=1).mean(1).tolist()
+    return torch.cat(parts, dim=1)
 
 
 @contextmanager
@@ -128,6 +139,22 @@ def _recorded(model: Any, chosen: Tensor) -> Generator[list[Tensor]]:
 
     hooks = [layers[0].register_forward_pre_hook(enters, with_kwargs=True)]
     hooks += [layer.register_forward_hook(leaves) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def entering(model: Any) -> Generator[list[Tensor]]:
+    """Records what enters each layer of one pass, as the layers run. Shape of each: [B, T, D]."""
+    seen: list[Tensor] = []
+
+    def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in _layers(model)]
     try:
         yield seen
     finally:

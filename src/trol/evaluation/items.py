@@ -3,6 +3,7 @@
 The questions are about boards, from sets of pairs, from files of chats, or windows of plain text.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,12 +82,26 @@ def pair_items(name: str, count: int, seed: int, split: str = "test") -> list[It
     return [Item(None, pair.question, pair.answer, pair.type) for pair in pairs]
 
 
-def chat_items(path: Path, count: int, seed: int, split: str = "test") -> list[Item]:
+Part = tuple[float, float]
+"""Where a part of a file begins and ends, as shares of the file."""
+
+WHOLE: Part = (0.0, 1.0)
+
+
+def chat_items(
+    path: Path, count: int, seed: int, split: str = "test", *, part: Part = WHOLE
+) -> list[Item]:
     """At most `count` last answers of a file of chats, which is the same set in every split."""
     del split
-    chats = list(read_chats(path))
+    chats = _part_of(list(read_chats(path)), part)
     random.Random(f"chats/{seed}").shuffle(chats)
     return [_chat_item(chat, path.parent) for chat in chats[:count]]
+
+
+def _part_of(values: list[Any], part: Part) -> list[Any]:
+    """The values of a part; parts that share no place of the file share no value."""
+    first, last = math.ceil(part[0] * len(values)), math.ceil(part[1] * len(values))
+    return values[first:last]
 
 
 def _chat_item(chat: Chat, folder: Path) -> Item:
@@ -96,7 +111,14 @@ def _chat_item(chat: Chat, folder: Path) -> Item:
 
 
 def text_items(
-    path: Path, count: int, seed: int, split: str = "test", *, tokenizer: Any, window: int
+    path: Path,
+    count: int,
+    seed: int,
+    split: str = "test",
+    *,
+    tokenizer: Any,
+    window: int,
+    part: Part = WHOLE,
 ) -> list[Item]:
     """At most `count` windows of a file, in its order; every split is the whole file.
 
@@ -112,7 +134,7 @@ def text_items(
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )  # verbose: a text may be longer than the model reads at once
-    ids, places = encoded["input_ids"], encoded["offset_mapping"]
+    ids, places = (_part_of(encoded[name], part) for name in ("input_ids", "offset_mapping"))
     step = window - len(start)
     known = 0 if start else 1  # the first token of a text without a mark is not predicted
     begins = [at for at in range(0, len(ids), step) if len(ids) - at > known]

@@ -23,6 +23,7 @@ from trol.errors import UsageError, unknown
 from trol.evaluation import answers
 from trol.evaluation.answers import StepsDone
 from trol.evaluation.items import BATCH, Item, fitted_prompts, tokenizer_of
+from trol.evaluation.plan_search import ChosenPlan, spared
 from trol.evaluation.store import OracleRow, RowKey, Store, items_digest
 from trol.evaluation.tasks import SkipScope
 from trol.host.cache import is_recurrent
@@ -34,6 +35,15 @@ TEXT_ONLY = {"input_ids", "attention_mask"}
 
 TEMPERATURE = 0.7
 """Temperature of the answers drawn for the best-of-n control, a usual one for best-of-n."""
+
+DEFAULT_MENU = "influence:8"
+"""Eight levels from half of the layers to all, chosen by one pass over validation questions."""
+
+LEAST_SHARE = 0.5
+"""The share of the layers of the cheapest level that is chosen by measuring."""
+
+SERIES = (*STATIC, "influence", "greedy")
+"""The methods that a menu can have a series of."""
 
 _SERIES = re.compile(r"(?P<method>[a-z]+):(?P<levels>\d+)")
 
@@ -47,6 +57,12 @@ class Level:
     """The plan with every visited layer named, so that one plan has one text."""
     cost: int
     """Σ_l n_l, the layers that a token of the answer visits. Unit: layers."""
+    keep_first: int = 0
+    """The first tokens of each sequence that visit every layer. Unit: tokens."""
+
+    def policy(self, scope: SkipScope) -> Planned:
+        """What answers at this level."""
+        return Planned(self.plan, scope=scope, keep_first=self.keep_first)
 
 
 @dataclass(frozen=True)
@@ -68,47 +84,71 @@ class Menu:
         return [level.cost for level in self.levels]
 
 
-def read_menu(text: str, layers: int, *, seed: int = 0, read: Callable[[str], Plan] = Plan) -> Menu:
+Choose = Callable[[str, float], ChosenPlan]
+"""(method, share of the layers) -> the plan that it chooses."""
+
+
+def read_menu(
+    text: str,
+    layers: int,
+    *,
+    seed: int = 0,
+    read: Callable[[str], Plan | ChosenPlan] = Plan,
+    choose: Choose | None = None,
+) -> Menu:
     """The menu that `text` names for a stack of `layers` layers.
 
     Args:
-        text: plans with commas between; `uniform:8` and the like stand for eight plans of that
-            static method, whose costs are evenly spaced.
+        text: plans with commas between; `influence:8` and the like stand for eight plans of that
+            method of `trol plan`. The costs of a static method are evenly spaced from an eighth of
+            the layers on, those of a method that measures from half of them on: pretrained models
+            say nothing sensible with fewer, however they are chosen (LAB.md).
         layers: of the stack.
         seed: of the method `random`.
         read: plan text, or the name of a plan file, -> plan.
+        choose: chooses the plans of methods that measure; None where there is no model to measure.
 
     Raises:
         UsageError: a part is no plan, names layers that the stack lacks, or asks for more levels
             than it has layers; or the menu has one level, or lacks the full model.
     """
-    plans: list[Plan] = []
+    plans: list[Plan | ChosenPlan] = []
     for part in parsed(text, read):
-        plans += [part] if isinstance(part, Plan) else _series(*part, layers=layers, seed=seed)
+        if not isinstance(part, tuple):
+            plans.append(part)
+        elif part[0] in STATIC:
+            plans += _series(*part, layers=layers, seed=seed)
+        elif choose is None:
+            raise UsageError(f"{part[0]} measures a model, and none is given; give its plans.")
+        else:
+            plans += _measured_series(*part, choose)
     return menu_of(plans, layers)
 
 
-def parsed(text: str, read: Callable[[str], Plan]) -> list[Plan | tuple[str, int]]:
+def parsed(
+    text: str, read: Callable[[str], Plan | ChosenPlan]
+) -> list[Plan | ChosenPlan | tuple[str, int]]:
     """The parts of a menu: plans, and series of so many levels; raises as `read_menu`."""
-    parts: list[Plan | tuple[str, int]] = []
+    parts: list[Plan | ChosenPlan | tuple[str, int]] = []
     for part in filter(None, map(str.strip, text.split(","))):
         series = _SERIES.fullmatch(part)
         if series is None or series["method"] == "all":
             parts.append(read(part))
             continue
-        if series["method"] not in STATIC:
-            raise unknown("series of plans", series["method"], STATIC)
+        if series["method"] not in SERIES:
+            raise unknown("series of plans", series["method"], SERIES)
         parts.append((series["method"], int(series["levels"])))
     return parts
 
 
-def menu_of(plans: Sequence[Plan], layers: int) -> Menu:
+def menu_of(plans: Sequence[Plan | ChosenPlan], layers: int) -> Menu:
     """The menu of these plans; the same plan twice is one level. Raises as `read_menu`."""
     levels: dict[str, Level] = {}
-    for plan in plans:
+    for one in plans:
+        plan, first = (one, 0) if isinstance(one, Plan) else (one.plan, one.keep_first)
         visits = plan.for_layers(layers)
-        text = str(Plan(visits))
-        levels[text] = Level(Plan(visits), text, sum(visits))
+        text = str(Plan(visits)) + (f", {spared(first)}" if first else "")
+        levels[text] = Level(Plan(visits), text, sum(visits), first)
     if not any(_is_full(level.plan, layers) for level in levels.values()):
         raise UsageError(
             f"the menu lacks the full model, which its levels are compared with; add 'all' to "
@@ -117,7 +157,7 @@ def menu_of(plans: Sequence[Plan], layers: int) -> Menu:
     if len(levels) < 2:
         raise UsageError(
             "the menu has one level, so there is nothing to choose; give more plans, such as "
-            f"--menu 'uniform:{min(layers, 8)}'."
+            f"--menu '{DEFAULT_MENU}'."
         )
     ordered = sorted(levels.values(), key=lambda level: (level.cost, level.text))
     return Menu(tuple(ordered), layers)
@@ -131,6 +171,13 @@ def _series(method: str, levels: int, *, layers: int, seed: int) -> list[Plan]:
         )
     # level / levels as a share of the layers: evenly spaced costs, the last one the full model.
     return [static_plan(method, layers, level / levels, seed) for level in range(1, levels + 1)]
+
+
+def _measured_series(method: str, levels: int, choose: Choose) -> list[Plan | ChosenPlan]:
+    if levels < 2:
+        raise UsageError(f"'{method}:{levels}' asks for {levels} levels; give 2 or more.")
+    shares = [LEAST_SHARE + (1 - LEAST_SHARE) * level / (levels - 1) for level in range(levels - 1)]
+    return [*(choose(method, share) for share in shares), Plan("all")]
 
 
 def _is_full(plan: Plan, layers: int) -> bool:
@@ -174,14 +221,14 @@ class Batch:
         self._settings = {"num_beams": 1, "pad_token_id": 0 if padding is None else padding}
         self._prefix: Any = self._shared_prefix() if self._may_share() else None
 
-    def answers(self, plan: Plan, noise: LogitsProcessor | None = None) -> list[OracleAnswer]:
-        """The answers at this level: greedy ones, or with `noise` on the logits."""
+    def answers(self, policy: Planned, noise: LogitsProcessor | None = None) -> list[OracleAnswer]:
+        """The answers under this plan: greedy ones, or with `noise` on the logits."""
         settings: dict[str, Any] = dict(self._settings)
         if noise is not None:
             settings["logits_processor"] = [noise]
         if self._prefix is not None:
             settings[CACHE] = fork_cache(self._prefix, planes=True)
-        with depth(self.model, Planned(plan, scope=self.scope)), torch.inference_mode():
+        with depth(self.model, policy), torch.inference_mode():
             new = answers.greedy(self.model, self.inputs, self.new_tokens, **settings)
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         before = answers.before_end(self.model, new).sum(1)
@@ -333,14 +380,14 @@ def answer_all(
                     model, processor, items, scope=questions.scope, new_tokens=questions.new_tokens
                 )
                 noise = GumbelNoise(places, sample, questions.seed) if sample else None
-                given = batch.answers(level.plan, noise)
+                given = batch.answers(level.policy(questions.scope), noise)
                 texts = [one.text for one in given]
                 scores: dict[str, Sequence[float]] = {}
                 for metric in questions.metrics:
                     if metric != "loss":
                         scores[metric] = answers.scores(metric, texts, items)
                     elif not sample:  # a drawn answer has no loss of its own
-                        with depth(model, Planned(level.plan, scope=questions.scope)):
+                        with depth(model, level.policy(questions.scope)):
                             scores[metric] = answers.losses(model, processor, items)
                 store.append(_rows(places, items, given, scores, level=level, sample=sample))
             done(start * len(units) + number * len(places), len(order) * len(units))

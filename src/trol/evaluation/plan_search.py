@@ -1,53 +1,102 @@
-"""Plans that are chosen by measuring a model: the layers that it misses least, and drafts.
+"""Plans that a model is measured for: the layers that it misses least.
 
-A draft that agrees with the model at many positions, and costs little, gains most:
-
-    speed-up = tokens per round / (k c + v)
-
-where k tokens are drafted a round, c is a draft's step and v a verifying pass over k + 1 tokens,
-both in steps of the model's own policy (https://arxiv.org/abs/2211.17192, theorem 3.8, where
-tokens per round is (1 - a^(k+1)) / (1 - a) for agreement a; here the rounds are played through).
+A pretrained decoder keeps an attention sink at its first token: one layer builds it, and most of
+the harm of skipping that layer is done at this token (https://arxiv.org/abs/2309.17453 names the
+sink). So plans for prompts are searched with the first token at full depth, and the plan found is
+measured with it and without.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from statistics import median
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from trol.depth import Plan, Scope, attached, depth
-from trol.depth.attachment import decoding
-from trol.depth.call import generating
-from trol.depth.policy import Plain
-from trol.depth.roles import Prompt
+from trol.depth import Plan, Scope, depth
 from trol.errors import UsageError, unknown
-from trol.evaluation.answers import StepsDone, before_end, greedy, losses
+from trol.evaluation.answers import StepsDone, losses
+from trol.evaluation.draft_search import draft_plan
 from trol.evaluation.hidden_states import influences, layers_of
-from trol.evaluation.items import Item, batches, prompts
+from trol.evaluation.items import WHOLE, Item, Part, positions_of
+from trol.evaluation.removal import EXCHANGES, Layers, Removal, measurements
+from trol.evaluation.shared_layers import PlanLosses
 from trol.evaluation.store import Measurements
-from trol.evaluation.timing import interleaved
-from trol.policies.planned import Planned, kept_count, plan_keeping, uniform
-from trol.speculation.loop import ForwardPasses, with_policy
+from trol.evaluation.tasks import questions_of, task_of
+from trol.policies.planned import STATIC, Planned, kept_count, plan_keeping, static_plan
 
-PROMISING = 8
-"""Candidates for removal that are measured again after the first round: those that cost least
-beside the best of the round in which they were measured last."""
+MEASURED = ("influence", "greedy", "draft")
+"""The methods that look at the model, beside the static ones."""
 
-BATCH = 16
-"""Answers that drafts are compared with at once."""
+METHODS = (*MEASURED, *STATIC)
+"""The methods of `chosen_plan`."""
 
-MOST_TOKENS = 8
-"""The longest draft that is tried. Unit: tokens."""
+DEFAULT_METHOD = "greedy"
+"""Of real models the best at every share (LAB.md); evenly spaced layers are the worst."""
 
-Layers = tuple[int, ...]
+SPARED = 1
+"""First tokens of a sequence that plans are tried without: there the attention sink is."""
 
-Rows = list[list[bool]]
-"""For each answer, at which of its tokens a draft says what the model says."""
+QUESTIONS = 64
+"""Questions that a plan is chosen by, where nobody says."""
+
+WINDOWS, WINDOW = 2, 1024
+"""Windows of plain text that a plan is chosen by, where nobody says, and tokens of each: a few
+minutes of two cores for a model of 135 M parameters. Long ones: plans chosen by windows of 256
+tokens lose layers that a longer context needs (LAB.md)."""
+
+
+CHOOSING, JUDGING = (0.0, 0.125), (0.125, 1.0)
+"""Of a file of the user's, which has no splits: the part that plans are chosen by, and the part
+that they are judged by, where one command does both."""
+
+
+@dataclass(frozen=True)
+class ChosenPlan:
+    """A plan, for which tokens it is, and what it costs on the questions that chose it."""
+
+    plan: Plan
+    keep_first: int = 0
+    """The first tokens of each sequence that visit every layer. Unit: tokens."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """The answers' mean losses: `full` of the full model, and `keep_first=N` of the plan with N
+    first tokens spared; empty where nothing was measured. Unit: nats per token."""
+
+    @property
+    def loss(self) -> float | None:
+        """The plan's own loss."""
+        return self.losses.get(spared(self.keep_first))
+
+
+def spared(keep_first: int) -> str:
+    """What a loss is called with so many first tokens spared."""
+    return f"keep_first={keep_first}"
+
+
+def items_to_choose_by(
+    model: Any,
+    processor: Any,
+    task: str,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    part: Part = WHOLE,
+) -> list[Item]:
+    """Items of a task's validation split, as many as a search takes in a few minutes if not said.
+
+    Args:
+        model: the model.
+        processor: what prepares its inputs.
+        task: a task's name.
+        count: questions, or windows of plain text, at most.
+        seed: which of them.
+        part: of the user's own file, from and to.
+    """
+    window = None
+    if task_of(task).windows:
+        window = min(WINDOW, positions_of(model) or WINDOW)
+    count = count or (QUESTIONS if window is None else WINDOWS)
+    return questions_of(
+        model, processor, task, count, seed=seed, split="validation", window=window, part=part
+    )
 
 
 def chosen_plan(
@@ -58,356 +107,146 @@ def chosen_plan(
     keep: float,
     *,
     scope: Scope = "answer",
+    seed: int = 0,
     progress: StepsDone = lambda done, of: None,
     measured: Measurements | None = None,
-) -> Plan:
+) -> ChosenPlan:
     """The plan of max(1, round(keep * L)) layers that `method` judges best on `items`.
 
+    Where first tokens are in the scope, it is tried with and without `SPARED` of them, and the
+    better one is taken; of equal ones the one without.
+
     Args:
-        method: `influence` (measures once), `greedy` (once for each layer that may go, then for
-            the most promising ones at every step) or `draft` (`draft_plan`, whatever the scope).
+        method: a static one, which measures nothing where scope is `answer`; `influence` (reads
+            the states once), `greedy` (once for each layer that may go, then for the most
+            promising ones at every step) or `draft` (`draft_plan`, whatever the scope).
         model: a model, plain or attached; a policy that it carries is out of force meanwhile.
         processor: what prepares its inputs.
         items: questions with answers, of a split that the plan is not judged by.
         keep: the share of layers that stay.
         scope: whose tokens will skip: in the paper, those of answers.
+        seed: of the method `random`.
         progress: called before the first measurement, and after each.
         measured: keeps what is measured, and has what was measured before.
 
     Raises:
         UsageError: the method is unknown, `keep` is outside (0, 1], or no items are given.
     """
-    if method not in CHOSEN:
-        raise unknown("method", method, CHOSEN)
-    kept_count(layers_of(model), keep)
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    layers = layers_of(model)
+    kept = kept_count(layers, keep)
+    if method in STATIC and scope == "answer":
+        return ChosenPlan(static_plan(method, layers, keep, seed))
     if not items:
         raise UsageError(f"{method} measures on questions, but got none; give at least one.")
     measured = measured or Measurements()
+    subject = (model, processor, items)
     if method == "draft":
-        return draft_plan(model, processor, items, keep, progress=progress, measured=measured).plan
-    choose = _by_influence if method == "influence" else _greedily
-    return choose((model, processor, items), keep, scope, progress, measured)
+        return ChosenPlan(draft_plan(*subject, keep, progress=progress, measured=measured).plan)
+    steps = {
+        "influence": 1,
+        "greedy": measurements(layers, layers - kept, exchanges=EXCHANGES),
+    }.get(method, 0)
+    search = _Search(subject, scope, measured, progress, of=steps + 2 + (scope != "answer"))
+    if method in STATIC:
+        plan = static_plan(method, layers, keep, seed)
+    else:
+        find = search.by_influence if method == "influence" else search.greedily
+        plan = plan_keeping(find(kept), layers)
+    return search.with_its_losses(plan)
 
-
-CHOSEN = ("influence", "greedy", "draft")
-"""The methods of `chosen_plan`."""
 
 Subject = tuple[Any, Any, Sequence[Item]]
 """Model, processor and items."""
 
 
-def _by_influence(
-    subject: Subject, keep: float, scope: Scope, progress: StepsDone, measured: Measurements
-) -> Plan:
-    """The layers of greatest block influence, measured once; of equal ones the earlier stays.
+class _Search:
+    """The measurements of one search, each made once."""
 
-    ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3).
-    """
-    progress(len(measured.values), 1)
-    each = measured.value("influences", lambda: influences(*subject, scope))
-    progress(1, 1)
-    ranked = sorted(range(len(each)), key=lambda layer: (-each[layer], layer))
-    return plan_keeping(ranked[: kept_count(len(each), keep)], len(each))
+    def __init__(
+        self,
+        subject: Subject,
+        scope: Scope,
+        measured: Measurements,
+        progress: StepsDone,
+        *,
+        of: int,
+    ) -> None:
+        self.subject, self.measured = subject, measured
+        self.scope: Scope = scope
+        self.progress, self.of = progress, of
+        self.layers = layers_of(subject[0])
+        self.keep_first = 0 if scope == "answer" else SPARED
+        self._losses: dict[int, PlanLosses] = {}
+        progress(min(len(measured.values), of), of)
 
+    def by_influence(self, kept: int) -> list[int]:
+        """The layers of greatest block influence: the mean over tokens, times the worst token's.
 
-def _greedily(
-    subject: Subject, keep: float, scope: Scope, progress: StepsDone, measured: Measurements
-) -> Plan:
-    """Layers taken away one by one, each time the one without which the answers' loss is least.
+        ShortGPT (https://arxiv.org/abs/2403.03853, section 3.3) ranks by the mean alone, which does
+        not see what a layer does at few tokens. Without 15 of its 30 layers, SmolLM2 has 52 times
+        its perplexity on docstrings (1,024 tokens) by the mean, 148 by the worst token and 21 by
+        both, and without 8 of them 2.64 by the mean and by both. Of equal layers the earlier stays.
+        """
+        each = self._once(
+            "influences", lambda: influences(*self.subject, self.scope, keep_first=self.keep_first)
+        )
+        both = [one["mean"] * one["worst"] for one in each]
+        return sorted(range(self.layers), key=lambda layer: (-both[layer], layer))[:kept]
 
-    After the first step only the most promising layers are measured again (`removed`). Of equal
-    losses the earliest layer goes. No layer is kept for its place.
-    """
-    layers = layers_of(subject[0])
-    count = layers - kept_count(layers, keep)
-    of = measurements(layers, count)
+    def greedily(self, kept: int) -> Layers:
+        """The layers left when those that the loss misses least are gone one by one."""
 
-    def loss(stays: Layers) -> float:
-        plan, before = plan_keeping(stays, layers), len(measured.values)
-        value = measured.value(str(plan), lambda: plan_loss(*subject, plan, scope))
-        if len(measured.values) > before:
-            progress(len(measured.values), of)
+        def cost(stays: Layers, base: Layers) -> float:
+            return self.loss(plan_keeping(stays, self.layers), plan_keeping(base, self.layers))
+
+        removal = Removal(range(self.layers), cost)
+        for _ in removal.take(self.layers - kept):
+            pass
+        removal.exchange()
+        return removal.left
+
+    def loss(self, plan: Plan, base: Plan, keep_first: int | None = None) -> float:
+        """The loss under a plan that has its first layers in common with `base`."""
+        first = self.keep_first if keep_first is None else keep_first
+        return self._once(f"{plan}, {spared(first)}", lambda: self._of(first).of(plan, base))
+
+    def with_its_losses(self, plan: Plan) -> ChosenPlan:
+        """The plan with its loss and the full model's, and the better number of tokens spared."""
+        full = Plan([1] * self.layers)
+        values = {"full": self.loss(full, full)}
+        tried = sorted({0, self.keep_first})
+        values |= {spared(first): self.loss(plan, plan, first) for first in tried}
+        self.progress(self.of, self.of)
+        return ChosenPlan(
+            plan, min(tried, key=lambda first: (values[spared(first)], first)), values
+        )
+
+    def _of(self, keep_first: int) -> PlanLosses:
+        if keep_first not in self._losses:
+            self._losses[keep_first] = PlanLosses(*self.subject, self.scope, keep_first)
+        return self._losses[keep_first]
+
+    def _once(self, name: str, measure: Callable[[], Any]) -> Any:
+        before = len(self.measured.values)
+        value = self.measured.value(name, measure)
+        if len(self.measured.values) > before:
+            self.progress(min(len(self.measured.values), self.of), self.of)
         return value
 
-    progress(min(len(measured.values), of), of)
-    gone = list(removed(range(layers), count, loss))
-    return plan_keeping(set(range(layers)).difference(gone), layers)
 
-
-def plan_loss(model: Any, processor: Any, items: Sequence[Item], plan: Plan, scope: Scope) -> float:
-    """Mean over items of the answers' loss under a plan; NaN counts as infinite."""
-    with depth(model, Planned(plan, scope=scope)):
-        values = losses(model, processor, items)
-    mean = sum(values) / len(values)
-    return math.inf if math.isnan(mean) else mean
-
-
-def removed(stays: Sequence[int], count: int, cost: Callable[[Layers], float]) -> Iterator[int]:
-    """The first `count` layers that go, in their order, each as soon as it is known.
-
-    Every candidate is measured in the first round, the `PROMISING` of the last round in all others.
-    Of equal costs the earliest layer goes.
-
-    Args:
-        stays: the layers that there are.
-        count: how many go, fewer than there are.
-        cost: the cost when these layers alone stay; lower is better, and never NaN.
-    """
-    left = list(stays)
-    beside: dict[int, float] = {}  # the cost of each above the best of its last round
-    for _ in range(count):
-        tried = sorted(left, key=lambda layer: (beside.get(layer, 0.0), layer))
-        costs = {
-            layer: cost(tuple(one for one in left if one != layer))
-            for layer in (sorted(tried[:PROMISING]) if beside else left)
-        }
-        gone = min(costs, key=lambda layer: (costs[layer], layer))
-        best = costs[gone]
-        beside |= {k: c if math.isinf(c) else c - best for k, c in costs.items()}
-        left.remove(gone)
-        yield gone
-
-
-def measurements(layers: int, count: int) -> int:
-    """How often `removed` asks for a cost where `count` of so many layers go."""
-    later = (min(PROMISING, layers - gone) for gone in range(1, count))
-    return layers + sum(later) if count else 0
-
-
-@dataclass(frozen=True)
-class DraftChoice:
-    """The draft that promises most, and what it promises."""
-
-    plan: Plan
-    tokens: int
-    """Tokens to draft a round."""
-    agreement: float
-    """Share of the model's own greedy tokens that the draft says too, in [0, 1]."""
-    predicted_speedup: float
-    """Tokens per second with this draft, over those without."""
-
-
-def draft_plan(
+def plan_loss(
     model: Any,
     processor: Any,
     items: Sequence[Item],
-    keep: float | None = None,
+    plan: Plan,
+    scope: Scope,
     *,
-    new_tokens: int = 64,
-    rounds: int = 5,
-    progress: StepsDone = lambda done, of: None,
-    measured: Measurements | None = None,
-) -> DraftChoice:
-    """The plan and the number of tokens that promise the greatest speed-up on these prompts.
-
-    The candidates are early exits, evenly spaced layers, and layers taken away one by one, each
-    time the one that the agreement misses least (`removed`; as CLaSp,
-    https://arxiv.org/abs/2505.24196, but once for all prompts). Every plan is judged by one pass
-    over the model's own greedy answers.
-
-    Args:
-        model: a model, plain or attached; its own policy is what verifies.
-        processor: what prepares its inputs.
-        items: questions, of a split that the plan is not judged by; references are not read.
-        keep: max(1, round(keep * L)) layers stay; None to choose that number too.
-        new_tokens: longest answer that drafts are compared with.
-        rounds: timed passes of each kind.
-        progress: called before the first plan, and after each.
-        measured: keeps what is measured of each plan, and has what was measured before.
-
-    Raises:
-        UsageError: no items, `keep` outside (0, 1], or answers of a single token.
-    """
-    if not items:
-        raise UsageError("a draft is chosen on prompts, but got none; give at least one item.")
-    with torch.no_grad(), decoding(model, lambda _host, kwargs: kwargs, Plain()):
-        host, stack = attached(model)
-        count = stack.depth_layers
-        absent = stack.depth_absent(stack.depth_policy_in_force())
-        stays = [layer for layer in range(count) if layer not in absent]
-        kept = None if keep is None else kept_count(count, keep)
-        own = [generate_answers(model, processor, b, new_tokens) for b in batches(items, BATCH)]
-        if not any(bool(one.counted.any()) for one in own):
-            raise UsageError(
-                "the model answers every prompt with a single token, so there is nothing to draft; "
-                "give prompts with longer answers, or raise new_tokens."
-            )
-        one = generate_answers(model, processor, items[:1], 1)
-        costs = costs_of(host, stack, one, stays, rounds)
-        agreed, measured = partial(agreement, stack, own), measured or Measurements()
-        candidates = _candidates(agreed, stays, kept, costs, progress=progress, measured=measured)
-    choices = []
-    for layers, rows in candidates.items():
-        speedup, tokens = costs.best(rows, len(layers))
-        choices.append(DraftChoice(plan_keeping(layers, count), tokens, _share(rows), speedup))
-    return max(choices, key=lambda choice: choice.predicted_speedup)
-
-
-def _candidates(
-    agreed: Callable[[Layers], Rows],
-    stays: Sequence[int],
-    kept: int | None,
-    costs: "Costs",
-    *,
-    progress: StepsDone,
-    measured: Measurements,
-) -> dict[Layers, Rows]:
-    """Layers -> at which tokens they agree, for every candidate.
-
-    Fewer layers agree at fewer tokens: where even a draft of a single layer that agreed as well
-    would not do better than the best so far, no shorter ones are measured.
-    """
-    counts = range(len(stays) - 1, 0, -1) if kept is None else (min(kept, len(stays)),)
-    count = len(stays) - min(counts, default=1)
-    of = 2 * len(counts) + measurements(len(stays), count)
-    rows_of: dict[Layers, Rows] = {}
-
-    def rows(layers: Layers) -> Rows:
-        name, before = " ".join(map(str, layers)), len(measured.values)
-        rows_of[layers] = measured.value(name, lambda: agreed(layers))
-        if len(measured.values) > before:
-            progress(min(len(measured.values), of), of)
-        return rows_of[layers]
-
-    progress(min(len(measured.values), of), of)
-    best = 0.0
-
-    def hopeless(layers: Layers) -> bool:
-        nonlocal best
-        right = rows(layers)
-        best = max(best, costs.best(right, len(layers))[0])
-        return kept is None and costs.best(right, 1)[0] <= best
-
-    left = tuple(stays)
-    for gone in removed(stays, count, lambda layers: -_share(rows(layers))):
-        left = tuple(layer for layer in left if layer != gone)
-        if hopeless(left):
-            break
-    for places in (range, lambda number: uniform(len(stays), number, 0)):  # early exit, even layers
-        for number in counts:
-            if hopeless(tuple(stays[place] for place in places(number))):
-                break
-    return {layers: right for layers, right in rows_of.items() if len(layers) in set(counts)}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Times of passes; a step of the model's own policy is 1."""
-
-    shallow: float
-    """One token through one layer."""
-    layer: float
-    """One token through one layer more."""
-    verifying: Mapping[int, float]
-    """k -> one pass over k + 1 tokens."""
-
-    def speedup(self, rows: Rows, layers: int, k: int) -> float:
-        """Tokens per second with drafts of k tokens through so many layers, over those without."""
-        drafting = self.shallow + self.layer * (layers - 1)
-        return tokens_per_round(rows, k) / (k * drafting + self.verifying[k])
-
-    def best(self, rows: Rows, layers: int) -> tuple[float, int]:
-        """The greatest speed-up of such a draft, and of how many tokens; the fewest of equal."""
-        speedups = ((self.speedup(rows, layers, k), k) for k in range(1, MOST_TOKENS + 1))
-        return max(speedups, key=lambda speedup: speedup[0])
-
-
-def tokens_per_round(rows: Rows, k: int) -> float:
-    """Tokens that a round of k drafts gains, played through: those right in a row, and one more."""
-    rounds = 0
-    for row in rows:
-        at = 0
-        while at < len(row):
-            drafts = row[at : at + k]
-            at += next((i for i, right in enumerate(drafts) if not right), len(drafts)) + 1
-            rounds += 1
-    return sum(map(len, rows)) / rounds
-
-
-def _share(rows: Rows) -> float:
-    """At how many of the tokens the draft is right, in [0, 1]."""
-    return sum(map(sum, rows)) / sum(map(len, rows))
-
-
-@dataclass(frozen=True)
-class GreedyAnswers:
-    """Answers of the model, and the cache of their prompts."""
-
-    passes: ForwardPasses
-    """Right behind the prompt."""
-    ids: Tensor
-    """Prompts and answers. Shape: [B, T + N]."""
-    prompt: int
-    """T."""
-    counted: Tensor
-    """Which answer tokens but the first come before the end. Shape: [B, N - 1]."""
-
-
-def generate_answers(
-    model: Any, processor: Any, items: Sequence[Item], new_tokens: int
-) -> GreedyAnswers:
-    """The model's greedy answers, and its cache of the prompts."""
-    inputs = prompts(processor, items).to(model.device)
-    new = greedy(model, inputs, new_tokens)
-    prompted: list[ForwardPasses] = []
-
-    def read(host: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """A `custom_generate` that reads the prompt alone."""
-        config = kwargs.pop("generation_config")
-        for name in ("logits_processor", "stopping_criteria"):
-            del kwargs[name]
-        prompted.append(ForwardPasses(host, kwargs))
-        prompted[0].prompt(input_ids, config)
-        return input_ids
-
-    greedy(model, inputs, 1, custom_generate=read)
-    ids = torch.cat([inputs["input_ids"], new], 1)
-    counted = before_end(model, new)[:, :-1]
-    return GreedyAnswers(prompted[0], ids, inputs["input_ids"].shape[1], counted)
-
-
-def agreement(stack: Any, answers: Sequence[GreedyAnswers], layers: Layers) -> Rows:
-    """One pass of a draft over each batch of answers, behind the model's own prompts."""
-    rows: Rows = []
-    with with_policy(stack, Planned(plan_keeping(layers, stack.depth_layers))):
-        for one in answers:
-            new = one.ids.shape[1] - one.prompt - 1
-            if not new:
-                continue
-            best = _behind(one, one.ids[:, :-1], new).argmax(-1)
-            right = best == one.ids[:, -new:]
-            pairs = zip(right.tolist(), one.counted.tolist(), strict=True)
-            rows += [[r for r, on in zip(*pair, strict=True) if on] for pair in pairs]
-    return [row for row in rows if row]
-
-
-def _behind(one: GreedyAnswers, ids: Tensor, new: int) -> Tensor:
-    """Logits of `new` tokens behind the prompt, on a cache of their own. Shape: [B, new, V]."""
-    passes = one.passes.fork(planes=False)
-    passes.extend(new)
-    return passes.run(ids, new)
-
-
-def costs_of(host: Any, stack: Any, one: GreedyAnswers, stays: Sequence[int], rounds: int) -> Costs:
-    """Times a step of the model, of shallow and deep drafts, and verifying passes; one row."""
-    own = stack.depth_policy_in_force()
-    prompt = one.ids[:, : one.prompt]
-    start = Prompt(one.prompt, columns=one.prompt, ids=one.prompt)
-
-    def timed(new: int, policy: Any) -> float:
-        ids = torch.cat([prompt, one.ids[:, -1:].expand(-1, new)], 1)
-        began = time.perf_counter()
-        with with_policy(stack, policy), generating(host, start):
-            _behind(one, ids, new)[0, -1].argmax().item()  # waits for the device
-        return time.perf_counter() - began
-
-    runs: dict[str, Callable[[], float]] = {
-        name: partial(timed, 1, Planned(plan_keeping(layers, stack.depth_layers)))
-        for name, layers in (("shallow", stays[:1]), ("deep", stays))
-    }
-    runs |= {str(new): partial(timed, new, own) for new in range(1, MOST_TOKENS + 2)}
-    taken = {name: median(times) for name, times in interleaved(runs, rounds=rounds).items()}
-    step = taken["1"]
-    layer = max(taken["deep"] - taken["shallow"], 0) / max(len(stays) - 1, 1) / step
-    verifying = {k: taken[str(k + 1)] / step for k in range(1, MOST_TOKENS + 1)}
-    return Costs(taken["shallow"] / step, layer, verifying)
+    keep_first: int = 0,
+) -> float:
+    """Mean over items of the answers' loss under a plan; NaN counts as infinite."""
+    with depth(model, Planned(plan, scope=scope, keep_first=keep_first)):
+        values = losses(model, processor, items)
+    mean = sum(values) / len(values)
+    return math.inf if math.isnan(mean) else mean

@@ -17,7 +17,9 @@ from trol.depth import trace
 from trol.errors import DataError, HostError, UsageError, unknown
 from trol.evaluation.answers import METRICS, answer, answers, losses, scores
 from trol.evaluation.items import (
+    WHOLE,
     Item,
+    Part,
     board_items,
     chat_items,
     pair_items,
@@ -87,6 +89,8 @@ class Task:
     """Longest answer. Unit: tokens."""
     windows: bool = False
     """Whether items are windows of plain text: `items` then wants `tokenizer` and `window` too."""
+    splits: bool = True
+    """Whether splits have other items; else all are the whole file, and `items` takes a `part`."""
 
 
 TASKS: dict[str, Task] = {
@@ -122,8 +126,8 @@ def task_of(name: str) -> Task:
         raise UsageError(f"{name!r} names no file; write {form}:FILE.")
     OWN[form](Path(file))
     if form == "chat":
-        return Task(partial(chat_items, Path(file)))
-    return Task(partial(text_items, Path(file)), metrics=("loss",), windows=True)
+        return Task(partial(chat_items, Path(file)), splits=False)
+    return Task(partial(text_items, Path(file)), metrics=("loss",), windows=True, splits=False)
 
 
 def _unknown(name: str) -> UsageError:
@@ -168,23 +172,27 @@ def questions_of(
     seed: int,
     split: str = "test",
     window: int | None = None,
+    part: Part = WHOLE,
 ) -> list[Item]:
     """At most `count` items of a task, for this model; windows have `window` tokens.
+
+    `part`: of a file that is the same in every split, from and to as shares of it.
 
     Raises:
         HostError: the task shows pictures, and this model cannot be shown any.
         UsageError: the model has fewer positions than a window has tokens.
     """
     task = task_of(name)
+    of: dict[str, Any] = {} if task.splits else {"part": part}
     if not task.windows:
-        items = task.items(count, seed, split)
+        items = task.items(count, seed, split, **of)
         check_reads(processor, name, items)
         return items
     most = positions_of(model)
     if window is not None and most is not None and window > most:
         raise UsageError(f"a window of {window} tokens, but the model has {most} positions.")
     window = window or min(WINDOW, most or WINDOW)
-    return task.items(count, seed, split, tokenizer=tokenizer_of(processor), window=window)
+    return task.items(count, seed, split, tokenizer=tokenizer_of(processor), window=window, **of)
 
 
 def check_reads(processor: Any, name: str, items: Sequence[Item]) -> None:

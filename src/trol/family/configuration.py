@@ -29,9 +29,6 @@ from trol.errors import DataError, UsageError, unknown
 from trol.family.internlm2 import InternLM2Config
 from trol.policies.mixer import from_nothing
 
-IMAGE_TOKEN = "<image>"
-"""Stands for one image in every text and template, whatever the tokenizer's image token is."""
-
 DEFAULT_DEPTH = from_nothing({"policy": "trol_mixer"})
 """Published TroL: each layer's gate decides per token how much of a second visit counts."""
 

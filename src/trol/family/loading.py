@@ -40,8 +40,10 @@ from trol.depth import attach, attached, attachment
 from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
 from trol.errors import HostError, TrolError, UsageError
+from trol.family import gguf
 from trol.family.memory import check_blocks, check_opening, quantised, quiet_bitsandbytes
 from trol.family.modeling import TrolForConditionalGeneration
+from trol.family.pretrained import NAMES, located
 from trol.family.processing import TrolProcessor
 from trol.family.published.files import CONFIG, check_source
 from trol.family.published.opening import HUB_SETTINGS, Published, find_published_model
@@ -82,7 +84,8 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
 
     Args:
         name: a shipped model's name, a folder (of a saved model, or of a published TroL
-            checkpoint), a GGUF file, or a hub name.
+            checkpoint), a GGUF file or a folder with one, the short name of a pretrained model
+            (`smollm2`), or a hub name, in this order.
         bits: 4 or 8 for quantised weights (then float16 is the type of the others, unless
             `dtype` says otherwise); None for the weights as they are.
         settings: passed on to `from_pretrained`, such as `dtype`, `device_map`, `revision`,
@@ -93,7 +96,7 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
             setting that `from_pretrained` does not know.
         HostError: nothing of that name can be opened, what lies there is no model, it has no
             tokenizer, its widths do not fit 4 bits, or it does not fit the memory at hand.
-        DataError: a published checkpoint is damaged.
+        DataError: a published checkpoint is damaged, or a file is no GGUF file.
     """
     if bits is not None:
         settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
@@ -126,13 +129,13 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
                 f"{setting} is no setting for opening a model with its processor; leave it out, or "
                 "call from_pretrained of the model's own class."
             )
-    source = shipped_folder(str(name)) if str(name) in SHIPPED else str(name)
-    if Path(source).suffix == ".gguf":
-        if not Path(source).is_file():
-            raise UsageError(f"there is no GGUF file {source!r} here; check its name.")
-        settings.setdefault("gguf_file", Path(source).name)
-        source = str(Path(source).parent)
-    check_source(source, SHIPPED)
+    source = shipped_folder(str(name)) if str(name) in SHIPPED else located(str(name))
+    file = gguf.file_of(Path(source), settings)
+    if file is not None:
+        settings["gguf_file"], source = file.name, str(file.parent)
+        settings.pop("subfolder", None)
+    check_source(source, (*SHIPPED, *NAMES))
+    faults = FAULTS if file is None else (*FAULTS, *gguf.FAULTS)
     quiet_bitsandbytes()
     try:
         yield source
@@ -145,12 +148,16 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
             f"from_pretrained of {str(name)!r} knows no setting {unknown!r}; check its spelling, "
             "or leave it out."
         ) from error
-    except FAULTS as error:
+    except faults as error:
         why = " ".join(str(error).split()).rstrip(".")
-        raise HostError(
-            f"no model can be opened from {str(name)!r}: {why:.400}. Give a shipped model "
-            f"({', '.join(SHIPPED)}), the folder of a saved model, or a hub name."
-        ) from error
+        cure = (
+            f"Give a name ({', '.join((*SHIPPED, *NAMES))}), the folder of a saved model, a GGUF "
+            "file, or a hub name."
+            if file is None
+            else "The file is damaged, or holds what this transformers cannot read: download it "
+            "again, or give another."
+        )
+        raise HostError(f"no model can be opened from {str(name)!r}: {why:.400}. {cure}") from error
 
 
 def shipped_folder(name: str) -> str:
@@ -169,11 +176,7 @@ def config_file(source: str, **where: Any) -> Path:
     """
     file = cached_file(source, CONFIG, **where)
     if file is None:
-        packed = [file.name for file in Path(source).glob("*.gguf")][:1]
-        cure = (
-            f"name its file by gguf_file={packed[0]!r}" if packed else "give the folder of a model"
-        )
-        raise HostError(f"{Path(source) / CONFIG} is missing; {cure}.")
+        raise HostError(f"{Path(source) / CONFIG} is missing; give the folder of a model.")
     return Path(file)
 
 

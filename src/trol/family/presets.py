@@ -1,43 +1,26 @@
-"""New models: one that trains in minutes, text decoders, and the published sizes.
+"""New models: one that trains in minutes, and text decoders.
 
 `tiny` and `word_tokenizer` are for small closed vocabularies. `text_decoder` is a Llama of any
 number of layers, whose conversations may have the form BOS user <SEP> assistant EOS of Glavas et
-al. (arXiv 2410.20022, its code). `composed` makes a published size of checkpoints of its parts.
+al. (arXiv 2410.20022, its code).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
+from trol.data.images import IMAGE_TOKEN
 from trol.data.own_files import SEPARATOR
-from trol.errors import HostError, UsageError, unknown
-from trol.family.configuration import IMAGE_TOKEN, PUBLISHED, TrolConfig
-from trol.family.internlm2 import InternLM2Config
-from trol.family.loading import config_file
-from trol.family.modeling import TrolForConditionalGeneration
+from trol.errors import HostError, UsageError
+from trol.family.configuration import TrolConfig
 from trol.family.processing import TrolProcessor
-from trol.family.published.configs import ConfigReader, internlm2_rope
-from trol.family.published.files import CONFIG, Checkpoint, read_json
-from trol.family.published.layouts import TEXT, VISION, resize_position_table, sources
-from trol.family.published.processors import (
-    IMAGE_SETTINGS,
-    chat_template,
-    processor_of,
-    published_processor,
-)
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 ROLE_TOKENS = ("<system>", "<user>", "<assistant>")
@@ -256,145 +239,3 @@ def separate(model: Any, tokenizer: Any) -> None:
     tokenizer.chat_template = SEPARATED
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-
-
-RAW = "internlm2"
-"""The model type of InternLM2's own checkpoints, which transformers cannot open."""
-
-
-def composed(
-    preset: dict[str, Any], policy: dict[str, Any], words: Sequence[str]
-) -> tuple[Any, TrolProcessor]:
-    """The model of a published size and its processor, in float32.
-
-    `preset` names the size, a `vision` tower and a `text` decoder (folders or hub names), whose
-    own dimensions replace the published ones. Weights that no checkpoint has are random: projector,
-    gates, the tower without `vision`, and the decoder without `text`. The tokenizer of such a
-    decoder knows these `words`.
-
-    Raises:
-        UsageError: the size or a key is unknown.
-        HostError: a checkpoint cannot be opened, or is of another kind than the published part.
-    """
-    keys = ("name", "vision", "text")
-    for key in preset:
-        if key not in keys:
-            raise unknown("key in recipe.preset", key, keys)
-    if preset["name"] not in PUBLISHED:
-        raise unknown("preset", preset["name"], PUBLISHED)
-    config = PUBLISHED[preset["name"]]()
-    config.depth = policy
-    weights: dict[str, Tensor] = {}
-    if preset.get("vision"):
-        weights |= _tower(config, str(preset["vision"]))
-    if preset.get("text"):
-        processor = _decoder(config, str(preset["text"]), weights)
-    else:
-        processor = _processor(config, word_tokenizer(words), template=None)
-    names = ("vision_config", "text_config", "image_token_id", "downsample_ratio")
-    settings = {name: getattr(config, name) for name in (*names, "projector_norm", "depth")}
-    model = TrolForConditionalGeneration(TrolConfig(**settings))
-    strange = model.load_state_dict(weights, strict=False).unexpected_keys
-    if strange:
-        raise HostError(f"the checkpoints of {preset} have weights without a place: {strange}.")
-    return model, processor
-
-
-def _tower(config: TrolConfig, source: str) -> dict[str, Tensor]:
-    """The tower's weights at the published resolution; its configuration goes into `config`."""
-    try:
-        whole, info = AutoModel.from_pretrained(source, dtype="float32", output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise HostError(f"no vision tower can be opened from {source!r}: {error}") from error
-    inside = (getattr(whole, name, None) for name in ("vision_tower", "vision_model"))
-    tower = next((part for part in inside if part is not None), whole)
-    own, published = tower.config, config.vision_config
-    _check_kind(source, own, published)
-    if info["missing_keys"]:
-        raise HostError(
-            f"{source} lacks weights of {type(whole).__name__}: "
-            f"{sorted(info['missing_keys'])[:3]}, ...; give a checkpoint of the tower itself."
-        )
-    config.vision_config = type(own)(**{**own.to_dict(), "image_size": published.image_size})
-    grid = config.patch_grid[0]
-    tables = ("position_embedding.weight", "position_embeddings")
-    return {
-        f"{VISION}.{name}": resize_position_table(tensor, grid) if name.endswith(tables) else tensor
-        for name, tensor in tower.state_dict().items()
-        if not name.endswith("position_ids")
-    }
-
-
-def _check_kind(source: str, config: Any, published: Any) -> None:
-    if config.model_type != published.model_type:
-        raise HostError(
-            f"{source} is a {config.model_type!r}, but this preset has a {published.model_type!r} "
-            "there; give a checkpoint of that kind."
-        )
-
-
-def _decoder(config: TrolConfig, source: str, weights: dict[str, Tensor]) -> TrolProcessor:
-    """Puts the decoder's weights in place and its configuration into `config`."""
-    try:
-        file = config_file(source)
-        if read_json(file).get("model_type") == RAW:
-            return _internlm2(config, file, source, weights)
-        text = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise HostError(f"no text decoder can be opened from {source!r}: {error}") from error
-    _check_kind(source, text.config, config.text_config)
-    config.text_config = text.config
-    for name, tensor in text.state_dict().items():
-        inner = name.removeprefix("model.")
-        weights[name if name.startswith("lm_head.") else f"{TEXT}.{inner}"] = tensor
-    family = IMAGE_SETTINGS[config.text_config.model_type].family
-    return _processor(config, tokenizer, chat_template(family))
-
-
-def _processor(config: TrolConfig, tokenizer: Any, template: str | None) -> TrolProcessor:
-    """A TroL processor of this tokenizer, which learns the tokens that stand for a picture."""
-    images = IMAGE_SETTINGS[config.text_config.model_type]
-    tokenizer.add_tokens(images.tokens, special_tokens=True)
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise HostError(
-            f"the tokenizer has {len(tokenizer)} tokens with those of a picture, but the token "
-            f"table has {config.text_config.vocab_size} rows; resize the decoder's table first."
-        )
-    config.image_token_id = tokenizer.convert_tokens_to_ids(images.image_token)
-    return processor_of(TrolProcessor, config, tokenizer, template)
-
-
-def _internlm2(
-    config: TrolConfig, file: Path, source: str, weights: dict[str, Tensor]
-) -> TrolProcessor:
-    """InternLM2's own checkpoint: no partial LoRA, and no row for the image token."""
-    folder = file.parent if Path(source).is_dir() else Path(snapshot_download(source))
-    reader = ConfigReader(read_json(file), str(file))
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config.text_config = InternLM2Config(
-        **{name: reader.required(name) for name in (*sizes, "num_key_value_heads", "vocab_size")},
-        **reader.optional("max_position_embeddings", "rms_norm_eps", "pad_token_id"),
-        rope_parameters=internlm2_rope(reader),
-    )
-    config.image_token_id = config.text_config.vocab_size
-    weights |= dict(_internlm2_weights(config, Checkpoint(folder)))
-    return published_processor(TrolProcessor, folder, config)
-
-
-def _internlm2_weights(config: TrolConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a plain InternLM2 has, by their names in the TroL model."""
-    for source in sources(RAW, config, positions=0):
-        if not source.name.startswith(("model.", "output.")) or ".lora_" in source.name:
-            continue
-        tensor = checkpoint.read(source.name.replace(".ffn.weight", ".weight")).float()
-        if source.name == "model.tok_embeddings.weight":
-            # The image token is read nowhere; its row only has to be there.
-            tensor = nn.functional.pad(tensor, (0, 0, 0, config.text_config.image_rows))
-        if list(tensor.shape) != source.shape:
-            raise HostError(
-                f"{checkpoint.folder}: {source.name} has the shape {list(tensor.shape)}, expected "
-                f"{source.shape} by its {CONFIG}; download the checkpoint again."
-            )
-        for target, part in source.targets.items():
-            yield target, part(tensor)

@@ -10,9 +10,8 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trol.data.images import open_image
+from trol.data.images import IMAGE_TOKEN, open_image
 from trol.errors import DataError, UsageError
-from trol.family.configuration import IMAGE_TOKEN
 from trol.family.published.opening import find_published
 
 CHAT_TEMPLATE = """\

@@ -52,6 +52,9 @@ COSTS = {
 }
 """Chart -> the points' entry, and what it is; all in percent of the full model's."""
 
+EXIT = "exit"
+"""The method that leaves the last layers out, which the others are compared with."""
+
 HALF, NEAR_HALF = 0.5, 0.15
 """The share of the visits at which cosines are shown, and how far a point may lie from it."""
 
@@ -101,7 +104,7 @@ def tables_of(task: Mapping[str, Any], metrics: Sequence[str] | None = None) -> 
     """
     return [
         points_table(task, metrics or list(task["metrics"])),
-        *([table] if (table := equal_visits_table(task)).rows else []),
+        *(table for table in (equal_visits_table(task), beside_exit_table(task)) if table.rows),
     ]
 
 
@@ -159,21 +162,8 @@ def equal_visits_table(task: Mapping[str, Any]) -> Table:
     """
     judge = next(iter(task["metrics"]))
     sign = -1 if task["metrics"][judge]["better"] == "lower" else 1
-    lines = {
-        method: _scores_by_share(drawn["points"], judge)
-        for method, drawn in task["methods"].items()
-        if not drawn["bound"]
-    }
     rows, seeds = [], 0
-    for share in _shares(task):
-        scores = {
-            method: [
-                float(np.interp(share, list(line), seed))
-                for seed in zip(*line.values(), strict=True)
-            ]
-            for method, line in lines.items()
-            if line and min(line) <= share + 1e-9
-        }
+    for share, scores in _scores_at_equal_visits(task):
         order = sorted(scores, key=lambda method: -sign * statistics.fmean(scores[method]))
         for method in order if len(order) > 1 else ():
             best, own = scores[order[0]], scores[method]
@@ -189,6 +179,54 @@ def equal_visits_table(task: Mapping[str, Any]) -> Table:
     elif seeds < FEW_SEEDS:
         notes.append("So few seeds show large differences alone.")
     return Table(["at equal visits", judge, "difference to the best"], rows, notes)
+
+
+def beside_exit_table(task: Mapping[str, Any]) -> Table:
+    """The paper's claim: other layers left out beside the last ones, at equal layer visits."""
+    judge = next(iter(task["metrics"]))
+    lower = task["metrics"][judge]["better"] == "lower"
+    rows = []
+    for share, scores in _scores_at_equal_visits(task) if EXIT in task["methods"] else ():
+        for method in scores:
+            if method == EXIT or share > 1 - 1e-6 or EXIT not in scores:
+                continue
+            compared = pages.compare(scores[method], scores[EXIT])
+            better = "better" if (compared.mean < 0) == lower else "worse"
+            verdict = "not shown" if compared.holds_zero else better
+            name = f"{100 * share:.3g} % {label(method, task['methods'][method])}"
+            rows.append([name, compared.text(), verdict])
+    notes = [
+        "Glavas et al. (arXiv 2410.20022) claim that leaving inner layers out keeps more of the "
+        "quality than leaving the last ones out. Differences are paired over seeds, with 95 % "
+        f"intervals; {'less' if lower else 'more'} is better."
+    ]
+    return Table([f"beside {EXIT}", f"{judge} − {EXIT}'s", "than exit"], rows, notes)
+
+
+def _scores_at_equal_visits(
+    task: Mapping[str, Any],
+) -> list[tuple[float, dict[str, list[float]]]]:
+    """Each share of the visits, with every method's scores of the seeds there."""
+    judge = next(iter(task["metrics"]))
+    lines = {
+        method: _scores_by_share(drawn["points"], judge)
+        for method, drawn in task["methods"].items()
+        if not drawn["bound"]
+    }
+    return [
+        (
+            share,
+            {
+                method: [
+                    float(np.interp(share, list(line), seed))
+                    for seed in zip(*line.values(), strict=True)
+                ]
+                for method, line in lines.items()
+                if line and min(line) <= share + 1e-9
+            },
+        )
+        for share in _shares(task)
+    ]
 
 
 def _scores_by_share(points: Sequence[Mapping[str, Any]], metric: str) -> dict[float, list[float]]:
@@ -219,7 +257,9 @@ def _shares(task: Mapping[str, Any]) -> list[float]:
 
 def label(method: str, drawn: Mapping[str, Any]) -> str:
     """A method's name in charts and tables."""
-    return f"{method} (sees the references)" if drawn["bound"] else method
+    if drawn["bound"]:
+        return f"{method} (sees the references)"
+    return f"{method} (evenly spaced)" if method == "skip" else method
 
 
 def saves_time(point: Mapping[str, Any]) -> bool:

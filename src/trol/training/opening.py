@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaForCausalLM
 
 from trol.checkpoints.adapter import is_trained
-from trol.data.boards import WORDS
+from trol.data.boards import NOTHING, WORDS
 from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import AbstractPolicy, from_settings, to_settings
@@ -21,13 +21,13 @@ from trol.family import (
     tiny,
     tiny_processor,
 )
+from trol.family.composition import composed
 from trol.family.loading import load_model
-from trol.family.presets import TEMPLATES, byte_level_tokenizer, composed, separate, text_decoder
+from trol.family.presets import TEMPLATES, byte_level_tokenizer, separate, text_decoder
 from trol.family.published.files import CONFIG, read_json
 from trol.host.trainer import checkpoint_activations
 from trol.training.adapters import is_plain_host, open_adapters
 from trol.training.recipe import Recipe, resolve
-from trol.training.stage_data import NOTHING
 from trol.training.trainable import check_quantised, quantisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +77,7 @@ def _first(recipe: Recipe) -> tuple[Any, Any]:
         return _host(recipe, recipe.host)
     if recipe.decoder:
         return _new_decoder(recipe)
-    if "name" in recipe.preset:
+    if {"name", "vision", "text"} & recipe.preset.keys():
         model, processor = composed(recipe.preset, recipe.policy, [NOTHING, *WORDS])
     else:
         processor = tiny_processor([NOTHING, *WORDS])
@@ -97,7 +97,7 @@ def _tiny(recipe: Recipe, vocabulary: int) -> Any:
     sizes = set(inspect.signature(tiny).parameters) - {"vocab_size", "depth"}
     for key in recipe.preset:
         if key not in sizes:
-            raise unknown("key in recipe.preset", key, {*sizes, "name"})
+            raise unknown("key in recipe.preset", key, {*sizes, "name", "vision", "text"})
     try:
         config = tiny(vocabulary, **recipe.preset, depth=recipe.policy)
         return TrolForConditionalGeneration(config)

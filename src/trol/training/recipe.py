@@ -18,8 +18,9 @@ from trol.family.presets import TEMPLATES
 from trol.policies.mixer import from_nothing
 from trol.strict import built, plain, read_yaml, setting
 
-DATA = ("cells", "symbols", "boards")
-"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards."""
+DATA = ("cells", "symbols", "captions", "boards")
+"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards and the
+names of their cells, pictures of boards and questions about them."""
 
 FILES = (".yaml", ".yml", ".jsonl", ".json")
 """Endings of the files that a stage can learn from: mixtures, and chats."""
@@ -101,8 +102,9 @@ class Recipe:
     """A whole training run."""
 
     preset: dict[str, Any] = field(default_factory=dict)
-    """A new model: the keyword arguments of `trol.family.tiny`, or the `name` of a published
-    size with folders or hub names of the `vision` tower and `text` decoder that it starts from."""
+    """A new model: the keyword arguments of `trol.family.tiny`; or the `vision` tower and `text`
+    decoder that it is joined of (folders, short names or hub names), with `image_size` and
+    `downsample_ratio`; or the `name` of a published size and the parts that it starts from."""
     host: str = ""
     """In place of `preset`, an existing model that the policy is attached to: folder or hub name
     of a vision-language model or a text decoder."""

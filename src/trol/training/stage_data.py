@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.data.board_pool import EMPTY, board_pool
-from trol.data.boards import COLOURS
+from trol.data.boards import COLOURS, NOTHING
 from trol.data.conversations import ConversationCollator, SoundRows
 from trol.data.mixture import Mixture, open_mixture
 from trol.data.own_files import shortened
@@ -20,9 +20,6 @@ from trol.errors import DataError, UsageError
 from trol.family import TrolProcessor
 from trol.training.losses import final_loss
 from trol.training.recipe import DATA, Stage
-
-NOTHING = "nothing"
-"""The word for a cell without a tile."""
 
 BOARD_SEEDS = 1_000_000
 """Board seeds that belong to one recipe seed."""
@@ -133,7 +130,8 @@ def stage_data(learner: Any, processor: Any, stage: Stage, seed: int) -> StageDa
     if stage.data == "cells":
         reader = CellReader(learner)
     else:
-        reader = Reader(learner) if stage.data == "boards" else SymbolReader(learner, processor)
+        words = stage.data == "symbols"
+        reader = SymbolReader(learner, processor) if words else Reader(learner)
     pool = _pool(
         processor,
         "train",
@@ -144,6 +142,7 @@ def stage_data(learner: Any, processor: Any, stage: Stage, seed: int) -> StageDa
         easy=stage.easy,
         fewest=8 if stage.data == "cells" else 4,
         drawn=stage.data != "symbols",
+        captions=stage.data == "captions",
     )
     return StageData(reader, pool, pool.batch)
 

@@ -8,6 +8,7 @@ asked for.
 
 import copy
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -152,15 +153,16 @@ def _part(family: str, target: str, config: TrolConfig) -> Part:
 
 
 def resize_position_table(table: Tensor, grid: int) -> Tensor:
-    """The position table of g x g patches, class token first, for `grid` x `grid` patches.
+    """The position table of g x g patches for `grid` x `grid` patches.
 
-    Bicubic, not antialiased, corners not aligned, computed in float32. Shapes:
-    [..., 1 + g², D] -> [..., 1 + grid², D].
+    A class token's row, c = 1, comes first, or there is none, c = 0. Bicubic, not antialiased,
+    corners not aligned, computed in float32. Shapes: [..., c + g², D] -> [..., c + grid², D].
     """
-    before = round((table.shape[-2] - 1) ** 0.5)
+    before = math.isqrt(table.shape[-2])
     if before == grid:
         return table
-    first, rest = table[..., :1, :], table[..., 1:, :]
+    own = table.shape[-2] - before**2
+    first, rest = table[..., :own, :], table[..., own:, :]
     square = rest.float().reshape(1, before, before, -1).permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
     resized = resized.permute(0, 2, 3, 1).reshape(*table.shape[:-2], grid * grid, -1)

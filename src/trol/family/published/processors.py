@@ -31,8 +31,9 @@ from transformers.utils.constants import (
     OPENAI_CLIP_STD,
 )
 
+from trol.data.images import IMAGE_TOKEN
 from trol.errors import DataError, HostError, unknown
-from trol.family.configuration import IMAGE_TOKEN, TrolConfig
+from trol.family.configuration import TrolConfig
 from trol.family.published.configs import IMAGE_CONTEXT
 from trol.family.published.files import CURE, added_tokens, read_json
 
