@@ -192,3 +192,14 @@ def test_a_router_that_cannot_be_is_refused_before_any_answer(
     assert run(llama, *MENU, "--router", tmp_path / "r", *given, "--out", out) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_default_menu_is_chosen_by_influence_from_half_of_the_layers(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--task", "docstrings", "--questions", 3, "--samples", 0, "--scope", "all")
+    assert run(llama, *words, "--out", tmp_path, "--json") == 0
+    menu = json.loads(capsys.readouterr().out)["menu"]
+    assert [level["cost"] for level in menu] == [2, 3, 4]
+    assert run(llama, *words, "--out", tmp_path, "--json") == 0  # the same menu again
+    assert json.loads(capsys.readouterr().out)["menu"] == menu

@@ -1,10 +1,13 @@
 """The menu: from cheap to dear, the full model on it."""
 
+from inspect import signature
+
 import pytest
 
+from trol.cli.oracle import oracle as command
 from trol.depth import Plan
 from trol.errors import UsageError
-from trol.evaluation.oracle import menu_of, read_menu
+from trol.evaluation.oracle import DEFAULT_MENU, menu_of, read_menu
 from trol.evaluation.plan_search import ChosenPlan
 from trol.policies.planned import Planned, static_plan
 
@@ -38,6 +41,10 @@ def test_a_measured_series_goes_from_half_of_the_layers_to_all() -> None:
     assert read_menu("greedy:8", 12, choose=choose).costs == [6, 7, 8, 9, 10, 11, 12]
     with pytest.raises(UsageError, match="measures a model"):
         read_menu("influence:4", 12)
+
+
+def test_the_commands_menu_is_the_one_that_errors_name() -> None:
+    assert signature(command).parameters["menu"].default == DEFAULT_MENU
 
 
 def test_series_and_plans_mix_and_the_same_plan_is_one_level() -> None:

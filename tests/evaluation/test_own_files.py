@@ -107,6 +107,22 @@ def test_bits_per_byte_count_the_bytes_that_are_predicted(
     assert result["metrics"]["bits_per_byte"] == pytest.approx(bits)
 
 
+def test_nothing_is_generated_for_a_plain_text(
+    reader: tuple[Any, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window is read once, and of one a few tokens more, for the cost."""
+    model, tokenizer = reader
+    monkeypatch.setattr(model, "generate", None)
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: read.append(given[0].numel())
+    )
+    result = evaluate(model, tokenizer, [text], questions=3, window=32)
+    hook.remove()
+    assert result["cost"]["tokens"] == 32
+    assert sum(read) == (3 + 1) * 32
+
+
 def test_a_short_text_is_one_short_window_and_few_windows_are_drawn(
     reader: tuple[Any, Any], text: str, tmp_path: Path
 ) -> None:

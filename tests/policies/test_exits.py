@@ -7,11 +7,19 @@ import pytest
 import torch
 
 from hosts import HOSTS
-from trol.depth import attach, trace
+from trol.depth import attach, readout, trace
 from trol.depth.policy import from_settings, resolve, to_settings
 from trol.errors import UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.policies.exits import EarlyExit, LayerDropout, entropy, margin, patience, saturation
+from trol.policies.exits import (
+    MEASURES,
+    EarlyExit,
+    LayerDropout,
+    entropy,
+    margin,
+    patience,
+    saturation,
+)
 
 
 def test_measures_by_hand() -> None:
@@ -130,3 +138,27 @@ def test_a_layer_that_runs_again_draws_the_same(settings: dict) -> None:
     for name, gradient in plain.items():
         if gradient is not None:
             assert (again[name] - gradient).abs().max() <= 1e-5 * (1 + gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@torch.no_grad()
+def test_looks_read_no_more_logits_at_once_than_allowed(
+    measure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tokens leave where they do when all are read at once."""
+    host = HOSTS["llama"]
+    threshold = 1 if measure == "patience" else 0.02
+    model = attach(host.build(), EarlyExit(measure, threshold, scope="all"))
+    inputs, made = host.inputs(batch=2), []
+    with trace(model) as expected:
+        logits = model(**inputs).logits
+    words = model.config.vocab_size
+    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 3 * words)
+    last = model.get_output_embeddings().register_forward_hook(
+        lambda _, __, out: made.append(out.numel() // words)
+    )
+    with trace(model) as seen:
+        assert torch.allclose(model(**inputs).logits, logits, atol=1e-5)
+    last.remove()
+    assert torch.equal(seen.visits, expected.visits)
+    assert max(made[:-1]) <= 3  # the last are the model's own

@@ -19,6 +19,7 @@ from trol.errors import UsageError
 from trol.family import TrolForConditionalGeneration, tiny
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.mixer import TrolMixer
+from trol.training.recipe import resolve
 
 MIXED = (0.4, None, 0.0, 0.6)
 """Thresholds for the four layers of a host: some go again, nobody, all, fewer."""
@@ -162,3 +163,29 @@ def test_a_mixer_that_answers_otherwise_is_asked() -> None:
     assert gap(mixed, watched) <= host.default_exact
     assert gap(mixed, model(**inputs).logits) > 1e-3
     assert seen.weights[:, 2].max() <= 0.5
+
+
+def test_where_gates_start(tmp_path: Path) -> None:
+    """Little on a host, as published in a model from nothing; the settings say which."""
+    save(attach(HOSTS["llama"].build(), TrolMixer()), tmp_path)
+    assert json.loads((tmp_path / "depth_config.json").read_text())["initial_gate"] == 0.01
+    own = {"policy": "trol_mixer"}
+    assert tiny(20, depth=own).depth["initial_gate"] is None
+    assert resolve("tiny", [f"policy={own}"]).policy["initial_gate"] is None
+    assert from_settings(resolve("any-llm", [f"policy={own}"]).policy) == TrolMixer()
+    chosen = {**own, "initial_gate": 0.3}
+    assert tiny(20, depth=chosen).depth == chosen
+    assert resolve("tiny", [f"policy={chosen}"]).policy == chosen
+
+
+@torch.no_grad()
+def test_adapters_of_the_published_start_open_as_before(tmp_path: Path) -> None:
+    host = HOSTS["llama"]
+    model, inputs = attach_settled(host.build(), TrolMixer(initial_gate=None)), host.inputs()
+    expected = model(**inputs).logits
+    save(model, tmp_path)
+    file = tmp_path / "depth_config.json"
+    settings = json.loads(file.read_text())
+    for written in (settings, {k: v for k, v in settings.items() if k != "initial_gate"}):
+        file.write_text(json.dumps(written))
+        assert torch.equal(load(host.build(), tmp_path)(**inputs).logits, expected)

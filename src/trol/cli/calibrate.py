@@ -49,6 +49,7 @@ QUESTIONS_HELP = (
     f"text:FILE {WINDOWS} windows."
 )
 WINDOW_HELP = f"Tokens of text:FILE read at once. Default: {WINDOW}."
+EVERY_HELP = "Exits: look before each K-th layer. Default: as many layers as a look costs."
 EXIT_HELP = "Calibrate early exits: entropy, margin, saturation or patience."
 
 
@@ -124,11 +125,9 @@ def calibrate(
         float | None, option("--cost", "SHARE", "Exits: share of the layers to run instead.")
     ] = None,
     first: Annotated[
-        int | None, option("--first", "LAYER", "Exits: the first layer looked before.")
+        int | None, option("--first", "LAYER", "Exits: the first layer looked before. Default: 1.")
     ] = None,
-    every: Annotated[
-        int | None, option("--every", "K", "Exits: look before each K-th layer.")
-    ] = None,
+    every: Annotated[int | None, option("--every", "K", EVERY_HELP)] = None,
     questions: Annotated[int | None, option("--questions", "N", QUESTIONS_HELP, min=1)] = None,
     window: Annotated[int | None, option("--window", "N", WINDOW_HELP, min=4)] = None,
     seed: terminal.Seed = 0,
@@ -220,7 +219,6 @@ def _calibrated(
 
 def _beforehand(model: Any, processor: Any, items: list[Item], policy: EarlyExit) -> str:
     """How much is measured: answers, their tokens, looks, and how dear a look is."""
-    from trol.depth.readout import Readout
     from trol.evaluation.items import tokenizer_of
     from trol.host.layers import find_decoder, layer_list
 
@@ -228,12 +226,21 @@ def _beforehand(model: Any, processor: Any, items: list[Item], policy: EarlyExit
     tokens = sum(len(one.ids or encode(one.answer)["input_ids"]) for one in items)
     layers: Any = layer_list(find_decoder(model))
     looks = sum(map(policy.looks, range(len(layers))))
-    dear = Readout(model).flops / 2 / sum(part.numel() for part in layers[0].parameters())
+    dear = f"A look costs {_dear(model):.1f} layers"
     return (
         f"Measuring {len(items)} answers, about {tokens:,} tokens, three times or more: at {looks} "
-        f"looks in {len(layers)} layers, then as tokens really leave. A look costs {dear:.1f} "
-        "layers; --first and --every look less often, --questions reads less."
+        f"looks in {len(layers)} layers, then as tokens really leave. {dear}; "
+        "--first and --every look less often, --questions reads less."
     )
+
+
+def _dear(model: Any) -> float:
+    """What a look costs, in layers: the weights that the head reads for each of a layer."""
+    from trol.depth.readout import Readout
+    from trol.host.layers import find_decoder, layer_list
+
+    layers: Any = layer_list(find_decoder(model))
+    return Readout(model).flops / 2 / sum(part.numel() for part in layers[0].parameters())
 
 
 def _save(model: Any, policy: Any, out: Path, result: dict[str, Any]) -> None:
@@ -290,10 +297,13 @@ def _exit_policy(model: Any, request: Request) -> EarlyExit:
     """
     from trol.depth import attached, is_attached
     from trol.depth.attachment import check
-    from trol.host.layers import find_decoder
+    from trol.host.layers import find_decoder, layer_list
     from trol.policies.exits import EarlyExit
 
-    settings: dict[str, Any] = {"first": 1, "every": 1}
+    decoder = find_decoder(model)
+    # Looks that cost more than the layers between them save nothing.
+    most = max(1, len(layer_list(decoder) or ()) - 2)
+    settings: dict[str, Any] = {"first": 1, "every": min(most, max(1, round(_dear(model))))}
     policy = attached(model)[1].depth_policy if is_attached(model) else None
     if isinstance(policy, EarlyExit):
         settings = {key: policy.settings()[key] for key in ("first", "every", "heads")}
@@ -307,7 +317,7 @@ def _exit_policy(model: Any, request: Request) -> EarlyExit:
             f"every={settings['every']}; leave --first and --every out."
         )
     new = EarlyExit(request.measure, 1.0, **settings | options)  # type: ignore[arg-type]
-    check(find_decoder(model), new)
+    check(decoder, new)
     return new
 
 

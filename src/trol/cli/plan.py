@@ -79,7 +79,8 @@ def plan(
             about |= {"task": task, "questions": len(items), "scope": scope}
             measurements = _measurements(opened, items, out, about, seed)
         subject = (opened, processor, items)
-        with _measuring(method, measurements, len(items)) as progress:
+        unit = "windows" if items and items[0].ids else "questions"
+        with _measuring(method, measurements, f"{len(items)} {unit}") as progress:
             search = {"progress": progress, "measured": measurements}
             if method == "draft":
                 plan, about["draft"] = _draft(*subject, keep, **search)
@@ -94,7 +95,9 @@ def plan(
     if measurements is not None:
         measurements.finish()
     terminal.report(
-        {**content, "file": str(out)}, as_json=as_json, text=lambda: _text(content, layers, out)
+        {**content, "file": str(out)},
+        as_json=as_json,
+        text=lambda: _text(content, layers, out, unit),
     )
 
 
@@ -154,7 +157,7 @@ def _measurements(
 
 @contextmanager
 def _measuring(
-    method: str, measurements: Measurements | None, questions: int
+    method: str, measurements: Measurements | None, items: str
 ) -> Generator[Callable[[int, int], None]]:
     """Says how much is to be measured, shows how far it is, and says what Ctrl-C leaves."""
     if measurements is None:
@@ -168,8 +171,7 @@ def _measuring(
             announced = True
             there = f"; {done} of them are in {measurements.path}" if done else ""
             terminal.note(
-                f"trol plan: {method} makes {of} measurements at most, on {questions} "
-                f"questions{there}."
+                f"trol plan: {method} makes {of} measurements at most, on {items}{there}."
             )
         bar(done, of)
 
@@ -183,13 +185,13 @@ def _measuring(
         yield show
 
 
-def _text(content: dict[str, Any], layers: int, out: Path) -> str:
+def _text(content: dict[str, Any], layers: int, out: Path, unit: str) -> str:
     lines = [content["plan"], f"{sum(content['visits'])} of {layers} layers, written to {out}"]
     if scope := content.get("scope"):
         lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
     if losses := content["losses"]:
         lines.append(
-            f"loss of {content['questions']} questions of {content['task']}, nats per token: "
+            f"loss of {content['questions']} {unit} of {content['task']}, nats per token: "
             f"{_losses_text(losses, content['keep_first'])}"
         )
     if draft := content.get("draft"):

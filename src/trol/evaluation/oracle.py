@@ -102,7 +102,7 @@ def read_menu(
         text: plans with commas between; `influence:8` and the like stand for eight plans of that
             method of `trol plan`. The costs of a static method are evenly spaced from an eighth of
             the layers on, those of a method that measures from half of them on: pretrained models
-            say nothing sensible with fewer, however they are chosen (LAB.md).
+            say nothing sensible with fewer, however they are chosen.
         layers: of the stack.
         seed: of the method `random`.
         read: plan text, or the name of a plan file, -> plan.

@@ -17,7 +17,7 @@ from trol.evaluation.answers import StepsDone, losses
 from trol.evaluation.draft_search import draft_plan
 from trol.evaluation.hidden_states import influences, layers_of
 from trol.evaluation.items import WHOLE, Item, Part, positions_of
-from trol.evaluation.removal import EXCHANGES, Layers, Removal, measurements
+from trol.evaluation.removal import Layers, Removal, measurements
 from trol.evaluation.shared_layers import PlanLosses
 from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import questions_of, task_of
@@ -27,10 +27,8 @@ MEASURED = ("influence", "greedy", "draft")
 """The methods that look at the model, beside the static ones."""
 
 METHODS = (*MEASURED, *STATIC)
-"""The methods of `chosen_plan`."""
-
-DEFAULT_METHOD = "greedy"
-"""Of real models the best at every share (LAB.md); evenly spaced layers are the worst."""
+"""The methods of `chosen_plan`. Of pretrained models greedy is the best at every share, and evenly
+spaced layers the worst (docs/depth-selection.md)."""
 
 SPARED = 1
 """First tokens of a sequence that plans are tried without: there the attention sink is."""
@@ -41,7 +39,7 @@ QUESTIONS = 64
 WINDOWS, WINDOW = 2, 1024
 """Windows of plain text that a plan is chosen by, where nobody says, and tokens of each: a few
 minutes of two cores for a model of 135 M parameters. Long ones: plans chosen by windows of 256
-tokens lose layers that a longer context needs (LAB.md)."""
+tokens lose layers that a longer context needs (docs/depth-selection.md)."""
 
 
 CHOOSING, JUDGING = (0.0, 0.125), (0.125, 1.0)
@@ -144,10 +142,7 @@ def chosen_plan(
     subject = (model, processor, items)
     if method == "draft":
         return ChosenPlan(draft_plan(*subject, keep, progress=progress, measured=measured).plan)
-    steps = {
-        "influence": 1,
-        "greedy": measurements(layers, layers - kept, exchanges=EXCHANGES),
-    }.get(method, 0)
+    steps = {"influence": 1, "greedy": measurements(layers, layers - kept)}.get(method, 0)
     search = _Search(subject, scope, measured, progress, of=steps + 2 + (scope != "answer"))
     if method in STATIC:
         plan = static_plan(method, layers, keep, seed)
@@ -204,7 +199,6 @@ class _Search:
         removal = Removal(range(self.layers), cost)
         for _ in removal.take(self.layers - kept):
             pass
-        removal.exchange()
         return removal.left
 
     def loss(self, plan: Plan, base: Plan, keep_first: int | None = None) -> float:

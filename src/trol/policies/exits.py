@@ -117,11 +117,15 @@ class EarlyExit(DataclassPolicy):
 
     Args:
         measure: c: `entropy`, `margin`, `saturation` or `patience` (`trol.policies.exits`).
-        threshold: one for all looks, or a list with one for each; `trol calibrate` finds one.
+        threshold: one for all looks, or a list with one for each. It means nothing until it was
+            calibrated on the model: SmolLM2-135M keeps 34 % of its words at a margin of 0.8. `trol
+            calibrate MODEL --exit MEASURE` finds one and writes exits that `trol.load` attaches.
         first: the first layer before which a token may leave.
         every: looks are taken before layers first, first + every, first + 2 every, ...
         scope: which tokens may leave (Glavas et al.: prompts use all layers).
-        skipped_kv: what later tokens see of one that left.
+        skipped_kv: what later tokens see of one that left. `hole` kept 85 to 95 % of SmolLM2's
+            words where `project` kept 69 to 89 %, but not every host can hide tokens; `trol
+            calibrate` measures both.
         keep_first: tokens at the head of each sequence that never leave.
         heads: whether each look has a trained translator, `ExitHead`; the token then leaves as
             the translated state.

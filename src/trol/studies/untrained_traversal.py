@@ -79,7 +79,8 @@ def _arms(subject: Subject) -> list[Arm]:
         arms.append(Arm(f"gates {gate}", partial(_attached, subject, mixer, 0)))
     arms.append(Arm(TWICE, lambda _: subject.losses(planned(Plan([2] * layers)))))
     for seed in range(subject.seeds):
-        arm = partial(_attached, subject, TrolMixer(scope="all"), seed)
+        published = TrolMixer(initial_gate=None, scope="all")
+        arm = partial(_attached, subject, published, seed)
         arms.append(Arm(INITIAL.format(seed), arm))
     for name, block in blocks(layers).items():
         plan = planned(Plan([1 + (layer in block) for layer in range(layers)]))
@@ -141,7 +142,7 @@ STUDY = Study(
         ),
         Claim(
             "Gates of .01 change next to nothing",
-            "trol's warning of untrained gates",
+            "trol's default for attaching",
             "nats above the full model",
             "below",
             0.02,
