@@ -1,7 +1,8 @@
 """Python's help topics as text: splits that share no topic, and the task made of them."""
 
-import pytest
 from pydoc_data.topics import topics
+
+import pytest
 
 from trol.data.own_files import SPLITS
 from trol.data.topics import topic_text
@@ -24,9 +25,7 @@ def test_every_topic_is_in_one_split() -> None:
 
 def test_windows_are_those_of_their_split_and_the_same_on_every_call() -> None:
     tokenizer = byte_level_tokenizer([topic_text("train")[:5000]], 300)
-    windows = {
-        split: topic_items(20, 0, split, tokenizer=tokenizer, window=64) for split in SPLITS
-    }
+    windows = {split: topic_items(20, 0, split, tokenizer=tokenizer, window=64) for split in SPLITS}
     for split, items in windows.items():
         assert len(items) == 20
         again = topic_items(20, 0, split, tokenizer=tokenizer, window=64)
