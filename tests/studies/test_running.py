@@ -11,6 +11,7 @@ import pytest
 
 from cli.command import run as command
 from trol.errors import UsageError
+from trol.reports.study import figures
 from trol.studies import STUDIES, study_of
 from trol.studies.running import run
 from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
@@ -114,6 +115,14 @@ def test_the_rule_gives_each_verdict(
         assert verdict == "not decided at this size"
     else:
         assert verdict == ("reproduced" if above == (side == "above") else "refuted")
+
+
+def test_a_statistic_that_no_unit_has_decides_nothing() -> None:
+    claim = Claim("", "", "", "below", 1.0, lambda e: resampled(lambda units: float("nan"), 3))
+    said = claim.json(Evidence({}, 4, 1, {}))
+    assert (said["value"], said["low"], said["high"]) == (None, None, None)
+    assert said["verdict"] == "not decided at this size"
+    assert figures(said) == ["–", "no unit has it", "below 1"]
 
 
 def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:

@@ -63,16 +63,26 @@ STUDY = Study(
     controls="The full model on the same windows; a block in the middle, which is neither.",
     amounts={"tiny": {"windows": 4, "window": 32}, "real": {"windows": 10, "window": 128}},
     arms=_arms,
-    claims=tuple(
+    claims=(
+        *(
+            Claim(
+                f"A pretrained decoder stands skips better than exits, 1 layer in {part} left out",
+                "Glavas et al., arXiv 2410.20022",
+                "nats of exit above evenly spaced skip",
+                "above",
+                0.0,
+                lambda e, part=part: e.difference(_name("exit", part), _name("skip", part)),
+            )
+            for part in PARTS
+        ),
         Claim(
-            f"A pretrained decoder stands skips better than exits, 1 layer in {part} left out",
-            "Glavas et al., arXiv 2410.20022",
-            "nats of exit above evenly spaced skip",
+            "A block in the middle is better to leave out than evenly spaced layers, 1 layer in 8",
+            "first runs of trol",
+            "nats of evenly spaced skip above the block",
             "above",
             0.0,
-            lambda e, part=part: e.difference(_name("exit", part), _name("skip", part)),
-        )
-        for part in PARTS
+            lambda e: e.difference(_name("skip", PARTS[0]), _name("middle block", PARTS[0])),
+        ),
     ),
     tables=_tables,
 )
