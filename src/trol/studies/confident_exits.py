@@ -28,9 +28,7 @@ def _exits(subject: Subject, **settings: Any) -> EarlyExit:
 
 def _thresholds(subject: Subject, _: object) -> dict[str, float | None]:
     """Quality -> the most lenient threshold that keeps it in the record of the choosing text."""
-    record = record_exits(
-        subject.model, subject.processor, subject.windows("validation"), _exits(subject)
-    )
+    record = record_exits(*subject.opened, subject.windows("validation"), _exits(subject))
     return {
         str(quality): next(
             (t for t in reversed(EXIT_THRESHOLDS) if record.outcome(t).quality >= quality), None
@@ -41,7 +39,7 @@ def _thresholds(subject: Subject, _: object) -> dict[str, float | None]:
 
 def _recorded(subject: Subject, values: Mapping[str, Any]) -> dict[str, Any]:
     """What these thresholds keep and save in the record of the judging text."""
-    record = record_exits(subject.model, subject.processor, subject.windows(), _exits(subject))
+    record = record_exits(*subject.opened, subject.windows(), _exits(subject))
     return {
         quality: _outcome(record.outcome(threshold or 1.0))
         for quality, threshold in values[CALIBRATED].items()
@@ -51,7 +49,7 @@ def _recorded(subject: Subject, values: Mapping[str, Any]) -> dict[str, Any]:
 def _ran(subject: Subject, quality: str, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     threshold = values[CALIBRATED][quality]
     policy = with_threshold(_exits(subject, skipped_kv=kind), threshold or 1.0)
-    outcome = run_exits(subject.model, subject.processor, subject.windows(), policy)
+    outcome = run_exits(*subject.opened, subject.windows(), policy)
     return {**_outcome(outcome), "losses": subject.losses(policy)}
 
 

@@ -22,21 +22,21 @@ TOKENS = 2
 
 ROUNDS = 2
 
+FIGURES = ("acceptance", "tokens_per_round", "ratio", "identical")
+
 
 def _count(layers: int, which: int) -> int:
     return 1 if which == 1 else max(1, round(layers / which))
 
 
 def _plans(subject: Subject, _: object) -> dict[str, str]:
-    """Draft -> its plan: layers chosen by greedy search, or the last ones."""
+    """Draft -> its plan: layers chosen by influence, or the last ones."""
     text, layers, kept = subject.windows("validation"), subject.layers, Measurements()
     plans: dict[str, str] = {}
     for which in GONE:
         count = _count(layers, which)
         share = 1 - count / layers
-        chosen = chosen_plan(
-            "greedy", subject.model, subject.processor, text, share, scope="all", measured=kept
-        )
+        chosen = chosen_plan("influence", *subject.opened, text, share, scope="all", measured=kept)
         plans[_name("skip", which)] = str(chosen.plan)
         plans[_name("exit", which)] = str(plan_keeping(range(layers - count), layers))
     return plans
@@ -48,24 +48,12 @@ def _name(kind: str, which: int) -> str:
 
 def _speed(subject: Subject, draft: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Acceptance and paired speed of each prompt, answered alone."""
-    return [
-        {
-            key: measured[key]
-            for measured in [
-                measured_speed(
-                    subject.model,
-                    subject.processor,
-                    [item],
-                    values["plans"][draft],
-                    TOKENS,
-                    new_tokens=subject.amounts["new_tokens"],
-                    rounds=ROUNDS,
-                )
-            ]
-            for key in ("acceptance", "tokens_per_round", "ratio", "identical")
-        }
+    how = {"new_tokens": subject.amounts["new_tokens"], "rounds": ROUNDS}
+    each = (
+        measured_speed(*subject.opened, [item], values["plans"][draft], TOKENS, **how)
         for item in sums(subject.amounts["questions"])
-    ]
+    )
+    return [{figure: one[figure] for figure in FIGURES} for one in each]
 
 
 def _arms(subject: Subject) -> list[Arm]:

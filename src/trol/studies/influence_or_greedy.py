@@ -47,11 +47,10 @@ def choose(subject: Subject, method: str, _: object = None) -> dict[str, str]:
     """Part -> the plan, chosen on windows of the validation split."""
     file = folder(subject.folder) / f"plans-{method}.jsonl"
     kept = Measurements(file, subject.header())
-    subject_and_text = (subject.model, subject.processor, subject.windows("validation"))
-    plans = {}
+    text, plans = subject.windows("validation"), {}
     for part in PARTS:
         share = keep(subject.layers, part)
-        chosen = chosen_plan(method, *subject_and_text, share, scope="all", measured=kept)
+        chosen = chosen_plan(method, *subject.opened, text, share, scope="all", measured=kept)
         plans[str(part)] = str(chosen.plan)
     kept.finish()
     return plans

@@ -42,8 +42,8 @@ def _menu(subject: Subject, method: str) -> Menu:
     kept = Measurements()
 
     def choose(name: str, share: float) -> ChosenPlan:
-        subject_and_text = (subject.model, subject.processor, subject.windows("validation"))
-        return chosen_plan(name, *subject_and_text, share, scope="answer", measured=kept)
+        text = subject.windows("validation")
+        return chosen_plan(name, *subject.opened, text, share, scope="answer", measured=kept)
 
     levels = subject.amounts["levels"]
     text = f"{method}:{levels}"
@@ -57,7 +57,7 @@ def _answers(subject: Subject, method: str, _: object) -> dict[str, Any]:
     drawn = len(menu.levels) - 1
     questions = Questions(items, (METRIC,), NEW_TOKENS, samples=drawn)
     store = Store(subject.folder / f"answers-{method}", questions.header(subject.model, menu))
-    answer_all(subject.model, subject.processor, questions, menu, store)
+    answer_all(*subject.opened, questions, menu, store)
     rows = unique(store.rows())
     levels = [level.text for level in menu.levels]
     return {
