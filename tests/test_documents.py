@@ -129,6 +129,12 @@ def _reaches(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reached) == 1
 
 
+def test_the_tables_of_studies_say_what_the_results_say() -> None:
+    for page, text in runpy.run_path(str(ROOT / "docs" / "studies.py"))["written"]().items():
+        assert page.read_text(encoding="utf-8") == text, "run python docs/studies.py"
+        assert "| reproduced |" in text
+
+
 def test_the_picture_of_the_rooms_is_what_the_imports_are() -> None:
     drawn = runpy.run_path(str(ROOT / "docs" / "rooms.py"))["drawing"]()
     assert (ROOT / "docs" / "rooms.svg").read_text() == drawn, "run python docs/rooms.py"

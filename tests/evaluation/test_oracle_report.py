@@ -31,6 +31,10 @@ def test_the_figures_by_hand() -> None:
     assert result["equal_budget"] == pytest.approx({"layers": 2.0, "share": 0.5, "score": 0.575})
     assert result["per_sequence"] == pytest.approx({"layers": 2.0, "share": 0.5, "score": 0.575})
     assert result["best"]["score"] == pytest.approx(0.575)
+    # Right are the first three, whose cheapest levels as good have 1, 2 and 4 layers.
+    right, wrong = result["by_full"]["right"], result["by_full"]["wrong"]
+    assert right == pytest.approx({"n": 3, "layers": 7 / 3, "share": 7 / 12, "score": 2.3 / 3})
+    assert wrong == {"n": 1, "layers": 1.0, "share": 0.25, "score": 0.0}
     assert result["mix"] == [0.5, 0.25, 0.25]
     assert result["menu"][1]["mean"]["rougeL"] == pytest.approx(0.4)
     assert json.dumps(result, allow_nan=False)

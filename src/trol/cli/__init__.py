@@ -30,6 +30,7 @@ VERBS = {
     "export": "trol.cli.export:export",
     "oracle": "trol.cli.oracle:oracle",
     "calibrate": "trol.cli.calibrate:calibrate",
+    "study": "trol.cli.study:study",
     "convert": "trol.cli.convert:convert",
     "info": "trol.cli.info:info",
 }

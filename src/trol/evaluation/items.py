@@ -19,6 +19,7 @@ from trol.data.boards import ASKERS, ask, draw, make_board
 from trol.data.conversations import ConversationCollator
 from trol.data.own_files import Chat, Pair, read_chats, read_text, shortened
 from trol.data.pairs import pairs_of
+from trol.data.topics import topic_text
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, UsageError
 from trol.host.chat_templates import start_of
@@ -120,17 +121,40 @@ def text_items(
     window: int,
     part: Part = WHOLE,
 ) -> list[Item]:
-    """At most `count` windows of a file, in its order; every split is the whole file.
+    """At most `count` windows of a file, as `windows` cuts them; every split is the whole file."""
+    del split
+    text = read_text(path)
+    return windows(text, path, count, seed, tokenizer=tokenizer, window=window, part=part)
+
+
+def topic_items(
+    count: int, seed: int, split: str = "test", *, tokenizer: Any, window: int
+) -> list[Item]:
+    """At most `count` windows of the help topics of a split, as `windows` cuts them."""
+    where = f"the topics of the {split} split"
+    return windows(topic_text(split), where, count, seed, tokenizer=tokenizer, window=window)
+
+
+def windows(
+    text: str,
+    where: object,
+    count: int,
+    seed: int,
+    *,
+    tokenizer: Any,
+    window: int,
+    part: Part = WHOLE,
+) -> list[Item]:
+    """At most `count` windows of a text, in its order; `where` is what errors call it.
 
     The text is encoded once and cut every `window` tokens. The mark that the tokenizer puts before
-    a text counts as one of them, and the last window may be shorter. If the file has more than
+    a text counts as one of them, and the last window may be shorter. If the text has more than
     `count` windows, the seed draws among them.
 
     Raises:
         DataError: there is not one token to predict.
     """
-    del split
-    text, start = read_text(path), start_of(tokenizer)
+    start = start_of(tokenizer)
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )  # verbose: a text may be longer than the model reads at once
@@ -139,7 +163,7 @@ def text_items(
     known = 0 if start else 1  # the first token of a text without a mark is not predicted
     begins = [at for at in range(0, len(ids), step) if len(ids) - at > known]
     if not begins:
-        raise DataError(f"{path} is a single token, so nothing is predicted; name a longer text.")
+        raise DataError(f"{where} is a single token, so nothing is predicted; name a longer text.")
     if count < len(begins):
         begins = sorted(random.Random(f"windows/{seed}").sample(begins, count))
     return [

@@ -9,6 +9,8 @@
      "equal_shares": [low, high],        equal_budget's share in 95 % of resampled questions
      "per_sequence": {"layers", "share", "score"},    cheapest level as good for each sequence
      "best": {"layers", "share", "score"},            no limit: each sequence's best level
+     "by_full": {"right", "wrong": {"n", "layers", "share", "score"} or None} or None,
+                     per_sequence where the full model scores `RIGHT` or more, and where it does not
      "mix": [share of sequences on each level at equal_budget],
      "curve": [{"layers", "share", "oracle", "random", "random_spread", "held_out", "single"}],
      "controls": {"at_equal_budget": {"oracle", "random", "random_spread", "held_out", "single"},
@@ -16,7 +18,7 @@
                   "reach_full": {"random", "held_out", "single": share of layers or None},
                   "best_of_n": {"n", "score", "by_n", "share_of_gain",
                                 "oracle_reaches": {"layers", "share", "score"} or None} or None},
-     "metrics": {metric: {"full", "equal_budget", "per_sequence", "best", "best_of_n"}},
+     "metrics": {metric: {"full", "equal_budget", "per_sequence", "best", "by_full", "best_of_n"}},
      "verdict": [sentence]}
 
 Means are over sequences, long or short. Layers are those that a token of the answer visits, in the
@@ -48,6 +50,9 @@ POINTS = 48
 
 ARMS = ("random", "held_out", "single")
 
+RIGHT = 0.5
+"""From this score on, of at most 1, an answer counts as right."""
+
 
 class Table:
     """The scores of one metric: one row per sequence, one column per level."""
@@ -67,7 +72,7 @@ class Table:
                 self.types[at] = row.type
             elif metric in row.scores:
                 self.drawn[at, row.sample - 1] = row.value(metric)
-        self.menu, self.layers, self.n = menu, menu.layers, len(items)
+        self.menu, self.layers, self.n, self.metric = menu, menu.layers, len(items), metric
         self.greedy = self.scores[:, menu.full]
         self.full = float(self.greedy.mean())
         self.knapsack: knapsack.Knapsack = knapsack.solve(menu.costs, self.scores)
@@ -96,19 +101,40 @@ class Table:
             return None
         return self.point(budget / self.n, self.knapsack.value(budget) / self.n)
 
-    def summary(self) -> dict[str, Any]:
-        """The oracle by both of its definitions, and without any limit."""
+    def cheapest_as_good(self) -> NDArray[np.int64]:
+        """Each sequence's cheapest level that scores no less than the full model. Shape: [N]."""
         costs = np.asarray(self.menu.costs)
         good = self.scores >= self.greedy[:, None] - knapsack.SLACK
-        cheapest = np.where(good, costs, costs.max() + 1).argmin(axis=1)
-        own = costs[cheapest].mean(), self.scores[np.arange(self.n), cheapest].mean()
+        return np.where(good, costs, costs.max() + 1).argmin(axis=1)
+
+    def _own(self, levels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> dict[str, float]:
+        """The mean of some sequences, each on its own level."""
+        costs, scores = np.asarray(self.menu.costs)[levels], self.scores[np.arange(self.n), levels]
+        return self.point(float(costs[chosen].mean()), float(scores[chosen].mean()))
+
+    def _by_full(self, levels: NDArray[np.int64]) -> dict[str, Any] | None:
+        """Their means by whether the full model is right; None of a metric that has no right."""
+        if self.metric in LOWER_IS_BETTER:
+            return None
+        right = self.greedy >= RIGHT
+        parts = {"right": right, "wrong": ~right}
+        return {
+            name: {"n": int(some.sum()), **self._own(levels, some)} if some.any() else None
+            for name, some in parts.items()
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The oracle by both of its definitions, and without any limit."""
+        cheapest = self.cheapest_as_good()
+        everyone = np.ones(self.n, dtype=bool)
         has_drawn = self.drawn.size > 0 and bool(np.isfinite(self.drawn).all())
         outputs = knapsack.best_of_n(self.greedy, self.drawn) if has_drawn else None
         return {
             "full": self.full,
             "equal_budget": self.reaching(self.full),
-            "per_sequence": self.point(*map(float, own)),
+            "per_sequence": self._own(cheapest, everyone),
             "best": self.reaching(float(self.scores.max(axis=1).mean())),
+            "by_full": self._by_full(cheapest),
             "best_of_n": outputs and {"n": len(outputs), "score": outputs[-1], "by_n": outputs},
         }
 
@@ -152,7 +178,7 @@ def report(
             }
             for i, level in enumerate(menu.levels)
         ],
-        **{key: mine[key] for key in ("full", "equal_budget", "per_sequence", "best")},
+        **{key: mine[key] for key in ("full", "equal_budget", "per_sequence", "best", "by_full")},
         "equal_shares": knapsack.equal_shares(
             menu.costs, table.scores, menu.full, menu.layers, seed
         ),

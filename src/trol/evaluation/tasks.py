@@ -26,7 +26,9 @@ from trol.evaluation.items import (
     positions_of,
     text_items,
     tokenizer_of,
+    topic_items,
 )
+from trol.evaluation.store import items_digest
 from trol.host.chat_templates import own_template
 
 SkipScope = Literal["answer", "all"]
@@ -97,6 +99,7 @@ TASKS: dict[str, Task] = {
     # Two words, a full stop and the end.
     "boards": Task(board_items, chance_by_type, ("exact", "loss"), new_tokens=4),
     "docstrings": Task(partial(pair_items, "docstrings"), lambda: dict(blind_docstrings())),
+    "pydoc": Task(topic_items, metrics=("loss",), windows=True),
 }
 """The built-in tasks by name."""
 
@@ -240,7 +243,8 @@ def evaluate(
         `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
         "chance_by_type"}`, of text `{"metrics": {name: mean}, "metric", "n", "by_type",
         "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Plain
-        text has `perplexity`, `bits_per_byte` and `tokens` as well, and its loss is per token.
+        text has `perplexity`, `bits_per_byte`, `tokens` and `set`, a digest of what was read, as
+        well, and its loss is per token.
 
     Raises:
         UsageError: a task is unknown, or has no references for a metric.
@@ -290,7 +294,8 @@ def measure_task(
     wanted = list(metrics) or list(task.metrics)
     values = _values(model, processor, items, task, wanted, report=partial(progress, name))
     if task.windows:
-        return {**_window_scores(items, values["loss"]), "metric": "loss", "chance_by_type": {}}
+        read = {**_window_scores(items, values["loss"]), "set": items_digest(items)}
+        return {**read, "metric": "loss", "chance_by_type": {}}
     by_type = _by_type(items, values[wanted[0]])
     del by_type["accuracy"]
     means = {metric: sum(each) / len(each) for metric, each in values.items()}

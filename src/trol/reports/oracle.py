@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from trol.evaluation.answers import LOWER_IS_BETTER
-from trol.evaluation.oracle_report import score_text
+from trol.evaluation.oracle_report import RIGHT, score_text
 from trol.files import write_whole
 from trol.reports import pages
 from trol.reports.pages import PAGE_INK, STYLE, Results, Table, percent
@@ -71,6 +71,9 @@ def _budgets(results: Mapping[str, Any]) -> Table:
         "the cheapest level as good for each sequence": results["per_sequence"],
         "the best level for each sequence": results["best"],
     }
+    for name, part in (results.get("by_full") or {}).items():
+        if part is not None:
+            points[f"the same for the {part['n']} that the full model has {name}"] = part
     if outputs is not None:
         name = f"as good as the best of {outputs['n']} outputs of the full model"
         points[name] = outputs["oracle_reaches"]
@@ -107,6 +110,11 @@ def _budgets(results: Mapping[str, Any]) -> Table:
         )
     if n < FEW:
         notes.append(f"Fewer than {FEW} questions say little; ask more with --questions.")
+    if results.get("by_full"):
+        notes.append(
+            f"The full model has an answer right if it scores {RIGHT:.0%} or more. Where it is "
+            "wrong, any level may be as good as it is: what that saves is no saving."
+        )
     if any(map(_is_loss, results["metrics"])):
         notes.append("In oracle.json a loss has its sign turned, so that higher is better.")
     heading = ["the oracle is", f"layers of {results['layers']}", "share", "95 % interval", metric]

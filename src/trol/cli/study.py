@@ -1,0 +1,96 @@
+"""`trol study`: claims about depth, each tested with controls, an interval and a stated rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from trol.cli import terminal
+from trol.cli.terminal import argument, option, run_record
+from trol.errors import unknown
+
+EXAMPLES = (
+    "trol study",
+    "trol study single-layers --size tiny",
+    "trol study skip-or-exit --model HuggingFaceTB/SmolLM2-135M-Instruct --seeds 3",
+)
+SIZE_HELP = "real: minutes on one core; tiny: seconds, on a random model unless one is named."
+MODEL_HELP = "What is studied. Default: smollm2, of size tiny a random decoder."
+SHARD_HELP = "Measure part I, from 0, of N parts; all share DIR."
+
+REAL_MODEL = "smollm2"
+TINY_MODEL = "random-decoder"
+"""The folder of --out that the random decoder is in."""
+
+
+def study(
+    name: Annotated[str | None, argument("[NAME]", "A study, or all; none lists them.")] = None,
+    *,
+    model: Annotated[str | None, option("--model", "MODEL", MODEL_HELP)] = None,
+    size: Annotated[str, option("--size", "SIZE", SIZE_HELP)] = "real",
+    seeds: Annotated[int, option("--seeds", "N", "Of whatever is drawn.", min=1)] = 3,
+    shard: Annotated[str, option("--shard", "I/N", SHARD_HELP)] = "0/1",
+    out: terminal.Out = Path("runs/studies"),
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Test what is said about depth on a model.
+
+    What is measured is kept in DIR/NAME: the same command goes on where it was stopped.
+    """
+    from trol.checkpoints.adapter import check_writable
+    from trol.evaluation.oracle import check_shard
+    from trol.studies import STUDIES, study_of
+    from trol.studies.subject import make_tiny
+
+    if name is None:
+        described = [{"study": one, "hypothesis": study_of(one).hypothesis} for one in STUDIES]
+        lines = (f"{one['study']}\n    {one['hypothesis']}" for one in described)
+        terminal.report({"studies": described}, as_json=as_json, text=lambda: "\n".join(lines))
+        return
+    chosen = [study_of(one) for one in (STUDIES if name == "all" else [name])]
+    if size not in chosen[0].amounts:
+        raise unknown("size", size, chosen[0].amounts)
+    part = check_shard(shard)
+    check_writable(out)
+    with terminal.quiet_libraries():
+        if model is None:
+            model = REAL_MODEL
+            if size == "tiny":
+                place = out / TINY_MODEL
+                model = str(place if place.exists() else make_tiny(place))
+        results = [_run(one, model, size, seeds=seeds, part=part, out=out) for one in chosen]
+    texts = map(_text, results)
+    terminal.report({"results": results}, as_json=as_json, text=lambda: "\n\n".join(texts))
+
+
+def _run(
+    study: Any, model: str, size: Any, *, seeds: int, part: tuple[int, int], out: Path
+) -> dict[str, Any]:
+    from trol.reports.study import write
+    from trol.studies.running import run
+    from trol.studies.subject import Subject
+
+    place = out / study.name
+    subject = Subject(model, study.amounts[size], seeds, place)
+    hint = f"Stopped. {place} keeps what was measured; the same command goes on from there."
+    with terminal.on_interrupt(lambda: hint), terminal.progress(study.name, "arm") as bar:
+        result = run(study, subject, shard=part, progress=bar)
+    about = {"model": model, "size": size, "complete": result is not None}
+    if result is None:
+        return {"study": study.name, **about}
+    result = {**result, **about, "run": run_record()}
+    return {**result, "page": str(write(result, place))}
+
+
+def _text(result: dict[str, Any]) -> str:
+    """The claims with their verdicts, and where the page is."""
+    from trol.reports.study import figures
+
+    if not result["complete"]:
+        return f"{result['study']}: this part is finished, others are missing (--shard)."
+    lines = [result["study"]]
+    for claim in result["claims"]:
+        value, interval, bound = figures(claim)
+        lines.append(f"  {claim['verdict'].upper()}: {claim['claim']} ({claim['source']})")
+        lines.append(f"    {claim['statistic']}: {value} ({interval}; {bound})")
+    return "\n".join([*lines, f"  {result['page']}"])

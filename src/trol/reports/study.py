@@ -1,0 +1,50 @@
+"""The files of `trol study`: `study.json`, and the page `study.html`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trol.reports import pages
+from trol.reports.pages import Results, Table
+
+STUDY = Results(
+    "study.json",
+    "study.html",
+    "trol study",
+    ("study", "model", "size", "seeds", "layers", "rule", "claims", "tables"),
+)
+
+RANDOM = "A random model knows nothing, so its verdicts mean nothing: they show that it runs."
+
+
+def write(results: Mapping[str, Any], out: str | Path) -> Path:
+    """Writes both files into the folder `out`, results first; see `Results.write`."""
+    return STUDY.write(results, out, lambda _: render(results))
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page."""
+    tables = [(t["title"], Table(t["heading"], t["rows"], [])) for t in results["tables"]]
+    values = {"verdicts": verdicts(results), "tables": tables, "run": results.get("run", {})}
+    return pages.render("study.html", results=results, **values)
+
+
+def verdicts(results: Mapping[str, Any]) -> Table:
+    """Each claim with its statistic, interval and verdict."""
+    rows = [
+        [claim["claim"], claim["source"], claim["statistic"], *figures(claim), claim["verdict"]]
+        for claim in results["claims"]
+    ]
+    heading = ["claim", "source", "statistic", "estimate", "95 % interval", "bound", "verdict"]
+    notes = [results["rule"], *([RANDOM] if results["size"] == "tiny" else [])]
+    return Table(heading, rows, notes)
+
+
+def figures(claim: Mapping[str, Any]) -> list[str]:
+    """Estimate, interval and bound as text."""
+    bound = f"{claim['side']} {claim['bound']:g}"
+    if claim["value"] is None:
+        return ["–", "no unit has it", bound]
+    value, low, high = (f"{claim[key]:.3f}" for key in ("value", "low", "high"))
+    figures = [value, f"{low} to {high}", bound]
+    return [text.replace("-", "−") for text in figures]

@@ -1,0 +1,185 @@
+"""The runner keeps what it measured and refuses another recipe; the rule gives each verdict."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cli.command import run as command
+from trol.errors import UsageError
+from trol.reports.study import figures
+from trol.studies import STUDIES, study_of
+from trol.studies.running import run
+from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
+from trol.studies.subject import Subject, make_tiny
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny(tmp_path_factory.mktemp("host")))
+
+
+AMOUNTS = {"windows": 2, "window": 16, "chosen_by": 2}
+
+
+def counting(asked: list[str], fails: str = "") -> Study:
+    """A study of three arms, the last of which needs the first; `fails` breaks off."""
+
+    def arm(name: str, *needs: str) -> Arm:
+        def measure(values: Any) -> Any:
+            if name == fails:
+                raise KeyboardInterrupt
+            asked.append(name)
+            return [1.0 + len(values), 2.0]
+
+        return Arm(name, measure, needs)
+
+    return Study(
+        name="counting",
+        hypothesis="",
+        design="",
+        controls="",
+        amounts={"tiny": AMOUNTS, "real": AMOUNTS},
+        arms=lambda subject: [arm("a"), arm("b"), arm("c", "a")],
+        claims=(Claim("c is more", "here", "c - a", "above", 0, lambda e: e.difference("c", "a")),),
+        tables=lambda e: [Table("means", ["arm", "mean"], [[n, f"{e.mean(n)}"] for n in e.values])],
+    )
+
+
+def test_it_goes_on_where_it_was_stopped(host: str, tmp_path: Path) -> None:
+    asked: list[str] = []
+    subject = Subject(host, AMOUNTS, 1, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(counting(asked, fails="c"), subject)
+    assert asked == ["a", "b"]
+    done: list[tuple[int, int]] = []
+    result = run(counting(asked), subject, progress=lambda *at: done.append(at))
+    assert asked == ["a", "b", "c"]
+    assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert result is not None
+    assert result["claims"][0]["value"] == 0.5
+    assert result == run(counting(asked), subject)
+    assert asked == ["a", "b", "c"]
+
+
+def test_shards_together_are_the_whole(host: str, tmp_path: Path) -> None:
+    asked: list[str] = []
+    subject = Subject(host, AMOUNTS, 1, tmp_path / "parts")
+    assert run(counting(asked), subject, shard=(0, 2)) is None
+    assert asked == ["a", "c"]
+    whole = run(counting(asked), subject, shard=(1, 2))
+    assert asked == ["a", "c", "b"]
+    assert whole == run(counting([]), Subject(host, AMOUNTS, 1, tmp_path / "whole"))
+
+
+def test_a_shard_measures_what_it_needs(host: str, tmp_path: Path) -> None:
+    asked: list[str] = []
+    assert run(counting(asked), Subject(host, AMOUNTS, 1, tmp_path), shard=(2, 3)) is None
+    assert asked == ["a", "c"]
+
+
+CHANGES: dict[str, Callable[[Subject], Subject]] = {
+    "amounts": lambda s: Subject(s.name, {**AMOUNTS, "windows": 3}, 1, s.folder),
+    "seeds": lambda s: Subject(s.name, AMOUNTS, 2, s.folder),
+}
+
+
+@pytest.mark.parametrize("what", [*CHANGES, "weights"])
+def test_a_changed_recipe_is_refused(what: str, host: str, tmp_path: Path) -> None:
+    subject = Subject(host, AMOUNTS, 1, tmp_path)
+    run(counting([]), subject)
+    if what == "weights":
+        other = Subject(host, AMOUNTS, 1, tmp_path)
+        other.model.model.norm.weight.data += 1
+    else:
+        other = CHANGES[what](subject)
+    with pytest.raises(UsageError, match=what):
+        run(counting([]), other)
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+@pytest.mark.parametrize(
+    ("low", "high", "above"),
+    [(0.1, 0.3, True), (-0.3, -0.1, False), (-0.1, 0.1, None), (0.0, 0.2, None)],
+)
+def test_the_rule_gives_each_verdict(
+    side: Any, low: float, high: float, above: bool | None
+) -> None:
+    claim = Claim("", "", "", side, 0.0, lambda e: Estimate(0, 0, 0))
+    verdict = claim.verdict(Estimate((low + high) / 2, low, high))
+    if above is None:
+        assert verdict == "not decided at this size"
+    else:
+        assert verdict == ("reproduced" if above == (side == "above") else "refuted")
+
+
+def test_a_statistic_that_no_unit_has_decides_nothing() -> None:
+    claim = Claim("", "", "", "below", 1.0, lambda e: resampled(lambda units: float("nan"), 3))
+    said = claim.json(Evidence({}, 4, 1, {}))
+    assert (said["value"], said["low"], said["high"]) == (None, None, None)
+    assert said["verdict"] == "not decided at this size"
+    assert figures(said) == ["–", "no unit has it", "below 1"]
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:
+    source = np.random.default_rng(3)
+    held = 0
+    for _ in range(60):
+        values = source.normal(1.0, 1.0, 40)
+        estimate = resampled(lambda units, values=values: float(values[units].mean()), 40)
+        assert estimate.value == pytest.approx(values.mean())
+        held += estimate.low <= 1.0 <= estimate.high
+    assert 51 <= held <= 60
+
+
+def test_pairing_takes_the_spread_of_units_away() -> None:
+    units = np.random.default_rng(0).normal(0, 5, 12)
+    values = {"full": list(units), "s0": list(units + 0.1), "s1": list(units + 0.3)}
+    evidence = Evidence(values, 4, 2, {})
+    paired = evidence.difference("s0", "full")
+    assert (paired.low, paired.high) == pytest.approx((0.1, 0.1))
+    seeds = evidence.difference(["s0", "s1"], "full")
+    assert (seeds.low, seeds.value, seeds.high) == pytest.approx((0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_study_runs_at_tiny_size(name: str, host: str, tmp_path: Path) -> None:
+    study = study_of(name)
+    assert study.name == name
+    result = run(study, Subject(host, study.amounts["tiny"], 2, tmp_path / name))
+    assert result is not None
+    assert [claim["claim"] for claim in result["claims"]] == [c.text for c in study.claims]
+    for claim in result["claims"]:
+        assert claim["value"] is None or claim["low"] <= claim["high"]
+        assert claim["verdict"] in ("reproduced", "refuted", "not decided at this size")
+    assert all(len(row) == len(t["heading"]) for t in result["tables"] for row in t["rows"])
+    assert set(study.amounts) == {"tiny", "real"}
+    assert set(study.amounts["tiny"]) == set(study.amounts["real"])
+
+
+def test_the_command_lists_runs_and_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("study") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in STUDIES)
+    assert command("study", "single-layer") == 2
+    assert "single-layers" in capsys.readouterr().err
+    assert command("study", "single-layers", "--size", "huge") == 2
+    small = replace(study_of("single-layers"), amounts={"tiny": AMOUNTS})
+    monkeypatch.setattr("trol.studies.study_of", lambda name: small)
+    words = ("study", "single-layers", "--size", "tiny", "--out", tmp_path, "--json")
+    assert command(*words, "--shard", "0/2") == 0
+    assert not json.loads(capsys.readouterr().out)["results"][0]["complete"]
+    assert command(*words, "--shard", "1/2") == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    page = (tmp_path / "single-layers" / "study.html").read_text()
+    stored = json.loads((tmp_path / "single-layers" / "study.json").read_text())
+    assert stored["claims"] == result["claims"]
+    for claim in result["claims"]:
+        assert claim["verdict"] in page
+    assert "verdicts mean nothing" in page
