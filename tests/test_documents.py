@@ -1,7 +1,7 @@
 """Every code block of the README and the docs runs: Python as it stands, commands up to their verb.
 
-Models of the hub are replaced by a tiny one of as many layers; what a verb then does has tests of
-its own.
+Pretrained models are replaced by a tiny one of as many layers; tests/pretrained runs on the real
+one. What a verb then does has tests of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 import trol
 from trol.cli import VERBS, application
 from trol.family.presets import byte_level_tokenizer, text_decoder
+from trol.family.pretrained import NAMES
 from trol.host.names import CACHE
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
 
     def load_model(name: Any, **kwargs: Any) -> Any:
-        return (vlm, processor) if str(name).startswith("BK-Lee/") else load_local(name, **kwargs)
+        if str(name).startswith("BK-Lee/"):
+            return vlm, processor
+        return tiny_host() if name in NAMES else load_local(name, **kwargs)
 
     or_tiny(transformers.AutoModelForCausalLM, 0)
     or_tiny(transformers.AutoTokenizer, 1)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from trol import load_model, save
-from trol.depth import attach, attached, detach, is_attached
+from trol.depth import attach, is_attached
 from trol.errors import HostError, UsageError
 from trol.family.loading import NOT_TAKEN, load_host
 from trol.host.weights import is_quantised
@@ -72,7 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 ELSEWHERE = {
     *NOT_TAKEN,
-    "gguf_file",  # test_a_gguf_file_opens
+    "gguf_file",  # tests/family/test_gguf.py
     "adapter_kwargs",
     "adapter_name",  # a folder of PEFT adapters, which names its host itself
     "distributed_config",
@@ -247,68 +246,6 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     assert is_attached(load_host(tmp_path))
 
 
-def test_a_gguf_file_opens_with_its_full_weights(tmp_path: Path) -> None:
-    """By its own path, and by `gguf_file`; it can be saved, which transformers refuses."""
-    gguf = pytest.importorskip("gguf")
-    file = _write_gguf(gguf, tmp_path / "host-Q8_0.gguf")
-    for name, settings in ((file, {}), (tmp_path, {"gguf_file": file.name})):
-        model, tokenizer = load_model(name, **settings)
-        assert not is_quantised(model)
-        assert tokenizer.decode(tokenizer("hello")["input_ids"]) == "hello"
-    attach(model, TrolMixer(initial_gate=0.3)).save_pretrained(tmp_path / "saved")
-    again = load_host(tmp_path / "saved")
-    ids = torch.arange(3, 12)[None]
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    assert attached(again)[1].depth_policy == TrolMixer(initial_gate=0.3)
-    detach(again)
-
-
-def _write_gguf(gguf: Any, path: Path) -> Path:
-    """A Llama of two layers with random weights and a vocabulary of bytes."""
-    wide, vocabulary = 32, 300
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(wide)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_rope_dimension_count(wide // 4)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    writer.add_token_list([*letters, "he", *(f"<{i}>" for i in range(vocabulary - 257))])
-    writer.add_token_types([1] * vocabulary)
-    writer.add_token_merges(["h e"])
-    writer.add_eos_token_id(2)
-    drawn = torch.Generator().manual_seed(0)
-    shapes = {
-        "token_embd": (vocabulary, wide),
-        "output_norm": (wide,),
-        "output": (vocabulary, wide),
-    }
-    for layer in range(2):
-        block = f"blk.{layer}"
-        shapes |= {f"{block}.{norm}": (wide,) for norm in ("attn_norm", "ffn_norm")}
-        shapes |= {f"{block}.attn_{one}": (wide, wide) for one in ("q", "k", "v", "output")}
-        shapes |= {f"{block}.ffn_{one}": (64, wide) for one in ("gate", "up")}
-        shapes[f"{block}.ffn_down"] = (wide, 64)
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=drawn).numpy() / 8
-        if len(shape) == 1:
-            writer.add_tensor(f"{name}.weight", values)
-        else:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            packed = gguf.quants.quantize(values, kind)
-            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_load_model_gives_the_class_that_was_saved(tmp_path: Path) -> None:
     """Plain or with a policy; a head that nobody asked for is never made up."""
     torch.manual_seed(0)
@@ -346,22 +283,6 @@ def test_what_could_not_be_opened_again_is_not_saved(kind: type, tmp_path: Path)
         with pytest.raises(UsageError, match="nothing was saved"):
             write(tmp_path / "x")
         assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "told"),
-    [
-        ("host.gguf", {}, "no GGUF file"),
-        ("", {"bits": 4, "gguf_file": "x.gguf"}, "leave bits out"),
-        ("", {}, "gguf_file='x.gguf'"),
-    ],
-)
-def test_gguf_files_that_do_not_open_say_why(
-    name: str, settings: dict[str, Any], told: str, tmp_path: Path
-) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises((UsageError, HostError), match=told):
-        load_model(tmp_path / name, **settings)
 
 
 def test_a_dtype_that_is_none_is_one_line(folders: tuple[Path, Path]) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trol.depth import Plan
 
 EXAMPLES = (
-    'trol export HuggingFaceTB/SmolLM2-135M-Instruct models/short --plan "0-19 28-29"',
+    'trol export smollm2 models/short --plan "0-13 16-29"',
     "trol export models/llama models/llama-half --plan runs/plan.json",
     "trol export models/llama models/llama-short --plan runs/plan.json --task docstrings --json",
 )

@@ -68,10 +68,13 @@ def _collect() -> dict[str, Any]:
 def _described(name: str) -> dict[str, Any]:
     from trol.checkpoints.adapter import is_trained
     from trol.family.loading import load_host
+    from trol.family.pretrained import origin
     from trol.reports.description import describe
 
     model = models.open_model(name)[0] if is_trained(Path(name)) else load_host(name)
-    return {"model": name, **describe(model)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    told = {"model": name, "folder": model.name_or_path, "weights": origin(model.name_or_path)}
+    return {**told, "dtype": dtype, **describe(model)}
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -91,7 +94,17 @@ def _text(result: dict[str, Any]) -> str:
     return _aligned(lines)
 
 
-MODEL_KEYS = ("model", "class", "family", "layers", "hidden_size", "parameters")
+MODEL_KEYS = (
+    "model",
+    "folder",
+    "weights",
+    "dtype",
+    "class",
+    "family",
+    "layers",
+    "hidden_size",
+    "parameters",
+)
 MODEL_KEYS += ("attention", "cache_layers", "policy")
 
 

@@ -1,5 +1,6 @@
 """GGUF files: one by itself or the only one of a folder, and the plain folder that one becomes."""
 
+import struct
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,9 @@ from trol.host.weights import forget_quantisation
 MAGIC = b"GGUF"
 """What such a file begins with."""
 
+FAULTS = (struct.error, ArithmeticError, LookupError, MemoryError)
+"""What else readers of such files raise, besides OSError and ValueError, where one is damaged."""
+
 
 def file_of(source: Path, settings: Mapping[str, Any]) -> Path | None:
     """The GGUF file that is meant by a path and the settings of `from_pretrained`; None for none.
@@ -22,7 +26,7 @@ def file_of(source: Path, settings: Mapping[str, Any]) -> Path | None:
     folder = source / settings.get("subfolder", "")
     if settings.get("gguf_file"):
         file = folder / settings["gguf_file"] if source.is_dir() else None  # or of a hub name
-    elif source.suffix == ".gguf" or source.is_file():
+    elif source.suffix == ".gguf":
         file = source
     elif (folder / "config.json").is_file():
         return None
@@ -51,8 +55,8 @@ def check_file(file: Path) -> None:
         begins = opened.read(len(MAGIC))
     if begins != MAGIC:
         raise DataError(
-            f"{file} is no GGUF file: it begins with {begins!r}, expected {MAGIC!r}; give a GGUF "
-            "file, or the folder that holds a model."
+            f"{file} is no GGUF file: it begins with {begins!r}, expected {MAGIC!r}; download "
+            "it again, or give the folder that holds a model."
         )
     if find_spec("gguf") is None:
         raise HostError(f"{file} needs the package gguf to be read; run: pip install gguf")

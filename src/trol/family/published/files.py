@@ -192,11 +192,11 @@ def check_source(source: str | Path, shipped: tuple[str, ...] = ()) -> None:
     if path.is_dir():
         return
     if path.exists():
-        raise UsageError(f"{name} is a file; give the folder that holds the model.")
+        raise UsageError(f"{name} is a file; give the folder that holds the model, or a GGUF file.")
     if _HUB_NAME.fullmatch(name) is None:
         close = get_close_matches(name, shipped, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        known = f", or a shipped model ({', '.join(shipped)})" if shipped else ""
+        known = f", or a name that trol knows ({', '.join(shipped)})" if shipped else ""
         raise UsageError(
             f"unknown model {name!r}: there is no such folder here, and it is no hub name, which "
             f"is owner/name.{hint} Give an existing folder or a hub name{known}."
