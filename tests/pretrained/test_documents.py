@@ -148,10 +148,11 @@ LINES = {
 FEW = {
     "chat": "",
     "info": "",
-    "eval": "--questions 2",
-    "plan": "--questions 2",
-    "curve": "--questions 2 --keep 0.9",
-    "export": "",
+    "eval": "--questions 1",
+    "plan": "--questions 1 --keep 0.97",
+    "curve": "--questions 1 --seeds 1 --keep 0.97",
+    "export": "--questions 1",
+    "calibrate": "--questions 12 --quality 0.5 --confidence 0.5",
 }
 """Verb that the pages show with this model -> words that make it end soon."""
 
@@ -167,7 +168,7 @@ def test_commands_answer_well(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, topic in (("notes.txt", "assignment"), ("README.md", "class")):
+    for name, topic in (("notes.txt", "subscriptions"), ("README.md", "class")):
         Path(name).write_text(topics[topic])
     turns = [{"role": "user", "content": "What is the capital of Spain?"}]
     turns.append({"role": "assistant", "content": "The capital of Spain is Madrid."})
