@@ -376,7 +376,7 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
     if arguments.mixed_precision != ("bf16" if arguments.bf16 else "no"):
         raise UsageError(
             f"the launcher's mixed_precision is {arguments.mixed_precision}, the recipe's "
-            f"precision {recipe.precision}; set mixed_precision to 'no', which leaves it to the recipe."
+            f"precision {recipe.precision}; set mixed_precision to 'no', the recipe decides."
         )
     if arguments.world_size != run_folder.process_count():
         raise TrainingError(
