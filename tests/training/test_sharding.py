@@ -41,6 +41,8 @@ RUNS = {"two": (SHORT, False), "stopped": ([*SHORT, "save_every=2"], True), "oth
 def launched(folder: Path, count: int, *words: str) -> None:
     """Runs tests/training/ranks.py on `count` processes, as the carried file says."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1] / "src")}
+    # glibc keeps what is freed, in pieces that no later tensor fits: so it gives it back.
+    environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
     settings = ["--config_file", str(CONFIG), "--main_process_port", "0"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *settings]
     command = [*launch, "--num_processes", str(count), str(HERE / "ranks.py"), str(folder), *words]
@@ -144,14 +146,14 @@ def test_a_run_is_resumed_as_it_was_begun_and_a_launcher_does_not_choose_the_pre
 
 
 MEMORY = """\
-preset: {hidden_size: 512, layers: 16, heads: 32, vision_hidden_size: 64, vision_layers: 1}
+preset: {hidden_size: 384, layers: 21, heads: 24, vision_hidden_size: 64, vision_layers: 1}
 policy: {policy: trol_mixer, passes: 2, scope: question, training_scope: all}
 stages:
   all:
     {train: [projector, mixers, decoder], data: boards, steps: 3, batch: 2, boards: 6, questions: 1,
      learning_rate: 1e-4}
 """
-"""50 million parameters, all of which but the vision tower learn."""
+"""50 million parameters, of which all but the vision tower learn."""
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_half_of_a_model_takes_at_most_three_fifths_of_the_memory(tmp_path: Path
         folder.mkdir()
         launched(folder, count, "memory", str(tmp_path / "memory.yaml"))
         found = [json.loads((folder / f"memory-{n}.json").read_text()) for n in range(count)]
-        assert all(one["parameters"] > 50e6 for one in found)
+        assert all(50e6 < one["parameters"] < 55e6 for one in found)
         peaks[count] = max(one["peak"] for one in found)
     close(results(tmp_path / "1" / "large"), results(tmp_path / "2" / "large"))
     assert peaks[2] <= 0.6 * peaks[1], peaks
