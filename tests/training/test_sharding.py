@@ -146,7 +146,7 @@ def test_a_run_is_resumed_as_it_was_begun_and_a_launcher_does_not_choose_the_pre
 
 
 MEMORY = """\
-preset: {hidden_size: 384, layers: 21, heads: 24, vision_hidden_size: 64, vision_layers: 1}
+preset: {hidden_size: 384, layers: 22, heads: 24, vision_hidden_size: 64, vision_layers: 1}
 policy: {policy: trol_mixer, passes: 2, scope: question, training_scope: all}
 stages:
   all:
