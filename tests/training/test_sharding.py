@@ -1,4 +1,4 @@
-"""FSDP2: two processes that keep half of the model each train what one trains, in half the room."""
+"""FSDP2 and DeepSpeed: two processes that keep half each train what one trains."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from trol.training import resolve, run, run_folder
 from .short import SHORT, weights
 from .test_processes import HERE, close
 
-CONFIG = files("trol") / "recipes" / "fsdp" / "fsdp2.yaml"
+RECIPES = files("trol") / "recipes"
+FSDP2 = RECIPES / "fsdp" / "fsdp2.yaml"
 
 OTHER = [
     "preset.hidden_size=32",
@@ -37,54 +38,77 @@ OTHER = [
 RUNS = {"two": (SHORT, False), "stopped": ([*SHORT, "save_every=2"], True), "other": (OTHER, False)}
 """Folder -> the settings of a run, and whether it is stopped again and again."""
 
+WITHOUT_MUON = ["stages.reason.muon=0", "stages.step2.muon=0"]
 
-def launched(folder: Path, count: int, *words: str) -> None:
-    """Runs tests/training/ranks.py on `count` processes, as the carried file says."""
+
+def launched(config: Any, folder: Path, count: int, *words: str) -> None:
+    """Runs tests/training/ranks.py on `count` processes, as a carried file says."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1] / "src")}
     # glibc keeps what is freed, in pieces that no later tensor fits: so it gives it back.
     environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
-    settings = ["--config_file", str(CONFIG), "--main_process_port", "0"]
+    settings = ["--config_file", str(config), "--main_process_port", "0"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *settings]
     command = [*launch, "--num_processes", str(count), str(HERE / "ranks.py"), str(folder), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def ran(config: Any, folder: Path, some: dict[str, tuple[list[str], bool]]) -> Path:
+    """The folder of these runs, on two processes."""
+    keys = ("out", "settings", "stopped")
+    plan = [dict(zip(keys, (out, *one), strict=True)) for out, one in some.items()]
+    (folder / "runs.json").write_text(json.dumps(plan), encoding="utf-8")
+    launched(config, folder, 2, "runs")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `RUNS`, on two processes."""
-    folder = tmp_path_factory.mktemp("sharded")
-    keys = ("out", "settings", "stopped")
-    plan = [dict(zip(keys, (out, *one), strict=True)) for out, one in RUNS.items()]
-    (folder / "runs.json").write_text(json.dumps(plan), encoding="utf-8")
-    launched(folder, 2, "runs")
-    return folder
+    return ran(FSDP2, tmp_path_factory.mktemp("sharded"), RUNS)
 
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["two", "other"])
-def test_two_shares_train_as_one(tmp_path: Path, sharded: Path, name: str) -> None:
-    alone = run(resolve("demo", RUNS[name][0]), tmp_path / "alone")
-    close(alone, results(sharded / name))
-    ours, theirs = weights(sharded / name), weights(tmp_path / "alone")
+def check_same_model(folder: Path, settings: list[str], alone: Path) -> None:
+    """The folder is what one process writes, up to the order of sums."""
+    close(run(resolve("demo", settings), alone), results(folder))
+    ours, theirs = weights(folder), weights(alone)
     assert ours.keys() == theirs.keys()
     for key, weight in theirs.items():
         torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=4e-4)
-    names = [sorted(one.name for one in (at / name).iterdir()) for at in (sharded,)]
-    assert names == [sorted(one.name for one in (tmp_path / "alone").iterdir())]
-    model, _ = trol.load_model(sharded / name)
+    assert {one.name for one in folder.iterdir()} == {one.name for one in alone.iterdir()}
+    model, _ = trol.load_model(folder)
     assert all(type(one) is nn.Parameter for one in model.parameters())
 
 
-def test_stopped_again_and_again_it_ends_the_same(sharded: Path) -> None:
-    """Bit for bit, from what each process kept of weights and optimiser."""
-    assert results(sharded / "stopped")["losses"] == results(sharded / "two")["losses"]
-    ours, theirs = weights(sharded / "stopped"), weights(sharded / "two")
+def check_same_end(folder: Path) -> None:
+    """The run that was stopped ends as the other, bit for bit, from what each process kept."""
+    assert results(folder / "stopped")["losses"] == results(folder / "two")["losses"]
+    ours, theirs = weights(folder / "stopped"), weights(folder / "two")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert {one.name for one in sharded.iterdir()} == {*RUNS, "runs.json"}
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["two", "other"])
+def test_two_shares_train_as_one(tmp_path: Path, sharded: Path, name: str) -> None:
+    check_same_model(sharded / name, RUNS[name][0], tmp_path / "alone")
+
+
+def test_stopped_again_and_again_it_ends_the_same(sharded: Path) -> None:
+    check_same_end(sharded)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_and_goes_on(tmp_path: Path, stage: int) -> None:
+    """On CPUs DeepSpeed first compiles a part, which takes a minute."""
+    pytest.importorskip("deepspeed")
+    config = RECIPES / "deepspeed" / f"zero{stage}.yaml"
+    some = {out: ([*RUNS[out][0], *WITHOUT_MUON], RUNS[out][1]) for out in ("two", "stopped")}
+    ran(config, tmp_path, some)
+    check_same_model(tmp_path / "two", some["two"][0], tmp_path / "alone")
+    check_same_end(tmp_path)
 
 
 def test_a_lent_model_gets_its_own_parameters_back() -> None:
@@ -117,7 +141,7 @@ def test_a_lent_model_gets_its_own_parameters_back() -> None:
 def test_settings_under_which_a_policy_would_be_wrong_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, advice: str
 ) -> None:
-    monkeypatch.setenv(sharding.ASKS, "true")
+    monkeypatch.setenv(sharding.FSDP, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(run_folder, "_are_joined", lambda: True)
@@ -164,7 +188,7 @@ def test_half_of_a_model_takes_at_most_three_fifths_of_the_memory(tmp_path: Path
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        launched(folder, count, "memory", str(tmp_path / "memory.yaml"))
+        launched(FSDP2, folder, count, "memory", str(tmp_path / "memory.yaml"))
         found = [json.loads((folder / f"memory-{n}.json").read_text()) for n in range(count)]
         assert all(50e6 < one["parameters"] < 55e6 for one in found)
         peaks[count] = max(one["peak"] for one in found)

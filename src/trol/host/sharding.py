@@ -1,15 +1,16 @@
-"""FSDP2 through accelerate: each process keeps a share of parameters, gradients and states.
+"""FSDP2 and DeepSpeed: each process keeps a share of parameters, gradients and states.
 
-`torch.distributed.fsdp.fully_shard` replaces parameters by `DTensor` and cannot be undone, so a
-model lends its parameters to a copy (`lend`), which is sharded, and takes them back (`give_back`).
-Units are the decoder's layers: whatever visits a layer makes, its parameters are gathered once in
-a call and once for the gradient. All else is one unit, whole from the first use to the gradient.
+Neither can be undone, so a model lends its parameters to a copy (`lend`), which is sharded, and
+takes them back (`give_back`). FSDP2's units are the decoder's layers: whatever visits a layer
+makes, its parameters are gathered once in a call and once for the gradient. All else is one unit,
+whole from the first use to the gradient.
 """
 
 import copy
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
@@ -19,10 +20,13 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map_only
 
-from trol.errors import UsageError
+from trol.errors import HostError, UsageError
 
-ASKS = "ACCELERATE_USE_FSDP"
-"""The variable by which `accelerate launch` asks for FSDP."""
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+"""The variables by which `accelerate launch` asks for them."""
+
+PIECE = "ds_id"
+"""The attribute of a parameter that ZeRO-3 has cut up."""
 
 OTHER_VERSION = (
     "FSDP 1 was asked for, which flattens parameters, so that trol cannot find a policy's; set "
@@ -30,13 +34,27 @@ OTHER_VERSION = (
 )
 
 
-def is_asked_for() -> bool:
-    """Whether the processes were started to train under FSDP."""
-    return os.environ.get(ASKS, "false").lower() in ("true", "1")
+def is_asked_for(which: str) -> bool:
+    """Whether the processes were started to train under `FSDP`, or `DEEPSPEED`."""
+    return os.environ.get(which, "false").lower() in ("true", "1")
+
+
+def device_settings() -> dict[str, Any]:
+    """What accelerate is told of the device: `{"cpu", "backend"}`.
+
+    Where there is no accelerator, it must know, or each process trains alone. Yet where it is told
+    of a CPU, it leaves DeepSpeed out, without a word; told of gloo alone, it takes it.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and is_asked_for(DEEPSPEED):
+        return {"cpu": False, "backend": "gloo"}
+    return {"cpu": on_cpu, "backend": None}
 
 
 def check() -> None:
     """Raises `UsageError` for settings of FSDP under which a policy would be wrong or lost."""
+    if not is_asked_for(FSDP):
+        return
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise UsageError(OTHER_VERSION)
@@ -73,8 +91,15 @@ def made_ready(model: nn.Module) -> None:
     """Lets the processes of a sharded model have batches in which other parts take part.
 
     Where pictures are in one process's share alone, the others reduce zeros with it.
+
+    Raises:
+        HostError: the model is not sharded.
     """
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):
+        raise HostError(
+            f"accelerate was asked for FSDP2 and made a {type(model).__name__}; run `trol info`, "
+            "which says what is assumed of it, or train with DDP."
+        )
     model.set_reduce_scatter_unused_params(True)
 
 
@@ -96,7 +121,7 @@ def give_back(borrower: nn.Module, model: nn.Module) -> None:
     learnt = dict(borrower.named_parameters())
     full = {}
     for name, empty in model.named_parameters():
-        tensor = whole(learnt[name].detach()).cpu()
+        tensor = whole(learnt[name]).detach().cpu()
         full[id(empty)] = nn.Parameter(tensor, requires_grad=empty.requires_grad)
     _replace(model, full)
     buffers = dict(borrower.named_buffers())
@@ -106,12 +131,20 @@ def give_back(borrower: nn.Module, model: nn.Module) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor that all processes have together; all of them must ask."""
+    if hasattr(tensor, PIECE):
+        deepspeed: Any = sys.modules["deepspeed"]  # imported: it has cut the tensor up
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.data.clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_share(tree: Any) -> Any:
     """A tensor, or a tree of them, in which sharded ones are this process's shares."""
-    return tree_map_only(DTensor, lambda one: one.detach().to_local(), tree)
+
+    def local(tensor: DTensor) -> Tensor:
+        return cast(DTensor, tensor.detach()).to_local()
+
+    return tree_map_only(DTensor, local, tree)
 
 
 def shared_as(share: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -33,7 +32,7 @@ OVERRIDDEN = (
 )
 """Methods of Trainer that `StepwiseTrainer` overrides."""
 
-SWITCHES = ("model_accepts_loss_kwargs", "is_fsdp_enabled")
+SWITCHES = ("model_accepts_loss_kwargs", "is_fsdp_enabled", "is_deepspeed_enabled")
 """Attributes of a Trainer that say how it trains."""
 
 
@@ -93,11 +92,6 @@ class StepwiseTrainer(Trainer):
         self.model_accepts_loss_kwargs = value
 
     @property
-    def is_zero3(self) -> bool:
-        """Whether DeepSpeed's ZeRO-3 cuts the parameters up."""
-        return is_deepspeed_zero3_enabled()
-
-    @property
     def since_last_log(self) -> dict[str, float]:
         """The losses since Trainer last logged, as JSON values."""
         return {name: float(getattr(self, own)) for name, own in COUNTERS.items()}
@@ -138,6 +132,11 @@ class StepwiseTrainer(Trainer):
             assert isinstance(self.model, nn.Module)
             sharding.take_up(self.accelerator, self.model, self.units)
             self.is_fsdp_enabled = True
+        if sharding.is_asked_for(sharding.DEEPSPEED) and not self.is_deepspeed_enabled:
+            raise HostError(
+                "DeepSpeed was asked for, but accelerate has left it out; start the processes with "
+                "accelerate launch, or train with DDP."
+            )
 
     def compute_loss_context_manager(self) -> ExitStack:
         """What surrounds a forward pass; accelerate puts autocast around all models but FSDP2's."""

@@ -54,7 +54,7 @@ class RunContext:
     logs: Path = Path("runs.logs")
     """The folder that TensorBoard's files go to."""
     shards: bool = False
-    """Whether each process keeps a share of the model only while a stage trains."""
+    """Whether each process keeps a share only while a stage trains: FSDP2, DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def train_stage(
     name = which[1]
     learner = learner_of(model, recipe.stages[name])
     if context.shards and is_quantised(learner):
-        raise UsageError("quantised weights cannot be sharded; train with bits=0, or without FSDP.")
+        raise UsageError("quantised weights cannot be sharded; train with bits=0, or use DDP.")
     worker = sharding.lend(learner) if context.shards else learner
     data = stage_data(worker, processor, recipe.stages[name], recipe.seed)
     stage = _sized(recipe.stages[name], data.rows, f"{context.label}{name}")
@@ -297,13 +297,14 @@ def _trainer(
     if "tensorboard" in context.report_to and run_folder.is_first_process():
         callbacks.append(tensorboard(context.logs / name))
     data.reader.train()
+    sharded = context.shards and sharding.is_asked_for(sharding.FSDP)
     trainer = StageTrainer(
         name=name,
         stage=stage,
         place=place,
         keep=recipe.keep,
         gates=GateMeans(worker),
-        units=units_of(worker, data.reader) if context.shards else None,
+        units=units_of(worker, data.reader) if sharded else None,
         model=data.reader,
         args=_arguments(recipe, stage, name, context),
         train_dataset=data.rows,
@@ -350,6 +351,7 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         UsageError: the batch cannot be divided, or DeepSpeed and Muon are to work together.
         TrainingError: the processes would not train together.
     """
+    device = sharding.device_settings()
     arguments = TrainingArguments(
         output_dir="runs",
         run_name=f"{context.logs.stem} {name}",
@@ -361,7 +363,8 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         bf16=recipe.precision == "bf16",
         logging_steps=max(1, stage.steps // LOGS),
         logging_nan_inf_filter=False,  # the first NaN is the last step
-        use_cpu=run_folder.on_cpu(),
+        use_cpu=device["cpu"],
+        ddp_backend=device["backend"],
         save_strategy="no",  # CheckpointSchedule asks for checkpoints
         report_to=[tracker for tracker in context.report_to if tracker != "tensorboard"],
         disable_tqdm=True,

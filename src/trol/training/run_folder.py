@@ -59,27 +59,26 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def on_cpu() -> bool:
-    """Whether there is no accelerator; Trainer must know, or each process trains alone."""
-    return not torch.accelerator.is_available()
-
-
 def join_processes() -> None:
     """Connects the processes, where there are several, or one that was started to shard."""
-    if process_count() > 1 or sharding.is_asked_for():
-        PartialState(cpu=on_cpu())
+    if process_count() > 1 or _sharding_is_asked_for():
+        PartialState(**sharding.device_settings())
 
 
 def shards() -> bool:
-    """Whether each process is to keep a share of the model only, under FSDP.
+    """Whether each process is to keep a share of the model or its optimiser only.
 
     Raises:
         UsageError: with settings of FSDP under which a policy would be wrong or lost.
     """
-    if not (sharding.is_asked_for() and _are_joined()):
+    if not (_sharding_is_asked_for() and _are_joined()):
         return False
     sharding.check()
     return True
+
+
+def _sharding_is_asked_for() -> bool:
+    return sharding.is_asked_for(sharding.FSDP) or sharding.is_asked_for(sharding.DEEPSPEED)
 
 
 def wait_for_processes() -> None:

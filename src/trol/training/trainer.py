@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from trol.depth import attached
 from trol.depth.attachment import gates_of
-from trol.errors import TrainingError, UsageError
+from trol.errors import TrainingError
 from trol.host import sharding
 from trol.host.trainer import StepwiseTrainer, keep_newest
 from trol.training import run_folder
@@ -125,9 +125,6 @@ class StageTrainer(StepwiseTrainer):
         gates: the gates whose means are logged.
         units: under FSDP, the layers that are gathered one at a time; else None.
         settings: what Trainer takes.
-
-    Raises:
-        UsageError: ZeRO-3 was asked for.
     """
 
     def __init__(
@@ -149,11 +146,6 @@ class StageTrainer(StepwiseTrainer):
         # Whether the reader gets the number of tokens in the whole batch, to divide by: the loss
         # of cells is a mean over rows, all of one size.
         self.divides_by_tokens = self.by_tokens = stage.data != "cells"
-        if self.is_zero3:
-            raise UsageError(
-                "ZeRO-3 was asked for, which cuts parameters into flat pieces that only DeepSpeed "
-                "puts together; use FSDP2, which shards as much, or ZeRO-2 (docs/processes.md)."
-            )
         self.add_callback(_Guard(self))
 
     @property
