@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map_only
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trol.errors import HostError, UsageError
 
@@ -127,6 +128,9 @@ def give_back(borrower: nn.Module, model: nn.Module) -> None:
     buffers = dict(borrower.named_buffers())
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
+    if is_asked_for(DEEPSPEED):
+        # As long as transformers knows of ZeRO-3, each model that is opened is cut up at once.
+        unset_hf_deepspeed_config()
 
 
 def whole(tensor: Tensor) -> Tensor:
