@@ -18,6 +18,7 @@ from trol.evaluation import curve_methods as methods
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request, check_methods, shares_of, with_adapter
 from trol.evaluation.items import Item
+from trol.evaluation.store import SharedMeasurements
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.controller import Controller
@@ -155,6 +156,46 @@ def test_random_has_a_plan_for_each_seed_and_equal_plans_are_measured_once(
     assert len(set(one["settings"]["plans"])) > 1
     assert one["metrics"] == other["metrics"]  # 0.74 and 0.75 keep the same layers
     assert len(measured) == 3 * 3  # full, random, exit
+
+
+def test_parts_of_a_curve_are_the_whole(decoder: tuple[Any, Any], tmp_path: Path) -> None:
+    """Whoever finishes last merges; all but times are those of one process."""
+    methods, header = ("random", "exit", "early_exit"), {"made": "alike"}
+    request = Request(methods, keeps=(0.5, 0.75), questions=3, seeds=2)
+
+    def part(index: int, header: dict[str, Any] = header) -> dict[str, Any]:
+        kept = SharedMeasurements(tmp_path, header, (index, 3))
+        return curve(*decoder, ["colours"], request, kept=kept, shard=(index, 3))
+
+    assert part(1) == {"complete": False, "missing": ["0/3", "2/3"]}
+    assert part(0) == {"complete": False, "missing": ["2/3"]}
+    with pytest.raises(UsageError, match=r"belongs to another run .*give all parts the same"):
+        part(2, {"made": "otherwise"})
+    merged, alone = part(2), curve(*decoder, ["colours"], request)
+    for method in methods:
+        for ours, theirs in zip(points_of(merged, method), points_of(alone, method), strict=True):
+            same = [name for name in theirs if "ms" not in name]
+            assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    sizes = [len(path.read_text().splitlines()) - 1 for path in sorted(tmp_path.iterdir())]
+    assert max(sizes) - min(sizes) <= 1  # nothing is measured twice, nor all by one
+
+
+def test_a_part_that_was_killed_goes_on(
+    decoder: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part() -> dict[str, Any]:
+        kept = SharedMeasurements(tmp_path, {}, (0, 1))
+        request = Request(("skip",), keeps=(0.5,), questions=2, seeds=1)
+        return curve(*decoder, ["colours"], request, kept=kept)
+
+    whole, file = part(), tmp_path / "points-0-of-1.jsonl"
+    file.write_text(file.read_text()[:-20])  # a kill tore the last point
+    measured: list[int] = []
+    real = points.measure
+    monkeypatch.setattr(points, "measure", lambda *what: (measured.append(1), real(*what))[1])
+    again = part()
+    assert len(measured) == 1
+    assert again["tasks"].keys() == whole["tasks"].keys()
 
 
 def test_what_is_attached_stays(decoder: tuple[Any, Any]) -> None:

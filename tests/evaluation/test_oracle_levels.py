@@ -10,7 +10,8 @@ import trol
 from evaluation.oracle_standins import decoder, items
 from trol.errors import DataError, UsageError
 from trol.evaluation.items import prompts
-from trol.evaluation.oracle import Batch, GumbelNoise, Questions, answer_all, check_shard, read_menu
+from trol.evaluation.oracle import Batch, GumbelNoise, Questions, answer_all, read_menu
+from trol.evaluation.shards import shard_of
 from trol.evaluation.store import Store, read_rows, rows_of, unique
 from trol.policies.planned import Planned
 
@@ -194,7 +195,15 @@ def test_a_model_without_layers_left_out_has_the_loss_of_the_plain_one(
     assert rows[0].value("loss") == -rows[0].scores["loss"]
 
 
+def test_torchrun_says_which_part_a_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shard_of(None) == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert shard_of(None) == (1, 4)
+    assert shard_of("0/2") == (0, 2)
+
+
 @pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", "0/0", "1/", ""])
 def test_a_bad_shard_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="0/2"):
-        check_shard(text)
+        shard_of(text)

@@ -1,9 +1,13 @@
-"""What each of two processes does in tests/training/test_processes.py; started by torchrun.
+"""What each process does in test_processes.py and test_sharding.py; started by torchrun.
 
 torchrun --nproc_per_node 2 tests/training/ranks.py FOLDER train SETTINGS...
 torchrun --nproc_per_node 2 tests/training/ranks.py FOLDER shard
+accelerate launch --config_file FILE tests/training/ranks.py FOLDER runs
+accelerate launch --config_file FILE tests/training/ranks.py FOLDER memory RECIPE
 """
 
+import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -62,6 +66,45 @@ def shard(folder: Path) -> None:
     os._exit(0)  # gloo's threads can outlive the group, and then abort a process that ends as usual
 
 
+def runs(folder: Path) -> None:
+    """The runs of FOLDER/runs.json, one after another; some are stopped again and again."""
+    from trol.training import resolve, run, run_folder
+
+    for one in json.loads((folder / "runs.json").read_text(encoding="utf-8")):
+        recipe, out = resolve("demo", one["settings"]), folder / one["out"]
+        if not one["stopped"]:
+            run(recipe, out)
+            continue
+        steps, joined = itertools.count(1), run_folder.any_process
+        run_folder.any_process = lambda _, steps=steps: next(steps) % 3 == 0
+        while "stopped" in run(recipe, out, resume=True, max_hours=1.0):
+            pass
+        run_folder.any_process = joined
+    run_folder.leave_processes()
+    os._exit(0)
+
+
+def memory(folder: Path, recipe: str) -> None:
+    """What a run adds to the resident memory of a process that has made a small one before."""
+    from trol.training import resolve, run, run_folder
+
+    small = ["preset.hidden_size=32", "preset.layers=2", "preset.heads=2"]
+    run(resolve(recipe, small), folder / "small")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the highest so far
+    before = _resident("VmRSS")
+    result = run(resolve(recipe), folder / "large")
+    peak = {"peak": _resident("VmHWM") - before, "parameters": result["parameters"]}
+    (folder / f"memory-{RANK}.json").write_text(json.dumps(peak), encoding="utf-8")
+    run_folder.leave_processes()
+    os._exit(0)
+
+
+def _resident(key: str) -> int:
+    """A line of /proc/self/status. Unit: bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
 def attached_model() -> tuple[LlamaForCausalLM, Tensor]:
     """A small Llama with TroL's mixer, and some tokens. Shape: [2, 12]."""
     torch.manual_seed(0)
@@ -88,7 +131,9 @@ def measured(model: LlamaForCausalLM, ids: Tensor) -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place, what, *rest = sys.argv[1:]
-    if what == "train":
-        train(Path(place), rest)
-    else:
-        shard(Path(place))
+    {
+        "train": lambda: train(Path(place), rest),
+        "shard": lambda: shard(Path(place)),
+        "runs": lambda: runs(Path(place)),
+        "memory": lambda: memory(Path(place), *rest),
+    }[what]()

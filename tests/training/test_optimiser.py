@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from trol.training.optimisers import BatchedMuon, ChainedOptimizer, optimiser, schedule
 from trol.training.recipe import Stage
-from trol.training.trainer import BatchedMuon, ChainedOptimizer, optimiser, schedule
 
 
 def test_batched_muon_is_torchs_muon_up_to_its_bfloat16() -> None:

@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch.distributed.run import __file__ as torchrun
 
 from trol.errors import TrainingError, UsageError
-from trol.host import trainer
 from trol.training import resolve, run, run_folder
 
 from .ranks import attached_model, measured
@@ -89,15 +86,4 @@ def test_processes_that_cannot_share_a_batch_or_are_not_joined_are_refused(
             run(resolve("demo", [*SHORT, "stages.vision.batch=3"]), tmp_path / "out")
     monkeypatch.setattr(run_folder, "process_count", lambda: 2)
     with pytest.raises(TrainingError, match="each would train alone"):
-        run(resolve("demo", SHORT), tmp_path / "out")
-
-
-def test_the_deepspeed_config_is_one_and_sharding_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_config_from_file(str(files("trol") / "recipes" / "deepspeed" / "zero2.yaml"))
-    assert config.distributed_type == "DEEPSPEED"
-    assert config.deepspeed_config["zero_stage"] == 2
-    monkeypatch.setattr(trainer, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(UsageError, match="use DDP or ZeRO-2"):
         run(resolve("demo", SHORT), tmp_path / "out")

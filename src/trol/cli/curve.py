@@ -13,6 +13,8 @@ from trol.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from trol.depth import Scope
+    from trol.evaluation.curve_methods import Request
+    from trol.evaluation.store import SharedMeasurements
 
 EXAMPLES = (
     "trol curve --tasks boards --methods skip,exit --keep 0.5:1:0.5 --questions 36",
@@ -47,16 +49,22 @@ def curve(
     adapters: Annotated[str, option("--adapters", "DIRS", ADAPTERS_HELP)] = "",
     oracle: Annotated[Path | None, option("--oracle", "DIR", "What `trol oracle` left.")] = None,
     chat_template: terminal.ChatTemplate = None,
+    shard: terminal.Shard = None,
     out: terminal.Out = Path("runs/curve"),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Draw MODEL's quality against layer visits, FLOPs and time."""
+    """Draw MODEL's quality against layer visits, FLOPs and time.
+
+    Parts keep their points in DIR, so each may be interrupted; the last one draws.
+    """
     from trol.checkpoints.adapter import check_writable
     from trol.evaluation import curve_methods
     from trol.evaluation.curve import curve as measure_curve
+    from trol.evaluation.shards import missing_text, shard_of
     from trol.evaluation.tasks import check_tasks, default_task
     from trol.reports.curve import write
 
+    part = shard_of(shard)
     names = None if tasks is None else listed(tasks)
     request = curve_methods.Request(
         methods=tuple(listed(methods)),
@@ -78,17 +86,40 @@ def curve(
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
         request = replace(request, adapters=_adapters(opened, folders))
+        names = names or [default_task(processor)]
+        kept = None if part[1] == 1 else _kept(opened, names, request, out, part)
         with terminal.progress("curve", "point") as bar:
             curves = measure_curve(
                 opened,
                 processor,
-                names or [default_task(processor)],
+                names,
                 request,
+                kept=kept,
+                shard=part,
                 progress=lambda what, done, of: bar(done, of, what),
             )
         result = {"model": model, **curves, "run": run_record()}
-        page = write(result, out)
-    terminal.report(result, as_json=as_json, text=lambda: _text(result, page))
+        whole = "missing" not in result
+        page = write(result, out) if whole else out
+    terminal.report(
+        result,
+        as_json=as_json,
+        text=lambda: _text(result, page) if whole else missing_text(result["missing"]),
+    )
+
+
+def _kept(
+    model: Any, tasks: Sequence[str], request: Request, out: Path, part: tuple[int, int]
+) -> SharedMeasurements:
+    """The points that all parts of this very curve have measured."""
+    from trol.checkpoints.adapter import weights_digest
+    from trol.evaluation.curve import described
+    from trol.evaluation.store import SharedMeasurements
+
+    names = {"tasks": list(tasks), "methods": list(request.methods)}
+    weights = {name: weights_digest(one) for name, one in (request.adapters or {}).items()}
+    header = {**names, **described(model, request), "weights": weights_digest(model)}
+    return SharedMeasurements(out, {**header, "adapters": weights}, part)
 
 
 def _adapters(model: Any, folders: Sequence[str]) -> dict[str, Any]:

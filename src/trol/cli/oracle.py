@@ -49,7 +49,7 @@ def oracle(
         Path | None, option("--router", "FOLDER", "Train a router on the oracle's rows.")
     ] = None,
     after: Annotated[int, option("--after", "K", "Layers before the router chooses.", min=0)] = 1,
-    shard: Annotated[str, option("--shard", "I/N", "Do part I, from 0, of N parts.")] = "0/1",
+    shard: terminal.Shard = None,
     seed: terminal.Seed = 0,
     chat_template: terminal.ChatTemplate = None,
     out: terminal.Out = Path("runs/oracle"),
@@ -61,13 +61,14 @@ def oracle(
     """
     from trol.checkpoints.adapter import check_writable
     from trol.evaluation.hidden_states import layers_of
-    from trol.evaluation.oracle import answer_all, check_shard, parsed, read_menu
+    from trol.evaluation.oracle import answer_all, parsed, read_menu
+    from trol.evaluation.shards import shard_of
     from trol.evaluation.store import Store
     from trol.evaluation.tasks import default_task
     from trol.policies.router import Router
     from trol.reports.oracle import write
 
-    part = check_shard(shard)
+    part = shard_of(shard)
     parsed(menu, partial(_read, scope=scope))
     check_writable(out)
     _check(task, metric, questions, split, scope)
@@ -195,11 +196,11 @@ def _result(
 
 
 def _text(result: dict[str, Any]) -> str:
+    from trol.evaluation.shards import missing_text
     from trol.reports.oracle import tables_of
 
     if not result["complete"]:
-        missing = ", ".join(f"--shard {one}" for one in result["missing"])
-        return f"This part is finished. Missing: {missing}; run them with the same settings."
+        return missing_text(result["missing"])
     rows = [["level", "layers", f"mean {result['metric']}"]]
     rows += [
         [level["plan"], str(level["cost"]), f"{level['mean'][result['metric']]:.4f}"]

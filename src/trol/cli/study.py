@@ -16,7 +16,6 @@ EXAMPLES = (
 )
 SIZE_HELP = "real: minutes on one core; tiny: seconds, on a random model unless one is named."
 MODEL_HELP = "What is studied. Default: smollm2, of size tiny a random decoder."
-SHARD_HELP = "Measure part I, from 0, of N parts; all share DIR."
 
 REAL_MODEL = "smollm2"
 TINY_MODEL = "random-decoder"
@@ -29,7 +28,7 @@ def study(
     model: Annotated[str | None, option("--model", "MODEL", MODEL_HELP)] = None,
     size: Annotated[str, option("--size", "SIZE", SIZE_HELP)] = "real",
     seeds: Annotated[int, option("--seeds", "N", "Of whatever is drawn.", min=1)] = 3,
-    shard: Annotated[str, option("--shard", "I/N", SHARD_HELP)] = "0/1",
+    shard: terminal.Shard = None,
     out: terminal.Out = Path("runs/studies"),
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -38,7 +37,7 @@ def study(
     What is measured is kept in DIR/NAME: the same command goes on where it was stopped.
     """
     from trol.checkpoints.adapter import check_writable
-    from trol.evaluation.oracle import check_shard
+    from trol.evaluation.shards import shard_of
     from trol.studies import STUDIES, study_of
     from trol.studies.subject import make_tiny
 
@@ -50,7 +49,7 @@ def study(
     chosen = [study_of(one) for one in (STUDIES if name == "all" else [name])]
     if size not in chosen[0].amounts:
         raise unknown("size", size, chosen[0].amounts)
-    part = check_shard(shard)
+    part = shard_of(shard)
     check_writable(out)
     with terminal.quiet_libraries():
         if model is None:

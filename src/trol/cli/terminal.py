@@ -69,6 +69,8 @@ Overrides = Annotated[
 ]
 Questions = Annotated[int, option("--questions", "N", "How many questions are asked.", min=1)]
 Seed = Annotated[int, option("--seed", "N", "Where randomness starts.")]
+SHARD_HELP = "Do part I, from 0, of N parts. Default: by torchrun, or all."
+Shard = Annotated[str | None, option("--shard", "I/N", SHARD_HELP)]
 Task = Annotated[
     str | None,
     option(

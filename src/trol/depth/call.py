@@ -160,6 +160,19 @@ class Call:
         return new_cache(self.config)
 
 
+class CallReference:
+    """A call among the arguments of a layer.
+
+    FSDP2 looks for tensors in dataclasses among them, and where it finds one, it hands on a copy:
+    what the layers write into a call that is no longer the stack's would be lost.
+    """
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
 Decoding = Callable[[Any, dict[str, Any]], dict[str, Any]]
 """(host, keyword arguments of `generate`) -> the same with a decoding loop of its own in them."""
 

@@ -13,6 +13,7 @@ from trol.depth.call import (
     NO_OVERRIDES,
     PASS_INFO,
     Call,
+    CallReference,
     Overrides,
     PassInfo,
     overrides_of,
@@ -46,18 +47,18 @@ class LayerMixin(Specialised):
         call = CALL.get()
         if call is not None:
             # As an argument: gradient checkpointing runs forward again after the call has ended.
-            kwargs["depth_call"] = call
+            kwargs["depth_call"] = CallReference(call)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
-        self, state: Tensor, *args: Any, depth_call: Call | None = None, **kwargs: Any
+        self, state: Tensor, *args: Any, depth_call: CallReference | None = None, **kwargs: Any
     ) -> Any:
         """The layer's output after as many visits as the policy wants. Shape: [B, T, D]."""
         forward = super().forward  # type: ignore[misc]
-        call, layer = depth_call, self.depth_index
-        if call is None:
+        if depth_call is None:
             out = forward(state, *args, **kwargs)
             return out if self.depth_extra_outputs is not None else self._form_noted(out)
+        call, layer = depth_call.call, self.depth_index
         cache = self.depth_signature.cache_in(args, kwargs)
         call.cache, call.entered = cache, True
         if layer == 0:

@@ -27,12 +27,15 @@ null where it is not known::
 
 Points lie in rising order of `visits_share`; the last one is the full model, but for an
 oracle, whose last point chooses among levels with the full model's budget.
+
+Several processes may measure the points, each its part; the object is made where none is missing.
 """
 
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -47,6 +50,8 @@ from trol.evaluation.answers import LOSS_BATCH, LOWER_IS_BETTER, answer, losses,
 from trol.evaluation.hidden_states import layers_of, state_cosines
 from trol.evaluation.items import Item, batches, fitted_prompts, labelled, positions_of
 from trol.evaluation.plan_search import JUDGING
+from trol.evaluation.shards import WHOLE, Shard
+from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
 from trol.evaluation.timing import (
     Timing,
@@ -112,8 +117,35 @@ class Point:
     """Mean cosine of x_l to the full model's, l = 1 to L, over answer tokens. Shape: [L]."""
 
 
-Measured = dict[tuple[int, str, int], Point]
-"""(which model, its policy as JSON, seed) -> its point."""
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn of one task: its questions, and the points before they are measured."""
+
+    name: str
+    samples: Sequence[Sample]
+    """The questions of each seed."""
+    full: curve_methods.Candidate
+    by_method: dict[str, list[curve_methods.Candidate]]
+    adapters: dict[int, str]
+    """The models that carry an adapter, by their identity, and the names of these."""
+
+    def jobs(self) -> dict[str, tuple[str, Callable[[], Point]]]:
+        """Name of each point -> the method that asks for it first, and what measures it."""
+        jobs: dict[str, tuple[str, Callable[[], Point]]] = {}
+        for method, some in {"full model": [self.full], **self.by_method}.items():
+            for one in some:
+                for seed, name in enumerate(self.names(one)):
+                    what = self.samples[seed], one.model, one.policies[seed]
+                    jobs.setdefault(name, (method, partial(measure, *what)))
+        return jobs
+
+    def names(self, candidate: curve_methods.Candidate) -> list[str]:
+        """The names of a candidate's points, seed by seed: the same for the same measurement."""
+        adapter = self.adapters.get(id(candidate.model), "")
+        return [
+            json.dumps([self.name, adapter, to_settings(policy), seed], sort_keys=True)
+            for seed, policy in enumerate(candidate.policies)
+        ]
 
 
 def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:
@@ -234,6 +266,8 @@ def curve(
     tasks: Sequence[str],
     request: curve_methods.Request,
     *,
+    kept: Measurements | None = None,
+    shard: Shard = WHOLE,
     progress: CurveProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Quality against cost, of every method on every task.
@@ -243,10 +277,13 @@ def curve(
         processor: its processor; of a text decoder, its tokenizer.
         tasks: names, as `task_of` takes them.
         request: methods, shares, seeds and what they need.
+        kept: where points are kept, and those of other processes found.
+        shard: which part of the points is measured here.
         progress: called before each point.
 
     Returns:
-        The object of the module's docstring.
+        The object of the module's docstring; while other parts are missing, `{"complete": False,
+        "missing": ["1/2", ...]}`.
 
     Raises:
         UsageError: a task, method or share is unknown, a method lacks what it needs, or the
@@ -260,6 +297,28 @@ def curve(
     if request.oracle is not None and curve_methods.ORACLE in request.methods:
         for name in tasks:
             curve_methods.oracle_of(request.oracle, name, request.scope, layers_of(model))
+    kept = kept or Measurements()
+    drawings = [_drawing(model, processor, name, request, progress) for name in tasks]
+    for drawing in drawings:
+        _measure_part(drawing, kept, shard, progress)
+    kept.look_again()
+    parts = [
+        number % shard[1]
+        for drawing in drawings
+        for number, name in enumerate(drawing.jobs())
+        if name not in kept.values
+    ]
+    if parts:
+        missing = [f"{part}/{shard[1]}" for part in sorted(set(parts))]
+        return {"complete": False, "missing": missing}
+    return {
+        **described(model, request),
+        "tasks": {one.name: _task(model, one, request, kept) for one in drawings},
+    }
+
+
+def described(model: Any, request: curve_methods.Request) -> dict[str, Any]:
+    """The first part of the object: what was asked, and where it is measured."""
     return {
         "scope": request.scope,
         "layers": layers_of(model),
@@ -268,7 +327,6 @@ def curve(
         "keep": list(request.keeps),
         "device": _device_name(model),
         "timing": {"batch": 1, "tokens": FORCED_TOKENS, "rounds": ROUNDS},
-        "tasks": {name: _task(model, processor, name, request, progress) for name in tasks},
     }
 
 
@@ -279,9 +337,9 @@ def _device_name(model: Any) -> str:
     return f"{model.device.type}, {threads} thread{'s' * (threads > 1)}"
 
 
-def _task(
+def _drawing(
     model: Any, processor: Any, name: str, request: curve_methods.Request, progress: CurveProgress
-) -> dict[str, Any]:
+) -> Drawing:
     task = task_of(name)
     samples = [
         Sample(model, processor, task, _items(model, processor, name, request, seed))
@@ -290,37 +348,53 @@ def _task(
     if not all(sample.items for sample in samples):
         raise DataError(f"the task {name} has no question; ask for one at least.")
     full = curve_methods.Candidate(1.0, FULL, model, (Plain(),) * request.seeds)
-    measured: Measured = {}
     by_method: dict[str, list[curve_methods.Candidate]] = {}
     for method in request.methods:
         if method != curve_methods.ORACLE:
             progress(f"{name}: plans of {method}", 0, 1)
             by_method[method] = curve_methods.candidates(method, model, processor, name, request)
-    of = sum(map(len, by_method.values())) + 1
-    progress(f"{name}: full model", 0, of)
-    whole = _points(full, samples, measured)
+    adapters = {id(other): folder for folder, other in (request.adapters or {}).items()}
+    return Drawing(name, samples, full, by_method, adapters)
+
+
+def _measure_part(
+    drawing: Drawing, kept: Measurements, shard: Shard, progress: CurveProgress
+) -> None:
+    """Measures each point of this part, once, as far as it is not kept."""
+    mine = list(drawing.jobs().items())[shard[0] :: shard[1]]
+    for done, (name, (method, work)) in enumerate(mine):
+        progress(f"{drawing.name}: {method}", done, len(mine))
+        kept.value(name, lambda work=work: asdict(work()))
+    progress(f"{drawing.name}: done", len(mine), len(mine))
+
+
+def _task(
+    model: Any, drawing: Drawing, request: curve_methods.Request, kept: Measurements
+) -> dict[str, Any]:
+    task = drawing.samples[0].task
+
+    def points_of(candidate: curve_methods.Candidate) -> list[Point]:
+        return [Point(**kept.values[name]) for name in drawing.names(candidate)]
+
+    whole = points_of(drawing.full)
     methods: dict[str, Any] = {}
-    done = 1
-    for method, some in by_method.items():
-        points = [_as_json(full, whole, whole)]
-        for candidate in some:
-            progress(f"{name}: {method}", done, of)
-            points.append(_as_json(candidate, _points(candidate, samples, measured), whole))
-            done += 1
+    for method, some in drawing.by_method.items():
+        points = [_as_json(one, points_of(one), whole) for one in (drawing.full, *some)]
         points.sort(key=lambda point: (point["settings"] == FULL, point["visits_share"]["mean"]))
         methods[method] = {"bound": False, "points": points}
     if curve_methods.ORACLE in request.methods:
         assert request.oracle is not None  # or check_methods had raised
-        result = curve_methods.oracle_of(request.oracle, name, request.scope, layers_of(model))
+        result = curve_methods.oracle_of(
+            request.oracle, drawing.name, request.scope, layers_of(model)
+        )
         here = statistics.fmean(point.metrics[result.metric] for point in whole)
         methods[curve_methods.ORACLE] = {
             "bound": True,
             "made_on": {**curve_methods.made_on(result), "full_here": here},
             "points": curve_methods.oracle_points(result, request.oracle, request.keeps),
         }
-    progress(f"{name}: done", of, of)
     return {
-        "n": len(samples[0].items),
+        "n": len(drawing.samples[0].items),
         "kind": "window" if task.windows else "question",
         "splits": task.splits,
         "metrics": {
@@ -345,19 +419,6 @@ def _items(
         window=min(WINDOW, positions_of(model) or WINDOW) if windows else None,
         part=JUDGING,
     )
-
-
-def _points(
-    candidate: curve_methods.Candidate, samples: Sequence[Sample], measured: Measured
-) -> list[Point]:
-    """The point of each seed; what has been measured for another method is not measured again."""
-    points: list[Point] = []
-    for seed, (sample, policy) in enumerate(zip(samples, candidate.policies, strict=True)):
-        key = (id(candidate.model), json.dumps(to_settings(policy), sort_keys=True), seed)
-        if key not in measured:
-            measured[key] = measure(sample, candidate.model, policy)
-        points.append(measured[key])
-    return points
 
 
 def _as_json(

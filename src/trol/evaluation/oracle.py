@@ -24,6 +24,7 @@ from trol.evaluation import answers
 from trol.evaluation.answers import StepsDone
 from trol.evaluation.items import BATCH, Item, fitted_prompts, tokenizer_of
 from trol.evaluation.plan_search import ChosenPlan, spared
+from trol.evaluation.shards import WHOLE, Shard
 from trol.evaluation.store import OracleRow, RowKey, Store, items_digest
 from trol.evaluation.tasks import SkipScope
 from trol.host.cache import is_recurrent
@@ -332,7 +333,7 @@ class Questions:
             )
         ]
 
-    def order(self, shard: tuple[int, int]) -> list[int]:
+    def order(self, shard: Shard) -> list[int]:
         """The items of one shard, short questions first, so that batches need little padding."""
         index, shards = shard
         ordered = sorted(range(len(self.items)), key=lambda i: (len(self.items[i].question), i))
@@ -352,7 +353,7 @@ def answer_all(
     menu: Menu,
     store: Store,
     *,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = WHOLE,
     done: StepsDone = lambda _done, _all: None,
     batch_size: int = BATCH,
 ) -> None:
@@ -391,16 +392,6 @@ def answer_all(
                             scores[metric] = answers.losses(model, processor, items)
                 store.append(_rows(places, items, given, scores, level=level, sample=sample))
             done(start * len(units) + number * len(places), len(order) * len(units))
-
-
-def check_shard(text: str) -> tuple[int, int]:
-    """`0/2`, the first of two parts, as numbers; raises `UsageError` where it is none."""
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise UsageError(
-            f"--shard is {text!r}; give I/N with I from 0 to N - 1, such as 0/2 and 1/2."
-        )
-    return int(first), int(second)
 
 
 def _rows(

@@ -24,6 +24,7 @@ from trol.checkpoints.adapter import text_digest
 from trol.errors import DataError, UsageError, unwritable
 from trol.evaluation.answers import LOWER_IS_BETTER
 from trol.evaluation.items import Item
+from trol.evaluation.shards import WHOLE, Shard
 from trol.files import write_json
 
 HEADER = "rows.json"
@@ -67,6 +68,9 @@ class Measurements:
         for line in lines[1:]:
             self.values |= line
 
+    def look_again(self) -> None:
+        """Takes note of what other processes have measured meanwhile."""
+
     def value(self, name: str, measure: Callable[[], Any]) -> Any:
         """The value of that name, JSON; `measure()` is called where it is not there yet."""
         if name not in self.values:
@@ -81,10 +85,36 @@ class Measurements:
             self.path.unlink(missing_ok=True)
 
 
+class SharedMeasurements(Measurements):
+    """Values of one run that several processes measure, each in a file of its own in `folder`.
+
+    Raises as `Measurements`, also where another process's file belongs to another run.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], shard: Shard) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._header, self.values = folder, json.loads(json.dumps(header)), {}
+        self.look_again()  # before a file of another run's is begun
+        super().__init__(folder / "points-{}-of-{}.jsonl".format(*shard), header)
+        self.look_again()
+
+    def look_again(self) -> None:
+        for path in sorted(self._folder.glob("points-*.jsonl")):
+            lines = _measured_lines(path)
+            if lines and (other := _differences(lines[0], self._header)):
+                raise UsageError(
+                    f"{path} belongs to another run ({other}); give all parts the same settings, "
+                    "or name another folder with --out."
+                )
+            for line in lines[1:]:
+                self.values |= line
+
+
 def _measured_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, none where there is no file."""
+    """The whole lines of a file, none where there is no file; a last line may be half there."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = [json.loads(line) for line in whole]
         if all(isinstance(line, dict) for line in lines):
             return lines
     except FileNotFoundError:
@@ -218,9 +248,7 @@ class Store:
         DataError: the header or a row is damaged.
     """
 
-    def __init__(
-        self, folder: str | Path, header: Mapping[str, Any], shard: tuple[int, int] = (0, 1)
-    ) -> None:
+    def __init__(self, folder: str | Path, header: Mapping[str, Any], shard: Shard = WHOLE) -> None:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -227,6 +227,30 @@ def checkpoints() -> str | None:
     return f"Trainer has no {missing}" if missing else None
 
 
+@used_by("host/sharding.py: FSDP2 by accelerate's own code, on CPUs too")
+def fsdp_plugin() -> str | None:
+    """accelerate's plugin for FSDP2 has these settings, and its state takes one put there."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin  # noqa: PLC0415
+    from accelerate.state import AcceleratorState  # noqa: PLC0415
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    settings = ("auto_wrap_policy", "transformer_cls_names_to_wrap", "ignored_modules")
+    settings += ("mixed_precision_policy", "activation_checkpointing", "cpu_ram_efficient_loading")
+    missing = [one for one in settings if not hasattr(plugin, one)]
+    if "fsdp_plugin" not in AcceleratorState._known_attrs or not hasattr(DistributedType, "FSDP"):
+        missing.append("a place in AcceleratorState")
+    return f"the plugin has no {missing}" if missing else None
+
+
+@used_by("host/sharding.py: shares of parameters, and batches in which other parts take part")
+def fsdp_modules() -> str | None:
+    """A module under torch's FSDP2 can reduce zeros for parameters that took no part."""
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
+
+    name = "set_reduce_scatter_unused_params"
+    return None if hasattr(FSDPModule, name) else f"FSDPModule has no {name}"
+
+
 @used_by("host/trainer.py divides_by_tokens: the loss of a whole batch")
 def trainer_divides() -> str | None:
     """Trainer hands num_items_in_batch to a loss."""

@@ -1,15 +1,17 @@
 """transformers' Trainer: the moments at which trol takes part, under names of our own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from trol.errors import HostError
+from trol.host import sharding
 
 COUNTERS = {
     "loss": "_tr_loss",
@@ -18,19 +20,33 @@ COUNTERS = {
 }
 """What Trainer keeps of the losses since it last logged, and leaves out of its checkpoints."""
 
-OVERRIDDEN = ("_get_output_dir", "_save_checkpoint", "_save", "_load_from_checkpoint")
+OVERRIDDEN = (
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_save",
+    "_load_from_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler",
+    "create_accelerator_and_postprocess",
+    "compute_loss_context_manager",
+)
 """Methods of Trainer that `StepwiseTrainer` overrides."""
 
-SWITCHES = ("model_accepts_loss_kwargs", "is_fsdp_enabled")
+SWITCHES = ("model_accepts_loss_kwargs", "is_fsdp_enabled", "is_deepspeed_enabled")
 """Attributes of a Trainer that say how it trains."""
 
 
 class StepwiseTrainer(Trainer):
-    """A Trainer that writes and reads its checkpoints by the first four methods below.
+    """A Trainer that writes and reads its checkpoints by the first six methods below.
+
+    A subclass that sets `units`, before its own `__init__` calls this one, trains under FSDP2.
 
     Raises:
         HostError: this transformers' Trainer lacks a method or attribute that they need.
     """
+
+    units: Sequence[nn.Module] | None = None
+    """The layers that are gathered one at a time; None where parameters are not sharded."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -58,6 +74,14 @@ class StepwiseTrainer(Trainer):
         """Reads the model's part of a checkpoint."""
         raise NotImplementedError
 
+    def write_share(self, folder: Path) -> None:
+        """Writes this process's part of a sharded checkpoint: weights, optimiser and schedule."""
+        raise NotImplementedError
+
+    def read_share(self, folder: Path) -> None:
+        """Reads this process's optimiser and schedule; its weights come by `read_weights`."""
+        raise NotImplementedError
+
     @property
     def divides_by_tokens(self) -> bool:
         """Whether the model's loss is divided by the number of answer tokens in the whole batch."""
@@ -66,11 +90,6 @@ class StepwiseTrainer(Trainer):
     @divides_by_tokens.setter
     def divides_by_tokens(self, value: bool) -> None:
         self.model_accepts_loss_kwargs = value
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether no process holds all parameters."""
-        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     @property
     def since_last_log(self) -> dict[str, float]:
@@ -93,6 +112,38 @@ class StepwiseTrainer(Trainer):
         if self.args.should_save:
             assert output_dir is not None
             self.write_weights(Path(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.units is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            self.write_share(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.units is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self.read_share(Path(checkpoint))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator of Trainer, which shards the model where there are units."""
+        super().create_accelerator_and_postprocess()
+        if self.units is not None:
+            assert isinstance(self.model, nn.Module)
+            sharding.take_up(self.accelerator, self.model, self.units)
+            self.is_fsdp_enabled = True
+        if sharding.is_asked_for(sharding.DEEPSPEED) and not self.is_deepspeed_enabled:
+            raise HostError(
+                "DeepSpeed was asked for, but accelerate has left it out; start the processes with "
+                "accelerate launch, or train with DDP."
+            )
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """What surrounds a forward pass; accelerate puts autocast around all models but FSDP2's."""
+        around = super().compute_loss_context_manager()
+        if self.units is not None:
+            around.enter_context(self.accelerator.autocast())
+        return around
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.read_weights(Path(resume_from_checkpoint))

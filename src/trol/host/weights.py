@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trol.errors import HostError
+from trol.host.sharding import PIECE
 
 PACKED_FLAG = "packing_format_for_cpu"
 """Attribute of bitsandbytes' quantisation state: the map's weight is packed for a CPU."""
@@ -73,9 +74,9 @@ def is_at_hand(parameter: nn.Parameter | Tensor) -> bool:
     """Whether a parameter lies in this process's memory, whole and unquantised.
 
     Not on `meta` (offloaded, or not loaded yet), not sharded by FSDP (`DTensor`) or ZeRO-3
-    (`ds_id`), and not packed into whole numbers.
+    (`PIECE`), and not packed into whole numbers.
     """
-    sharded = isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+    sharded = isinstance(parameter, DTensor) or hasattr(parameter, PIECE)
     return not (sharded or parameter.is_meta) and parameter.is_floating_point()
 
 

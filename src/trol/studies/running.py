@@ -1,12 +1,12 @@
 """Runs a study: measures what is not there yet, keeps it, and draws the verdicts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from trol.evaluation.answers import StepsDone
-from trol.evaluation.store import Measurements
-from trol.files import folder
+from trol.evaluation.shards import WHOLE, Shard
+from trol.evaluation.store import Measurements, SharedMeasurements
 from trol.studies.study import RULE, Arm, Evidence, Study
 from trol.studies.subject import Subject
 
@@ -15,7 +15,7 @@ def run(
     study: Study,
     subject: Subject,
     *,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = WHOLE,
     progress: StepsDone = lambda done, of: None,
 ) -> dict[str, Any] | None:
     """Measures the arms that `subject.folder` does not hold, and returns the study's result.
@@ -37,35 +37,26 @@ def run(
         DataError: its file is damaged.
     """
     header = {"study": study.name, "layers": subject.layers, **subject.header()}
-    place, (index, of) = folder(subject.folder), shard
-    own = Measurements(place / f"measured-{index}-of-{of}.jsonl", header)
-    arms = list(study.arms(subject))
-    mine = arms[index::of]
-
-    def there() -> dict[str, Any]:
-        paths = [path for path in sorted(place.glob("measured-*.jsonl")) if path != own.path]
-        kept = (Measurements(path, header).values for path in paths)
-        return {name: value for one in (*kept, own.values) for name, value in one.items()}
-
-    known = there()
+    kept = SharedMeasurements(subject.folder, header, shard)
+    arms = {arm.name: arm for arm in study.arms(subject)}
+    mine = list(arms.values())[shard[0] :: shard[1]]
     for number, arm in enumerate(mine):
         progress(number, len(mine))
-        _measured(arm, {arm.name: arm for arm in arms}, known, own)
+        _measured(arm, arms, kept)
     progress(len(mine), len(mine))
-    known = there()
-    if any(arm.name not in known for arm in arms):
+    kept.look_again()
+    if any(name not in kept.values for name in arms):
         return None
-    values = {arm.name: known[arm.name] for arm in arms}
+    values = {name: kept.values[name] for name in arms}
     return result(study, Evidence(values, subject.layers, subject.seeds, subject.amounts))
 
 
-def _measured(arm: Arm, arms: Mapping[str, Arm], known: dict[str, Any], own: Measurements) -> Any:
+def _measured(arm: Arm, arms: Mapping[str, Arm], kept: Measurements) -> Any:
     """The value of an arm, measured here where nobody has, and so what it needs."""
-    if arm.name not in known:
-        needed = {name: _measured(arms[name], arms, known, own) for name in arm.needs}
-        measure: Callable[[], Any] = lambda: arm.measure(needed)  # noqa: E731
-        known[arm.name] = own.value(arm.name, measure)
-    return known[arm.name]
+    if arm.name not in kept.values:
+        needed = {name: _measured(arms[name], arms, kept) for name in arm.needs}
+        kept.value(arm.name, lambda: arm.measure(needed))
+    return kept.values[arm.name]
 
 
 def result(study: Study, evidence: Evidence) -> dict[str, Any]:

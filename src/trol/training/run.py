@@ -17,15 +17,18 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from trol.data.conversations import NAMED
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError, unknown
+from trol.host import sharding
 from trol.host.trainer import tensorboard
+from trol.host.weights import is_quantised
 from trol.training import run_folder
 from trol.training.adapters import finished, learner_of, save_trained
 from trol.training.losses import exit_loss
 from trol.training.opening import opened
 from trol.training.progress import GATE, Progress
 from trol.training.recipe import Recipe, Stage
-from trol.training.stage_data import check_data, sized, stage_data
-from trol.training.trainer import CheckpointSchedule, GateMeans, StageTrainer, optimiser, schedule
+from trol.training.stage_data import StageData, check_data, sized, stage_data
+from trol.training.trainable import units_of
+from trol.training.trainer import CheckpointSchedule, GateMeans, StageTrainer
 
 LOGS = 40
 """Points of a loss curve."""
@@ -50,6 +53,8 @@ class RunContext:
     """Trackers that get the logs."""
     logs: Path = Path("runs.logs")
     """The folder that TensorBoard's files go to."""
+    shards: bool = False
+    """Whether each process keeps a share only while a stage trains: FSDP2, DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,11 @@ def run(
             raise UsageError(f"the recipe has no stage {name!r}, but {', '.join(recipe.stages)}.")
     _check(out, max_hours, report_to)
     run_folder.join_processes()
+    shards = run_folder.shards()
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
     folder = run_folder.WorkingFolder(out)
     begun: dict[str, Any] = {"start": None if start is None else str(start)}
-    begun |= {"only": names, "processes": run_folder.process_count()}
+    begun |= {"only": names, "processes": run_folder.process_count(), "sharded": shards}
     if not resume:
         folder.refuse_to_forget()
     elif folder.is_begun:
@@ -132,7 +138,7 @@ def run(
     if keeps:
         folder.begin(recipe, begun, model)
     logs = out.with_name(out.name + ".logs")
-    context = RunContext(folder if keeps else None, deadline, label, report_to, logs)
+    context = RunContext(folder if keeps else None, deadline, label, report_to, logs, shards)
     model, results = _trained(model, processor, recipe, names, context)
     if "stopped" in results:
         return results
@@ -234,44 +240,20 @@ def train_stage(
         UsageError: the stage's data are not what they were when it was begun, or the processes
             cannot train it together.
     """
-    number, name = which
+    name = which[1]
     learner = learner_of(model, recipe.stages[name])
-    data = stage_data(learner, processor, recipe.stages[name], recipe.seed)
+    if context.shards and is_quantised(learner):
+        raise UsageError("quantised weights cannot be sharded; train with bits=0, or use DDP.")
+    worker = sharding.lend(learner) if context.shards else learner
+    data = stage_data(worker, processor, recipe.stages[name], recipe.seed)
     stage = _sized(recipe.stages[name], data.rows, f"{context.label}{name}")
-    place = checkpoint = None
-    if context.working is not None:
-        context.working.check_data(name, run_folder.data_fingerprint(data.rows, data.collate))
-        place = context.working.stage(number)
-        checkpoint = run_folder.newest_checkpoint(place)
-    callbacks: list[Any] = [
-        CheckpointSchedule(0 if place is None else recipe.save_every, context.deadline)
-    ]
-    if loss := exit_loss(learner, stage):
-        data.reader.loss = loss
-        callbacks.append(loss)
-    if "tensorboard" in context.report_to and run_folder.is_first_process():
-        callbacks.append(tensorboard(context.logs / name))
-    data.reader.train()
-    steps = optimiser(data.reader, stage)
-    trainer = StageTrainer(
-        name=name,
-        place=place,
-        keep=recipe.keep,
-        gates=GateMeans(learner),
-        by_tokens=stage.data != "cells",  # whose loss is a mean over rows, all of one size
-        model=data.reader,
-        args=_arguments(recipe, stage, name, context),
-        train_dataset=data.rows,
-        data_collator=data.collate,
-        optimizers=(steps, schedule(steps, stage)),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # progress is shown by ours
+    trainer = _trainer(worker, data, stage, which, recipe=recipe, context=context)
+    checkpoint = None if trainer.place is None else run_folder.newest_checkpoint(trainer.place)
     progress = Progress(f"{context.label}{name}") if run_folder.is_first_process() else None
     if progress is not None:
         trainer.add_callback(progress)
     try:
-        with nullcontext() if stage.traverse else depth(learner, "plain"):
+        with nullcontext() if stage.traverse else depth(worker, "plain"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         if progress is not None:
@@ -281,12 +263,56 @@ def train_stage(
     trainer.accelerator.free_memory()
     del trainer
     gc.collect()
+    if worker is not learner:
+        sharding.give_back(worker, learner)
     left = getattr(data.rows, "left_out", {})
     if len(left) > NAMED:
         warnings.warn(f"{name}: {len(left):,} rows were left out as damaged", stacklevel=2)
     resolved = {"steps": stage.steps, "warmup_steps": stage.warmup_steps, "left_out": len(left)}
     done = finished(learner, stage) if step >= stage.steps else None
     return StageResult(done, step, curve, seconds, resolved, list(left.values())[:NAMED])
+
+
+def _trainer(
+    worker: Any,
+    data: StageData,
+    stage: Stage,
+    which: tuple[int, str],
+    *,
+    recipe: Recipe,
+    context: RunContext,
+) -> StageTrainer:
+    """The Trainer of a stage whose length is known."""
+    number, name = which
+    place = None
+    if context.working is not None:
+        context.working.check_data(name, run_folder.data_fingerprint(data.rows, data.collate))
+        place = context.working.stage(number)
+    callbacks: list[Any] = [
+        CheckpointSchedule(0 if place is None else recipe.save_every, context.deadline)
+    ]
+    if loss := exit_loss(worker, stage):
+        data.reader.loss = loss
+        callbacks.append(loss)
+    if "tensorboard" in context.report_to and run_folder.is_first_process():
+        callbacks.append(tensorboard(context.logs / name))
+    data.reader.train()
+    sharded = context.shards and sharding.is_asked_for(sharding.FSDP)
+    trainer = StageTrainer(
+        name=name,
+        stage=stage,
+        place=place,
+        keep=recipe.keep,
+        gates=GateMeans(worker),
+        units=units_of(worker, data.reader) if sharded else None,
+        model=data.reader,
+        args=_arguments(recipe, stage, name, context),
+        train_dataset=data.rows,
+        data_collator=data.collate,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # progress is shown by ours
+    return trainer
 
 
 def _sized(stage: Stage, rows: Any, label: str) -> Stage:
@@ -325,6 +351,7 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         UsageError: the batch cannot be divided, or DeepSpeed and Muon are to work together.
         TrainingError: the processes would not train together.
     """
+    device = sharding.device_settings()
     arguments = TrainingArguments(
         output_dir="runs",
         run_name=f"{context.logs.stem} {name}",
@@ -336,7 +363,8 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         bf16=recipe.precision == "bf16",
         logging_steps=max(1, stage.steps // LOGS),
         logging_nan_inf_filter=False,  # the first NaN is the last step
-        use_cpu=run_folder.on_cpu(),
+        use_cpu=device["cpu"],
+        ddp_backend=device["backend"],
         save_strategy="no",  # CheckpointSchedule asks for checkpoints
         report_to=[tracker for tracker in context.report_to if tracker != "tensorboard"],
         disable_tqdm=True,
@@ -344,8 +372,15 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_pin_memory=False,
+        # Else all gradients would be kept whole until the last part of a batch.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": context.shards}},
         label_names=["labels"],
     )
+    if arguments.mixed_precision != ("bf16" if arguments.bf16 else "no"):
+        raise UsageError(
+            f"the launcher's mixed_precision is {arguments.mixed_precision}, the recipe's "
+            f"precision {recipe.precision}; set mixed_precision to 'no', the recipe decides."
+        )
     if arguments.world_size != run_folder.process_count():
         raise TrainingError(
             f"{run_folder.process_count()} processes were started, but each would train alone "

@@ -28,6 +28,7 @@ from torch import Tensor, distributed, nn
 from trol import files
 from trol.checkpoints.adapter import numbers_digest, text_digest, weights_digest
 from trol.errors import TrainingError, UsageError
+from trol.host import sharding
 from trol.host.trainer import newest_checkpoint_in
 from trol.training.recipe import Recipe
 
@@ -58,15 +59,26 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def on_cpu() -> bool:
-    """Whether there is no accelerator; Trainer must know, or each process trains alone."""
-    return not torch.accelerator.is_available()
-
-
 def join_processes() -> None:
-    """Connects the processes, where there are several."""
-    if process_count() > 1:
-        PartialState(cpu=on_cpu())
+    """Connects the processes, where there are several, or one that was started to shard."""
+    if process_count() > 1 or _sharding_is_asked_for():
+        PartialState(**sharding.device_settings())
+
+
+def shards() -> bool:
+    """Whether each process is to keep a share of the model or its optimiser only.
+
+    Raises:
+        UsageError: with settings of FSDP under which a policy would be wrong or lost.
+    """
+    if not (_sharding_is_asked_for() and _are_joined()):
+        return False
+    sharding.check()
+    return True
+
+
+def _sharding_is_asked_for() -> bool:
+    return sharding.is_asked_for(sharding.FSDP) or sharding.is_asked_for(sharding.DEEPSPEED)
 
 
 def wait_for_processes() -> None:
@@ -303,19 +315,29 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def state_of(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, Tensor]:
-    """The parameters that `wanted` takes, each once, and the buffers that are saved with them."""
+    """The parameters that `wanted` takes, each once, and the buffers that are saved with them.
+
+    Of a sharded model, this process's share.
+    """
+    return {name: t.cpu().contiguous() for name, t in _live_state(model, wanted).items()}
+
+
+@torch.no_grad()
+def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Path) -> None:
+    """Puts a saved `state_of` into the model; `TrainingError` where it is another model's."""
+    saved, known = load_file(file), _live_state(model, wanted)
+    odd = set(saved) ^ set(known) or {n for n, t in known.items() if saved[n].shape != t.shape}
+    if odd:
+        raise TrainingError(f"{file} is not of this model: {', '.join(sorted(odd)[:4])} differ.")
+    for name, tensor in known.items():
+        tensor.copy_(saved[name])
+
+
+def _live_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, Tensor]:
     parameters = {name: p for name, p in model.named_parameters() if wanted(p)}
     saved = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
-    return {name: t.detach().cpu().contiguous() for name, t in {**parameters, **buffers}.items()}
-
-
-def put_state(model: nn.Module, wanted: Callable[[nn.Parameter], bool], file: Path) -> None:
-    """Puts a saved `state_of` into the model; `TrainingError` where it is another model's."""
-    saved, known = load_file(file), state_of(model, wanted)
-    if odd := sorted(set(saved) ^ set(known)):
-        raise TrainingError(f"{file} is not of this model: {', '.join(odd[:4])} differ.")
-    model.load_state_dict(saved, strict=False)
+    return {n: sharding.own_share(t).detach() for n, t in {**parameters, **buffers}.items()}
 
 
 def _is_full(parameter: nn.Parameter) -> bool:

@@ -86,6 +86,12 @@ def freeze_unvisited(learner: nn.Module) -> None:
             layer.requires_grad_(False)
 
 
+def units_of(learner: nn.Module, reader: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, as far as they are in `reader`: what FSDP gathers one at a time."""
+    inside = {id(module) for module in reader.modules()}
+    return [one for one in layer_list(attached(learner)[1]) or () if id(one) in inside]
+
+
 def restore_dtypes(model: Any, parts: tuple[str, ...]) -> None:
     """Undoes `set_trainable`: all may learn, and these parts have the model's own type again.
 

@@ -1,14 +1,13 @@
-"""transformers' Trainer for one stage: its optimiser and rates, its checkpoints, what it watches.
+"""transformers' Trainer for one stage: its checkpoints, and what it watches.
 
 Checkpoints are whole or absent, and a step whose loss or gradient is no number stops the stage.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -19,146 +18,20 @@ from transformers import TrainerCallback
 
 from trol.depth import attached
 from trol.depth.attachment import gates_of
-from trol.errors import TrainingError, UsageError
+from trol.errors import TrainingError
+from trol.host import sharding
 from trol.host.trainer import StepwiseTrainer, keep_newest
 from trol.training import run_folder
+from trol.training.optimisers import optimiser, schedule, shard_states
 from trol.training.progress import GATE
 from trol.training.recipe import Stage
-
-MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""a, b, c of the iteration X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al., 2024)."""
-
-MUON_ITERATIONS = 5
 
 BETWEEN_LOGS = "between_logs_{rank}.json"
 """File of a checkpoint with the losses since the last log, which Trainer does not save."""
 
-
-class BatchedMuon(torch.optim.Optimizer):
-    """Momentum, then the nearest semi-orthogonal matrix as the step (Jordan et al., 2024).
-
-        m <- beta m + (1 - beta) g      W <- W - lr sqrt(max(1, rows / columns)) NS(nesterov(m))
-
-    torch.optim.Muon takes one matrix after another, in bfloat16; here those of one shape are
-    orthogonalised together: on a CPU with 28 matrices of a 64-wide decoder, 7 ms a step in place
-    of 95 (LAB.md).
-
-    Args:
-        params: matrices [rows, columns]; all of one parameter group share `lr`.
-        lr: the learning rate.
-        momentum: beta.
-    """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step."""
-        assert closure is None
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for (rows, columns), matrices in by_shape.items():
-                directions = _orthogonal(self._momentum(matrices, group["momentum"]))
-                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-                for matrix, direction in zip(matrices, directions, strict=True):
-                    matrix.add_(direction, alpha=-rate)
-
-    def _momentum(self, matrices: list[Tensor], beta: float) -> Tensor:
-        """Nesterov's look ahead. Shape: [matrices, rows, columns]."""
-        ahead = []
-        for matrix in matrices:
-            gradient = matrix.grad
-            assert gradient is not None
-            momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 1 - beta)
-            ahead.append(gradient.lerp(momentum, beta))
-        return torch.stack(ahead)
-
-
-def _orthogonal(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration towards U V^T of each matrix. Shape: [N, rows, columns]."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    a, b, c = MUON_COEFFICIENTS
-    for _ in range(MUON_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class ChainedOptimizer(torch.optim.Optimizer):
-    """Several optimisers that step as one; their parameter groups are the sum of theirs."""
-
-    def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
-        self.parts = list(parts)
-        groups = [group for part in self.parts for group in part.param_groups]
-        super().__init__(groups, {})
-        # The very dicts of the parts, so that a schedule which sets a group's rate reaches them.
-        self.param_groups = groups
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of each part."""
-        assert closure is None
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each part."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state of each part."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-
-def optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW for all that learns, or Muon for decoder matrices and AdamW for the rest."""
-    matrices, mixers, rest = [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inner = ".layers." in name or ".linear_" in name  # of the projector
-        if ".depth." in name:
-            mixers.append(parameter)
-        elif stage.muon and inner and parameter.ndim == 2:
-            matrices.append(parameter)
-        else:
-            rest.append(parameter)
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": stage.learning_rate}]
-    if mixers:
-        groups.append({"params": mixers, "lr": stage.mixer_learning_rate})
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    return ChainedOptimizer([BatchedMuon(matrices, stage.muon), adamw]) if matrices else adamw
-
-
-def schedule(optimiser: torch.optim.Optimizer, stage: Stage) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, then as `stage.schedule` says, in N = `stage.steps`.
-
-    linear:  flat, then linear to the final rate over the last `decay` of the steps
-    cosine:  final + (highest - final) (1 + cos(pi t)) / 2,   t from 0 to 1 after the warm-up
-
-    The rate of step 0 is that of warm-up step 1, where transformers' schedules begin with 0.
-    """
-    least = stage.final_rate / stage.learning_rate if stage.learning_rate else 0.0
-
-    def share(step: int) -> float:
-        if stage.schedule == "cosine":
-            done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
-            falling = (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
-        else:
-            falling = (stage.steps - step) / max(1.0, stage.decay * stage.steps)
-            falling = max(0.0, min(1.0, falling))
-        rising = (step + 1) / max(1, stage.warmup_steps)
-        return min(1.0, rising, least + (1 - least) * falling)
-
-    return LambdaLR(optimiser, share)
+SHARE = "share-{rank}-of-{count}"
+"""Files of a sharded checkpoint: what one process holds of weights (.safetensors), and of
+optimiser and schedule (.pt)."""
 
 
 class GateMeans:
@@ -246,38 +119,33 @@ class StageTrainer(StepwiseTrainer):
 
     Args:
         name: the stage's name, for messages.
+        stage: the stage, with its length.
         place: the folder for its checkpoints; None for none.
         keep: how many of them are kept.
         gates: the gates whose means are logged.
-        by_tokens: whether the loss is a mean over tokens (and not over rows of one size).
+        units: under FSDP, the layers that are gathered one at a time; else None.
         settings: what Trainer takes.
-
-    Raises:
-        UsageError: parameters would be sharded.
     """
 
     def __init__(
         self,
         *,
         name: str,
+        stage: Stage,
         place: Path | None,
         keep: int,
         gates: GateMeans,
-        by_tokens: bool,
+        units: Sequence[nn.Module] | None,
         **settings: Any,
     ) -> None:
-        self.name, self.place, self.keep = name, place, keep
-        self.gates, self.speed = gates, Speed()
+        self.name, self.stage, self.place, self.keep = name, stage, place, keep
+        self.gates, self.speed, self.units = gates, Speed(), units
         self.seconds_before = 0.0
         self.began = time.perf_counter()
         super().__init__(**settings)
-        # Whether the reader gets the number of tokens in the whole batch, to divide by.
-        self.divides_by_tokens = self.by_tokens = by_tokens
-        if self.shards_parameters:
-            raise UsageError(
-                "trol train keeps all parameters on each device, and FSDP or ZeRO-3 was asked for, "
-                "which would save a shard as the model; use DDP or ZeRO-2 (docs/processes.md)."
-            )
+        # Whether the reader gets the number of tokens in the whole batch, to divide by: the loss
+        # of cells is a mean over rows, all of one size.
+        self.divides_by_tokens = self.by_tokens = stage.data != "cells"
         self.add_callback(_Guard(self))
 
     @property
@@ -290,6 +158,20 @@ class StageTrainer(StepwiseTrainer):
     def seconds(self) -> float:
         """How long the stage has trained, before it was resumed too."""
         return self.seconds_before + time.perf_counter() - self.began
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stage's optimiser."""
+        del model
+        if self.optimizer is None:
+            self.optimizer = optimiser(self.reader, self.stage)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The stage's rates."""
+        del num_training_steps
+        if self.lr_scheduler is None:
+            self.lr_scheduler = schedule(optimizer or self.optimizer, self.stage)
+        return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:  # type: ignore[override]
         """The step of Trainer; counts its tokens and checks its loss."""
@@ -343,8 +225,32 @@ class StageTrainer(StepwiseTrainer):
         save_file(run_folder.state_of(self.reader, _learns), folder / run_folder.WEIGHTS)
 
     def read_weights(self, folder: Path) -> None:
-        """Reads the parameters that learn."""
-        run_folder.put_state(self.reader, _learns, folder / run_folder.WEIGHTS)
+        """Reads the parameters that learn, or this process's share of them."""
+        file = folder / run_folder.WEIGHTS if self.units is None else self._share(folder, "weights")
+        run_folder.put_state(self.reader, _learns, file)
+
+    def write_share(self, folder: Path) -> None:
+        """Writes what this process holds: of the weights that learn, optimiser and schedule."""
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(run_folder.state_of(self.reader, _learns), self._share(folder, "weights"))
+        state = sharding.own_share(self.optimizer.state_dict())
+        state = {"optimiser": state, "schedule": self.lr_scheduler.state_dict()}
+        torch.save(state, self._share(folder, "optimiser"))
+
+    def read_share(self, folder: Path) -> None:
+        """Reads this process's optimiser and schedule."""
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = torch.load(self._share(folder, "optimiser"), map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimiser"])
+        shard_states(self.optimizer)
+        self.lr_scheduler.load_state_dict(state["schedule"])
+
+    def _share(self, folder: Path, what: Literal["weights", "optimiser"]) -> Path:
+        name = SHARE.format(rank=self.args.process_index, count=self.args.world_size)
+        return folder / f"{name}.{'safetensors' if what == 'weights' else 'pt'}"
 
     def recall_between_logs(self, checkpoint: Path) -> None:
         """Puts back what the checkpoint says of the losses since the last log."""
@@ -363,6 +269,8 @@ class _Guard(TrainerCallback):
     def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         trainer = self.trainer
         trainer.speed.since_last()
+        if trainer.units is not None:
+            sharding.made_ready(trainer.reader)
         if state.global_step and trainer.place is not None:
             trainer.recall_between_logs(trainer.place / f"checkpoint-{state.global_step}")
 
@@ -374,7 +282,7 @@ class _Guard(TrainerCallback):
         if getattr(self.trainer.accelerator, "scaler", None) is not None:
             return  # it leaves such steps out, and looks for a better scale
         gradients = [p.grad for p in self.trainer.reader.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = sharding.total_norm(gradients)
         if not torch.isfinite(norm):
             raise self.trainer.diverged(f"the gradient's norm is {norm.item()}")
 
