@@ -99,6 +99,7 @@ def test_a_controller_of_an_adapter_folder(
         (["--methods", ","], "no method named"),
         (["--methods", "oracle"], "trol oracle MODEL"),
         (["--scope", "answers"], "Did you mean 'answer'"),
+        (["--shard", "2/2"], "give I/N with I from 0 to N - 1"),
         (["--tasks", "bords"], "Did you mean 'boards'"),
         (["--methods", "controller"], "trol train RECIPE"),
         (["--methods", "router"], "holds a router"),
