@@ -107,9 +107,9 @@ def answer(
         length = inputs["input_ids"].shape[1]
         reporter = _Progress(progress, done, prompt=length, new_tokens=new_tokens)
         chosen = {"stopping_criteria": [reporter], **(settings or {})}
-        with trace(model) if traced else nullcontext() as seen, torch.inference_mode():
-            with around(len(some)):
-                ids = greedy(model, inputs, new_tokens, **chosen)
+        tracing = trace(model) if traced else nullcontext()
+        with tracing as seen, torch.inference_mode(), around(len(some)):
+            ids = greedy(model, inputs, new_tokens, **chosen)
         texts = tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
         done += len(some)
         yield Answers(texts, ids, before_end(model, ids), seen)

@@ -1,4 +1,4 @@
-"""What answers cost: layer visits and FLOPs of the first questions, milliseconds of the first alone.
+"""What answers cost: layer visits and FLOPs of the first questions, and times of the first alone.
 
 A trace reads every visit back from the device, so only the first batches have one.
 """

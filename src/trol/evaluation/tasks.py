@@ -232,10 +232,11 @@ def evaluate(
     get the same scores.
 
     Returns:
-        `{"tasks": {name: ...}, "cost"}`; each task with its `depth_columns`; of boards `{"accuracy", "n", "by_type", "n_by_type",
+        `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
         "chance_by_type"}`, of text `{"metrics": {name: mean}, "metric", "n", "by_type",
-        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Plain
-        text has `perplexity`, `bits_per_byte` and `tokens` as well, and its loss is per token.
+        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Each
+        task has its `depth_columns` (`DepthColumns.json`). Plain text has `perplexity`,
+        `bits_per_byte` and `tokens` as well, and its loss is per token.
 
     Raises:
         UsageError: a task is unknown, or has no references for a metric.

@@ -1,11 +1,10 @@
 """lm-eval's model `trol`: its own classes, with trol's opening, roles, depth and depth columns.
 
 lm-eval has no entry points, so something has to import this module: `trol eval --harness lm-eval`,
-`python -m trol.harness.lm_eval` (which is lm-eval's command line), or one of trol's task files
-named by its path.
+`python -m trol.harness lm_eval`, or one of trol's task files that is named by its path.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from trol.depth.roles import IGNORED_LABEL
 from trol.evaluation.answers import labelled_tokens
 from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import BATCH, tokenizer_of
+from trol.harness.local_tasks import exact, rouge  # noqa: F401 - task files name them here
 from trol.harness.opening import in_depth, joined, opened
 from trol.host.chat_templates import start_of
 
@@ -176,11 +176,3 @@ class Trol(HFLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> Any:
         """The same for arguments in one text."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    import trol.harness.lm_eval  # noqa: F401 - registers the model under its own name
-
-    sys.exit(cli_evaluate())

@@ -1,4 +1,5 @@
 """lmms-eval's model `trol`, which its entry point `lmms_eval.models` finds; chats alone."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -34,7 +34,7 @@ def write_tasks(harness: str, *, questions: int = 2000, seed: int = 0) -> Path:
         data = folder / f"{name}.parquet"
         if not data.exists():
             _write_questions(name, questions, seed, data)
-        template = files("trol.harness").joinpath("tasks", harness, f"{name}.yaml").read_text()
+        template = (files("trol.harness") / "tasks" / harness / f"{name}.yaml").read_text()
         write_whole(folder / f"{name}.yaml", template.replace(DATA, str(data)))
     return folder
 

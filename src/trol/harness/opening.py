@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from trol.depth.attachment import depth as depth_of
+from trol.host.weights import is_quantised
 from trol.training import open_model
 
 
@@ -24,8 +25,10 @@ def opened(
         settings: as `trol.training.open_model` takes them.
     """
     model, processor = open_model(name, **settings)
-    if "device_map" not in settings and "bits" not in settings:
-        model.to(device or own_device())
+    if device is not None:
+        model.to(device)
+    elif "device_map" not in settings:
+        on_accelerator(model)
     with in_depth(model, depth):
         return model, processor
 
@@ -35,12 +38,12 @@ def in_depth(model: Any, depth: str | None) -> AbstractContextManager[None]:
     return nullcontext() if depth is None else depth_of(model, depth)
 
 
-def own_device() -> torch.device:
-    """This process's accelerator, or the CPU."""
+def on_accelerator(model: Any) -> Any:
+    """The model, moved to this process's accelerator if there is one and its weights may move."""
     kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is None:
-        return torch.device("cpu")
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+    if kind is not None and not is_quantised(model):
+        model.to(torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0"))))
+    return model
 
 
 def joined() -> Accelerator | None:

@@ -1,10 +1,10 @@
 """Calling a harness with an opened model; what it says comes back in the form of `trol eval`."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import logging
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ def run(
     processor: Any,
     tasks: Sequence[str],
     *,
-    questions: int = 2000,
+    questions: int | None = 2000,
     seed: int = 0,
-    within: str | None = None,
+    files: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, Any] | None:
     """Measures a model on tasks of a harness; the policy in force is the one that answers.
@@ -37,10 +37,10 @@ def run(
         model: the model, attached or not.
         processor: its processor; of a text decoder, its tokenizer.
         tasks: names, trol's own (boards, docstrings) or the harness's.
-        questions: of each task at most so many.
+        questions: of each task at most so many; all of the harness's own by default.
         seed: which of trol's own.
-        within: the folder of the harness's tasks where these lie, if known; all are read
-            otherwise, which takes a while.
+        files: a folder of task files, which are all that is needed; without, the harness reads
+            all of its own, which takes a while.
         out: where files go that a task of the harness writes.
 
     Returns:
@@ -52,30 +52,37 @@ def run(
     """
     check_place(list(tasks))
     check_harness(harness)
-    own = set(tasks) & set(LOCAL)
-    paths = [str(write_tasks(harness, questions=questions, seed=seed))] if own else []
-    call = {"lm-eval": _lm_eval, "lmms-eval": _lmms_eval}[harness]
-    return call(model, processor, list(tasks), paths, questions, within, out)
+    if files is None and set(tasks) & set(LOCAL):
+        places = [write_tasks(harness, questions=questions or 2000, seed=seed)]
+    else:
+        places = [] if files is None else [files]
+    paths = [str(place) for place in places]
+    enough = files is not None or set(tasks) <= set(LOCAL)
+    if harness == "lm-eval":
+        return _lm_eval(
+            model, processor, list(tasks), paths=paths, enough=enough, questions=questions
+        )
+    return _lmms_eval(
+        model, processor, list(tasks), paths=paths, enough=enough, questions=questions, out=out
+    )
 
 
 def _lm_eval(
     model: Any,
     processor: Any,
     tasks: list[str],
+    *,
     paths: list[str],
-    questions: int,
-    within: str | None,
-    out: Path | None,
+    enough: bool,
+    questions: int | None,
 ) -> dict[str, Any] | None:
     import lm_eval  # noqa: PLC0415 - heavy, and an extra
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     from trol.harness.lm_eval import wrapped  # noqa: PLC0415
 
-    del within, out
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    own = set(tasks) <= set(LOCAL)
-    manager = TaskManager(include_path=paths or None, include_defaults=not own)
+    manager = TaskManager(include_path=paths or None, include_defaults=not enough)
     _check_known(tasks, manager, "lm-eval")
     asked = wrapped(model, processor)
     results = lm_eval.simple_evaluate(
@@ -94,9 +101,10 @@ def _lmms_eval(
     model: Any,
     processor: Any,
     tasks: list[str],
+    *,
     paths: list[str],
-    questions: int,
-    within: str | None,
+    enough: bool,
+    questions: int | None,
     out: Path | None,
 ) -> dict[str, Any] | None:
     from loguru import logger  # noqa: PLC0415 - comes with lmms-eval
@@ -108,10 +116,9 @@ def _lmms_eval(
 
     from trol.harness.lmms_eval import TrolChat  # noqa: PLC0415
 
-    if within is not None:
-        paths = [*paths, str(resources.files("lmms_eval").joinpath("tasks", within))]
-    own = within is not None or set(tasks) <= set(LOCAL)
-    manager = TaskManager("ERROR", include_path=paths, include_defaults=not own, model_name="trol")
+    manager = TaskManager(
+        "ERROR", include_path=paths, include_defaults=not enough, model_name="trol"
+    )
     _check_known(tasks, manager, "lmms-eval")
     asked = TrolChat(model, processor)
     results = simple_evaluate(

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaForCausalLM
 
+import trol
 from trol.checkpoints.adapter import is_trained
 from trol.data.boards import WORDS
 from trol.data.conversations import read_template
@@ -95,7 +96,7 @@ def open_model(
     template = None if chat_template is None else read_template(chat_template)
     if not is_trained(Path(name)):
         settings |= {} if bits is None else {"bits": bits}
-        model, processor = load_model(name, **settings)
+        model, processor = trol.load_model(name, **settings)
     elif bits is not None:
         raise UsageError(
             f"{name} holds adapters, which were trained on weights of the bits that its "
