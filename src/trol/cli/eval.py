@@ -199,9 +199,11 @@ def _text(result: dict[str, Any]) -> str:
 
         rows, lines = suite_rows(result["suite"])
         return "\n".join([terminal.table(rows), *([""] if lines else []), *lines])
-    parts = [_harness_table(result) if "harness" in result else _table(result)]
-    columns = result.get("depth_columns") or next(iter(result["tasks"].values()))["depth_columns"]
-    return "\n\n".join([*parts, _columns_table(columns)])
+    if "harness" in result:
+        columns = {result["harness"]: result["depth_columns"]}
+        return "\n\n".join([_harness_table(result), _columns_table(columns)])
+    columns = {name: task["depth_columns"] for name, task in result["tasks"].items()}
+    return "\n\n".join([_table(result), _columns_table(columns)])
 
 
 def _harness_table(result: dict[str, Any]) -> str:
@@ -212,18 +214,23 @@ def _harness_table(result: dict[str, Any]) -> str:
     return terminal.table(rows)
 
 
-def _columns_table(columns: dict[str, Any]) -> str:
-    """The depth columns; `-` where one is not known."""
-    known = {
-        "layer visits per token": columns["layer_visits_per_token"],
-        "MFLOPs per question": columns["flops_per_question"],
-        "prefill ms": columns["prefill_ms"],
-        "decode ms": columns["decode_ms"],
-    }
-    if known["MFLOPs per question"] is not None:
-        known["MFLOPs per question"] /= 1e6
-    cells = ["-" if value is None else f"{value:.2f}" for value in known.values()]
-    return terminal.table([["depth", *known], ["", *cells]])
+COLUMNS = {
+    "layer_visits_per_token": ("layer visits per token", 1),
+    "flops_per_question": ("MFLOPs per question", 1e-6),
+    "prefill_ms": ("prefill ms", 1),
+    "decode_ms": ("decode ms", 1),
+}
+"""Depth column -> its heading, and what it is multiplied by."""
+
+
+def _columns_table(measured: dict[str, dict[str, Any]]) -> str:
+    """The depth columns of each task; `-` where one is not known."""
+    rows = [["depth", *(heading for heading, _ in COLUMNS.values())]]
+    for name, columns in measured.items():
+        values = [(columns[key], factor) for key, (_, factor) in COLUMNS.items()]
+        cells = ["-" if value is None else f"{value * factor:.2f}" for value, factor in values]
+        rows.append([name, *cells])
+    return terminal.table(rows)
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -24,6 +24,9 @@ from trol.harness.local_tasks import exact, rouge  # noqa: F401 - task files nam
 from trol.harness.opening import in_depth, joined, opened
 from trol.host.chat_templates import start_of
 
+NO_CHOICE = ("cuda", "cuda:0")
+"""Devices that lm-eval's command and its classes name where the user names none."""
+
 Continuation = tuple[Any, list[int], list[int]]
 """A request, the ids of its context, and those of its continuation."""
 
@@ -167,6 +170,8 @@ class Trol(HFLM):
             for key in ("batch_size", "max_batch_size", "max_length", "depth")
             if key in settings
         }
+        if settings.get("device") in NO_CHOICE:
+            del settings["device"]
         model, processor = opened(
             settings.pop("pretrained", "trol-tiny"), depth=own.get("depth"), **settings
         )

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from trol.checkpoints.adapter import text_digest, weights_digest
 from trol.data.mixture import cache_folder
-from trol.errors import DataError, HostError, UsageError, unknown
+from trol.errors import HostError, TrolError, unknown
 from trol.evaluation.store import Measurements
 from trol.files import folder, write_whole
 from trol.harness.packages import check_harness
@@ -154,9 +154,15 @@ def run_suite(
     kept = Measurements(None if out is None else folder(out) / "answers.jsonl", header)
     results: dict[str, Any] = {}
     for one in chosen:
-        results[one.name] = kept.value(
-            one.name, lambda one=one: _measured(one, model, processor, questions, out)
-        )
+        try:
+            results[one.name] = kept.value(
+                one.name, lambda one=one: _measured(one, model, processor, questions, out)
+            )
+        except TrolError:
+            raise
+        except Exception as error:  # a set in another form than the harness expects; it is not kept
+            why = " ".join(str(error).split())
+            results[one.name] = {"failed": f"{type(error).__name__}: {why}"}
     rows = [_row(one, results.get(one.name), beside) for one in published().sets]
     return {"source": published().source, "published": beside, "sets": rows}
 
@@ -165,20 +171,8 @@ def _measured(
     one: PublishedSet, model: Any, processor: Any, questions: int | None, out: Path | None
 ) -> dict[str, Any]:
     tasks = list(dict.fromkeys(part.task for part in one.parts))
-    try:
-        result = run(
-            HARNESS,
-            model,
-            processor,
-            tasks,
-            questions=questions,
-            files=task_files(one),
-            out=out,
-        )
-    except (DataError, HostError, UsageError):
-        raise
-    except Exception as error:  # a set in another form than the harness expects
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    files = task_files(one)
+    result = run(HARNESS, model, processor, tasks, questions=questions, files=files, out=out)
     assert result is not None  # the suite runs in one process
     metrics = {task: values["metrics"] for task, values in result["tasks"].items()}
     return {"value": one.value(metrics), "depth_columns": result["depth_columns"]}
