@@ -26,13 +26,11 @@ def opened() -> tuple[Any, Any]:
     return load_model("trol-tiny")
 
 
-@pytest.mark.parametrize("plan", ["plain", "all", "0-1"])
+@pytest.mark.parametrize("plan", ["plain", "0-1:2", "1"])
 def test_columns_are_what_a_trace_says(plan: str, opened: tuple[Any, Any]) -> None:
     model, processor = opened
     items = board_items(6, 0)
     inputs = fitted_prompts(model, processor, items, 4)
-    if plan == "all":
-        plan = "0-3:2"
     columns = DepthColumns(model)
     with depth(model, plan):
         with trace(model) as seen:

@@ -5,18 +5,21 @@ They are heavy, so each test is skipped where its harness is not installed; see 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from torch.distributed.run import __file__ as torchrun
 
 from trol.evaluation import evaluate
 from trol.evaluation.answers import losses
-from trol.evaluation.items import Item, labelled
+from trol.evaluation.items import Item, board_items, labelled
 from trol.family.loading import load_model
+from trol.harness.suite import _plain_yaml, published, run_suite, task_files
 
 from .test_packages import installed
 
@@ -117,6 +120,60 @@ def test_arguments_that_nobody_knows_are_refused() -> None:
         Trol.create_from_arg_string("pretrained=trol-tiny,no_such_setting=1")
     model = Trol.create_from_arg_string("pretrained=trol-tiny,depth=0-1", {"device": "cuda:0"})
     assert model.depth == "0-1"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, with POPE on disk: yes and no questions about boards."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return hub
+
+
+def test_the_suite_asks_what_is_on_disk(opened: tuple[Any, Any], hub: Path) -> None:
+    needs("lmms-eval")
+    import datasets
+
+    texts = {key: datasets.Value("string") for key in ("question_id", "question", "answer")}
+    texts |= {key: datasets.Value("string") for key in ("image_source", "category")}
+    items = [item for item in board_items(60, 0) if item.answer in ("yes", "no")][:12]
+    rows = [
+        {"question": item.question, "answer": item.answer, "image": item.picture}
+        | {"question_id": str(at), "image_source": "x", "category": "random"}
+        for at, item in enumerate(items)
+    ]
+    folder = hub / "datasets--lmms-lab-encoder--POPE" / "snapshots" / "abc" / "data"
+    folder.mkdir(parents=True)
+    table = datasets.Dataset.from_list(
+        rows, features=datasets.Features({**texts, "image": datasets.Image()})
+    )
+    table.to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    sets = run_suite(*opened, name="trol-tiny")["sets"]
+    (pope,) = [row for row in sets if row["state"] == "measured"]
+    assert pope["name"] == "POPE"
+    right = 12 * pope["value"] / 100
+    assert right == pytest.approx(round(right))
+    assert pope["difference"] == pytest.approx(pope["value"] - 88.6)
+    assert pope["depth_columns"]["questions"] == 12
+
+
+def test_each_set_is_asked_as_the_released_code_asks(hub: Path) -> None:
+    needs("lmms-eval")
+    for one in published().sets:
+        if one.decided_by:
+            continue
+        (hub / f"datasets--{one.data.replace('/', '--')}" / "snapshots" / "abc").mkdir(parents=True)
+        next(hub.glob("*/snapshots/abc")).joinpath("x.parquet").touch()
+        for part in one.parts:
+            content = _plain_yaml(task_files(one) / f"{part.task}.yaml")
+            assert content["dataset_path"] == str(one.place)
+            assert content["generation_kwargs"]["max_new_tokens"] == one.tokens
+            assert content["generation_kwargs"]["num_beams"] == 5
+            assert part.metric in {metric["metric"] for metric in content["metric_list"]}
+            asked = content.get("lmms_eval_specific_kwargs", {}).get("default", {})
+            assert asked.get("post_prompt", one.prompt).strip() == one.prompt
+        shutil.rmtree(hub)
 
 
 def test_a_chat_of_lmms_eval_is_text_and_pictures() -> None:

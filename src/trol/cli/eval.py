@@ -148,7 +148,7 @@ def _check_combined(
     other = "--suite" if suite is not None else "--harness"
     useless = {"--tasks": names, "--harness": harness} if suite is not None else of_suites
     if suite is not None or harness is not None:
-        useless |= own
+        useless = {**useless, **own}
     for name, value in useless.items():
         if value is not None and name in of_suites:
             raise UsageError(f"{name} goes with --suite; leave it out, or write --suite trol.")

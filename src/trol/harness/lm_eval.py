@@ -66,12 +66,22 @@ class _Depth:
             return super()._model_generate(context, *args, **kwargs)  # type: ignore[misc]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """The answers; the first question is timed."""
-        answers = super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+        """The answers; the first question is timed.
+
+        Requests with pictures and without are answered apart: lm-eval takes all for what the first
+        one is.
+        """
+        answers: dict[int, str] = {}
+        for shows in (False, True):
+            places = [at for at, one in enumerate(requests) if (len(one.args) > 2) == shows]
+            if places:
+                some = [requests[at] for at in places]
+                given = super().generate_until(some, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+                answers |= dict(zip(places, given, strict=True))
         for request in requests[:1]:
             with in_depth(self.columns.model, self.depth):
                 self.columns.time(self._inputs(*request.args))
-        return answers
+        return [answers[at] for at in range(len(requests))]
 
     def _inputs(self, context: str, _settings: Any, media: Any = None) -> Any:
         """One question as `generate` takes it."""

@@ -193,13 +193,14 @@ def task_files(one: PublishedSet) -> Path:
             "task": part.task,
             "dataset_path": str(one.place),
             "dataset_kwargs": {},
-            "lmms_eval_specific_kwargs": {"default": asked},
             "generation_kwargs": {
                 "max_new_tokens": one.tokens,
                 "num_beams": published().beams,
                 "do_sample": False,
             },
         }
+        if asked:
+            content["lmms_eval_specific_kwargs"] = {"default": asked}
         text = yaml.safe_dump(content, allow_unicode=True)
         if part.aggregations:
             text += "metric_list:\n" + "".join(
@@ -226,8 +227,16 @@ _Plain.add_constructor("!function", lambda loader, node: None)
 
 
 def _plain_yaml(path: Path) -> dict[str, Any]:
+    """A task file with those that it includes; functions are None."""
     content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    included = content.pop("include", [])
+    included = [included] if isinstance(included, str) else included
+    whole: dict[str, Any] = {}
+    for name in included:
+        whole |= _plain_yaml(path.parent / name)
+    return whole | content
 
 
 def _row(one: PublishedSet, result: Mapping[str, Any] | None, beside: str) -> dict[str, Any]:
@@ -259,7 +268,7 @@ def suite_rows(result: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     lines: list[str] = []
     states: dict[str, Sequence[str]] = {
         "missing": ("not on disk", "bring it with"),
-        "judged": ("left out", "marked elsewhere"),
+        "judged": ("left out", "no program here marks it"),
         "failed": ("failed", "the harness said"),
     }
     for row in result["sets"]:
