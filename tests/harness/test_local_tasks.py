@@ -41,6 +41,7 @@ def test_the_files_hold_the_questions_of_the_task(harness: str, name: str, cache
     longest = settings.get("max_gen_toks", settings.get("max_new_tokens"))
     assert longest == TASKS[name].new_tokens
     assert not settings["do_sample"]
+    assert settings["until"] == []  # without it, both harnesses cut answers at an empty line
 
 
 def test_files_are_made_once_and_apart_for_each_seed() -> None:

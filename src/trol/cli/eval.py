@@ -10,9 +10,8 @@ from trol.errors import UsageError, unknown
 
 EXAMPLES = (
     "trol eval --tasks boards",
-    "trol eval trol-tiny --tasks boards --depth all --questions 300",
     "trol eval HuggingFaceTB/SmolLM2-135M --tasks text:README.md --window 512 --json",
-    "trol eval trol-tiny --harness lm-eval --tasks boards --questions 200",
+    "trol eval trol-tiny --harness lm-eval --tasks boards --depth all --questions 300",
 )
 TASKS_HELP = (
     "text:FILE (plain text: loss, perplexity; any language model), chat:FILE (JSON Lines of "
