@@ -71,20 +71,6 @@ def test_a_harness_gives_trols_own_accuracy(
     assert all(value is not None for value in result["depth_columns"].values())
 
 
-def test_a_task_that_a_harness_lacks_is_refused(opened: tuple[Any, Any]) -> None:
-    needs("lm-eval")
-    from trol.errors import UsageError
-    from trol.harness.running import _check_known
-
-    class Manager:
-        def match_tasks(self, names: list[str]) -> list[str]:
-            return [name for name in names if name == "boards"]
-
-    _check_known(["boards"], Manager(), "lm-eval")
-    with pytest.raises(UsageError, match="lm-eval has no task chess"):
-        _check_known(["boards", "chess"], Manager(), "lm-eval")
-
-
 def test_continuations_are_answer_for_lm_eval(opened: tuple[Any, Any]) -> None:
     needs("lm-eval")
     from trol.harness.lm_eval import wrapped

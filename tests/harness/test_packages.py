@@ -1,6 +1,7 @@
 """A harness that cannot be used is one line with the command that mends it; what is assumed is."""
 
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -52,7 +53,9 @@ def test_a_missing_harness_is_one_line_with_the_command(
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(packages.metadata, "version", absent)
+    missing = metadata.PackageNotFoundError
+    standin = SimpleNamespace(version=absent, PackageNotFoundError=missing)
+    monkeypatch.setattr(packages, "metadata", standin)
     for name in HARNESSES:
         assert run("eval", "trol-tiny", "--harness", name, "--tasks", "boards") == 1
         (line,) = capsys.readouterr().err.splitlines()

@@ -210,7 +210,8 @@ def _harness_table(result: dict[str, Any]) -> str:
     for name, task in result["tasks"].items():
         for metric, value in task["metrics"].items():
             rows.append([f"{name} ({task['n']})" if task["n"] else name, metric, f"{value:.4f}"])
-    return terminal.table(rows)
+    lines = [f"{name}: left out; no data: {why}" for name, why in result["left_out"].items()]
+    return "\n".join([terminal.table(rows), *lines])
 
 
 COLUMNS = {

@@ -30,6 +30,7 @@ HARNESSES: dict[str, Harness] = {
                 *("bootstrap_iters", "log_samples"),
             ),
             "lm_eval.tasks:TaskManager": ("include_path", "include_defaults"),
+            "lm_eval.tasks:TaskManager.match_tasks": (),
             "lm_eval.api.registry:register_model": (),
             "lm_eval.utils:simple_parse_args_string": (),
             "lm_eval.models.huggingface:HFLM": (
@@ -54,12 +55,14 @@ HARNESSES: dict[str, Harness] = {
                 *("bootstrap_iters", "log_samples"),
             ),
             "lmms_eval.tasks:TaskManager": ("verbosity", "include_path", "include_defaults"),
+            "lmms_eval.tasks:TaskManager.match_tasks": (),
+            "filelock._api:FileLockMeta": (),  # it changes this one
             "lmms_eval.models.registry_v2:ModelManifest": ("model_id", "chat_class_path"),
             "lmms_eval.api.model:lmms": (),
         },
         hint=(
             "; where its torchvision does not fit your torch (a CPU build, say), run instead: "
-            "pip install --no-deps lmms-eval && pip install lm-eval loguru tenacity"
+            "pip install --no-deps lmms-eval && pip install lm-eval loguru tenacity 'filelock<4'"
         ),
     ),
 }

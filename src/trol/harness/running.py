@@ -4,12 +4,13 @@
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trol.data.mixture import cache_folder
-from trol.errors import HostError, UsageError
+from trol.errors import DataError, UsageError
 from trol.files import folder
 from trol.harness.local_tasks import LOCAL, write_tasks
 from trol.harness.packages import check_harness, check_place
@@ -44,11 +45,13 @@ def run(
         out: where files go that a task of the harness writes.
 
     Returns:
-        `{"tasks": {name: {"metrics", "n"}}, "depth_columns"}`; None in other processes.
+        `{"tasks": {name: {"metrics", "n"}}, "left_out": {name: why}, "depth_columns"}`, where a
+        task is left out whose data are not there; None in other processes.
 
     Raises:
         UsageError: no such harness or task.
         HostError: the harness is not installed, or not as it is tested.
+        DataError: there are data of no task.
     """
     check_place(list(tasks))
     check_harness(harness)
@@ -56,57 +59,68 @@ def run(
         places = [write_tasks(harness, questions=questions or 2000, seed=seed)]
     else:
         places = [] if files is None else [files]
-    paths = [str(place) for place in places]
+    begin = {"lm-eval": _lm_eval, "lmms-eval": _lmms_eval}[harness]
     enough = files is not None or set(tasks) <= set(LOCAL)
-    if harness == "lm-eval":
-        return _lm_eval(
-            model, processor, list(tasks), paths=paths, enough=enough, questions=questions
-        )
-    return _lmms_eval(
-        model, processor, list(tasks), paths=paths, enough=enough, questions=questions, out=out
-    )
+    asking = begin(model, processor, [str(place) for place in places], enough=enough, out=out)
+    _check_known(tasks, asking.manager, harness)
+    measured: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for task in tasks:
+        try:
+            results = asking.call(
+                model=asking.model,
+                tasks=[task],
+                task_manager=asking.manager,
+                limit=questions,
+                bootstrap_iters=0,
+                log_samples=False,
+                **asking.settings,
+            )
+        except OSError as error:  # what the data sets' library raises where it finds nothing
+            left_out[task] = " ".join(str(error).split())
+            continue
+        measured |= {} if results is None else _figures(results)
+    if len(left_out) == len(tasks):
+        raise DataError(f"there are no data for {', '.join(tasks)}: {left_out[tasks[0]]}")
+    if not measured:
+        return None
+    columns = asking.model.columns.json()
+    return {"tasks": measured, "left_out": left_out, "depth_columns": columns}
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A harness with its model and tasks, ready to be called."""
+
+    model: Any
+    manager: Any
+    call: Callable[..., Any]
+    settings: dict[str, Any]
 
 
 def _lm_eval(
-    model: Any,
-    processor: Any,
-    tasks: list[str],
-    *,
-    paths: list[str],
-    enough: bool,
-    questions: int | None,
-) -> dict[str, Any] | None:
+    model: Any, processor: Any, paths: list[str], *, enough: bool, out: Path | None
+) -> _Asking:
     import lm_eval  # noqa: PLC0415 - heavy, and an extra
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     from trol.harness.lm_eval import wrapped  # noqa: PLC0415
 
+    del out  # its tasks write nothing
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=paths or None, include_defaults=not enough)
-    _check_known(tasks, manager, "lm-eval")
-    asked = wrapped(model, processor)
-    results = lm_eval.simple_evaluate(
-        model=asked,
-        tasks=tasks,
-        task_manager=manager,
-        limit=questions,
-        apply_chat_template=own_template(processor) is not None,
-        bootstrap_iters=0,
-        log_samples=False,
+    chats = own_template(processor) is not None
+    return _Asking(
+        wrapped(model, processor),
+        manager,
+        lm_eval.simple_evaluate,
+        {"apply_chat_template": chats},
     )
-    return None if results is None else _result(results, asked.columns.json())
 
 
 def _lmms_eval(
-    model: Any,
-    processor: Any,
-    tasks: list[str],
-    *,
-    paths: list[str],
-    enough: bool,
-    questions: int | None,
-    out: Path | None,
-) -> dict[str, Any] | None:
+    model: Any, processor: Any, paths: list[str], *, enough: bool, out: Path | None
+) -> _Asking:
     from loguru import logger  # noqa: PLC0415 - comes with lmms-eval
 
     logger.remove()
@@ -119,21 +133,11 @@ def _lmms_eval(
     manager = TaskManager(
         "ERROR", include_path=paths, include_defaults=not enough, model_name="trol"
     )
-    _check_known(tasks, manager, "lmms-eval")
-    asked = TrolChat(model, processor)
-    results = simple_evaluate(
-        model=asked,
-        tasks=tasks,
-        task_manager=manager,
-        limit=questions,
-        bootstrap_iters=0,
-        log_samples=False,
-        cli_args=Namespace(
-            output_path=str(folder(out or cache_folder() / "harness" / "out")),
-            process_with_media=False,
-        ),
+    arguments = Namespace(
+        output_path=str(folder(out or cache_folder() / "harness" / "out")),
+        process_with_media=False,
     )
-    return None if results is None else _result(results, asked.columns.json())
+    return _Asking(TrolChat(model, processor), manager, simple_evaluate, {"cli_args": arguments})
 
 
 def _check_known(tasks: Sequence[str], manager: Any, harness: str) -> None:
@@ -145,7 +149,7 @@ def _check_known(tasks: Sequence[str], manager: Any, harness: str) -> None:
         )
 
 
-def _result(results: Mapping[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """The harness's numbers: `"exact,none": 0.9` as `exact`, other filters with their name."""
     tasks = {}
     for task, values in results["results"].items():
@@ -156,6 +160,4 @@ def _result(results: Mapping[str, Any], columns: dict[str, Any]) -> dict[str, An
         }
         counted = results.get("n-samples", {}).get(task, {})
         tasks[task] = {"metrics": metrics, "n": counted.get("effective")}
-    if not tasks:
-        raise HostError("the harness measured nothing; see what it said above.")
-    return {"tasks": tasks, "depth_columns": columns}
+    return tasks

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from trol.checkpoints.adapter import text_digest, weights_digest
 from trol.data.mixture import cache_folder
-from trol.errors import HostError, TrolError, unknown
+from trol.errors import DataError, HostError, UsageError, unknown
 from trol.evaluation.store import Measurements
 from trol.files import folder, write_whole
 from trol.harness.packages import check_harness
@@ -158,7 +158,7 @@ def run_suite(
             results[one.name] = kept.value(
                 one.name, lambda one=one: _measured(one, model, processor, questions, out)
             )
-        except TrolError:
+        except (HostError, UsageError):
             raise
         except Exception as error:  # a set in another form than the harness expects; it is not kept
             why = " ".join(str(error).split())
@@ -174,6 +174,8 @@ def _measured(
     files = task_files(one)
     result = run(HARNESS, model, processor, tasks, questions=questions, files=files, out=out)
     assert result is not None  # the suite runs in one process
+    for task, why in result["left_out"].items():
+        raise DataError(f"no data for {task}: {why}")
     metrics = {task: values["metrics"] for task, values in result["tasks"].items()}
     return {"value": one.value(metrics), "depth_columns": result["depth_columns"]}
 
