@@ -110,6 +110,7 @@ def _own(opened: tuple[Any, Any], names: list[str] | None, **settings: Any) -> d
         return evaluation.evaluate(
             *opened,
             names or [default_task(opened[1])],
+            shared=True,
             progress=lambda what, done, of: bar(int(done), of, what),
             **settings,
         )

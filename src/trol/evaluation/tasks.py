@@ -213,6 +213,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     new_tokens: int | None = None,
     window: int | None = None,
+    shared: bool = False,
     progress: TaskProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Scores per question type of each task, and what one answer costs.
@@ -226,10 +227,9 @@ def evaluate(
         metrics: what is measured; by default all that the task has references for.
         new_tokens: the longest answer; by default the task's.
         window: tokens of a window of plain text, by default as many as `questions_of` takes.
+        shared: whether the processes that `torchrun` connected share the batches; then all of them
+            call this, and get the same scores.
         progress: called as answers grow and references are read.
-
-    Where `torchrun` has connected several processes, each answers its share of the batches, and all
-    get the same scores.
 
     Returns:
         `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
@@ -261,7 +261,7 @@ def evaluate(
             metrics=metrics,
             around=columns.batch,
             progress=progress,
-            shared=True,
+            shared=shared,
         )
         columns.time(fitted_prompts(model, processor, items[:1], task.new_tokens))
         results["tasks"][name]["depth_columns"] = columns.json()
