@@ -17,6 +17,16 @@ from trol.harness.packages import check_harness, check_place
 from trol.host.chat_templates import own_template
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """A harness with its model and tasks, ready to be called."""
+
+    model: Any
+    manager: Any
+    call: Callable[..., Any]
+    settings: dict[str, Any]
+
+
 def run(
     harness: str,
     model: Any,
@@ -63,6 +73,19 @@ def run(
     enough = files is not None or set(tasks) <= set(LOCAL)
     asking = begin(model, processor, [str(place) for place in places], enough=enough, out=out)
     _check_known(tasks, asking.manager, harness)
+    measured, left_out = _measured(asking, tasks, questions)
+    if len(left_out) == len(tasks):
+        raise DataError(f"there are no data for {', '.join(tasks)}: {left_out[tasks[0]]}")
+    if not measured:
+        return None
+    columns = asking.model.columns.json()
+    return {"tasks": measured, "left_out": left_out, "depth_columns": columns}
+
+
+def _measured(
+    asking: _Asking, tasks: Sequence[str], questions: int | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The figures of each task, and why some are left out."""
     measured: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for task in tasks:
@@ -80,22 +103,7 @@ def run(
             left_out[task] = " ".join(str(error).split())
             continue
         measured |= {} if results is None else _figures(results)
-    if len(left_out) == len(tasks):
-        raise DataError(f"there are no data for {', '.join(tasks)}: {left_out[tasks[0]]}")
-    if not measured:
-        return None
-    columns = asking.model.columns.json()
-    return {"tasks": measured, "left_out": left_out, "depth_columns": columns}
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """A harness with its model and tasks, ready to be called."""
-
-    model: Any
-    manager: Any
-    call: Callable[..., Any]
-    settings: dict[str, Any]
+    return measured, left_out
 
 
 def _lm_eval(
