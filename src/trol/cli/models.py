@@ -20,38 +20,10 @@ WRITE_AGAIN = "write it again with `trol plan MODEL --out FILE`."
 def open_model(
     name: str | Path, *, bits: int | None = None, chat_template: str | None = None
 ) -> tuple[Any, Any]:
-    """The model and its processor, in evaluation mode.
+    """As `trol.training.open_model`, which is imported when it is called."""
+    from trol import training
 
-    Args:
-        name: a shipped model, a folder, a hub name, or a folder of adapters that `trol train`
-            wrote, whose recipe names the host that they belong to.
-        bits: what the weights are quantised to, if given.
-        chat_template: a template, its text or its file, in place of the processor's own.
-
-    Raises:
-        UsageError: `chat_template` is no template and no file of one, which is found out before
-            the model is opened; or the model has weights of its own bits.
-    """
-    import trol
-    from trol.checkpoints.adapter import is_trained
-    from trol.data.conversations import read_template
-
-    template = None if chat_template is None else read_template(chat_template)
-    if not is_trained(Path(name)):
-        model, processor = trol.load_model(name, **({} if bits is None else {"bits": bits}))
-    elif bits is None:
-        from trol.training import reopened
-
-        model, processor = reopened(name)
-        model.eval()
-    else:
-        raise UsageError(
-            f"{name} holds adapters, which were trained on weights of the bits that its "
-            "recipe.yaml says; leave --bits out."
-        )
-    if template is not None:
-        processor.chat_template = template
-    return model, processor
+    return training.open_model(name, bits=bits, chat_template=chat_template)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Scores compare generated texts with references; the loss reads the references th
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -39,6 +39,9 @@ ItemsDone = Callable[[float], None]
 
 StepsDone = Callable[[int, int], None]
 """Progress in steps: takes how many are done, and how many are expected."""
+
+Around = Callable[[int], AbstractContextManager[Any]]
+"""What is open while a batch of so many items is answered or read."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ def answer(
     new_tokens: int,
     batch: int = BATCH,
     traced: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    around: Around = nullcontext,
     progress: ItemsDone = lambda done: None,
 ) -> Iterator[Answers]:
-    """Greedy answers of at most `new_tokens` tokens, batch by batch, padded on the left.
+    """Answers of at most `new_tokens` tokens, batch by batch, padded on the left.
 
     The policy in force when a batch is drawn from the iterator is the one that answers it.
 
@@ -89,6 +94,8 @@ def answer(
         new_tokens: the longest answer.
         batch: questions answered at once.
         traced: whether each batch comes with its trace.
+        settings: further arguments of `generate`; without, answers are greedy.
+        around: what is open while a batch is answered.
         progress: takes how many items' worth of work is done, after each token of a batch.
     """
     done = 0
@@ -96,8 +103,10 @@ def answer(
         inputs = fitted_prompts(model, processor, some, new_tokens)
         length = inputs["input_ids"].shape[1]
         reporter = _Progress(progress, done, prompt=length, new_tokens=new_tokens)
-        with trace(model) if traced else nullcontext() as seen, torch.inference_mode():
-            ids = greedy(model, inputs, new_tokens, stopping_criteria=[reporter])
+        chosen = {"stopping_criteria": [reporter], **(settings or {})}
+        tracing = trace(model) if traced else nullcontext()
+        with tracing as seen, torch.inference_mode(), around(len(some)):
+            ids = greedy(model, inputs, new_tokens, **chosen)
         texts = tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
         done += len(some)
         yield Answers(texts, ids, before_end(model, ids), seen)
@@ -109,17 +118,16 @@ def answers(
     items: Sequence[Item],
     *,
     new_tokens: int,
-    batch: int = BATCH,
-    progress: ItemsDone = lambda done: None,
+    **options: Any,
 ) -> list[str]:
-    """The texts of all answers; arguments as `answer` takes them."""
-    parts = answer(model, processor, items, new_tokens=new_tokens, batch=batch, progress=progress)
+    """The texts of all answers; `options` are further arguments of `answer`."""
+    parts = answer(model, processor, items, new_tokens=new_tokens, **options)
     return [text for part in parts for text in part.texts]
 
 
 def greedy(model: Any, inputs: Any, new_tokens: int, **settings: Any) -> Tensor:
-    """The new tokens of a greedy `generate`; `settings` are further arguments. Shape: [B, N]."""
-    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **settings)
+    """The new tokens of a greedy `generate`, if `settings` do not say otherwise. Shape: [B, N]."""
+    ids = model.generate(**inputs, **{"max_new_tokens": new_tokens, "do_sample": False, **settings})
     return ids[:, inputs["input_ids"].shape[1] :]
 
 
@@ -185,6 +193,7 @@ def losses(
     items: Sequence[Item],
     *,
     batch: int = LOSS_BATCH,
+    around: Around = nullcontext,
     progress: ItemsDone = lambda done: None,
 ) -> list[float]:
     """Mean negative log-likelihood of each reference's tokens, its end included. Unit: nats.
@@ -200,33 +209,56 @@ def losses(
     """
     values: list[float] = []
     for some in batches(items, batch):
-        values += mean_losses(model, dict(labelled(model, processor, some)))
+        with around(len(some)):
+            values += mean_losses(model, dict(labelled(model, processor, some)))
         progress(len(values))
     return values
 
 
 @torch.inference_mode()
 def mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
-    """Mean loss of the labelled tokens of each row: [B].
+    """Mean loss of the labelled tokens of each row: [B]."""
+    read = labelled_tokens(model, inputs)
+    sums = torch.zeros(read.rows, dtype=torch.double)
+    sums = sums.index_add(0, read.row, -read.log_probability)
+    return (sums / read.row.bincount(minlength=read.rows)).tolist()
 
-    Only the states before them go through the head, and so many at once that their logits fit
-    (`Readout.at_once`), whatever the batch and the vocabulary are.
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """What a model says of the N labelled tokens of a batch, row by row."""
+
+    rows: int
+    """Rows of the batch."""
+    row: Tensor
+    """The row of each token. Shape: [N]."""
+    log_probability: Tensor
+    """Unit: nats. Shape: [N], double."""
+    likeliest: Tensor
+    """Whether no other token is likelier. Shape: [N]."""
+
+
+@torch.inference_mode()
+def labelled_tokens(model: Any, inputs: Mapping[str, Tensor]) -> LabelledTokens:
+    """Reads a batch with `labels` once; tensors of the result are on the CPU.
+
+    Only the states before labelled tokens go through the head, and so many at once that their
+    logits fit (`Readout.at_once`), whatever the batch and the vocabulary are.
+
+    Raises:
+        HostError: the head is not called once in a pass.
     """
     states = unread_states(model, inputs)
     labels = inputs["labels"][:, 1:].to(states.device)
     rows, at = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-    read, targets = Readout(model), labels[rows, at]
+    read, targets, nats, likeliest = Readout(model), labels[rows, at], [], []
     pairs = zip(states[rows, at].split(read.at_once), targets.split(read.at_once), strict=True)
-    each = torch.cat(
-        [
-            functional.cross_entropy(read.behind_norm(some).float(), words, reduction="none")
-            for some, words in pairs
-        ]
-    )
-    sums = torch.zeros(len(labels), dtype=torch.double).index_add(
-        0, rows.cpu(), each.double().cpu()
-    )
-    return (sums / rows.cpu().bincount(minlength=len(labels))).tolist()
+    for some, words in pairs:
+        logits = read.behind_norm(some).float()
+        nats.append(functional.cross_entropy(logits, words, reduction="none"))
+        likeliest.append(logits.argmax(-1) == words)
+    log_probability = -torch.cat(nats).double().cpu()
+    return LabelledTokens(len(labels), rows.cpu(), log_probability, torch.cat(likeliest).cpu())
 
 
 def unread_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,13 +16,16 @@ from trol.data.own_files import read_chats, read_text
 from trol.data.pairs import NAMES, check_set, is_pairs
 from trol.depth import trace
 from trol.errors import DataError, HostError, UsageError, unknown
-from trol.evaluation.answers import METRICS, answer, answers, losses, scores
+from trol.evaluation import sharing
+from trol.evaluation.answers import METRICS, Around, answer, answers, losses, scores
+from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import (
     WHOLE,
     Item,
     Part,
     board_items,
     chat_items,
+    fitted_prompts,
     pair_items,
     positions_of,
     text_items,
@@ -224,6 +228,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     new_tokens: int | None = None,
     window: int | None = None,
+    shared: bool = False,
     progress: TaskProgress = lambda what, done, of: None,
 ) -> dict[str, Any]:
     """Scores per question type of each task, and what one answer costs.
@@ -237,14 +242,17 @@ def evaluate(
         metrics: what is measured; by default all that the task has references for.
         new_tokens: the longest answer; by default the task's.
         window: tokens of a window of plain text, by default as many as `questions_of` takes.
+        shared: whether the processes that `torchrun` connected share the batches; then all of them
+            call this, and get the same scores.
         progress: called as answers grow and references are read.
 
     Returns:
         `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
         "chance_by_type"}`, of text `{"metrics": {name: mean}, "metric", "n", "by_type",
-        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Plain
-        text has `perplexity`, `bits_per_byte`, `tokens` and `set`, a digest of what was read, as
-        well, and its loss is per token.
+        "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Each
+        task has its `depth_columns` (`DepthColumns.json`). Plain text has `perplexity`,
+        `bits_per_byte`, `tokens` and `set`, a digest of what was read, as well, and its loss is
+        per token.
 
     Raises:
         UsageError: a task is unknown, or has no references for a metric.
@@ -259,9 +267,20 @@ def evaluate(
         task = task_of(name)
         task = task if new_tokens is None else replace(task, new_tokens=new_tokens)
         items = questions_of(model, processor, name, questions, seed=seed, window=window)
+        columns = DepthColumns(model)
         results["tasks"][name] = measure_task(
-            model, processor, task, items, name=name, metrics=metrics, progress=progress
+            model,
+            processor,
+            task,
+            items,
+            name=name,
+            metrics=metrics,
+            around=columns.batch,
+            progress=progress,
+            shared=shared,
         )
+        columns.time(fitted_prompts(model, processor, items[:1], task.new_tokens))
+        results["tasks"][name]["depth_columns"] = columns.json()
         results["cost"] = _cost(model, processor, items[0], task.new_tokens)
     return results
 
@@ -282,17 +301,32 @@ def measure_task(
     *,
     name: str,
     metrics: Sequence[str] = (),
+    around: Around = nullcontext,
     progress: TaskProgress = lambda what, done, of: None,
+    shared: bool = False,
 ) -> dict[str, Any]:
-    """The scores of `evaluate` for one task; `name` is for progress and errors."""
+    """The scores of `evaluate` for one task.
+
+    Args:
+        model: a model, attached or not.
+        processor: its processor; of a text decoder, its tokenizer.
+        task: what is measured.
+        items: its questions.
+        name: for progress and errors.
+        metrics: what is measured; by default all that the task has references for.
+        around: what is open while a batch is answered or read.
+        progress: called as answers grow and references are read.
+        shared: whether connected processes share the questions; then all of them call this.
+    """
     if not items:
         raise DataError(f"the task {name} has no question; ask for one at least.")
+    measure = partial(_values, model, processor, task, around=around, shared=shared)
     if task.metrics[0] == "exact" and not metrics:
         report = partial(progress, "answers")
-        values = _values(model, processor, items, task, ["exact"], report=report)
+        values = measure(items, ["exact"], report=report)
         return {**_by_type(items, values["exact"]), "chance_by_type": task.chance()}
     wanted = list(metrics) or list(task.metrics)
-    values = _values(model, processor, items, task, wanted, report=partial(progress, name))
+    values = measure(items, wanted, report=partial(progress, name))
     if task.windows:
         read = {**_window_scores(items, values["loss"]), "set": items_digest(items)}
         return {**read, "metric": "loss", "chance_by_type": {}}
@@ -306,29 +340,43 @@ def measure_task(
 def _values(
     model: Any,
     processor: Any,
-    items: Sequence[Item],
     task: Task,
+    items: Sequence[Item],
     wanted: Sequence[str],
     *,
+    around: Around,
     report: Callable[[float, int], None],
+    shared: bool,
 ) -> dict[str, list[float]]:
     """Metric -> the score of each item; answers are generated if one of the metrics reads them."""
+    mine = sharing.dealt(items) if shared else items
     texts: list[str] = []
     generates = list(wanted) != ["loss"]
-    of, before = len(items) * (generates + ("loss" in wanted)), len(items) * generates
+    of, before = len(mine) * (generates + ("loss" in wanted)), len(mine) * generates
     if generates:
-        length = task.new_tokens
         texts = answers(
-            model, processor, items, new_tokens=length, progress=lambda done: report(done, of)
+            model,
+            processor,
+            mine,
+            new_tokens=task.new_tokens,
+            around=around,
+            progress=lambda done: report(done, of),
         )
+        around = nullcontext  # what an answer costs is seen once
     values: dict[str, list[float]] = {}
     for metric in wanted:
         if metric == "loss":
             values[metric] = losses(
-                model, processor, items, progress=lambda done: report(before + done, of)
+                model,
+                processor,
+                mine,
+                around=around,
+                progress=lambda done: report(before + done, of),
             )
         else:
-            values[metric] = scores(metric, texts, items)
+            values[metric] = scores(metric, texts, mine)
+        if shared:
+            values[metric] = sharing.together(values[metric], len(items))
     return values
 
 

@@ -15,25 +15,32 @@ from packaging.requirements import Requirement
 from trol.errors import HostError
 
 
-def required(name: str) -> Requirement | None:
-    """What trol's metadata asks of a distribution; None in a source tree that is not installed."""
+def required(name: str, extra: str = "") -> Requirement | None:
+    """What trol's metadata asks of a distribution, in an extra if one is named.
+
+    None in a source tree that is not installed, and where it asks nothing.
+    """
     try:
         lines = requires("trol-vlm") or ()
     except PackageNotFoundError:
         return None
-    requirements = (Requirement(line) for line in lines)
-    return next(one for one in requirements if one.name == name and one.marker is None)
+    for line in lines:
+        one = Requirement(line)
+        asked = one.marker.evaluate({"extra": extra}) if one.marker else not extra
+        if one.name == name and asked:
+            return one
+    return None
 
 
 @functools.cache
-def check_release() -> None:
-    """Raises `HostError`, in one line, for a transformers older or newer than what is tested."""
-    tested, installed = required("transformers"), version("transformers")
+def check_release(name: str = "transformers", extra: str = "") -> None:
+    """Raises `HostError`, in one line, for a release older or newer than what is tested."""
+    tested, installed = required(name, extra), version(name)
     if tested is None or tested.specifier.contains(installed):
         return
     newest = max(tested.specifier, key=lambda one: one.operator.startswith("<"))
     how = "newer" if not newest.contains(installed) else "older"
     raise HostError(
-        f"transformers {installed} is {how} than what this trol is tested with "
+        f"{name} {installed} is {how} than what this trol is tested with "
         f"({tested.specifier}); run: pip install '{tested.name}{tested.specifier}'"
     )
