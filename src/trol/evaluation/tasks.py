@@ -275,10 +275,14 @@ def evaluate(
             items,
             name=name,
             metrics=metrics,
-            around=columns.batch,
+            # A trace takes time, and reading a window is no more than the model's own pass.
+            around=nullcontext if task.windows else columns.batch,
             progress=progress,
             shared=shared,
         )
+        if task.windows:
+            with columns.batch(1):
+                losses(model, processor, [_costed(items[0])])
         columns.time(fitted_prompts(model, processor, items[:1], task.new_tokens))
         results["tasks"][name]["depth_columns"] = columns.json()
         results["cost"] = _cost(model, processor, items[0], task.new_tokens)
@@ -412,11 +416,16 @@ def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def _costed(window: Item) -> Item:
+    """The first `COSTED` tokens of a window."""
+    return replace(window, ids=window.ids[:COSTED])
+
+
 def _cost(model: Any, processor: Any, item: Item, new_tokens: int) -> dict[str, Any]:
     """The cost of answering one question, or reading some plain text, and how many tokens it is."""
     if item.ids:
         with trace(model) as seen:
-            losses(model, processor, [replace(item, ids=item.ids[:COSTED])])
+            losses(model, processor, [_costed(item)])
         return {**seen.cost.json(), "tokens": int(seen.real.sum())}
     (one,) = answer(model, processor, [item], new_tokens=new_tokens, traced=True)
     assert one.trace is not None  # it is traced
