@@ -174,8 +174,8 @@ preset: {hidden_size: 384, layers: 22, heads: 24, vision_hidden_size: 64, vision
 policy: {policy: trol_mixer, passes: 2, scope: question, training_scope: all}
 stages:
   all:
-    {train: [projector, mixers, decoder], data: boards, steps: 3, batch: 8, boards: 24, questions: 1,
-     learning_rate: 1e-4}
+    {train: [projector, mixers, decoder], data: boards, steps: 3, batch: 8, boards: 24,
+     questions: 1, learning_rate: 1e-4}
 """
 """50 million parameters, of which all but the vision tower learn."""
 
