@@ -13,7 +13,9 @@
 #
 # Exit code: 0 if that is as stated, 1 if not, 2 if nothing could be installed.
 set -u
-cd "$(mktemp -d)"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 2
 python3 -m venv env && env/bin/pip install -q "torch==2.13.0" numpy || exit 2
 cat > see.py <<'PY'
 import os

@@ -222,7 +222,7 @@ class WorkingFolder:
     def check(self, recipe: Recipe, begun: dict[str, Any]) -> None:
         """Raises `UsageError` where this is another run than the one that lies here."""
         changed = differences((self.path / RECIPE).read_text(encoding="utf-8"), recipe)
-        before = self._begun()
+        before = {"sharded": False, **self._begun()}
         changed += _changes(begun, before, begun, None)
         if changed:
             raise UsageError(
