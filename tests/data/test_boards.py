@@ -93,11 +93,13 @@ def test_a_caption_names_all_cells_in_reading_order(seed: int) -> None:
     assert set(question[:-1].split()) <= set(WORDS)
 
 
-def test_a_pool_of_captions_asks_once_about_each_board() -> None:
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_pool_of_captions_begins_with_the_caption_of_each_board(turns: int) -> None:
     processor = tiny_processor([NOTHING, *WORDS])
-    pool = board_pool(processor, "train", first=0, boards=3, turns_each=6, captions=True)
+    pool = board_pool(processor, "train", first=0, boards=3, turns_each=turns, captions=True)
     batch = pool.batch([0, 1, 2])
     for number, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        said = processor.tokenizer.decode(labels[labels >= 0], skip_special_tokens=True)
-        assert said == caption(make_board("train", number))[1]
+        answers = processor.tokenizer.decode(labels[labels >= 0]).split(" <eos>")
+        assert answers[0].removesuffix("<eos>") == caption(make_board("train", number))[1]
+        assert (labels == processor.tokenizer.eos_token_id).sum() == turns
         assert (ids == processor.image_token_id).sum() == 9

@@ -113,14 +113,13 @@ def board_pool(
         easy: whether only the first four types are asked.
         fewest: tiles on a board, at least.
         drawn: whether the boards are drawn.
-        captions: whether one question about each asks for all of its cells, in place of others.
+        captions: whether the first question about each asks for all of its cells.
     """
     grids = [make_board(split, first + i, fewest=fewest) for i in range(boards)]
+    kinds = EASY if easy else MIX
+    chats = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in grids]
     if captions:
-        turns_each, chats = 1, [[caption(board)] for board in grids]
-    else:
-        kinds = EASY if easy else MIX
-        chats = [[(q.text, q.answer) for q in questions(b, turns_each, kinds=kinds)] for b in grids]
+        chats = [[caption(board), *chat[1:]] for board, chat in zip(grids, chats, strict=True)]
     alone, chats = chats[: round(packed * boards)], chats[round(packed * boards) :]
     rows = _tokenised(processor, [[pair] for pairs in alone for pair in pairs] + chats)
     count = len(alone) * turns_each

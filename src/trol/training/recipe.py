@@ -19,8 +19,8 @@ from trol.policies.mixer import from_nothing
 from trol.strict import built, plain, read_yaml, setting
 
 DATA = ("cells", "symbols", "captions", "boards")
-"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards and the
-names of their cells, pictures of boards and questions about them."""
+"""What a stage can learn from by name: labelled cells, boards as words, pictures of boards and
+questions about them, of which with captions the first asks for all cells."""
 
 FILES = (".yaml", ".yml", ".jsonl", ".json")
 """Endings of the files that a stage can learn from: mixtures, and chats."""
