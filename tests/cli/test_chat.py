@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -208,18 +209,27 @@ def test_an_answer_ends_where_the_positions_do() -> None:
         conversation.ask("Why is the sky blue? " * 20)
 
 
+PATIENCE, PRESSES, LEAVE = 15, 5, b"\x04"
 Step = tuple[bytes, bytes | Callable[[int], None]]
 
 
 def at_a_terminal(steps: list[Step]) -> tuple[str, int]:
-    """All that `trol chat` writes on a terminal, and its exit code; each step waits for a text."""
+    """All that `trol chat` writes on a terminal, and its exit code; each step waits for a text.
+
+    After `PATIENCE` seconds of silence Ctrl-D is pressed again, and in the end it is killed.
+    """
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-m", "trol", "chat", "trol-tiny"])
-    seen, place = b"", 0
+    seen, place, pressed = b"", 0, list[int]()
     try:
         for text, keys in [*steps, (b"\0", b"")]:
             while text not in seen[place:]:
+                if not select.select([terminal], [], [], PATIENCE)[0]:
+                    # Pressed while the terminal changes its mode, Ctrl-D is lost.
+                    pressed.append(os.write(terminal, LEAVE))
+                    if len(pressed) > PRESSES:
+                        os.kill(child, signal.SIGKILL)
                 seen += os.read(terminal, 4096)
             place = seen.index(text, place) + len(text)
             keys(child) if callable(keys) else os.write(terminal, keys)
@@ -241,10 +251,10 @@ def test_a_person_at_a_terminal() -> None:
             (prompt, b"/help\n"),
             (prompt, b"/reset\n"),
             (prompt, lambda child: os.kill(child, signal.SIGINT)),
-            (prompt, b"\x04"),
+            (prompt, LEAVE),
         ]
     )
-    assert code == 0
+    assert code == 0, seen
     assert "trol-tiny: 2 layers; depth: the model's own (trol_mixer); layer visits: 4" in seen
     assert "From now on: all; layer visits: 2 for each token (the model's own: 4" in seen
     assert "From now on: the model's own" in seen
