@@ -27,6 +27,7 @@ VISITS = {
     "trol_answer": (1, 1, 1, 1),
     "skip": (1, 0, 1, 1),
     "skip_first": (0, 1, 1, 1),
+    "skip_kept": (2, 0, 1, 1),
     "exit": (1, 1, 0, 0),
     "repeat": (2, 1, 0, 3),
     "skip_answer": (1, 1, 1, 1),

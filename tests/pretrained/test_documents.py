@@ -6,8 +6,10 @@ Python blocks that generate, and command lines and examples of verbs that name i
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shlex
+import sys
 import threading
 from importlib import import_module
 from pathlib import Path
@@ -141,6 +143,9 @@ def test_broken_answers_are_told(plan: Any, plain: Any) -> None:
     assert not is_broken(model, (model.generate(**asked, max_new_tokens=20), prompt))
 
 
+NOT_RUN = {"study"}
+"""Verbs whose lines take an hour; they run at tiny size in tests/studies."""
+
 LINES = {
     *(line for path in DOCUMENTS for line in commands(path)),
     *(line for home in VERBS.values() for line in import_module(home.split(":")[0]).EXAMPLES),
@@ -157,7 +162,12 @@ FEW = {
 """Verb that the pages show with this model -> words that make it end soon."""
 
 
-@pytest.mark.parametrize("line", sorted(line for line in LINES if NAME in shlex.split(line)))
+@pytest.mark.parametrize(
+    "line",
+    sorted(
+        line for line in LINES if NAME in shlex.split(line) and shlex.split(line)[1] not in NOT_RUN
+    ),
+)
 def test_commands_answer_well(
     line: str,
     smollm2: Path,
@@ -173,6 +183,7 @@ def test_commands_answer_well(
     turns = [{"role": "user", "content": "What is the capital of Spain?"}]
     turns.append({"role": "assistant", "content": "The capital of Spain is Madrid."})
     Path("chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\n"))
     words = [str(smollm2) if word == NAME else word for word in shlex.split(line)[1:]]
     assert run(*words, *FEW[words[0]].split()) == 0
     for answer in list(answers) if words[0] == "chat" else ():  # judging makes more of them

@@ -16,7 +16,7 @@ from reports.test_demo_page import results as demo
 from reports.test_oracle_page import results as oracles
 from trol import reports
 from trol.errors import DataError
-from trol.reports import curve, description, oracle, pages, training
+from trol.reports import curve, description, oracle, pages, study, training
 from trol.reports.pages import Results
 
 Content = dict[str, Any]
@@ -55,6 +55,10 @@ def write_trained(write: Callable[[Path], Path]) -> Callable[[Path], Path]:
     return write_both
 
 
+STUDIED = json.loads(
+    (Path(__file__).parents[2] / "benchmarks/results/studies/single-layers.json").read_text("utf-8")
+)
+
 WRITERS: dict[str, tuple[Any, Callable[[Path], Path], str]] = {
     "curve.render": (curve, lambda place: curve.write(curves(), place), "curve.json"),
     "oracle.render": (oracle, lambda place: oracle.write(oracles(), place), "oracle.json"),
@@ -69,6 +73,7 @@ WRITERS: dict[str, tuple[Any, Callable[[Path], Path], str]] = {
         write_trained(description.write_card),
         "training.json",
     ),
+    "study.render": (study, lambda place: study.write(STUDIED, place), "study.json"),
 }
 """Function that makes a page -> its module, what writes the page, and the file of the results."""
 

@@ -47,9 +47,10 @@ class DepthColumns:
             return
         with trace(self.model) as seen:
             yield
-        self._add(seen, questions)
+        self.add(seen, questions)
 
-    def _add(self, seen: Trace, questions: int) -> None:
+    def add(self, seen: Trace, questions: int) -> None:
+        """Adds what a trace saw of so many questions, or windows of text."""
         cost = seen.cost
         self.questions += questions
         self.tokens += int(seen.real.sum())

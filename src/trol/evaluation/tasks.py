@@ -281,11 +281,14 @@ def evaluate(
             shared=shared,
         )
         if task.windows:
-            with columns.batch(1):
-                losses(model, processor, [_costed(items[0])])
-        columns.time(fitted_prompts(model, processor, items[:1], task.new_tokens))
+            with trace(model) as seen:
+                losses(model, processor, [replace(items[0], ids=items[0].ids[:COSTED])])
+            columns.add(seen, 1)
+            results["cost"] = {**seen.cost.json(), "tokens": int(seen.real.sum())}
+        else:
+            columns.time(fitted_prompts(model, processor, items[:1], task.new_tokens))
+            results["cost"] = _cost(model, processor, items[0], task.new_tokens)
         results["tasks"][name]["depth_columns"] = columns.json()
-        results["cost"] = _cost(model, processor, items[0], task.new_tokens)
     return results
 
 
@@ -416,17 +419,8 @@ def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _costed(window: Item) -> Item:
-    """The first `COSTED` tokens of a window."""
-    return replace(window, ids=window.ids[:COSTED])
-
-
 def _cost(model: Any, processor: Any, item: Item, new_tokens: int) -> dict[str, Any]:
-    """The cost of answering one question, or reading some plain text, and how many tokens it is."""
-    if item.ids:
-        with trace(model) as seen:
-            losses(model, processor, [_costed(item)])
-        return {**seen.cost.json(), "tokens": int(seen.real.sum())}
+    """The cost of answering one question, and how many tokens it is."""
     (one,) = answer(model, processor, [item], new_tokens=new_tokens, traced=True)
     assert one.trace is not None  # it is traced
     return {**one.trace.cost.json(), "tokens": int(one.trace.real.sum())}

@@ -29,7 +29,7 @@ def test_names_that_pass(tmp_path):
 
 
 def test_shipped_models_are_named():
-    with pytest.raises(UsageError, match=r"Did you mean 'trol-tiny'\?.*or a shipped model"):
+    with pytest.raises(UsageError, match=r"Did you mean 'trol-tiny'\?.*or a name that trol knows"):
         load_model("trol-tny")
 
 
