@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--slow"):
         skips["slow"] = pytest.mark.skip(reason="slow: give --slow to run it")
     # The longest first, so that no worker is left with them while the others have finished.
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    items.sort(key=lambda item: {"training", "pretrained"}.isdisjoint(item.path.parts))
     for item in items:
         for name, skip in skips.items():
             if name in item.keywords:
