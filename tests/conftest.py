@@ -12,6 +12,7 @@ import gc
 import logging
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -25,6 +26,9 @@ if os.environ.get("TROL_SHAPES"):  # before trol is imported; tests/test_axes.py
     # Not the configurations: transformers checks these dataclasses itself, by their own names.
     family = [f"trol.family.{name}" for name in ("modeling", "generation", "processing")]
     install_import_hook(["trol.depth", "trol.execution", *family], "signatures.checked")
+
+with suppress(ImportError):  # before anything imports distutils: torch's compiler refuses the rest
+    import setuptools  # noqa: F401
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(

@@ -7,6 +7,7 @@ import pty
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -240,6 +241,12 @@ def at_a_terminal(steps: list[Step]) -> tuple[str, int]:
     return seen.decode(), code
 
 
+def interrupt(child: int) -> None:
+    """Ctrl-C at the prompt, which is there once the last command has been obeyed."""
+    time.sleep(1)
+    os.kill(child, signal.SIGINT)
+
+
 def test_a_person_at_a_terminal() -> None:
     prompt = b"you: "
     seen, code = at_a_terminal(
@@ -250,7 +257,7 @@ def test_a_person_at_a_terminal() -> None:
             (prompt, b"/depth\n"),
             (prompt, b"/help\n"),
             (prompt, b"/reset\n"),
-            (prompt, lambda child: os.kill(child, signal.SIGINT)),
+            (prompt, interrupt),
             (prompt, LEAVE),
         ]
     )
