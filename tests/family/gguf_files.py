@@ -24,9 +24,11 @@ def written(path: Path, *, family: str = "llama", layers: int = 2) -> Path:
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("gpt2")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    writer.add_token_list([*letters, "he", *(f"<{i}>" for i in range(vocabulary - 257))])
+    # Two merges: of one alone, transformers 5.16 makes letters.
+    writer.add_token_list([*letters, "he", "ll", *(f"<{i}>" for i in range(vocabulary - 258))])
     writer.add_token_types([1] * vocabulary)
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
     drawn = torch.Generator().manual_seed(0)
