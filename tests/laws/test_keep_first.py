@@ -48,7 +48,7 @@ def test_positions_begin_anew_where_one_does_not_follow() -> None:
     counted = [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     assert positions_in_sequences(places).tolist() == counted
     context = Context(position_ids=places)
-    assert context.behind(2, torch.zeros(2, 6, 1)).long().tolist() == [
+    assert context.past_first(2, torch.zeros(2, 6, 1)).long().tolist() == [
         [0, 0, 1, 0, 0, 0],
         [0, 0, 1, 1, 1, 1],
     ]

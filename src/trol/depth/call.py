@@ -119,7 +119,7 @@ class Call:
         if self.policy.reads_input:
             context.notes[INPUT] = state
         if self.narrows:
-            later = context.behind(self.policy.keep_first, state)
+            later = context.past_first(self.policy.keep_first, state)
             in_scope = later if context.in_scope is True else context.in_scope & later
             self.context = replace(context, in_scope=in_scope)
 

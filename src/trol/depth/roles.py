@@ -248,7 +248,7 @@ class Context:
         counted = self.padding.long().cumsum(-1) - 1
         return counted.clamp(min=0)[:, -tokens:].to(state.device)
 
-    def behind(self, first: int, state: States) -> Mask:
+    def past_first(self, first: int, state: States) -> Mask:
         """Which tokens come behind the first so many of their sequence: [B, T, D] -> [B, T]."""
         if self.padding is None and self.position_ids is None and self.start >= first:
             return True
