@@ -21,9 +21,6 @@ def open_model(
     name: str | Path, *, bits: int | None = None, chat_template: str | None = None
 ) -> tuple[Any, Any]:
     """As `trol.training.open_model`, which is imported when it is called."""
-    from trol.family.memory import quiet_bitsandbytes
-
-    quiet_bitsandbytes()  # before training imports peft, and peft it
     from trol import training
 
     return training.open_model(name, bits=bits, chat_template=chat_template)

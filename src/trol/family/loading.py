@@ -41,7 +41,7 @@ from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
 from trol.errors import HostError, TrolError, UsageError
 from trol.family import gguf
-from trol.family.memory import check_blocks, check_opening, quantised, quiet_bitsandbytes
+from trol.family.memory import check_blocks, check_opening, quantised
 from trol.family.modeling import TrolForConditionalGeneration
 from trol.family.pretrained import NAMES, located
 from trol.family.processing import TrolProcessor
@@ -136,7 +136,6 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
         settings.pop("subfolder", None)
     check_source(source, (*SHIPPED, *NAMES))
     faults = FAULTS if file is None else (*FAULTS, *gguf.FAULTS)
-    quiet_bitsandbytes()
     try:
         yield source
     except TrolError:  # some of which are ValueErrors
@@ -283,7 +282,6 @@ class SavedHost:
             HostError: weights are missing or left over, or the family cannot be treated rightly.
             UsageError: the policy is unknown, or does not fit.
         """
-        quiet_bitsandbytes()
         wants_info = kwargs.pop("output_loading_info", False)
         host = cls.classes[type(config.host)]
         model, info = _with_policy(host, config.depth).from_pretrained(

@@ -5,7 +5,6 @@ Of a TroL model only the decoder's own linear maps are quantised.
 
 import copy
 import ctypes
-import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -35,15 +34,6 @@ STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 """Bytes of one value, by the name of its type in a safetensors file; of types not named, 1."""
 
 
-def quiet_bitsandbytes() -> None:
-    """Keeps bitsandbytes from asking, in every process, for a package that it does not need."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_request_for_kernels)
-
-
-def _is_no_request_for_kernels(record: logging.LogRecord) -> bool:
-    return "from kernels-community" not in str(record.msg)
-
-
 def quantised(bits: int, compute_dtype: torch.dtype = torch.float16) -> BitsAndBytesConfig:
     """As published: 4 bits (nf4, its scales quantised too) or 8 (int8, outliers above 6 apart).
 
@@ -58,7 +48,6 @@ def quantised(bits: int, compute_dtype: torch.dtype = torch.float16) -> BitsAndB
             f"weights of {bits} bits need bitsandbytes, which is not installed; "
             "run: pip install 'trol-vlm[quant]'"
         )
-    quiet_bitsandbytes()
     return BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,

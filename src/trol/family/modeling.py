@@ -21,7 +21,7 @@ from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, HostError
 from trol.family.configuration import TrolCausalLMOutput, TrolConfig, TrolModelOutput, check_count
 from trol.family.generation import TrolGenerationMixin, by_row, check_length
-from trol.family.memory import quiet_bitsandbytes, skip_parts
+from trol.family.memory import skip_parts
 from trol.family.published.opening import open_published
 from trol.host.names import KNOWN_CACHE_NAMES, cache_among, takes_cache
 from trol.policies.mixer import from_nothing
@@ -253,7 +253,6 @@ class TrolForConditionalGeneration(TrolPreTrainedModel, TrolGenerationMixin):
         `DataError` for a damaged checkpoint, `HostError` for one that cannot be had. Whatever a
         `quantization_config` says, tower, projector, head and gates are not quantised.
         """
-        quiet_bitsandbytes()
         kwargs = skip_parts(kwargs)
         opened = open_published(cls, source, **kwargs)
         return super().from_pretrained(source, *args, **kwargs) if opened is None else opened

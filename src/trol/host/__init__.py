@@ -8,11 +8,21 @@ Here itself: which releases of transformers trol is tested with, those that its 
 """
 
 import functools
+import logging
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
 from trol.errors import HostError
+
+
+def _is_no_request_for_kernels(record: logging.LogRecord) -> bool:
+    return "from kernels-community" not in str(record.msg)
+
+
+# Here, before any module of trol imports transformers: bitsandbytes, which comes with it through
+# PEFT, asks in every process for a package that it does not need.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_request_for_kernels)
 
 
 def required(name: str, extra: str = "") -> Requirement | None:
