@@ -8,6 +8,7 @@ from trol.depth import attached, depth, trace
 from trol.errors import UsageError
 from trol.evaluation import check_tasks, evaluate, tasks
 from trol.evaluation.gates import RandomSecondVisits, gate_spread, sparse_curve
+from trol.evaluation.items import sample_questions
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 
 
@@ -60,7 +61,7 @@ def test_an_unknown_task_is_named() -> None:
 
 def test_gates_and_sparse_curve_cover_all_layers_and_shares(untrained: tuple) -> None:
     model, processor = untrained
-    spread = gate_spread(model, processor)
+    spread = gate_spread(model, processor, sample_questions(6))
     assert len(spread["mean"]) == 2
     assert all(
         low <= mean <= high

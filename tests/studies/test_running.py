@@ -146,11 +146,25 @@ def test_pairing_takes_the_spread_of_units_away() -> None:
     assert (seeds.low, seeds.value, seeds.high) == pytest.approx((0.1, 0.2, 0.3))
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that studies of decoders of their own share."""
+    return tmp_path_factory.mktemp("learners")
+
+
+SHORT = {"steps": 2, "batch": 4, "questions": 9, "width": 16}
+"""What is left of a study that trains."""
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_each_study_runs_at_tiny_size(name: str, host: str, tmp_path: Path) -> None:
+def test_each_study_runs_at_tiny_size(name: str, host: str, shared: Path, tmp_path: Path) -> None:
     study = study_of(name)
     assert study.name == name
-    result = run(study, Subject(host, study.amounts["tiny"], 2, tmp_path / name))
+    if study.pretrained:
+        subject = Subject(host, study.amounts["tiny"], 2, tmp_path / name)
+    else:
+        subject = Subject("", {**study.amounts["tiny"], **SHORT}, 2, shared / name)
+    result = run(study, subject)
     assert result is not None
     assert [claim["claim"] for claim in result["claims"]] == [c.text for c in study.claims]
     for claim in result["claims"]:

@@ -119,7 +119,8 @@ def _losses(runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _measure(result: dict[str, Any], arm: str, folder: str, seed: int, out: Path) -> None:
     """Accuracy of one trained model; for the one with traversal also off, gates, sparse, maps."""
     from trol.depth.attachment import depth
-    from trol.evaluation.gates import gate_spread, sparse_curve
+    from trol.evaluation.gates import TRACED, gate_spread, sparse_curve
+    from trol.evaluation.items import board_items
     from trol.family.loading import load_model
 
     model, processor = load_model(folder)
@@ -128,7 +129,7 @@ def _measure(result: dict[str, Any], arm: str, folder: str, seed: int, out: Path
         return
     with depth(model, "plain"):
         _measure_accuracy(result, "off", model, processor, seed)
-    result["gates"] = gate_spread(model, processor, seed=seed)
+    result["gates"] = gate_spread(model, processor, board_items(TRACED, seed))
     result["sparse"] = sparse_curve(model, processor, questions=SPARSE_QUESTIONS, seed=seed)
     result["maps"] = _maps(model, processor, out) if seed == 0 else []
 

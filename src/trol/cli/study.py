@@ -39,7 +39,6 @@ def study(
     from trol.checkpoints.adapter import check_writable
     from trol.evaluation.shards import shard_of
     from trol.studies import STUDIES, study_of
-    from trol.studies.subject import make_tiny
 
     if name is None:
         described = [{"study": one, "hypothesis": study_of(one).hypothesis} for one in STUDIES]
@@ -52,24 +51,24 @@ def study(
     part = shard_of(shard)
     check_writable(out)
     with terminal.quiet_libraries():
-        if model is None:
-            model = REAL_MODEL
-            if size == "tiny":
-                place = out / TINY_MODEL
-                model = str(place if place.exists() else make_tiny(place))
         results = [_run(one, model, size, seeds=seeds, part=part, out=out) for one in chosen]
     texts = map(_text, results)
     terminal.report({"results": results}, as_json=as_json, text=lambda: "\n\n".join(texts))
 
 
 def _run(
-    study: Any, model: str, size: Any, *, seeds: int, part: tuple[int, int], out: Path
+    study: Any, model: str | None, size: Any, *, seeds: int, part: tuple[int, int], out: Path
 ) -> dict[str, Any]:
     from trol.reports.study import write
     from trol.studies.running import run
-    from trol.studies.subject import Subject
+    from trol.studies.subject import Subject, make_tiny
 
     place = out / study.name
+    if model is None:
+        model = REAL_MODEL if study.pretrained else ""
+        if study.pretrained and size == "tiny":
+            random = out / TINY_MODEL
+            model = str(random if random.exists() else make_tiny(random))
     subject = Subject(model, study.amounts[size], seeds, place)
     hint = f"Stopped. {place} keeps what was measured; the same command goes on from there."
     with terminal.on_interrupt(lambda: hint), terminal.progress(study.name, "arm") as bar:

@@ -8,6 +8,7 @@ EOS; a pair's question is the text between BOS and the second <SEP>.
 import csv
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -133,6 +134,16 @@ def check_split(split: str) -> None:
     """Raises `UsageError` unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
+
+
+def split_of(key: str) -> str:
+    """The split that a text's digest puts it in, so that it is always the same one."""
+    place = zlib.crc32(key.encode()) / 2**32
+    for split, share in SPLITS.items():
+        place -= share
+        if place < 0:
+            return split
+    return split
 
 
 def drawn(pairs: Iterable[Pair], limit: int | None, seed: int) -> list[Pair]:

@@ -1,6 +1,6 @@
 """Sets of question and answer pairs by name: built in, or a published set in a local file.
 
-The built-in set, `docstrings`, asks about Python's standard library. A question is about a module,
+A built-in set, `docstrings`, asks about Python's standard library. A question is about a module,
 class, function, method or property, and the answer is the first sentence of its docstring. The
 sources of the running Python are parsed and never imported: nothing runs, opens a window or prints,
 and the pairs are the same on every call.
@@ -12,12 +12,12 @@ import inspect
 import re
 import sysconfig
 import warnings
-import zlib
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 from trol.data import own_files
+from trol.data.hops import hop_pairs
 from trol.errors import DataError, UsageError, unknown
 
 ASKED = {
@@ -66,7 +66,7 @@ def _splits() -> dict[str, tuple[own_files.Pair, ...]]:
     for name, pair in _all_pairs():
         keys = {pair.question, (name.rpartition(".")[2], pair.answer)}
         if not keys & seen:
-            pairs[_split_of(pair.answer)].append(pair)
+            pairs[own_files.split_of(pair.answer.lower())].append(pair)
         seen |= keys
     if not all(pairs.values()):
         raise DataError(
@@ -74,15 +74,6 @@ def _splits() -> dict[str, tuple[own_files.Pair, ...]]:
             "them, or use a Python that came with them."
         )
     return {split: tuple(some) for split, some in pairs.items()}
-
-
-def _split_of(answer: str) -> str:
-    place = zlib.crc32(answer.lower().encode()) / 2**32
-    for split, share in own_files.SPLITS.items():
-        place -= share
-        if place < 0:
-            return split
-    return split
 
 
 def _library() -> Path:
@@ -175,20 +166,23 @@ def _arguments(arguments: ast.arguments, *, bound: bool, defaults: bool) -> str:
     return f"({ast.unparse(plain)})"
 
 
-NAMES = ("docstrings", *(f"{form}:FILE" for form in own_files.PAIR_FORMATS))
+BUILT_IN = {"docstrings": docstring_pairs, "hops": hop_pairs, "hops4": partial(hop_pairs, most=4)}
+"""The sets that need no file, by name."""
+
+NAMES = (*BUILT_IN, *(f"{form}:FILE" for form in own_files.PAIR_FORMATS))
 """Forms of the names of sets."""
 
 
 def is_pairs(name: str) -> bool:
     """Whether the name is that of a set of pairs, whose file need not be there."""
     form, colon, _ = name.partition(":")
-    return name == "docstrings" or (bool(colon) and form in own_files.PAIR_FORMATS)
+    return name in BUILT_IN or (bool(colon) and form in own_files.PAIR_FORMATS)
 
 
 def pairs_of(
     name: str, split: str, *, limit: int | None = None, seed: int = 0
 ) -> list[own_files.Pair]:
-    """The pairs of a split of `docstrings`, `alpaca:FILE`, `cnn_dailymail:FILE` or `samsum:FILE`.
+    """The pairs of a split of a set: built in, `alpaca:FILE`, `cnn_dailymail:FILE`, `samsum:FILE`.
 
     Which pairs a split has is fixed; the seed gives their order, of which the first `limit` are
     taken.
@@ -200,8 +194,8 @@ def pairs_of(
     own_files.check_split(split)
     if not is_pairs(name):
         raise unknown("set of pairs", name, NAMES)
-    if name == "docstrings":
-        return docstring_pairs(split, limit=limit, seed=seed)
+    if name in BUILT_IN:
+        return BUILT_IN[name](split, limit=limit, seed=seed)
     form, path = _file_of(name)
     changed = path.stat().st_mtime_ns if path.exists() else 0
     return own_files.drawn(_pairs(form, path, split, changed), limit, seed)
@@ -209,7 +203,7 @@ def pairs_of(
 
 def check_set(name: str) -> None:
     """Raises if the set is a file's and no file is named, or there is none of that name."""
-    if name != "docstrings":
+    if name not in BUILT_IN:
         form, path = _file_of(name)
         own_files.check_there(form, path)
 

@@ -373,9 +373,9 @@ class RandomSecondVisits(AbstractPolicy):
         return {"mixer": self.mixer.settings(), "share": self.share, "seed": self.seed}
 
 
-def gate_spread(model: Any, processor: Any, *, seed: int = 0) -> dict[str, list[float]]:
+def gate_spread(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, list[float]]:
     """Mean, 5th and 95th percentile of the gate over question tokens, layer by layer: [L] each."""
-    gates = _question_gates(model, processor, board_items(TRACED, seed))
+    gates = _question_gates(model, processor, items)
     return {
         "mean": gates.mean(1).tolist(),
         "low": gates.quantile(0.05, dim=1).tolist(),

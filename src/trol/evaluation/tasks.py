@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 from transformers import ProcessorMixin
 
 from trol.data.boards import chance_by_type
+from trol.data.hops import STARTS
 from trol.data.own_files import read_chats, read_text
-from trol.data.pairs import NAMES, check_set, is_pairs
+from trol.data.pairs import BUILT_IN, NAMES, check_set, is_pairs
 from trol.depth import trace
 from trol.errors import DataError, HostError, UsageError, unknown
 from trol.evaluation import sharing
@@ -103,6 +104,11 @@ TASKS: dict[str, Task] = {
     # Two words, a full stop and the end.
     "boards": Task(board_items, chance_by_type, ("exact", "loss"), new_tokens=4),
     "docstrings": Task(partial(pair_items, "docstrings"), lambda: dict(blind_docstrings())),
+    # The letters and the end.
+    **{
+        name: Task(partial(pair_items, name), metrics=("exact", "loss"), new_tokens=STARTS + 1)
+        for name in ("hops", "hops4")
+    },
     "pydoc": Task(topic_items, metrics=("loss",), windows=True),
 }
 """The built-in tasks by name."""
@@ -110,7 +116,7 @@ TASKS: dict[str, Task] = {
 OWN = {"text": read_text, "chat": read_chats}
 """How a file of the user's is named (`text:FILE`) -> its reader, which refuses other files."""
 
-FORMS = (*TASKS, *(f"{form}:FILE" for form in OWN), *NAMES[1:])
+FORMS = (*TASKS, *(f"{form}:FILE" for form in OWN), *NAMES[len(BUILT_IN) :])
 """All that a task can be called."""
 
 

@@ -9,6 +9,12 @@ from trol.errors import unknown
 from trol.studies.study import Study
 
 STUDIES = (
+    "isolate",
+    "passes",
+    "where",
+    "answers",
+    "mixing",
+    "gatekeepers",
     "single-layers",
     "skip-or-exit",
     "tuned-skip-or-exit",

@@ -164,3 +164,6 @@ class Study:
     arms: Callable[["Subject"], Sequence[Arm]]
     claims: tuple[Claim, ...]
     tables: Callable[[Evidence], Sequence[Table]]
+    pretrained: bool = True
+    """Whether it needs a pretrained model; the arms of others make small ones of their own, and
+    take a named model in their place."""

@@ -36,7 +36,7 @@ class Subject:
     """A model without a policy, opened when it is first needed.
 
     Args:
-        name: what opens it: a name, a folder or a hub name.
+        name: what opens it: a name, a folder or a hub name; empty where arms make their own.
         amounts: how much is measured, by name.
         seeds: of whatever is drawn.
         folder: where what takes long to make may be kept.
@@ -65,17 +65,19 @@ class Subject:
 
     @property
     def layers(self) -> int:
-        """Layers of its decoder."""
-        return layers_of(self.model)
+        """Layers of its decoder, or of those that arms make."""
+        return layers_of(self.model) if self.name else self.amounts["layers"]
 
     def header(self) -> dict[str, Any]:
-        """What measurements belong to: this model, this text, these amounts."""
-        return {
-            "weights": weights_digest(self.model),
-            "text": {split: text_digest(topic_text(split)) for split in SPLITS},
-            "seeds": self.seeds,
-            "amounts": dict(self.amounts),
-        }
+        """What measurements belong to: this model, this text, these amounts.
+
+        Not the number of seeds: an arm of a seed names it, so more of them go on from fewer.
+        """
+        amounts = {"amounts": dict(self.amounts)}
+        if not self.name:
+            return {"weights": None, **amounts}
+        text = {split: text_digest(topic_text(split)) for split in SPLITS}
+        return {"weights": weights_digest(self.model), "text": text, **amounts}
 
     def windows(self, split: str = "test") -> list[Item]:
         """Windows of text: `test` judges, `validation` chooses; they share no topic."""

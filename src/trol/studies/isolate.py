@@ -1,0 +1,93 @@
+"""Is it the second visit that gains: all of TroL without it, and twins that cost more."""
+
+from functools import partial
+
+from trol.studies.hop_learners import (
+    EXPERTS,
+    PLAIN,
+    REAL,
+    TINY,
+    TRAVERSED,
+    TROL,
+    WITHOUT,
+    Learner,
+    arms_of,
+    gain,
+    heading,
+    table_rows,
+)
+from trol.studies.study import Claim, Evidence, Study, Table
+
+LONGER, WIDER, DEEPER, EXPERT = (
+    "one visit, twice the steps",
+    "half as wide again",
+    "twice the layers",
+    "four experts",
+)
+LEARNERS = (
+    Learner(TRAVERSED),
+    Learner(WITHOUT, {**TROL, "passes": 1}),
+    Learner(LONGER, {**TROL, "passes": 1}, length=2.0),
+    Learner(WIDER, PLAIN, width=1.5),
+    Learner(DEEPER, PLAIN, layers=2),
+    Learner(EXPERT, PLAIN, experts=EXPERTS),
+)
+DEEP = "3 hops"
+"""Questions of more steps than the decoder has layers."""
+
+
+def _tables(evidence: Evidence) -> list[Table]:
+    rows = table_rows(evidence, [learner.name for learner in LEARNERS])
+    return [Table("Share of right letters, by steps asked for", heading(evidence, "learnt"), rows)]
+
+
+def _claim(text: str, source: str, less: str, bound: float = 0.0) -> Claim:
+    statistic = f"share of right letters, {DEEP}, above {less}"
+    return Claim(text, source, statistic, "above", bound, partial(gain, TRAVERSED, less, kind=DEEP))
+
+
+STUDY = Study(
+    name="isolate",
+    hypothesis=(
+        "The second visit itself is what gains, where an answer needs more depth than there is."
+    ),
+    design=(
+        "Questions of 1 to 3 look-ups that wait for each other (data `hops`), decoders of two "
+        "layers that learn them from nothing and traverse from the first step on. Share of right "
+        "letters of questions whose tables nobody learnt from; the same questions for all arms."
+    ),
+    controls=(
+        "The same model with the same gates but one visit, for as many steps and for twice as "
+        "many (equal compute of training); without traversal: half as wide again (2.2 times the "
+        "FLOPs of a token), twice the layers (twice the FLOPs and parameters), four experts of "
+        "which each token takes three."
+    ),
+    amounts={"tiny": TINY, "real": REAL},
+    arms=lambda subject: arms_of(subject, LEARNERS),
+    claims=(
+        _claim(
+            "The second visit gains at equal parameters and equal steps",
+            "TroL, Table 4(b) (arXiv 2406.12246)",
+            WITHOUT,
+        ),
+        _claim("It gains at equal compute of training", "trol's open question", LONGER),
+        _claim("It gains against a wider model", "trol's open question", WIDER),
+        _claim(
+            "It is no worse than a model of twice the layers",
+            "trol's open question",
+            DEEPER,
+            -0.05,
+        ),
+        _claim("It gains against a mixture of experts", "TroL, Table 5 (arXiv 2406.12246)", EXPERT),
+        Claim(
+            "Where layers suffice, the second visit gains nothing",
+            "first runs of trol",
+            f"share of right letters, 1 hop, above {WITHOUT}",
+            "below",
+            0.02,
+            partial(gain, TRAVERSED, WITHOUT, kind="1 hop"),
+        ),
+    ),
+    tables=_tables,
+    pretrained=False,
+)

@@ -1,0 +1,79 @@
+"""How two visits are mixed: what weighs them, and who decides (TroL's Table 4(d))."""
+
+from functools import partial
+
+from trol.studies.gate_controls import LearnedWeights
+from trol.studies.hop_learners import (
+    RANDOM,
+    REAL,
+    TINY,
+    TRAVERSED,
+    TROL,
+    WITHOUT,
+    Learner,
+    arms_of,
+    gain,
+    heading,
+    table_rows,
+)
+from trol.studies.study import Claim, Study, Table
+
+SHARED, BY_LAYER, LEARNED = "one gate for all layers", "a number a layer", "one number"
+UNIFORM, SECOND = "one half", "second visit alone"
+SCOPES = {"scope": "question", "training_scope": "all"}
+
+LEARNERS = (
+    Learner(TRAVERSED),
+    Learner(SHARED, {**TROL, "sharing": "shared"}),
+    Learner(BY_LAYER, {"policy": LearnedWeights.name, **SCOPES}),
+    Learner(LEARNED, {"policy": LearnedWeights.name, "sharing": "shared", **SCOPES}),
+    RANDOM,
+    Learner(UNIFORM, train=("decoder",)),
+    Learner(SECOND, {**TROL, "initial_gate": 0.999}, train=("decoder",)),
+    Learner(WITHOUT, {**TROL, "passes": 1}),
+)
+
+
+def _claim(text: str, less: str, bound: float = 0.0) -> Claim:
+    statistic = f"share of right letters, above {less}"
+    source = "TroL, Table 4(d) (arXiv 2406.12246)"
+    return Claim(text, source, statistic, "above", bound, partial(gain, TRAVERSED, less))
+
+
+STUDY = Study(
+    name="mixing",
+    hypothesis="A gate that reads the token mixes two visits better than one that does not.",
+    design=(
+        "Questions of 1 to 3 look-ups (data `hops`), decoders of two layers that learn them from "
+        "nothing. The weight of the second visit comes from a gate a layer (TroL), one gate for "
+        "all layers, a learned number a layer or for all, a number drawn for each token, or is "
+        "one half, .999 (second visit alone) or none (one visit)."
+    ),
+    controls="The same steps, seeds and questions; only the weight differs.",
+    amounts={"tiny": TINY, "real": REAL},
+    arms=lambda subject: arms_of(subject, LEARNERS),
+    claims=(
+        _claim("The gate is better than the second visit alone", SECOND),
+        _claim("It is better than the first visit alone", WITHOUT),
+        _claim("It is better than random weights", RANDOM.name),
+        _claim("It is better than a weight of one half", UNIFORM),
+        _claim("It is better than one learned number", LEARNED),
+        _claim("It is better than a learned number a layer", BY_LAYER),
+        Claim(
+            "One gate for all layers does as well as one a layer",
+            "TroL's released checkpoints, which share one gate",
+            f"share of right letters, {SHARED} above a gate a layer",
+            "above",
+            -0.05,
+            partial(gain, SHARED, TRAVERSED),
+        ),
+    ),
+    tables=lambda evidence: [
+        Table(
+            "Share of right letters, by steps asked for",
+            heading(evidence, "weight"),
+            table_rows(evidence, [learner.name for learner in LEARNERS]),
+        )
+    ],
+    pretrained=False,
+)

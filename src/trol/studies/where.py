@@ -1,0 +1,169 @@
+"""Which layers are traversed: first, middle, last, blocks or all, and what their gates say."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from trol.evaluation.gates import gate_spread
+from trol.evaluation.hidden_states import influences
+from trol.studies.hop_learners import (
+    REAL,
+    TINY,
+    TROL,
+    Learner,
+    arms_of,
+    gain,
+    heading,
+    of_seed,
+    opened,
+    questions,
+    table_rows,
+)
+from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
+from trol.studies.subject import Subject
+
+DEEPEST = "4 hops"
+"""Questions of more steps than there are layers."""
+
+NONE, ALL = "no layer", "all layers"
+PLACES = {
+    NONE: (0, 0, 0),
+    "first layer": (1, 0, 0),
+    "middle layer": (0, 1, 0),
+    "last layer": (0, 0, 1),
+    "first two layers": (1, 1, 0),
+    "last two layers": (0, 1, 1),
+    ALL: (1, 1, 1),
+}
+"""Name -> which thirds of the layers are traversed."""
+
+LOOKED_AT = 64
+"""Questions whose gates and states are read."""
+
+
+def _learners(layers: int) -> dict[str, Learner]:
+    """A learner for each place."""
+    found = {}
+    for name, thirds in PLACES.items():
+        chosen = [bool(thirds[3 * layer // layers]) for layer in range(layers)]
+        tau = [0.0 if traversed else None for traversed in chosen]
+        policy = {**TROL, "tau": tau} if any(chosen) else {**TROL, "passes": 1}
+        found[name] = Learner(name, policy)
+    return found
+
+
+def _gates(subject: Subject, seed: int, _: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Mean gate, and influence (1 - cosine of input and output), of each layer; all traversed."""
+    model, processor = opened(subject, _learners(subject.layers)[ALL], seed)
+    items = questions(subject.amounts["most"], subject.amounts["questions"])[:LOOKED_AT]
+    changes = influences(model, processor, items, "question")
+    return {
+        "gates": gate_spread(model, processor, items)["mean"],
+        "influences": [change["mean"] for change in changes],
+    }
+
+
+def _gates_of(seed: int) -> str:
+    return of_seed("gates", seed)
+
+
+def _arms(subject: Subject) -> list[Arm]:
+    arms = arms_of(subject, list(_learners(subject.layers).values()))
+    looks = (Arm(_gates_of(s), partial(_gates, subject, s)) for s in range(subject.seeds))
+    return [*arms, *looks]
+
+
+def _both(evidence: Evidence, what: str) -> np.ndarray:
+    """Gates or influences of all seeds. Shape: [seeds, layers]."""
+    return np.array([evidence.values[_gates_of(s)][what] for s in range(evidence.seeds)])
+
+
+def _agreement(evidence: Evidence) -> Estimate:
+    """Correlation of gate and influence over layers and seeds."""
+    gates, changes = _both(evidence, "gates"), _both(evidence, "influences")
+
+    def statistic(seeds: np.ndarray) -> float:
+        rows = gates[seeds].ravel(), changes[seeds].ravel()
+        return float(np.corrcoef(*rows)[0, 1])
+
+    return resampled(statistic, evidence.seeds)
+
+
+def _shallower(evidence: Evidence) -> Estimate:
+    """Mean gate of the first layer above the last one's."""
+    gates = _both(evidence, "gates")
+    return resampled(lambda seeds: float((gates[seeds, 0] - gates[seeds, -1]).mean()), len(gates))
+
+
+def _tables(evidence: Evidence) -> list[Table]:
+    places = table_rows(evidence, list(PLACES))
+    gates, changes = _both(evidence, "gates"), _both(evidence, "influences")
+    layers = [
+        [str(layer), *(f"{part[:, layer].mean():.3f}" for part in (gates, changes))]
+        for layer in range(gates.shape[1])
+    ]
+    return [
+        Table("Share of right letters, by steps asked for", heading(evidence, "traversed"), places),
+        Table("All layers traversed", ["layer", "mean gate", "influence"], layers),
+    ]
+
+
+STUDY = Study(
+    name="where",
+    hypothesis="Second visits gain where layers change their input most: in shallow layers.",
+    design=(
+        "Questions of 1 to 4 look-ups (data `hops4`), decoders of three layers that learn them "
+        "from nothing and traverse the first, the middle, the last, the first two, the last two "
+        "or all. After training, with all traversed: the mean gate of each layer over question "
+        "tokens beside its influence, 1 - cosine of its input and output."
+    ),
+    controls="No layer traversed; the same steps, seeds and questions.",
+    amounts={"tiny": {**TINY, "most": 4, "layers": 3}, "real": {**REAL, "most": 4, "layers": 3}},
+    arms=_arms,
+    claims=(
+        Claim(
+            "Traversing all layers gains on questions of more steps than there are layers",
+            "TroL, Table 4(b) (arXiv 2406.12246)",
+            f"share of right letters, {DEEPEST}, above no layer",
+            "above",
+            0.0,
+            partial(gain, ALL, NONE, kind=DEEPEST),
+        ),
+        Claim(
+            "The first layer gains more than the last",
+            "TroL, figure 6 (arXiv 2406.12246)",
+            f"share of right letters, {DEEPEST}, first layer above last layer",
+            "above",
+            0.0,
+            partial(gain, "first layer", "last layer", kind=DEEPEST),
+        ),
+        Claim(
+            "The last two layers are enough",
+            "trol's open question",
+            f"share of right letters, {DEEPEST}, last two layers above all layers",
+            "above",
+            -0.05,
+            partial(gain, "last two layers", ALL, kind=DEEPEST),
+        ),
+        Claim(
+            "Gates are wider in shallow layers",
+            "TroL, figure 6 (arXiv 2406.12246)",
+            "mean gate of the first layer above the last one's",
+            "above",
+            0.0,
+            _shallower,
+        ),
+        Claim(
+            "A gate is the wider, the more its layer changes its input",
+            "trol's open question",
+            "correlation of gate and influence, over layers and seeds",
+            "above",
+            0.0,
+            _agreement,
+        ),
+    ),
+    tables=_tables,
+    pretrained=False,
+)

@@ -1,0 +1,127 @@
+"""Questions of several look-ups, the decoders that learn them, and weights that no token decides."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trol.data.hops import LETTERS, hop_pairs, kinds
+from trol.data.own_files import SPLITS
+from trol.data.pairs import pairs_of
+from trol.depth import attach, detach, trace
+from trol.errors import UsageError
+from trol.evaluation import evaluate
+from trol.studies.gate_controls import LearnedWeights, RandomWeights
+from trol.studies.hop_learners import (
+    PLAIN,
+    TINY,
+    TROL,
+    Learner,
+    answered,
+    asked,
+    opened,
+    questions,
+    trained,
+)
+from trol.studies.subject import Subject
+
+AMOUNTS = {**TINY, "steps": 2, "batch": 4, "questions": 12, "width": 16}
+
+TWICE = {"policy": "plan", "plan": "all:2"}
+
+
+def table_of(question: str) -> dict[str, str]:
+    return dict(word for word in question.partition(" :")[0].split())
+
+
+@pytest.mark.parametrize("most", [3, 4])
+def test_answers_follow_the_table_step_by_step(most: int) -> None:
+    pairs = hop_pairs("test", most=most, limit=200)
+    for pair in pairs:
+        leads = table_of(pair.question)
+        assert sorted(leads) == sorted(leads.values()) == list(LETTERS)
+        steps, _, starts = pair.question.partition(" : ")[2].partition(" steps from ")
+        ends = starts.split()
+        for _ in range(int(steps)):
+            ends = [leads[end] for end in ends]
+        assert pair.answer.split() == ends
+        assert pair.type == kinds(int(steps))[-1]
+    assert {pair.type for pair in pairs} == set(kinds(most))
+
+
+def test_no_table_is_in_two_splits() -> None:
+    seen = {
+        split: {tuple(sorted(table_of(p.question).items())) for p in hop_pairs(split, limit=2000)}
+        for split in SPLITS
+    }
+    for one, another in (("train", "test"), ("train", "validation"), ("validation", "test")):
+        assert not seen[one] & seen[another]
+    assert hop_pairs("test", limit=9) == pairs_of("hops", "test", limit=9)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject("", AMOUNTS, 1, tmp_path_factory.mktemp("hops") / "study")
+
+
+def test_what_is_asked_is_what_evaluate_measures(subject: Subject) -> None:
+    """Whole answers that are right are those whose letters all are."""
+    learner = Learner("TroL")
+    found = asked(subject, learner, 0)
+    assert sum(len(found["right"][kind]) for kind in kinds(3)) == 12
+    model, processor = opened(subject, learner, 0)
+    scores = evaluate(model, processor, tasks=["hops"], questions=12, seed=0)
+    wholly = [share == 1 for kind in kinds(3) for share in found["right"][kind]]
+    assert scores["tasks"]["hops"]["accuracy"] == sum(wholly) / 12
+    assert found["visits"] > answered(subject, model, processor, "plain")["visits"] == 2
+
+
+def test_a_learner_of_one_name_learns_once_and_in_one_way(subject: Subject) -> None:
+    first = trained(subject, Learner("TroL"), 0)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert trained(subject, Learner("TroL"), 0) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(UsageError, match="another kind"):
+        trained(subject, Learner("TroL", {**TROL, "passes": 3}), 0)
+
+
+@pytest.mark.parametrize(
+    ("learner", "layers", "width"),
+    [
+        (Learner("deep", PLAIN, layers=2), 4, 16),
+        (Learner("wide", PLAIN, width=1.5), 2, 24),
+        (Learner("experts", PLAIN, experts=4), 2, 16),
+    ],
+)
+def test_twins_have_the_form_that_they_say(
+    learner: Learner, layers: int, width: int, subject: Subject
+) -> None:
+    config = opened(subject, learner, 0)[0].config
+    assert (config.num_hidden_layers, config.hidden_size) == (layers, width)
+    assert getattr(config, "num_local_experts", 0) == learner.experts
+    assert learner.is_twin
+
+
+def test_a_named_model_learns_in_place_of_a_new_one(subject: Subject, tmp_path: Path) -> None:
+    host = trained(subject, Learner("plain", PLAIN), 0)
+    named = Subject(str(host), AMOUNTS, 1, tmp_path / "study")
+    model, _ = opened(named, Learner("all twice", TWICE, train=("decoder",)), 0)
+    assert model.config.hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("policy", "spread"), [(RandomWeights(scope="all"), True), (LearnedWeights(scope="all"), False)]
+)
+def test_weights_that_no_token_decides(policy: Any, spread: bool, subject: Subject) -> None:
+    model, processor = opened(subject, Learner("plain", PLAIN), 0)
+    detach(model)
+    attach(model, policy)
+    ids = processor([questions(3, 12)[0].question], return_tensors="pt")
+    with trace(model) as seen, torch.inference_mode():
+        model(**ids)
+    weights = seen.weights[:, 2][:, seen.real]
+    assert ((weights >= 0) & (weights <= 1)).all()
+    assert (weights.std() > 0.1) == spread
+    if not spread:
+        assert (weights == 0.5).all()
