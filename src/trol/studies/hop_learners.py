@@ -32,16 +32,17 @@ PLAIN = {"policy": "plain"}
 TRAVERSED, WITHOUT = "TroL", "one visit"
 """Names of the two learners that studies share: `TROL`, and the same with one visit."""
 
-RATES = {"learning_rate": 2e-3, "mixer_learning_rate": 1e-3, "muon": 0.012}
-"""Of decoders that learn from nothing; chosen on plain decoders and seed 0 alone."""
+RATES = {"learning_rate": 2e-3, "mixer_learning_rate": 1e-4, "muon": 0.012}
+"""Of decoders that learn from nothing, chosen on seed 0 by how soon two hops are learnt; faster
+mixers close the gates before (LAB.md)."""
 
-HOST_RATES = {"learning_rate": 3e-4, "mixer_learning_rate": 1e-3, "lora": 8}
+HOST_RATES = {"learning_rate": 3e-4, "mixer_learning_rate": 1e-4, "lora": 8}
 """Of a model that is named in their place."""
 
 EXPERTS = 4
 """Of a mixture-of-experts twin, three of which each token takes, as in TroL's Table 5."""
 
-TINY = {"most": 3, "layers": 2, "width": 64, "batch": 64, "steps": 1200, "questions": 600}
+TINY = {"most": 3, "layers": 2, "width": 64, "batch": 64, "steps": 1300, "questions": 600}
 REAL = {"most": 3, "layers": 2, "width": 384, "batch": 256, "steps": 4000, "questions": 1200}
 """Decoders of .1 and of 3.6 million parameters; the second wants a GPU."""
 
