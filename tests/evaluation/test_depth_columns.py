@@ -90,7 +90,7 @@ def test_questions_are_dealt_in_whole_batches_and_come_back_in_order(
 
     monkeypatch.setattr(sharing.distributed, "all_gather_object", gather)
     for part in parts:
-        assert sharing.together(part, count) == items
+        assert sharing.gathered(part, count) == items
 
 
 def test_two_processes_measure_what_one_measures() -> None:

@@ -379,7 +379,7 @@ def _values(
         else:
             values[metric] = scores(metric, texts, mine)
         if shared:
-            values[metric] = sharing.together(values[metric], len(items))
+            values[metric] = sharing.gathered(values[metric], len(items))
     return values
 
 
