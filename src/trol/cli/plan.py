@@ -207,11 +207,12 @@ def _text(content: dict[str, Any], layers: int, out: Path, unit: str) -> str:
 
 
 def _losses_text(losses: dict[str, float], keep_first: int) -> str:
-    """The full model's loss, the plan's, and the plan's with another number of tokens spared."""
-    from trol.evaluation.plan_search import SPARED, spared
+    """The full model's loss, the plan's, and the plan's with another `keep_first`."""
+    from trol.evaluation.plan_search import KEEP_FIRST, keep_first_text
 
-    names = {0: "every token in scope skips", SPARED: "the first token visits every layer"}
-    known = {first: losses[spared(first)] for first in names if spared(first) in losses}
+    names = {0: "every token in scope skips", KEEP_FIRST: "the first token visits every layer"}
+    values = {first: losses.get(keep_first_text(first)) for first in names}
+    known = {first: value for first, value in values.items() if value is not None}
     parts = [f"{losses['full']:.3f} the full model"]
     if len(known) == 1:
         return f"{parts[0]}, {known[keep_first]:.3f} this plan"

@@ -207,7 +207,7 @@ def _plans(method: str, model: Any, processor: Any, task: str, request: Request)
 
 
 def _settings(plans: Sequence[ChosenPlan]) -> dict[str, Any]:
-    """The plan, or the plans of the seeds, and the first tokens spared, if there are any."""
+    """The plan, or the plans of the seeds, and the first tokens at full depth, if there are any."""
     texts, firsts = [str(one.plan) for one in plans], [one.keep_first for one in plans]
     settings: dict[str, Any] = {"plan": texts[0]} if len(set(texts)) == 1 else {"plans": texts}
     if any(firsts):

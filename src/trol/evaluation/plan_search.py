@@ -30,8 +30,9 @@ METHODS = (*MEASURED, *STATIC)
 """The methods of `chosen_plan`. On SmolLM2 greedy with long windows leaves least harm at a share of
 .73, influence less than greedy with short ones, and evenly spaced layers most (docs/studies.md)."""
 
-SPARED = 1
-"""First tokens of a sequence that plans are tried without: there the attention sink is."""
+KEEP_FIRST = 1
+"""First tokens of a sequence that plans leave at full depth, if that is better: there the attention
+sink is."""
 
 QUESTIONS = 64
 """Questions that a plan is chosen by, where nobody says."""
@@ -56,16 +57,16 @@ class ChosenPlan:
     """The first tokens of each sequence that visit every layer. Unit: tokens."""
     losses: dict[str, float] = field(default_factory=dict)
     """The answers' mean losses: `full` of the full model, and `keep_first=N` of the plan with N
-    first tokens spared; empty where nothing was measured. Unit: nats per token."""
+    first tokens at full depth; empty where nothing was measured. Unit: nats per token."""
 
     @property
     def loss(self) -> float | None:
         """The plan's own loss."""
-        return self.losses.get(spared(self.keep_first))
+        return self.losses.get(keep_first_text(self.keep_first))
 
 
-def spared(keep_first: int) -> str:
-    """What a loss is called with so many first tokens spared."""
+def keep_first_text(keep_first: int) -> str:
+    """What a loss is called with so many first tokens at full depth."""
     return f"keep_first={keep_first}"
 
 
@@ -76,9 +77,12 @@ def items_to_choose_by(
     count: int | None = None,
     *,
     seed: int = 0,
+    judged: str = "test",
     part: Part = WHOLE,
 ) -> list[Item]:
     """Items of a task's validation split, as many as a search takes in a few minutes if not said.
+
+    Where that is the split that the plan will be judged by, they are of the train split.
 
     Args:
         model: the model.
@@ -86,14 +90,16 @@ def items_to_choose_by(
         task: a task's name.
         count: questions, or windows of plain text, at most.
         seed: which of them.
+        judged: the split that the plan will be judged by.
         part: of the user's own file, from and to.
     """
     window = None
     if task_of(task).windows:
         window = min(WINDOW, positions_of(model) or WINDOW)
     count = count or (QUESTIONS if window is None else WINDOWS)
+    split = "train" if judged == "validation" else "validation"
     return questions_of(
-        model, processor, task, count, seed=seed, split="validation", window=window, part=part
+        model, processor, task, count, seed=seed, split=split, window=window, part=part
     )
 
 
@@ -111,8 +117,8 @@ def chosen_plan(
 ) -> ChosenPlan:
     """The plan of max(1, round(keep * L)) layers that `method` judges best on `items`.
 
-    Where first tokens are in the scope, it is tried with and without `SPARED` of them, and the
-    better one is taken; of equal ones the one without.
+    Where first tokens are in the scope, it is tried with `KEEP_FIRST` of them at full depth and
+    with none, and the better one is taken; of equal ones the one with none.
 
     Args:
         method: a static one, which measures nothing where scope is `answer`; `influence` (reads
@@ -172,7 +178,7 @@ class _Search:
         self.scope: Scope = scope
         self.progress, self.of = progress, of
         self.layers = layers_of(subject[0])
-        self.keep_first = 0 if scope == "answer" else SPARED
+        self.keep_first = 0 if scope == "answer" else KEEP_FIRST
         self._losses: dict[int, PlanLosses] = {}
         progress(min(len(measured.values), of), of)
 
@@ -204,17 +210,17 @@ class _Search:
     def loss(self, plan: Plan, base: Plan, keep_first: int | None = None) -> float:
         """The loss under a plan that has its first layers in common with `base`."""
         first = self.keep_first if keep_first is None else keep_first
-        return self._once(f"{plan}, {spared(first)}", lambda: self._of(first).of(plan, base))
+        return self._once(f"{plan}, {keep_first_text(first)}", lambda: self._of(first).of(plan, base))
 
     def with_its_losses(self, plan: Plan) -> ChosenPlan:
-        """The plan with its loss and the full model's, and the better number of tokens spared."""
+        """The plan with its loss and the full model's, and the better `keep_first`."""
         full = Plan([1] * self.layers)
         values = {"full": self.loss(full, full)}
         tried = sorted({0, self.keep_first})
-        values |= {spared(first): self.loss(plan, plan, first) for first in tried}
+        values |= {keep_first_text(first): self.loss(plan, plan, first) for first in tried}
         self.progress(self.of, self.of)
         return ChosenPlan(
-            plan, min(tried, key=lambda first: (values[spared(first)], first)), values
+            plan, min(tried, key=lambda first: (values[keep_first_text(first)], first)), values
         )
 
     def _of(self, keep_first: int) -> PlanLosses:
