@@ -12,13 +12,7 @@ from trol.depth import Plan, is_attached
 from trol.errors import UsageError
 from trol.evaluation import plan_search
 from trol.evaluation.items import Item
-from trol.evaluation.plan_search import (
-    MEASURED,
-    METHODS,
-    chosen_plan,
-    keep_first_text,
-    plan_loss,
-)
+from trol.evaluation.plan_search import MEASURED, METHODS, chosen_plan, keep_first_text, plan_loss
 from trol.evaluation.store import Measurements
 from trol.family.loading import load_model
 from trol.policies.planned import STATIC, plan_keeping, static_plan

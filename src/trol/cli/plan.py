@@ -68,11 +68,10 @@ def plan(
     from trol.policies.planned import STATIC
 
     about: dict[str, Any] = {"model": model, "method": method, "keep": keep}
-    measurements, items, search = None, [], {}
+    measurements, items = None, []
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
-        measures = method not in STATIC or scope != "answer"
-        if measures:
+        if method not in STATIC or scope != "answer":
             task = task or default_task(processor)
             # Of the validation split, so that a test sees none of them.
             items = items_to_choose_by(opened, processor, task, questions, seed=seed)

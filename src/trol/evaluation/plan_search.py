@@ -7,7 +7,7 @@ measured with it and without.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from trol.evaluation.hidden_states import influences, layers_of
 from trol.evaluation.items import WHOLE, Item, Part, positions_of
 from trol.evaluation.removal import Layers, Removal, measurements
 from trol.evaluation.shared_layers import PlanLosses
-from trol.evaluation.store import Measurements
+from trol.evaluation.store import Measurements, Once
 from trol.evaluation.tasks import questions_of, task_of
 from trol.policies.planned import STATIC, Planned, kept_count, plan_keeping, static_plan
 
@@ -149,13 +149,16 @@ def chosen_plan(
     if method == "draft":
         return ChosenPlan(draft_plan(*subject, keep, progress=progress, measured=measured).plan)
     steps = {"influence": 1, "greedy": measurements(layers, layers - kept)}.get(method, 0)
-    search = _Search(subject, scope, measured, progress, of=steps + 2 + (scope != "answer"))
+    of = steps + 2 + (scope != "answer")
+    search = _Search(subject, scope, measured.counted(progress, of))
     if method in STATIC:
         plan = static_plan(method, layers, keep, seed)
     else:
         find = search.by_influence if method == "influence" else search.greedily
         plan = plan_keeping(find(kept), layers)
-    return search.with_its_losses(plan)
+    chosen = search.with_its_losses(plan)
+    progress(of, of)
+    return chosen
 
 
 Subject = tuple[Any, Any, Sequence[Item]]
@@ -163,24 +166,14 @@ Subject = tuple[Any, Any, Sequence[Item]]
 
 
 class _Search:
-    """The measurements of one search, each made once."""
+    """The measurements of one search; `once` gives the value of a name, measured if it must be."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        scope: Scope,
-        measured: Measurements,
-        progress: StepsDone,
-        *,
-        of: int,
-    ) -> None:
-        self.subject, self.measured = subject, measured
+    def __init__(self, subject: Subject, scope: Scope, once: Once) -> None:
+        self.subject, self.once = subject, once
         self.scope: Scope = scope
-        self.progress, self.of = progress, of
         self.layers = layers_of(subject[0])
         self.keep_first = 0 if scope == "answer" else KEEP_FIRST
         self._losses: dict[int, PlanLosses] = {}
-        progress(min(len(measured.values), of), of)
 
     def by_influence(self, kept: int) -> list[int]:
         """The layers of greatest block influence: the mean over tokens, times the worst token's.
@@ -190,7 +183,7 @@ class _Search:
         its perplexity on docstrings (1,024 tokens) by the mean, 148 by the worst token and 21 by
         both, and without 8 of them 2.64 by the mean and by both. Of equal layers the earlier stays.
         """
-        each = self._once(
+        each = self.once(
             "influences", lambda: influences(*self.subject, self.scope, keep_first=self.keep_first)
         )
         both = [one["mean"] * one["worst"] for one in each]
@@ -210,7 +203,8 @@ class _Search:
     def loss(self, plan: Plan, base: Plan, keep_first: int | None = None) -> float:
         """The loss under a plan that has its first layers in common with `base`."""
         first = self.keep_first if keep_first is None else keep_first
-        return self._once(f"{plan}, {keep_first_text(first)}", lambda: self._of(first).of(plan, base))
+        name = f"{plan}, {keep_first_text(first)}"
+        return self.once(name, lambda: self._of(first).of(plan, base))
 
     def with_its_losses(self, plan: Plan) -> ChosenPlan:
         """The plan with its loss and the full model's, and the better `keep_first`."""
@@ -218,7 +212,6 @@ class _Search:
         values = {"full": self.loss(full, full)}
         tried = sorted({0, self.keep_first})
         values |= {keep_first_text(first): self.loss(plan, plan, first) for first in tried}
-        self.progress(self.of, self.of)
         return ChosenPlan(
             plan, min(tried, key=lambda first: (values[keep_first_text(first)], first)), values
         )
@@ -227,13 +220,6 @@ class _Search:
         if keep_first not in self._losses:
             self._losses[keep_first] = PlanLosses(*self.subject, self.scope, keep_first)
         return self._losses[keep_first]
-
-    def _once(self, name: str, measure: Callable[[], Any]) -> Any:
-        before = len(self.measured.values)
-        value = self.measured.value(name, measure)
-        if len(self.measured.values) > before:
-            self.progress(min(len(self.measured.values), self.of), self.of)
-        return value
 
 
 def plan_loss(
