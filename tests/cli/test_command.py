@@ -28,6 +28,20 @@ def test_no_heavy_import_at_start_up() -> None:
     assert done.returncode == 0, done.stderr
 
 
+CHAT = """
+import sys
+from trol.cli.conversation import open_conversation
+open_conversation("trol-tiny", max_new_tokens=1, plan=None)
+trains = {"peft", "transformers.trainer", "trol.training"} & set(sys.modules)
+sys.exit(f"imported to chat: {trains}" if trains else 0)
+"""
+
+
+def test_a_conversation_imports_nothing_that_trains() -> None:
+    done = subprocess.run([sys.executable, "-c", CHAT], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     listed = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()[: len(VERBS)]
