@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from transformers import Cache
@@ -28,17 +29,24 @@ def test_no_heavy_import_at_start_up() -> None:
     assert done.returncode == 0, done.stderr
 
 
-CHAT = """
+WITHOUT_TRAINING = """
 import sys
-from trol.cli.conversation import open_conversation
-open_conversation("trol-tiny", max_new_tokens=1, plan=None)
-trains = {"peft", "transformers.trainer", "trol.training"} & set(sys.modules)
-sys.exit(f"imported to chat: {trains}" if trains else 0)
+from trol.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    trains = {"peft", "transformers.trainer", "trol.training"} & set(sys.modules)
+    sys.exit(f"imported: {trains}" if trains else left.code)
 """
 
 
-def test_a_conversation_imports_nothing_that_trains() -> None:
-    done = subprocess.run([sys.executable, "-c", CHAT], check=False, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "words",
+    ["chat trol-tiny --question why --max-new-tokens 1", "plan trol-tiny --keep 0.5 --questions 1"],
+)
+def test_a_verb_that_does_not_train_imports_nothing_that_trains(words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TRAINING, *words.split()]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

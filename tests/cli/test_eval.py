@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import trol.training.progress
+import trol
 from cli.command import run
+from trol import progress
 from trol.data.conversations import read_template
 from trol.data.own_files import Pair
 from trol.errors import UsageError
@@ -94,7 +95,7 @@ def test_what_no_model_can_do_is_refused_before_one_is_opened(
 def test_progress_is_printed_in_lines_and_not_on_stdout(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trol.training.progress, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     assert run("eval", "base", "--tasks", f"text:{text}", "--window", 32, "--json") == 0
     captured = capsys.readouterr()
     windows = json.loads(captured.out)["tasks"][f"text:{text}"]["n"]
