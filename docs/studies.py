@@ -92,23 +92,23 @@ def claims_page() -> str:
     for group in claimed():
         parts += [f"## {group['group']}\n", f"{group['about']}\n"]
         parts += [
-            line("claim", "decided by", "found (95 % interval)", "verdict"),
-            "|---|---|---|---|",
+            line("claim", group["figures"], "decided by", "found (95 % interval)", "verdict"),
+            "|---|---|---|---|---|",
         ]
         for claim in group["claims"]:
             said = about(claim)
             for cells in deciders(claim):
-                parts.append(line(said, *cells))
-                said = ""  # once, above all that decides it
+                parts.append(line(*said, *cells))
+                said = ("", "")  # once, above all that decides it
         parts.append("")
     return "\n".join(parts).rstrip()
 
 
-def about(claim: dict[str, Any]) -> str:
-    """A claim with its source, its figures and what is disputed of them."""
-    said = f"**{claim['claim']}** ({claim['source']})"
-    said += f": {claim['says']}" if "says" in claim else ""
-    return said + (f". *Disputed: {claim['disputed']}*" if "disputed" in claim else "")
+def about(claim: dict[str, Any]) -> tuple[str, str]:
+    """A claim, and its source with figures and what is disputed of them."""
+    said = f"{claim['source']}: {claim['says']}" if "says" in claim else claim["source"]
+    disputed = f". **Disputed**: {claim['disputed']}" if "disputed" in claim else ""
+    return claim["claim"], said + disputed
 
 
 def deciders(claim: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
