@@ -1,43 +1,60 @@
-"""Writes what studies found into README.md and docs/studies.md: `python docs/studies.py`.
+"""Writes what studies found into README.md, docs/studies.md and docs/claims.md.
 
-The figures are those of benchmarks/results/studies/*.json, each the study.json of a `trol study`.
-tests/test_documents.py compares.
+    python docs/studies.py
+
+The figures are those of benchmarks/results/studies/*.json, each the study.json of a `trol study`;
+the claims of docs/claims.md are those of docs/claims.yaml. tests/test_documents.py compares.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from trol.reports.study import figures
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- studies: python docs/studies.py -->", "<!-- end of studies -->"
 README, ALL = ROOT / "README.md", ROOT / "docs" / "studies.md"
+CLAIMS, TABLE = ROOT / "docs" / "claims.md", ROOT / "docs" / "claims.yaml"
 
 
 def results() -> list[dict[str, Any]]:
     """The results of all studies, by name and model."""
     files = (ROOT / "benchmarks" / "results" / "studies").glob("*.json")
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return sorted(found, key=lambda one: (one["study"], one["model"]))
+    return sorted(found, key=lambda one: (one["study"], measured_on(one)))
 
 
-def row(result: dict[str, Any], claim: dict[str, Any], *, about: bool) -> str:
-    """A claim as a line of a table; `about`: with its source and the command that measured it."""
-    value, interval, bound = figures(claim)
-    cells = [claim["claim"], f"{claim['statistic']}: {value} ({interval})", claim["verdict"]]
-    if about:
-        cells = [*cells[:1], claim["source"], f"{cells[1]}; claimed {bound}", cells[2]]
+def measured_on(result: dict[str, Any]) -> str:
+    """What a study measured; a tiny one makes its own model."""
+    return "a tiny model" if result["size"] == "tiny" else result["model"]
+
+
+def figure(claim: dict[str, Any]) -> str:
+    """A claim's statistic with its interval."""
+    value, interval, _ = figures(claim)
+    return f"{claim['statistic']}: {value} ({interval})"
+
+
+def line(*cells: str) -> str:
+    """A line of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def first_claims() -> str:
     """The first claim of each study."""
-    lines = ["| what is said | on SmolLM2-135M (95 % interval) | verdict |", "|---|---|---|"]
-    return "\n".join([*lines, *(row(one, one["claims"][0], about=False) for one in results())])
+    lines = [line("what is said", "measured on", "found (95 % interval)", "verdict")]
+    lines.append("|---|---|---|---|")
+    for result in results():
+        claim = result["claims"][0]
+        lines.append(line(claim["claim"], measured_on(result), figure(claim), claim["verdict"]))
+    return "\n".join(lines)
 
 
 def all_claims() -> str:
@@ -46,14 +63,85 @@ def all_claims() -> str:
     for result in results():
         amounts = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in result["amounts"].items())
         parts += [
-            f"### {result['study']}: {result['model']}\n",
+            f"### {result['study']}: {measured_on(result)}\n",
             f"`{result['run']['command']}`; {amounts}; seeds {result['seeds']}.\n",
             "| claim | who says so | statistic | verdict |",
             "|---|---|---|---|",
-            *(row(result, claim, about=True) for claim in result["claims"]),
+            *(
+                line(
+                    claim["claim"],
+                    claim["source"],
+                    f"{figure(claim)}; claimed {figures(claim)[2]}",
+                    claim["verdict"],
+                )
+                for claim in result["claims"]
+            ),
             "",
         ]
     return "\n".join(parts).rstrip()
+
+
+def claimed() -> list[dict[str, Any]]:
+    """The groups of docs/claims.yaml."""
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+def claims_page() -> str:
+    """Every claim of docs/claims.yaml with what decides it."""
+    parts = []
+    for group in claimed():
+        parts += [f"## {group['group']}\n", f"{group['about']}\n"]
+        parts += [
+            line("claim", group["figures"], "decided by", "found (95 % interval)", "verdict"),
+            "|---|---|---|---|---|",
+        ]
+        for claim in group["claims"]:
+            said = about(claim)
+            for cells in deciders(claim):
+                parts.append(line(*said, *cells))
+                said = ("", "")  # once, above all that decides it
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def about(claim: dict[str, Any]) -> tuple[str, str]:
+    """A claim, and its source with figures and what is disputed of them."""
+    said = f"{claim['source']}: {claim['says']}" if "says" in claim else claim["source"]
+    disputed = f". **Disputed**: {claim['disputed']}" if "disputed" in claim else ""
+    return claim["claim"], said + disputed
+
+
+def deciders(claim: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What decides a claim, what was found, and the verdict: one row each."""
+    for study, texts in claim.get("by", {}).items():
+        found = [result for result in results() if result["study"] == study]
+        for text in texts or [""]:
+            name = f"`{study}`" + (f": {text}" if text else "")
+            if not found:
+                yield name, "", "not run"
+            for result in found:
+                one = its_claim(result, text, claim["claim"])
+                yield name, f"{measured_on(result)}, {figure(one)}", one["verdict"]
+    if "lab" in claim:
+        yield (
+            f"[LAB.md](../LAB.md): {claim['lab']}",
+            "measured without a bound set before",
+            "see there",
+        )
+    if "open" in claim:
+        yield f"would decide it: {claim['open']}", "", "open"
+
+
+def its_claim(result: dict[str, Any], text: str, asked: str) -> dict[str, Any]:
+    """The claim of a study's result that docs/claims.yaml names; else `ValueError`."""
+    for claim in result["claims"]:
+        if claim["claim"] == text:
+            return claim
+    known = "; ".join(claim["claim"] for claim in result["claims"])
+    raise ValueError(
+        f"docs/claims.yaml, {asked!r}: {text!r} is no claim of the study {result['study']}, which "
+        f"has a result; name some of these: {known}"
+    )
 
 
 def written() -> dict[Path, str]:
@@ -65,7 +153,11 @@ def written() -> dict[Path, str]:
             page.read_text(encoding="utf-8"),
             flags=re.DOTALL,
         )
-        for page, table in ((README, first_claims()), (ALL, all_claims()))
+        for page, table in (
+            (README, first_claims()),
+            (ALL, all_claims()),
+            (CLAIMS, claims_page()),
+        )
     }
 
 

@@ -26,6 +26,7 @@ from trol.cli import VERBS, application
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.family.pretrained import NAMES
 from trol.host.names import CACHE
+from trol.studies import STUDIES, study_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -133,6 +134,26 @@ def test_the_tables_of_studies_say_what_the_results_say() -> None:
     for page, text in runpy.run_path(str(ROOT / "docs" / "studies.py"))["written"]().items():
         assert page.read_text(encoding="utf-8") == text, "run python docs/studies.py"
         assert "| reproduced |" in text
+
+
+def test_claims_name_claims_of_studies_and_entries_of_the_lab_book() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "studies.py"))
+    entries = re.findall(r"^## \S+ · (.*)$", (ROOT / "LAB.md").read_text(), re.MULTILINE)
+    for claim in (claim for group in page["claimed"]() for claim in group["claims"]):
+        assert claim.get("by") or claim.get("open"), f"nothing decides {claim['claim']!r}"
+        assert claim.get("lab", entries[0]) in entries
+        for study, texts in claim.get("by", {}).items():
+            if study in STUDIES or texts:
+                claims = [one.text for one in study_of(study).claims]
+                assert set(texts) <= set(claims), f"{study} claims: {claims}"
+                assert texts, f"{claim['claim']!r} names no claim of {study}"
+
+
+def test_a_claim_without_a_result_is_not_run_and_one_that_names_none_is_refused() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "studies.py"))
+    assert next(page["deciders"]({"claim": "", "by": {"to-come": []}}))[2] == "not run"
+    with pytest.raises(ValueError, match="no claim of the study oracle"):
+        list(page["deciders"]({"claim": "", "by": {"oracle": []}}))
 
 
 def test_the_picture_of_the_rooms_is_what_the_imports_are() -> None:

@@ -1,4 +1,4 @@
-"""Questions of several look-ups, the decoders that learn them, and weights that no token decides."""
+"""Questions of several look-ups, who learns them, and weights that no token decides."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,8 @@ from trol.data.hops import LETTERS, hop_pairs, kinds
 from trol.data.own_files import SPLITS
 from trol.data.pairs import pairs_of
 from trol.depth import attach, detach, trace
-from trol.errors import UsageError
 from trol.evaluation import evaluate
-from trol.studies.gate_controls import LearnedWeights, RandomWeights
+from trol.studies.gate_controls import ConstantWeights, LearnedWeights, RandomWeights
 from trol.studies.hop_learners import (
     PLAIN,
     TINY,
@@ -74,24 +73,22 @@ def test_what_is_asked_is_what_evaluate_measures(subject: Subject) -> None:
     scores = evaluate(model, processor, tasks=["hops"], questions=12, seed=0)
     wholly = [share == 1 for kind in kinds(3) for share in found["right"][kind]]
     assert scores["tasks"]["hops"]["accuracy"] == sum(wholly) / 12
-    assert found["visits"] > answered(subject, model, processor, "plain")["visits"] == 2
+    assert found["visits"] > answered(subject, model, processor, "plain")["visits"] == 1
 
 
-def test_a_learner_of_one_name_learns_once_and_in_one_way(subject: Subject) -> None:
+def test_what_learns_in_another_way_is_another_model(subject: Subject) -> None:
     first = trained(subject, Learner("TroL"), 0)
-    stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert trained(subject, Learner("TroL"), 0) == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(UsageError, match="another kind"):
-        trained(subject, Learner("TroL", {**TROL, "passes": 3}), 0)
+    assert trained(subject, Learner("TroL", {**TROL, "passes": 3}), 0) != first
+    assert trained(subject, Learner("TroL", length=2.0), 0) != first
 
 
 @pytest.mark.parametrize(
     ("learner", "layers", "width"),
     [
-        (Learner("deep", PLAIN, layers=2), 4, 16),
-        (Learner("wide", PLAIN, width=1.5), 2, 24),
-        (Learner("experts", PLAIN, experts=4), 2, 16),
+        (Learner("deep", PLAIN, layers=2), 2, 16),
+        (Learner("wide", PLAIN, width=1.5), 1, 24),
+        (Learner("experts", PLAIN, experts=4), 1, 16),
     ],
 )
 def test_twins_have_the_form_that_they_say(
@@ -111,7 +108,12 @@ def test_a_named_model_learns_in_place_of_a_new_one(subject: Subject, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("policy", "spread"), [(RandomWeights(scope="all"), True), (LearnedWeights(scope="all"), False)]
+    ("policy", "spread"),
+    [
+        (RandomWeights(scope="all"), True),
+        (LearnedWeights(scope="all"), False),
+        (ConstantWeights(0.5, scope="all"), False),
+    ],
 )
 def test_weights_that_no_token_decides(policy: Any, spread: bool, subject: Subject) -> None:
     model, processor = opened(subject, Learner("plain", PLAIN), 0)

@@ -25,6 +25,19 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 AMOUNTS = {"windows": 2, "window": 16, "chosen_by": 2}
 
+BOARDS = {
+    "hidden_size": 16,
+    "layers": 2,
+    "vision_steps": 1,
+    "reason_steps": 1,
+    "step1_steps": 1,
+    "boards": 48,
+    "questions": 9,
+}
+HOPS = {"steps": 2, "batch": 4, "questions": 9, "width": 16}
+SHORT = dict.fromkeys(("steps", "alignment", "data"), BOARDS)
+"""Studies that train for minutes at tiny size -> amounts that take seconds; of others `HOPS`."""
+
 
 def counting(asked: list[str], fails: str = "") -> Study:
     """A study of three arms, the last of which needs the first; `fails` breaks off."""
@@ -147,23 +160,20 @@ def test_pairing_takes_the_spread_of_units_away() -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that studies of decoders of their own share."""
-    return tmp_path_factory.mktemp("learners")
-
-
-SHORT = {"steps": 2, "batch": 4, "questions": 9, "width": 16}
-"""What is left of a study that trains."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all studies, as the command has it: they share what they train."""
+    return tmp_path_factory.mktemp("studies")
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_each_study_runs_at_tiny_size(name: str, host: str, shared: Path, tmp_path: Path) -> None:
+def test_each_study_runs_at_tiny_size(name: str, host: str, place: Path) -> None:
     study = study_of(name)
     assert study.name == name
+    amounts = study.amounts["tiny"]
     if study.pretrained:
-        subject = Subject(host, study.amounts["tiny"], 2, tmp_path / name)
+        subject = Subject(host, amounts, 2, place / name)
     else:
-        subject = Subject("", {**study.amounts["tiny"], **SHORT}, 2, shared / name)
+        subject = Subject("", {**amounts, **SHORT.get(name, HOPS)}, 1, place / name)
     result = run(study, subject)
     assert result is not None
     assert [claim["claim"] for claim in result["claims"]] == [c.text for c in study.claims]
@@ -172,7 +182,7 @@ def test_each_study_runs_at_tiny_size(name: str, host: str, shared: Path, tmp_pa
         assert claim["verdict"] in ("reproduced", "refuted", "not decided at this size")
     assert all(len(row) == len(t["heading"]) for t in result["tables"] for row in t["rows"])
     assert set(study.amounts) == {"tiny", "real"}
-    assert set(study.amounts["tiny"]) == set(study.amounts["real"])
+    assert set(study.amounts["tiny"]) == set(study.amounts["real"]) == set(amounts)
 
 
 def test_the_command_lists_runs_and_refuses(

@@ -24,6 +24,9 @@ STUDIES = (
     "oracle",
     "confident-exits",
     "drafts",
+    "steps",
+    "alignment",
+    "data",
 )
 """The studies by name; each is the `STUDY` of the module of that name."""
 

@@ -65,7 +65,7 @@ STUDY = Study(
     name="answers",
     hypothesis="Traversing the question is enough: answers then decode at the plain cost.",
     design=(
-        "Questions of 1 to 3 look-ups (data `hops`) with answers of three letters, decoders of two "
+        "Questions of one to three look-ups (data `hops`) with answers of three letters, decoders of two "
         "layers that learn them from nothing and traverse question tokens, answer tokens or all; "
         "each is asked with every scope and with traversal off. The first letter of an answer is "
         "predicted at the question's last token, the others at answer tokens."

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import Answer, Bounds, Scope, Visit, register
+from trol.errors import UsageError
 from trol.policies.base import DataclassPolicy, PolicyModule
 
 
@@ -29,6 +30,34 @@ class RandomWeights(DataclassPolicy):
         if visit.number == 0:
             return 1.0
         return torch.rand(state.shape[:2], device=state.device)
+
+
+@register
+@dataclass(eq=False, repr=False)
+class ConstantWeights(DataclassPolicy):
+    """out = (1 - g) L(x) + g L(L(x)) with one g for all tokens and layers, which is given.
+
+    Raises:
+        UsageError: the weight is not in [0, 1].
+    """
+
+    name = "constant_weights"
+
+    weight: float
+    _: KW_ONLY
+    scope: Scope = "question"
+    training_scope: Scope = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.weight <= 1:
+            raise UsageError(f"weight is {self.weight}; give a number in [0, 1].")
+
+    def bounds(self, layer: int) -> Bounds:
+        return Bounds(2, 2)
+
+    def again(self, visit: Visit) -> Answer:
+        return 1.0 if visit.number == 0 else self.weight
 
 
 class Weight(PolicyModule):

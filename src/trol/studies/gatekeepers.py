@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
 
-from trol.depth import PolicyLike
-from trol.policies.mixer import TrolMixer
-from trol.studies.gate_controls import RandomWeights
+from trol.studies.gate_controls import ConstantWeights, RandomWeights
 from trol.studies.hop_learners import (
-    PLAIN,
     RANDOM,
     REAL,
     TINY,
@@ -31,6 +27,9 @@ from trol.studies.study import Arm, Claim, Evidence, Study, Table
 from trol.studies.subject import Subject
 
 FROZEN, ORACLE, BEST_OF_RANDOM = "frozen gate", "oracle gate", "best of four random gates"
+WEIGHTS = (0.0, 1 / 3, 2 / 3, 1.0)
+"""Gates that the oracle chooses among for each question, for all tokens and layers."""
+
 TROL_LEARNER = Learner(TRAVERSED)
 LEARNERS = (
     TROL_LEARNER,
@@ -38,15 +37,6 @@ LEARNERS = (
     Learner(FROZEN, {**TROL, "initial_gate": None}, train=("decoder",)),
     Learner(WITHOUT, {**TROL, "passes": 1}),
 )
-
-
-def _halves(layers: int) -> list[PolicyLike]:
-    """The four ways to traverse the lower half of the layers, the upper half, both or neither."""
-    ways: list[PolicyLike] = []
-    for halves in product((False, True), repeat=2):
-        tau = [0.0 if halves[2 * layer // layers] else None for layer in range(layers)]
-        ways.append(TrolMixer(tau=tau) if any(halves) else PLAIN["policy"])
-    return ways
 
 
 def _best(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -61,16 +51,15 @@ def _best(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _oracle(subject: Subject, seed: int, _: object) -> dict[str, Any]:
     model, processor = opened(subject, TROL_LEARNER, seed)
-    ways = _halves(subject.layers)
+    ways = [ConstantWeights(weight, scope="all") for weight in WEIGHTS]
     return _best([answered(subject, model, processor, way) for way in ways])
 
 
 def _best_of_random(subject: Subject, seed: int, _: object) -> dict[str, Any]:
     model, processor = opened(subject, TROL_LEARNER, seed)
-    draws = range(len(_halves(subject.layers)))
-    return _best(
-        [answered(subject, model, processor, RandomWeights(), draw=draw) for draw in draws]
-    )
+    way = RandomWeights(scope="all")
+    draws = range(len(WEIGHTS))
+    return _best([answered(subject, model, processor, way, draw=draw) for draw in draws])
 
 
 def _arms(subject: Subject) -> list[Arm]:
@@ -96,10 +85,10 @@ STUDY = Study(
     name="gatekeepers",
     hypothesis="What a gate learns to say matters, beyond there being a second visit.",
     design=(
-        "Questions of 1 to 3 look-ups (data `hops`), decoders of two layers that learn them from "
+        "Questions of one to three look-ups (data `hops`), decoders of one layer that learn them from "
         "nothing: with TroL's gate, with weights drawn at random, and with a gate that keeps its "
-        "first values. The oracle asks TroL's model four times, with the lower half of the "
-        "layers traversed, the upper, both and neither, and takes the best answer by its reference."
+        "first values. The oracle asks TroL's model four times, with constant gates of 0, 1/3, "
+        "2/3 and 1, and takes the best answer by its reference."
     ),
     controls=(
         "One visit; for the oracle, the best of four answers of the same model with random "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from trol.data.hops import STARTS, WORDS, kinds
 from trol.data.own_files import SEPARATOR
@@ -19,13 +19,14 @@ from trol.evaluation.answers import answers
 from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import Item, pair_items
 from trol.family.presets import SEPARATED, text_decoder, word_tokenizer
-from trol.studies.gate_controls import RandomWeights
-from trol.studies.study import Arm, Estimate, Evidence
+from trol.studies.gate_controls import ConstantWeights, RandomWeights
+from trol.studies.learning import kept, learnt
+from trol.studies.study import Arm, Estimate, Evidence, of_seed, of_seeds
 from trol.studies.subject import Subject
-from trol.training import Recipe, Stage, reopened, run
+from trol.training import Recipe, Stage, reopened
 
-TROL = {"policy": "trol_mixer", "passes": 2, "scope": "question", "initial_gate": 0.5}
-"""Question tokens are traversed at test time, all in training, as published."""
+TROL = {"policy": "trol_mixer", "passes": 2, "scope": "all", "initial_gate": 0.5}
+"""All tokens are traversed, learning and asked: what scopes do is the study `answers`."""
 
 PLAIN = {"policy": "plain"}
 
@@ -42,9 +43,14 @@ HOST_RATES = {"learning_rate": 3e-4, "mixer_learning_rate": 1e-4, "lora": 8}
 EXPERTS = 4
 """Of a mixture-of-experts twin, three of which each token takes, as in TroL's Table 5."""
 
-TINY = {"most": 3, "layers": 2, "width": 64, "batch": 64, "steps": 1300, "questions": 600}
-REAL = {"most": 3, "layers": 2, "width": 384, "batch": 256, "steps": 4000, "questions": 1200}
-"""Decoders of .1 and of 3.6 million parameters; the second wants a GPU."""
+TINY = {"most": 3, "layers": 1, "width": 64, "batch": 64, "steps": 1600, "questions": 600}
+TINY_OF_TWO = {**TINY, "most": 4, "layers": 2, "steps": 2400}
+REAL = {"most": 4, "layers": 2, "width": 384, "batch": 256, "steps": 6000, "questions": 1200}
+"""Decoders of .05 and of 3.6 million parameters; the second wants a GPU.
+
+Two layers look up three steps in a row, not two: the table's own words look up the next step while
+the question takes its first. One layer looks up one.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,27 +76,25 @@ class Learner:
         return (self.layers, self.width, self.experts) != (1, 1.0, 0)
 
 
+def constant(name: str, weight: float) -> Learner:
+    """A learner whose second visits have one given weight."""
+    policy = {"policy": ConstantWeights.name, "weight": weight, "scope": "all"}
+    return Learner(name, policy, train=("decoder",))
+
+
 RANDOM = Learner(
     "random weights",
-    {"policy": RandomWeights.name, "scope": "question", "training_scope": "all"},
+    {"policy": RandomWeights.name, "scope": "all"},
     train=("decoder",),
 )
 """Weights drawn anew for each token; see `gate_controls`."""
 
 
 def trained(subject: Subject, learner: Learner, seed: int) -> Path:
-    """The folder of the learner of this seed, which learns now if it never did.
-
-    It lies beside the studies' folders, so that studies share it.
-
-    Raises:
-        UsageError: the folder holds one that learnt in another way.
-    """
+    """The folder of the learner of this seed, which learns now if it never did."""
     amounts = subject.amounts
-    shared = subject.folder.parent / "hops"
-    rates, host = (HOST_RATES, subject.name) if subject.name else (RATES, "")
-    if not host:
-        host = str(_new_decoder(shared, learner, amounts, seed))
+    rates = HOST_RATES if subject.name else RATES
+    host = subject.name or str(_new_decoder(subject, learner, seed))
     has_mixers = learner.policy["policy"] != PLAIN["policy"]
     stage = Stage(
         train=tuple(part for part in learner.train if has_mixers or part != "mixers"),
@@ -101,45 +105,40 @@ def trained(subject: Subject, learner: Learner, seed: int) -> Path:
         **rates,
     )
     recipe = Recipe(host=host, policy=dict(learner.policy), seed=seed, stages={"learn": stage})
-    out = shared / f"{_called(learner, amounts)}-{seed}"
-    run(recipe, out, resume=True, label=f"{learner.name}, seed {seed}, ")
-    return out
+    return learnt(subject, learner.name, recipe)
 
 
 def _data(amounts: Mapping[str, Any]) -> str:
     return {3: "hops", 4: "hops4"}[amounts["most"]]
 
 
-def _called(learner: Learner, amounts: Mapping[str, Any]) -> str:
-    """The learner's name with what the size says, as the name of a folder."""
-    size = "-".join(str(amounts[key]) for key in ("most", "layers", "width", "steps"))
-    return "-".join([learner.name.replace(" ", "-").replace(",", ""), size])
-
-
-def _new_decoder(place: Path, learner: Learner, amounts: Mapping[str, Any], seed: int) -> Path:
+def _new_decoder(subject: Subject, learner: Learner, seed: int) -> Path:
     """The folder of a decoder that has learnt nothing yet."""
-    layers, width = learner.layers * amounts["layers"], round(learner.width * amounts["width"])
-    form = f"{layers}-{width}{'-experts' * bool(learner.experts)}"
-    folder = place / f"new-{form}-{seed}"
-    if (folder / "config.json").is_file():
-        return folder
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.add_special_tokens({"sep_token": SEPARATOR})
-    tokenizer.chat_template = SEPARATED
-    config = text_decoder(tokenizer, hidden_size=width, layers=layers, positions=64)
-    make: Any = LlamaForCausalLM
-    if learner.experts:
-        taken = {"num_local_experts": learner.experts, "num_experts_per_tok": learner.experts - 1}
-        llama = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-        # torch's grouped products want rows of whole 16 bytes
-        taken["intermediate_size"] = 8 * round(config.intermediate_size / 8)
-        config, make = MixtralConfig(**{**llama, **taken}), MixtralForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make(config)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)  # its config.json says that all is there
-    return folder
+    layers = learner.layers * subject.amounts["layers"]
+    width = round(learner.width * subject.amounts["width"])
+
+    def save(into: Path) -> None:
+        tokenizer = word_tokenizer(WORDS)
+        tokenizer.add_special_tokens({"sep_token": SEPARATOR})
+        tokenizer.chat_template = SEPARATED
+        config = text_decoder(tokenizer, hidden_size=width, layers=layers, positions=64)
+        make: Any = LlamaForCausalLM
+        if learner.experts:
+            config, make = _with_experts(config, learner.experts), MixtralForCausalLM
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            make(config).save_pretrained(into)
+        tokenizer.save_pretrained(into)
+
+    form = f"{layers}-layers-{width}-wide{'-experts' * bool(learner.experts)}"
+    return kept(subject, f"{form}-{seed}", save)
+
+
+def _with_experts(config: LlamaConfig, experts: int) -> MixtralConfig:
+    """A mixture of experts of the same form, of which each token takes all but one."""
+    same = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    same["intermediate_size"] = 8 * round(config.intermediate_size / 8)  # torch: whole 16 bytes
+    return MixtralConfig(**same, num_local_experts=experts, num_experts_per_tok=experts - 1)
 
 
 @cache
@@ -195,16 +194,6 @@ def _share_right(given: Sequence[str], wanted: Sequence[str]) -> float:
     return sum(a == b for a, b in zip(given, wanted, strict=False)) / len(wanted)
 
 
-def of_seed(name: str, seed: int) -> str:
-    """The name of an arm of a seed."""
-    return f"{name}, seed {seed}"
-
-
-def of_seeds(name: str, evidence: Evidence) -> list[str]:
-    """The arms of all seeds."""
-    return [of_seed(name, seed) for seed in range(evidence.seeds)]
-
-
 def arms_of(subject: Subject, learners: Sequence[Learner]) -> list[Arm]:
     """One arm for each learner and seed, which is asked under its own policy."""
     return [
@@ -240,15 +229,26 @@ def right(evidence: Evidence, kind: str | None = None) -> Evidence:
     return replace(evidence, values=values)
 
 
-def gain(more: str, less: str, evidence: Evidence, *, kind: str | None = None) -> Estimate:
+def deep(evidence: Evidence) -> str:
+    """The type of questions of one step more than a decoder has layers."""
+    return kinds(evidence.amounts["most"])[min(evidence.layers, evidence.amounts["most"] - 1)]
+
+
+DEEP = "letters of questions of one step more than there are layers"
+"""What `gain` compares if it is asked for `deeper` alone."""
+
+
+def gain(more: str, less: str, evidence: Evidence, *, deeper: bool = False) -> Estimate:
     """Share of right letters by one learner above another's, over questions and seeds.
+
+    Of all questions, or of those of one step more than there are layers.
 
     NaN where there is none of a name: a named model has no twins.
     """
     arms = [of_seeds(name, evidence) for name in (more, less)]
     if not all(seeds[0] in evidence.values for seeds in arms):
         return Estimate(math.nan, math.nan, math.nan)
-    return right(evidence, kind).difference(*arms)
+    return right(evidence, deep(evidence) if deeper else None).difference(*arms)
 
 
 def table_rows(evidence: Evidence, names: Sequence[str]) -> list[list[str]]:

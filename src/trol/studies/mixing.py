@@ -6,12 +6,13 @@ from trol.studies.gate_controls import LearnedWeights
 from trol.studies.hop_learners import (
     RANDOM,
     REAL,
-    TINY,
+    TINY_OF_TWO,
     TRAVERSED,
     TROL,
     WITHOUT,
     Learner,
     arms_of,
+    constant,
     gain,
     heading,
     table_rows,
@@ -20,16 +21,15 @@ from trol.studies.study import Claim, Study, Table
 
 SHARED, BY_LAYER, LEARNED = "one gate for all layers", "a number a layer", "one number"
 UNIFORM, SECOND = "one half", "second visit alone"
-SCOPES = {"scope": "question", "training_scope": "all"}
 
 LEARNERS = (
     Learner(TRAVERSED),
     Learner(SHARED, {**TROL, "sharing": "shared"}),
-    Learner(BY_LAYER, {"policy": LearnedWeights.name, **SCOPES}),
-    Learner(LEARNED, {"policy": LearnedWeights.name, "sharing": "shared", **SCOPES}),
+    Learner(BY_LAYER, {"policy": LearnedWeights.name, "scope": "all"}),
+    Learner(LEARNED, {"policy": LearnedWeights.name, "sharing": "shared", "scope": "all"}),
     RANDOM,
-    Learner(UNIFORM, train=("decoder",)),
-    Learner(SECOND, {**TROL, "initial_gate": 0.999}, train=("decoder",)),
+    constant(UNIFORM, 0.5),
+    constant(SECOND, 1.0),
     Learner(WITHOUT, {**TROL, "passes": 1}),
 )
 
@@ -44,13 +44,13 @@ STUDY = Study(
     name="mixing",
     hypothesis="A gate that reads the token mixes two visits better than one that does not.",
     design=(
-        "Questions of 1 to 3 look-ups (data `hops`), decoders of two layers that learn them from "
+        "Questions of one to four look-ups (data `hops4`), decoders of two layers that learn them from "
         "nothing. The weight of the second visit comes from a gate a layer (TroL), one gate for "
         "all layers, a learned number a layer or for all, a number drawn for each token, or is "
-        "one half, .999 (second visit alone) or none (one visit)."
+        "one half, one (second visit alone) or none (one visit)."
     ),
     controls="The same steps, seeds and questions; only the weight differs.",
-    amounts={"tiny": TINY, "real": REAL},
+    amounts={"tiny": TINY_OF_TWO, "real": REAL},
     arms=lambda subject: arms_of(subject, LEARNERS),
     claims=(
         _claim("The gate is better than the second visit alone", SECOND),

@@ -33,7 +33,7 @@ def _with(visits: int, asked: int) -> str:
 def _arms(subject: Subject) -> list[Arm]:
     arms = arms_of(subject, list(LEARNERS.values()))
     for visits in LEARNT:
-        others = {_with(visits, n): TrolMixer(n, scope="question") for n in VISITS if n != visits}
+        others = {_with(visits, n): TrolMixer(n, scope="all") for n in VISITS if n != visits}
         arms += asked_under(subject, LEARNERS[visits], others)
     return arms
 
@@ -51,7 +51,7 @@ STUDY = Study(
     name="passes",
     hypothesis="A second visit gains most; further ones gain little for what they cost.",
     design=(
-        "Questions of 1 to 3 look-ups (data `hops`), decoders of two layers that learn them from "
+        "Questions of one to three look-ups (data `hops`), decoders of one layer that learn them from "
         "nothing with 1, 2, 3, 4 or 6 visits of each layer, and are asked with as many; those "
         "with two and three also with all the others. Cost: layer visits of a token, FLOPs."
     ),

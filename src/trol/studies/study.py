@@ -92,6 +92,16 @@ class Evidence:
         return resampled(statistic, above.shape[1], max(len(above), len(below)))
 
 
+def of_seed(name: str, seed: int) -> str:
+    """The name of an arm of a seed."""
+    return f"{name}, seed {seed}"
+
+
+def of_seeds(name: str, evidence: Evidence) -> list[str]:
+    """The arms of that name, seed by seed."""
+    return [of_seed(name, seed) for seed in range(evidence.seeds)]
+
+
 @dataclass(frozen=True)
 class Claim:
     """A sentence that somebody has said, and the statistic that decides it."""

@@ -9,6 +9,7 @@ import numpy as np
 from trol.evaluation.gates import gate_spread
 from trol.evaluation.hidden_states import influences
 from trol.studies.hop_learners import (
+    DEEP,
     REAL,
     TINY,
     TROL,
@@ -23,9 +24,6 @@ from trol.studies.hop_learners import (
 )
 from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
 from trol.studies.subject import Subject
-
-DEEPEST = "4 hops"
-"""Questions of more steps than there are layers."""
 
 NONE, ALL = "no layer", "all layers"
 PLACES = {
@@ -126,26 +124,26 @@ STUDY = Study(
         Claim(
             "Traversing all layers gains on questions of more steps than there are layers",
             "TroL, Table 4(b) (arXiv 2406.12246)",
-            f"share of right letters, {DEEPEST}, above no layer",
+            f"share of right {DEEP}, above no layer",
             "above",
             0.0,
-            partial(gain, ALL, NONE, kind=DEEPEST),
+            partial(gain, ALL, NONE, deeper=True),
         ),
         Claim(
             "The first layer gains more than the last",
             "TroL, figure 6 (arXiv 2406.12246)",
-            f"share of right letters, {DEEPEST}, first layer above last layer",
+            f"share of right {DEEP}, first layer above last layer",
             "above",
             0.0,
-            partial(gain, "first layer", "last layer", kind=DEEPEST),
+            partial(gain, "first layer", "last layer", deeper=True),
         ),
         Claim(
             "The last two layers are enough",
             "trol's open question",
-            f"share of right letters, {DEEPEST}, last two layers above all layers",
+            f"share of right {DEEP}, last two layers above all layers",
             "above",
             -0.05,
-            partial(gain, "last two layers", ALL, kind=DEEPEST),
+            partial(gain, "last two layers", ALL, deeper=True),
         ),
         Claim(
             "Gates are wider in shallow layers",
