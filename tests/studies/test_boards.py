@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 
 from trol.data.boards import ASKERS
 from trol.errors import HostError
-from trol.studies import boards, study_of
+from trol.studies import boards, learning, study_of
 from trol.studies.boards import both_steps, recipe_of, start_of, step1, step2
 from trol.studies.learning import MODELS, learnt
 from trol.studies.study import Evidence, of_seed
@@ -71,7 +71,7 @@ def test_a_run_is_made_once_and_other_amounts_make_another(
     assert len(set(places)) == 2
     other = Subject(subject.name, {**AMOUNTS, "boards": 24}, 1, subject.folder)
     beside = Subject(subject.name, AMOUNTS, 1, subject.folder.with_name("another-study"))
-    monkeypatch.setattr(boards, "run", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(learning, "run", lambda *a, **k: pytest.fail("trained again"))
     assert both_steps(beside, 0) == places[0]
     assert both_steps(other, 0) == places[1]
     with pytest.raises(pytest.fail.Exception, match="trained again"):
@@ -87,7 +87,7 @@ def test_a_training_that_was_stopped_leaves_nothing_to_go_on_with(
         raise KeyboardInterrupt
 
     recipe = recipe_of(subject, 5)
-    monkeypatch.setattr(boards, "run", stopped)
+    monkeypatch.setattr(learning, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         learnt(subject, "stopped", recipe)
     place = subject.folder.parent / MODELS
@@ -106,7 +106,7 @@ def test_of_two_that_train_the_same_the_first_stays(
         first.mkdir()
         (first / "theirs").touch()
 
-    monkeypatch.setattr(boards, "run", late)
+    monkeypatch.setattr(learning, "run", late)
     kept = learnt(subject, "late", recipe_of(subject, 6))
     assert [file.name for file in kept.iterdir()] == ["theirs"]
     assert not list(place.glob(".*"))

@@ -6,6 +6,7 @@ from itertools import product
 from trol.depth import Scope
 from trol.policies.mixer import TrolMixer
 from trol.studies.hop_learners import (
+    DESIGN,
     REAL,
     TINY,
     TROL,
@@ -65,10 +66,9 @@ STUDY = Study(
     name="answers",
     hypothesis="Traversing the question is enough: answers then decode at the plain cost.",
     design=(
-        "Questions of one to three look-ups (data `hops`) with answers of three letters, decoders of two "
-        "layers that learn them from nothing and traverse question tokens, answer tokens or all; "
-        "each is asked with every scope and with traversal off. The first letter of an answer is "
-        "predicted at the question's last token, the others at answer tokens."
+        DESIGN + "and traverse question tokens, answer tokens or all; each is asked with every "
+        "scope and with traversal off. Of an answer's three letters the first is predicted at the "
+        "question's last token, the others at answer tokens."
     ),
     controls="One visit, learnt and asked; the same steps, seeds and questions.",
     amounts={"tiny": TINY, "real": REAL},

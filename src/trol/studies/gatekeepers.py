@@ -8,6 +8,7 @@ import numpy as np
 
 from trol.studies.gate_controls import ConstantWeights, RandomWeights
 from trol.studies.hop_learners import (
+    DESIGN,
     RANDOM,
     REAL,
     TINY,
@@ -85,8 +86,7 @@ STUDY = Study(
     name="gatekeepers",
     hypothesis="What a gate learns to say matters, beyond there being a second visit.",
     design=(
-        "Questions of one to three look-ups (data `hops`), decoders of one layer that learn them from "
-        "nothing: with TroL's gate, with weights drawn at random, and with a gate that keeps its "
+        DESIGN + "with TroL's gate, with weights drawn at random, and with a gate that keeps its "
         "first values. The oracle asks TroL's model four times, with constant gates of 0, 1/3, "
         "2/3 and 1, and takes the best answer by its reference."
     ),

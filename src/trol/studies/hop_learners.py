@@ -53,6 +53,12 @@ the question takes its first. One layer looks up one.
 """
 
 
+DESIGN = (
+    "Questions of one to three look-ups that wait for each other (data `hops`), decoders of one "
+    "layer, which looks up one step, that learn them from nothing "
+)
+
+
 @dataclass(frozen=True)
 class Learner:
     """One decoder of a study, and how it learns."""

@@ -4,6 +4,7 @@ from functools import partial
 
 from trol.studies.hop_learners import (
     DEEP,
+    DESIGN,
     EXPERTS,
     PLAIN,
     REAL,
@@ -54,10 +55,8 @@ STUDY = Study(
         "The second visit itself is what gains, where an answer needs more depth than there is."
     ),
     design=(
-        "Questions of one to three look-ups that wait for each other (data `hops`), decoders that "
-        "learn them from nothing and traverse from the first step on: one layer, which looks up "
-        "one step. Share of right letters of questions whose tables nobody learnt from; the same "
-        "questions for all arms."
+        DESIGN + "and traverse from the first step on. Share of right letters of questions whose "
+        "tables nobody learnt from; the same questions for all arms."
     ),
     controls=(
         "The same model with the same gates but one visit, for as many steps and for twice as "

@@ -4,6 +4,7 @@ from functools import partial
 
 from trol.policies.mixer import TrolMixer
 from trol.studies.hop_learners import (
+    DESIGN,
     REAL,
     TINY,
     TRAVERSED,
@@ -51,8 +52,7 @@ STUDY = Study(
     name="passes",
     hypothesis="A second visit gains most; further ones gain little for what they cost.",
     design=(
-        "Questions of one to three look-ups (data `hops`), decoders of one layer that learn them from "
-        "nothing with 1, 2, 3, 4 or 6 visits of each layer, and are asked with as many; those "
+        DESIGN + "with 1, 2, 3, 4 or 6 visits of each layer, and are asked with as many; those "
         "with two and three also with all the others. Cost: layer visits of a token, FLOPs."
     ),
     controls="The same steps, seeds and questions.",
