@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from transformers import Cache
@@ -25,6 +26,27 @@ sys.exit(f"imported at start-up: {heavy}" if heavy else 0)
 def test_no_heavy_import_at_start_up() -> None:
     command = [sys.executable, "-c", WITHOUT_HEAVY]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+WITHOUT_TRAINING = """
+import sys
+from trol.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    trains = {"peft", "transformers.trainer", "trol.training"} & set(sys.modules)
+    sys.exit(f"imported: {trains}" if trains else left.code)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["chat trol-tiny --question why --max-new-tokens 1", "plan trol-tiny --keep 0.5 --questions 1"],
+)
+def test_a_verb_that_does_not_train_imports_nothing_that_trains(words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TRAINING, *words.split()]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

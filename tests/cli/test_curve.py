@@ -11,8 +11,7 @@ import trol
 from cli import command
 from trol.depth import attached
 from trol.evaluation import curve as points
-from trol.evaluation import curve_methods as methods
-from trol.evaluation import timing
+from trol.evaluation import plan_search, timing
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.policies.controller import Controller
 
@@ -23,7 +22,7 @@ WORDS = "which digit is on the yellow tile? is there a 7? how many red tiles are
 def model(monkeypatch: pytest.MonkeyPatch) -> TrolForConditionalGeneration:
     """A tiny random model of four layers that every name loads, measured in a moment."""
     monkeypatch.setattr(points, "ROUNDS", 1)
-    monkeypatch.setattr(methods, "CHOSEN_BY", 2)
+    monkeypatch.setattr(plan_search, "QUESTIONS", 2)
     monkeypatch.setattr(timing.gc, "collect", lambda: 0)
     torch.manual_seed(0)
     processor = tiny_processor([WORDS])

@@ -8,28 +8,31 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import trol.training.progress
+import trol
 from cli.command import run
+from trol import progress
 from trol.data.conversations import read_template
 from trol.data.own_files import Pair
 from trol.errors import UsageError
+from trol.family import loading
 from trol.family.presets import byte_level_tokenizer, text_decoder
 
 TEXT = "What does it do? Return the sum of it.\n" * 20
 
 
 @pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch) -> tuple:
-    """A tiny model of text alone that every name opens; what was opened is counted."""
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple:
+    """A tiny model of text alone in the folder `base`; what was opened is counted."""
     tokenizer = byte_level_tokenizer([TEXT], 300)
     tokenizer.chat_template = None
     torch.manual_seed(0)
     config = text_decoder(tokenizer, hidden_size=32, layers=3, heads=2, positions=160)
     model = LlamaForCausalLM(config).eval()
-    opened: list[str] = []
-    monkeypatch.setitem(
-        vars(trol), "load_model", lambda name: opened.append(name) or (model, tokenizer)
-    )
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    opened, open_ = [], loading._open
+    monkeypatch.setattr(loading, "_open", lambda *given: opened.append(given) or open_(*given))
     return model, tokenizer, opened
 
 
@@ -92,7 +95,7 @@ def test_what_no_model_can_do_is_refused_before_one_is_opened(
 def test_progress_is_printed_in_lines_and_not_on_stdout(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trol.training.progress, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     assert run("eval", "base", "--tasks", f"text:{text}", "--window", 32, "--json") == 0
     captured = capsys.readouterr()
     windows = json.loads(captured.out)["tasks"][f"text:{text}"]["n"]

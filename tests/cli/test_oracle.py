@@ -1,6 +1,7 @@
 """`trol oracle`: from a saved model to a report, in one run or by shards, and what it refuses."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import trol
 from cli import command
 from training import standins
 from trol.cli.oracle import _router_text
+from trol.data.own_files import SPLITS
 from trol.depth import attached
 from trol.evaluation import tasks
 from trol.evaluation.items import Item
@@ -192,6 +194,24 @@ def test_a_router_that_cannot_be_is_refused_before_any_answer(
     assert run(llama, *MENU, "--router", tmp_path / "r", *given, "--out", out) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_plans_are_chosen_by_another_split_than_the_one_that_is_asked(
+    split: str, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks.TASKS["docstrings"]
+    drawn: list[str] = []
+
+    def items(count: int, seed: int, split: str = "test") -> list[Item]:
+        drawn.append(split)
+        return task.items(count, seed)
+
+    monkeypatch.setitem(tasks.TASKS, "docstrings", replace(task, items=items))
+    words = ("--task", "docstrings", "--menu", "influence:2", "--questions", 3, "--samples", 0)
+    assert run(llama, *words, "--scope", "all", "--split", split, "--out", tmp_path) == 0
+    assert len(drawn) == len(set(drawn)) == 2
+    assert split in drawn
 
 
 def test_the_default_menu_is_chosen_by_influence_from_half_of_the_layers(

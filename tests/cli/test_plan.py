@@ -131,8 +131,8 @@ def test_a_plan_file_is_read_back_whatever_the_plan(tmp_path: Path) -> None:
         ("[1, 0]", "no list of whole numbers 'visits'"),
         ('{"visits": [1, 0.5]}', "no list of whole numbers 'visits'"),
         ('{"visits": [1, 1, 0], "plan": "0-2"}', "but its visits are those of '0-1'"),
-        ('{"visits": [1], "plan": "0", "keep_first": -1}', "keep_first -1, which is no number"),
-        ('{"visits": [1], "plan": "0", "keep_first": "1"}', "keep_first '1', which is no number"),
+        ('{"visits": [1], "plan": "0", "keep_first": -1}', "plan.json is -1; give a whole"),
+        ('{"visits": [1], "plan": "0", "keep_first": "1"}', "plan.json is '1'; give a whole"),
     ],
 )
 def test_what_is_no_plan_file(content: str | None, cure: str, tmp_path: Path) -> None:

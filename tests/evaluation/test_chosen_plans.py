@@ -12,7 +12,7 @@ from trol.depth import Plan, is_attached
 from trol.errors import UsageError
 from trol.evaluation import plan_search
 from trol.evaluation.items import Item
-from trol.evaluation.plan_search import MEASURED, METHODS, chosen_plan, plan_loss, spared
+from trol.evaluation.plan_search import MEASURED, METHODS, chosen_plan, keep_first_text, plan_loss
 from trol.evaluation.store import Measurements
 from trol.family.loading import load_model
 from trol.policies.planned import STATIC, plan_keeping, static_plan
@@ -59,13 +59,13 @@ def test_greedy_takes_what_costs_least_at_each_step(model: tuple, scope: str) ->
         stays = min(combinations(stays, len(stays) - 1), key=loss)
         made = chosen_plan("greedy", *model, ITEMS, keep, scope=scope)
         assert sum(made.plan.visits) == len(stays)
-        assert made.losses[spared(first)] == pytest.approx(loss(stays), abs=1e-6)
+        assert made.losses[keep_first_text(first)] == pytest.approx(loss(stays), abs=1e-6)
         assert made.losses["full"] == pytest.approx(loss(tuple(range(LAYERS))), abs=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["answer", "question", "all"])
 @pytest.mark.parametrize("method", [one for one in METHODS if one != "draft"])
-def test_first_tokens_are_spared_where_that_is_better(
+def test_first_tokens_keep_full_depth_where_that_is_better(
     model: tuple, method: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = chosen_plan(method, *model, ITEMS, 0.6, scope=scope)
@@ -75,11 +75,11 @@ def test_first_tokens_are_spared_where_that_is_better(
         return
     tried = [0] if scope == "answer" else [0, 1]
     each = {n: plan_loss(*model, ITEMS, made.plan, scope, keep_first=n) for n in tried}
-    assert set(made.losses) == {"full", *map(spared, tried)}
+    assert set(made.losses) == {"full", *map(keep_first_text, tried)}
     for first, value in each.items():
-        assert made.losses[spared(first)] == pytest.approx(value, abs=1e-6)
+        assert made.losses[keep_first_text(first)] == pytest.approx(value, abs=1e-6)
     assert made.keep_first == min(tried, key=each.__getitem__)
-    assert made.loss == min(made.losses[spared(n)] for n in tried)
+    assert made.loss == min(made.losses[keep_first_text(n)] for n in tried)
     # The other way round, the other number is taken.
     whole = plan_search._Search.loss
 

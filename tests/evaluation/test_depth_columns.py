@@ -18,7 +18,8 @@ from trol.evaluation.depth_columns import TRACED, DepthColumns
 from trol.evaluation.items import board_items, fitted_prompts
 from trol.family.loading import load_model
 
-KEYS = {"layer_visits_per_token", "flops_per_question", "prefill_ms", "decode_ms", "questions"}
+KEYS = {"layer_visits_per_token", "flops_per_question", "prefill_ms", "decode_ms"}
+KEYS |= {"questions", "tokens"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_columns_are_what_a_trace_says(plan: str, opened: tuple[Any, Any]) -> No
     assert set(found) == KEYS
     assert found["layer_visits_per_token"] == seen.cost.layer_visits / int(seen.real.sum())
     assert found["flops_per_question"] == seen.cost.flops / 6
-    assert found["questions"] == 6
+    assert (found["questions"], found["tokens"]) == (6, int(seen.real.sum()))
     assert found["prefill_ms"] > 0
     assert found["decode_ms"] > 0
 
@@ -89,7 +90,7 @@ def test_questions_are_dealt_in_whole_batches_and_come_back_in_order(
 
     monkeypatch.setattr(sharing.distributed, "all_gather_object", gather)
     for part in parts:
-        assert sharing.together(part, count) == items
+        assert sharing.gathered(part, count) == items
 
 
 def test_two_processes_measure_what_one_measures() -> None:

@@ -118,7 +118,7 @@ def test_text_tasks_are_measured_by_their_metrics(reader: tuple) -> None:
     weighed = sum(task["by_type"][kind] * n for kind, n in task["n_by_type"].items()) / 6
     assert weighed == pytest.approx(task["metrics"]["rougeL"])
     assert 4 < task["metrics"]["loss"] < 8  # ln 300 = 5.7
-    assert result["cost"]["layer_visits"] >= 3
+    assert task["depth_columns"]["layer_visits_per_token"] >= 1
     assert set(validate(*reader, questions=3, task="docstrings")["metrics"]) == set(METRICS)
 
 

@@ -119,7 +119,7 @@ def test_nothing_is_generated_for_a_plain_text(
     )
     result = evaluate(model, tokenizer, [text], questions=3, window=32)
     hook.remove()
-    assert result["cost"]["tokens"] == 32
+    assert result["tasks"][text]["depth_columns"]["tokens"] == 32
     assert sum(read) == (3 + 1) * 32
 
 
@@ -214,7 +214,8 @@ def test_new_tokens_bound_the_answers(reader: tuple[Any, Any], chats: str) -> No
             new_tokens=most,
             progress=lambda _, done, of, heard=heard: heard.append((done, of)),
         )
-        assert result["cost"]["tokens"] <= most + 40
+        columns = result["tasks"][chats]["depth_columns"]
+        assert columns["tokens"] <= columns["questions"] * (most + 40)
         assert heard[-1] == (2, 2)
         assert len(heard) <= most
 

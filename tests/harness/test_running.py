@@ -8,7 +8,7 @@ import pytest
 from trol.errors import DataError, UsageError
 from trol.evaluation.depth_columns import DepthColumns
 from trol.harness import run, running
-from trol.harness.running import _Asking
+from trol.harness.running import _Evaluator
 
 
 class Manager:
@@ -35,8 +35,8 @@ def harness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
         values = {"exact,none": 0.5, "exact_stderr,none": 0.1, "f1,strict": 1, "alias": "boards"}
         return {"results": {task: values}, "n-samples": {task: {"effective": given["limit"]}}}
 
-    asking = _Asking(Model(), Manager(), evaluate, {})
-    monkeypatch.setattr(running, f"_{request.param.replace('-', '_')}", lambda *_, **__: asking)
+    evaluator = _Evaluator(Model(), Manager(), evaluate, {})
+    monkeypatch.setattr(running, f"_{request.param.replace('-', '_')}", lambda *_, **__: evaluator)
     monkeypatch.setattr(running, "check_harness", lambda name: None)
     monkeypatch.setattr(running, "write_tasks", lambda *_, **__: tmp_path)
     return request.param

@@ -1,5 +1,7 @@
 """What trol cannot do rightly it refuses by name, with the reason and the cure."""
 
+import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,8 +22,12 @@ from trol.depth.planes import install_planes
 from trol.depth.policy import from_settings, names, to_settings
 from trol.errors import HostError, UsageError
 from trol.host.names import CACHE
+from trol.policies.controller import Controller
+from trol.policies.exits import EarlyExit
 from trol.policies.mixer import TrolMixer
 from trol.policies.planned import Planned
+from trol.policies.random_tokens import RandomTokens
+from trol.policies.router import Router
 
 from .subjects import HOLED, NO_HOLES, POLICIES, gap, made
 
@@ -66,7 +72,7 @@ def llama():
             "unknown scope 'questions'. Did you mean 'question'",
         ),
         (lambda _: TrolMixer(training_scope="al"), "unknown scope 'al'. Did you mean 'all'"),
-        (lambda _: TrolMixer(0), "passes is 0, but a layer must be visited at least once"),
+        (lambda _: TrolMixer(0), "passes is 0; give a whole number, 1 or more"),
         (lambda _: TrolMixer(sharing="share"), "unknown sharing 'share'. Did you mean 'shared'"),
         (lambda _: TrolMixer(tau=1.0), "tau is 1.0, but must lie in [0, 1)"),
         (lambda _: TrolMixer(tau=-0.1), "tau is -0.1"),
@@ -85,6 +91,28 @@ def test_usage_errors_give_the_cure(llama, make, said: str) -> None:
     assert said in str(caught.value)
     if not trol.depth.is_attached(llama):
         assert set(vars(llama)) == before  # nothing half-attached
+
+
+WHOLE = [
+    ("passes", TrolMixer, 1),
+    ("seed", partial(RandomTokens, 0.2), 0),
+    ("visit", partial(RandomTokens, 0.2), 0),
+    ("first", EarlyExit, 0),
+    ("every", EarlyExit, 1),
+    ("after", partial(Router, ["0", "all"]), 0),
+    ("hidden", partial(Router, ["0", "all"]), 1),
+    ("hidden_layers", Controller, 0),
+    ("tokens", lambda **given: trol.speculate(torch.nn.Module(), **given).__enter__(), 1),
+]
+"""Settings that count something, what takes them, and their least values."""
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "1", None, True])
+@pytest.mark.parametrize(("name", "make", "least"), WHOLE)
+def test_counts_are_whole_numbers_and_no_bools(name: str, make, least: int, value: Any) -> None:
+    said = f"{name} is {value!r}; give a whole number, {least} or more"
+    with pytest.raises(UsageError, match=re.escape(said)):
+        make(**{name: value})
 
 
 def test_calls_that_cannot_be_right(llama) -> None:

@@ -124,7 +124,9 @@ def test_new_tokens_look_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scopes[-1] is True
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "1", None])
-def test_bad_numbers_are_refused(value: Any) -> None:
-    with pytest.raises(UsageError, match=r"keep_first is .*0 or more"):
-        Planned("0", keep_first=value)
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("value", [-1, 1.5, "1", None, True, False])
+def test_bad_numbers_are_refused(name: str, value: Any) -> None:
+    policy = KEPT[name]
+    with pytest.raises(UsageError, match=rf"keep_first is {value!r}; give a whole number, 0 or"):
+        type(policy)(**{**policy.settings(), "keep_first": value})

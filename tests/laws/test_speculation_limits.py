@@ -153,8 +153,8 @@ def test_what_cannot_be_drafted_is_refused(case: str) -> None:
     [
         ("exit@9", {}, "4 layers"),
         (Plan([1] * 6), {}, "4 layers"),
-        ("exit@1", {"tokens": 0}, "at least 1"),
-        ("exit@1", {"tokens": 1.5}, "tokens is 1.5; draft a whole number"),
+        ("exit@1", {"tokens": 0}, "1 or more"),
+        ("exit@1", {"tokens": 1.5}, "tokens is 1.5; give a whole number, 1 or more"),
         ("exit@1", {"confidence": 1.5}, "confidence"),
         ("trol_mixer", {}, "parameters"),
         ("nothing", {}, "unknown policy"),

@@ -51,7 +51,7 @@ def test_measures_by_hand() -> None:
         ({"measure": "patience", "threshold": 0.5}, "counts looks"),
         ({"measure": "patience", "threshold": 1.5}, "counts looks"),
         ({"first": -1}, "0 or more"),
-        ({"every": 0}, "before each layer"),
+        ({"every": 0}, "every is 0; give a whole number, 1 or more"),
         ({"scope": "answers"}, "Did you mean 'answer'"),
     ],
 )

@@ -11,13 +11,14 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 import trol
+from trol import progress
 from trol.cli import main
 from trol.cli.terminal import progress as progress_of
 from trol.errors import DataError, UsageError
 from trol.reports.description import write_card
 from trol.reports.training import write_run
-from trol.training import progress, resolve, run
 from trol.training import progress as watching
+from trol.training import resolve, run
 from trol.training import run as training
 from trol.training.progress import Progress
 from trol.training.trainer import GateMeans, Speed
@@ -63,7 +64,7 @@ def test_a_policy_without_gates_logs_none() -> None:
 
 def test_speed_counts_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 3.0])
-    monkeypatch.setattr(watching.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     speed = Speed()
     speed.count(60)
     speed.count(40)
@@ -118,7 +119,7 @@ def test_what_is_quick_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_many_gates_are_shown_as_heights() -> None:
     logs = {"loss": 1.0, "learning_rate": 1.0} | {f"gate/{i}": i / 8 for i in range(9)}
-    assert progress._figures(logs).endswith("gates ▁▂▃▄▅▆▇██")
+    assert watching._figures(logs).endswith("gates ▁▂▃▄▅▆▇██")
 
 
 def test_a_run_leaves_curves_a_page_and_a_card(folder: Path) -> None:

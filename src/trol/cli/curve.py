@@ -61,7 +61,7 @@ def curve(
     from trol.evaluation import curve_methods
     from trol.evaluation.curve import curve as measure_curve
     from trol.evaluation.shards import missing_text, shard_of
-    from trol.evaluation.tasks import check_tasks, default_task
+    from trol.evaluation.tasks import default_task
     from trol.reports.curve import write
 
     part = shard_of(shard)
@@ -74,14 +74,8 @@ def curve(
         scope=cast("Scope", scope),
         oracle=oracle,
     )
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
-    if names is not None:
-        check_tasks(names)
-    curve_methods.check_methods(request.methods, oracle)
     folders = listed(adapters)
-    if not folders:
-        curve_methods.check_adapters(request)
+    _check(request, names, folders)
     check_writable(out)
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
@@ -106,6 +100,20 @@ def curve(
         as_json=as_json,
         text=lambda: _text(result, page) if whole else missing_text(result["missing"]),
     )
+
+
+def _check(request: Request, names: Sequence[str] | None, folders: Sequence[str]) -> None:
+    """Raises before a model is opened for what no model can do."""
+    from trol.evaluation.curve_methods import check_adapters, check_methods
+    from trol.evaluation.tasks import check_tasks
+
+    if request.scope not in SCOPES:
+        raise unknown("scope", request.scope, SCOPES)
+    if names is not None:
+        check_tasks(names)
+    check_methods(request.methods, request.oracle)
+    if not folders:
+        check_adapters(request)
 
 
 def _kept(

@@ -101,23 +101,26 @@ def _checked(
 
 def _read_all(mixture: Mixture, model: str | None, workers: int) -> Report:
     """Reads every row; with a model, finds those too long for its positions as well."""
-    from rich.console import Console
-    from rich.progress import Progress  # the bar of `terminal` would import torch
-
     from trol.data.check import check
 
     processor = most_tokens = None
     if model is not None:
         opened, processor = models.open_model(model)
         most_tokens = opened.config.get_text_config().max_position_embeddings
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("reading rows", total=sum(len(part.index) for part in mixture.parts))
+    done, of = 0, sum(len(part.index) for part in mixture.parts)
+    with terminal.progress("reading", "row") as bar:
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            bar(done, of)
+
         return check(
             mixture,
             processor=processor,
             most_tokens=most_tokens,
             workers=workers,
-            progress=lambda rows: bars.advance(bar, rows),
+            progress=advance,
         )
 
 

@@ -141,7 +141,7 @@ def _measure_accuracy(
     scores = evaluation.evaluate(model, processor, ["boards"], questions=QUESTIONS, seed=seed)
     task = scores["tasks"]["boards"]
     result["accuracy"][arm] = {**task["by_type"], "all": task["accuracy"]}
-    result["cost"][arm] = scores["cost"]
+    result["cost"][arm] = task["depth_columns"]
     result["chance"], result["counts"] = task["chance_by_type"], task["n_by_type"]
 
 

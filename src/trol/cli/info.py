@@ -73,8 +73,8 @@ def _described(name: str) -> dict[str, Any]:
 
     model = models.open_model(name)[0] if is_trained(Path(name)) else load_host(name)
     dtype = str(model.dtype).removeprefix("torch.")
-    told = {"model": name, "folder": model.name_or_path, "weights": origin(model.name_or_path)}
-    return {**told, "dtype": dtype, **describe(model)}
+    where = {"model": name, "folder": model.name_or_path, "weights": origin(model.name_or_path)}
+    return {**where, "dtype": dtype, **describe(model)}
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -20,10 +20,20 @@ WRITE_AGAIN = "write it again with `trol plan MODEL --out FILE`."
 def open_model(
     name: str | Path, *, bits: int | None = None, chat_template: str | None = None
 ) -> tuple[Any, Any]:
-    """As `trol.training.open_model`, which is imported when it is called."""
-    from trol import training
+    """A model and its processor: as `trol.load_model`, or of a folder of adapters.
 
-    return training.open_model(name, bits=bits, chat_template=chat_template)
+    What trains models is imported for such a folder alone.
+    """
+    import trol
+    from trol.checkpoints.adapter import is_trained
+
+    settings = {"bits": bits, "chat_template": chat_template}
+    given: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
+    if is_trained(Path(name)):
+        from trol.training.opening import open_trained
+
+        return open_trained(name, **given)
+    return trol.load_model(name, **given)
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,14 @@ def read_plan(text_or_path: str) -> Plan:
 def given_plan(text_or_path: str) -> GivenPlan:
     """The plan of plan text or a plan file, with what the file says beside it."""
     from trol.depth import Plan
+    from trol.depth.policy import check_whole
 
     if _names_file(text_or_path):
         content = _read(text_or_path)
         plan = _checked(content, text_or_path)
-        return GivenPlan(plan, content.get("scope"), _keep_first(content, text_or_path))
+        first = content.get("keep_first", 0)  # 0 in files of before there were any
+        check_whole(f"keep_first of {text_or_path}", first)
+        return GivenPlan(plan, content.get("scope"), first)
     try:
         return GivenPlan(Plan(text_or_path))
     except UsageError as error:
@@ -117,14 +130,6 @@ def _checked(content: Any, path: str) -> Plan:
             f"{path} says plan {text!r}, but its visits are those of '{plan}'; {WRITE_AGAIN}"
         )
     return plan
-
-
-def _keep_first(content: Any, path: str) -> int:
-    """Its first tokens that visit every layer; 0 in files of before there were any."""
-    first = content.get("keep_first", 0)
-    if type(first) is not int or first < 0:
-        raise UsageError(f"{path} says keep_first {first!r}, which is no number; {WRITE_AGAIN}")
-    return first
 
 
 def check_plan_file(path: Path) -> None:

@@ -68,8 +68,8 @@ def oracle(
     from trol.policies.router import Router
     from trol.reports.oracle import write
 
-    part = shard_of(shard)
-    parsed(menu, partial(_read, scope=scope))
+    part, read = shard_of(shard), partial(_read, scope=scope)
+    parsed(menu, read)
     check_writable(out)
     _check(task, metric, questions, split, scope)
     if router is not None:
@@ -78,13 +78,8 @@ def oracle(
         opened, processor = models.open_model(model, chat_template=chat_template)
         task = task or default_task(processor)
         metric = _metric(task, metric)
-        levels = read_menu(
-            menu,
-            layers_of(opened),
-            seed=seed,
-            read=partial(_read, scope=scope),
-            choose=_chooser(opened, processor, task, scope=scope, seed=seed),
-        )
+        choose = _chooser(opened, processor, task, split=split, scope=scope, seed=seed)
+        levels = read_menu(menu, layers_of(opened), seed=seed, read=read, choose=choose)
         if router is not None:
             Router([level.plan for level in levels.levels], after=after).check(levels.layers)
         asked = _questions(opened, processor, task, questions, split=split, scope=scope, seed=seed)
@@ -108,15 +103,15 @@ def oracle(
 
 
 def _read(text: str, *, scope: str) -> ChosenPlan:
-    """A plan of the menu; the first tokens that a file's plan spares are those of prompts."""
+    """A plan of the menu; the first tokens that a file's plan leaves alone are those of prompts."""
     from trol.evaluation.plan_search import ChosenPlan
 
     given = models.given_plan(text)
     return ChosenPlan(given.plan, given.keep_first if scope == "all" else 0)
 
 
-def _chooser(model: Any, processor: Any, task: str, *, scope: Any, seed: int) -> Choose:
-    """Chooses plans for a menu, on validation questions."""
+def _chooser(model: Any, processor: Any, task: str, *, split: str, scope: Any, seed: int) -> Choose:
+    """Chooses plans for a menu, on other questions than those of the split that is asked."""
     from trol.evaluation.plan_search import CHOOSING, chosen_plan, items_to_choose_by
     from trol.evaluation.store import Measurements
 
@@ -125,7 +120,10 @@ def _chooser(model: Any, processor: Any, task: str, *, scope: Any, seed: int) ->
 
     def choose(method: str, share: float) -> ChosenPlan:
         if not items:
-            items.extend(items_to_choose_by(model, processor, task, seed=seed, part=CHOOSING))
+            chosen_by = items_to_choose_by(
+                model, processor, task, seed=seed, judged=split, part=CHOOSING
+            )
+            items.extend(chosen_by)
         return chosen_plan(
             method, model, processor, items, share, scope=scope, seed=seed, measured=measured
         )

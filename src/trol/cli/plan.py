@@ -68,11 +68,10 @@ def plan(
     from trol.policies.planned import STATIC
 
     about: dict[str, Any] = {"model": model, "method": method, "keep": keep}
-    measurements, items, search = None, [], {}
+    measurements, items = None, []
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
-        measures = method not in STATIC or scope != "answer"
-        if measures:
+        if method not in STATIC or scope != "answer":
             task = task or default_task(processor)
             # Of the validation split, so that a test sees none of them.
             items = items_to_choose_by(opened, processor, task, questions, seed=seed)
@@ -207,11 +206,12 @@ def _text(content: dict[str, Any], layers: int, out: Path, unit: str) -> str:
 
 
 def _losses_text(losses: dict[str, float], keep_first: int) -> str:
-    """The full model's loss, the plan's, and the plan's with another number of tokens spared."""
-    from trol.evaluation.plan_search import SPARED, spared
+    """The full model's loss, the plan's, and the plan's with another `keep_first`."""
+    from trol.evaluation.plan_search import KEEP_FIRST, keep_first_text
 
-    names = {0: "every token in scope skips", SPARED: "the first token visits every layer"}
-    known = {first: losses[spared(first)] for first in names if spared(first) in losses}
+    names = {0: "every token in scope skips", KEEP_FIRST: "the first token visits every layer"}
+    values = {first: losses.get(keep_first_text(first)) for first in names}
+    known = {first: value for first, value in values.items() if value is not None}
     parts = [f"{losses['full']:.3f} the full model"]
     if len(known) == 1:
         return f"{parts[0]}, {known[keep_first]:.3f} this plan"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from trol.training.progress import Shown
+    from trol.progress import Shown
 
 DEFAULT_MODEL = "trol-tiny"
 SCOPES = ("answer", "all")
@@ -175,7 +175,7 @@ def note(line: str) -> None:
 @contextlib.contextmanager
 def progress(name: str, unit: str = "") -> Generator[Shown]:
     """While open, a bar on stderr; call it with `(done, of)`."""
-    from trol.training.progress import Shown
+    from trol.progress import Shown
 
     bar = Shown(name, unit)
     try:

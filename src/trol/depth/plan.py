@@ -43,7 +43,7 @@ class Plan:
         else:
             given: Any = spec
             counts = list(given) if isinstance(given, Iterable) else [None]
-        if not all(isinstance(count, int) for count in [*counts, beyond]):
+        if not all(type(count) is int for count in [*counts, beyond]):
             raise UsageError(
                 f"{spec!r:.80} is no plan; write plan text, such as '0-7:2 8-23', or how often "
                 "each layer is visited, such as Plan([2, 1, 0])."

@@ -151,12 +151,7 @@ class AbstractPolicy(ABC):
         check_scope(training_scope or scope)
         if skipped_kv not in SKIPPED_KV:
             raise unknown("skipped_kv", skipped_kv, SKIPPED_KV)
-        given: Any = keep_first  # a caller's, or a file's
-        if not isinstance(given, int) or given < 0:
-            raise UsageError(
-                f"keep_first is {given!r}; give how many tokens of each sequence visit every "
-                "layer, 0 or more."
-            )
+        check_whole("keep_first", keep_first)
         self.scope = scope
         self.training_scope = training_scope or scope
         self.skipped_kv = skipped_kv
@@ -252,6 +247,12 @@ def check_share(name: str, value: float, *, below: float = 1.0) -> None:
     """Raises `UsageError` unless 0 <= value < below."""
     if not 0 <= value < below:
         raise UsageError(f"{name} is {value}, but must lie in [0, {below:g}).")
+
+
+def check_whole(name: str, value: Any, least: int = 0) -> None:
+    """Raises `UsageError` unless `value` is a whole number (no bool) from `least` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} is {value!r}; give a whole number, {least} or more.")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from trol.evaluation.answers import LOWER_IS_BETTER
 from trol.evaluation.hidden_states import layers_of
 from trol.evaluation.plan_search import CHOOSING, ChosenPlan, chosen_plan, items_to_choose_by
 from trol.evaluation.store import Measurements, OracleResult
-from trol.evaluation.tasks import task_of
 from trol.policies.exits import EarlyExit
 from trol.policies.planned import Planned, kept_count
 
@@ -33,9 +32,6 @@ METHODS = (*STATIC, *SEARCHED, EarlyExit.name, *TRAINED)
 
 ORACLE = "oracle"
 """A method that is not measured here: its curve is read from the folder of `trol oracle`."""
-
-CHOSEN_BY = 64
-"""Questions of the validation split that plans are chosen by; of plain text, `WINDOWS`."""
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Thresholds of `MEASURE` for exits that decide while running."""
@@ -177,10 +173,7 @@ def _plans(method: str, model: Any, processor: Any, task: str, request: Request)
     """
     layers, points, items = layers_of(model), [], []
     if method in SEARCHED or request.scope != "answer":
-        windows = task_of(task).windows
-        items = items_to_choose_by(
-            model, processor, task, None if windows else CHOSEN_BY, part=CHOOSING
-        )
+        items = items_to_choose_by(model, processor, task, part=CHOOSING)
     kept = Measurements()  # shares have many of them in common
     for keep in request.keeps:
         if kept_count(layers, keep) == layers:
@@ -207,7 +200,7 @@ def _plans(method: str, model: Any, processor: Any, task: str, request: Request)
 
 
 def _settings(plans: Sequence[ChosenPlan]) -> dict[str, Any]:
-    """The plan, or the plans of the seeds, and the first tokens spared, if there are any."""
+    """The plan, or the plans of the seeds, and the first tokens at full depth, if there are any."""
     texts, firsts = [str(one.plan) for one in plans], [one.keep_first for one in plans]
     settings: dict[str, Any] = {"plan": texts[0]} if len(set(texts)) == 1 else {"plans": texts}
     if any(firsts):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from trol.depth import trace
-from trol.depth.trace import Trace
 from trol.evaluation.items import positions_of
 from trol.evaluation.timing import Timing, time_generate
 
@@ -41,16 +40,12 @@ class DepthColumns:
 
     @contextmanager
     def batch(self, questions: int) -> Generator[None]:
-        """Spans the passes that answer a batch of `questions`, all of one batch size."""
+        """Spans the passes that answer or read a batch of `questions`, all of one batch size."""
         if self.questions >= TRACED or not questions:
             yield
             return
         with trace(self.model) as seen:
             yield
-        self.add(seen, questions)
-
-    def add(self, seen: Trace, questions: int) -> None:
-        """Adds what a trace saw of so many questions, or windows of text."""
         cost = seen.cost
         self.questions += questions
         self.tokens += int(seen.real.sum())
@@ -71,8 +66,8 @@ class DepthColumns:
 
         Returns:
             `{"layer_visits_per_token", "flops_per_question", "prefill_ms", "decode_ms",
-            "questions"}`: visits of all layers together by a token, prompts and answers; the last
-            is how many questions the first two are of.
+            "questions", "tokens"}`: visits of all layers together by a token, prompts and answers;
+            the last two are how many questions, and tokens in all, the first two are of.
         """
         flops = None if self.flops is None else self.flops / max(1, self.questions)
         return {
@@ -81,6 +76,7 @@ class DepthColumns:
             "prefill_ms": _median([one.prefill for one in self.timings]),
             "decode_ms": _median([one.mean_decode for one in self.timings]),
             "questions": self.questions,
+            "tokens": self.tokens,
         }
 
 

@@ -131,16 +131,11 @@ def _candidates(
     count = len(stays) - min(counts, default=1)
     of = 2 * len(counts) + measurements(len(stays), count)
     rows_of: dict[Layers, Rows] = {}
+    once, best = measured.counted(progress, of), 0.0
 
     def rows(layers: Layers, base: Layers) -> Rows:
-        name, before = " ".join(map(str, layers)), len(measured.values)
-        rows_of[layers] = measured.value(name, lambda: agreed(layers, base))
-        if len(measured.values) > before:
-            progress(min(len(measured.values), of), of)
+        rows_of[layers] = once(" ".join(map(str, layers)), lambda: agreed(layers, base))
         return rows_of[layers]
-
-    progress(min(len(measured.values), of), of)
-    best = 0.0
 
     def hopeless(layers: Layers) -> bool:
         nonlocal best

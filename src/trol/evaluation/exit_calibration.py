@@ -4,8 +4,8 @@ All thresholds are judged from one pass of the full model; the chosen one is the
 because tokens that left change later ones.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +16,7 @@ from trol.depth.policy import SKIPPED_KV, from_settings
 from trol.errors import HostError, UsageError
 from trol.evaluation.answers import StepsDone
 from trol.evaluation.calibration import check_count, check_exit_wishes, counter, p_value
-from trol.evaluation.hidden_states import BATCH, ExitOutcome, record_exits, run_exits
+from trol.evaluation.hidden_states import BATCH, ExitOutcome, ExitRecord, record_exits, run_exits
 from trol.evaluation.items import Item, fitted_prompts
 from trol.evaluation.timing import forced_traces
 from trol.policies.base import SkippedKV
@@ -46,7 +46,7 @@ class ExitCalibration:
     """For the hypothesis that the quality is below the wanted one; None where a cost is wanted."""
     tokens: int
     """Counted, in all answers."""
-    flops_share: float | None
+    flops_share: float | None = None
     """FLOPs of an answer's token, looks included, as a share of the full model's; None where they
     are not known."""
 
@@ -105,40 +105,81 @@ def calibrate_exits(
             f"scope is {policy.scope!r}, but answers are what exits are calibrated on; take "
             "scope='answer'."
         )
-    subject = (model, processor, items)
     sweep = -(-len(items) // BATCH)  # three sweeps are expected; a fourth is rare
     after_batch = counter(progress, lambda done: sweep * max(3, -(-done // sweep)))
-    record = record_exits(*subject, policy, after_batch)
+    record = record_exits(model, processor, items, policy, after_batch)
+
+    def run(exits: EarlyExit) -> ExitOutcome:
+        return run_exits(model, processor, items, exits, after_batch, words=record.words)
+
+    wish = _Wish(quality, cost, confidence)
+    chosen = _first_that_keeps(record, policy, _ways(model, policy), wish, run)
+    return replace(chosen, flops_share=flops_share(model, processor, items, chosen.policy))
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What exits are to keep: a quality, shown with a confidence, or a cost."""
+
+    quality: float | None
+    cost: float | None
+    confidence: float
+
+    def promised(self, outcomes: Sequence[ExitOutcome]) -> int:
+        """Of outcomes that the record foretells, the place of the one to run first."""
+        if self.quality is None:
+            return _best_within(outcomes, self.cost or 0.0)
+        check_count(len(outcomes[0].qualities), self.quality, self.confidence)
+        return _last_passed(outcomes, self.quality, 1 - self.confidence)
+
+    def p_value(self, ran: ExitOutcome, ways: int) -> float | None:
+        """That of the best of so many ways, which may be best by chance (Bonferroni)."""
+        if self.quality is None:
+            return None
+        return min(1.0, ways * p_value(1 - ran.qualities, 1 - self.quality))
+
+    def is_kept(self, ran: ExitOutcome, p: float | None) -> bool:
+        """Whether this run shows that it is."""
+        return ran.executed <= (self.cost or 1.0) + 1e-9 if p is None else p <= 1 - self.confidence
+
+
+def _first_that_keeps(
+    record: ExitRecord,
+    policy: EarlyExit,
+    ways: Sequence[SkippedKV],
+    wish: _Wish,
+    run: Callable[[EarlyExit], ExitOutcome],
+) -> ExitCalibration:
+    """Runs the threshold that the record promises most of, then stricter or cheaper ones.
+
+    The first is run in all `ways` of `skipped_kv`, the others in the one that kept more.
+    """
     looks = len(record.layers) - 1
     order = range(looks - 1, 0, -1) if policy.measure == "patience" else EXIT_THRESHOLDS
     outcomes = [record.outcome(threshold) for threshold in order]
-    if quality is not None:
-        check_count(len(outcomes[0].qualities), quality, confidence)
-        place: int | None = _last_passed(outcomes, quality, 1 - confidence)
-    else:
-        place = _best_within(outcomes, cost or 0.0)
-    ways, other = [way for way in SKIPPED_KV if _can_skip(model, policy, way)], None
-    tried = len(ways)
+    place: int | None = wish.promised(outcomes)
+    tried, other = len(ways), None
     while place is not None:
-        chosen = {way: with_threshold(policy, order[place], skipped_kv=way) for way in ways}
-        ran = {
-            way: run_exits(*subject, one, after_batch, words=record.words)
-            for way, one in chosen.items()
-        }
-        best = max(ways, key=lambda way: ran[way].quality)  # project where they are equal
-        other = other or next((ran[way] for way in ways if way != best), None)
-        ways, kept, p = [best], ran[best], None
-        if quality is not None:  # the better of two may be so by chance: Bonferroni
-            p = min(1.0, tried * p_value(1 - kept.qualities, 1 - quality))
-        if kept.executed <= (cost or 1.0) + 1e-9 if p is None else p <= 1 - confidence:
-            flops, tokens = flops_share(*subject, chosen[best]), record.answer.numel()
-            return ExitCalibration(chosen[best], outcomes[place], kept, other, p, tokens, flops)
+        exits = [with_threshold(policy, order[place], skipped_kv=way) for way in ways]
+        ran = [(run(one), one) for one in exits]
+        kept, chosen = max(ran, key=lambda one: one[0].quality)  # project where they are equal
+        other = other or next((one for one, _ in ran if one is not kept), None)
+        ways = [chosen.skipped_kv]
+        p = wish.p_value(kept, tried)
+        if wish.is_kept(kept, p):
+            tokens = record.answer.numel()
+            return ExitCalibration(chosen, outcomes[place], kept, other, p, tokens)
         place = _next(outcomes, place, 1 if p is None else -1)
-    wish = f"cost of {cost}" if quality is None else f"quality of {quality}"
+    wished = f"cost of {wish.cost}" if wish.quality is None else f"quality of {wish.quality}"
     raise HostError(
-        f"no threshold keeps a {wish} when tokens really leave, since later ones then see other "
+        f"no threshold keeps a {wished} when tokens really leave, since later ones then see other "
         "keys and values; ask for less, or look at later layers (first)."
     )
+
+
+def _ways(model: Any, policy: EarlyExit) -> list[SkippedKV]:
+    """The ways in which tokens that leave can be treated on this host."""
+    return [way for way in SKIPPED_KV if _can_skip(model, policy, way)]
 
 
 def _can_skip(model: Any, policy: EarlyExit, way: SkippedKV) -> bool:

@@ -23,7 +23,7 @@ from trol.errors import UsageError, unknown
 from trol.evaluation import answers
 from trol.evaluation.answers import StepsDone
 from trol.evaluation.items import BATCH, Item, fitted_prompts, tokenizer_of
-from trol.evaluation.plan_search import ChosenPlan, spared
+from trol.evaluation.plan_search import ChosenPlan, keep_first_text
 from trol.evaluation.shards import WHOLE, Shard
 from trol.evaluation.store import OracleRow, RowKey, Store, items_digest
 from trol.evaluation.tasks import SkipScope
@@ -148,7 +148,7 @@ def menu_of(plans: Sequence[Plan | ChosenPlan], layers: int) -> Menu:
     for one in plans:
         plan, first = (one, 0) if isinstance(one, Plan) else (one.plan, one.keep_first)
         visits = plan.for_layers(layers)
-        text = str(Plan(visits)) + (f", {spared(first)}" if first else "")
+        text = str(Plan(visits)) + (f", {keep_first_text(first)}" if first else "")
         levels[text] = Level(Plan(visits), text, sum(visits), first)
     if not any(_is_full(level.plan, layers) for level in levels.values()):
         raise UsageError(

@@ -7,7 +7,7 @@ measured with it and without.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from trol.evaluation.hidden_states import influences, layers_of
 from trol.evaluation.items import WHOLE, Item, Part, positions_of
 from trol.evaluation.removal import Layers, Removal, measurements
 from trol.evaluation.shared_layers import PlanLosses
-from trol.evaluation.store import Measurements
+from trol.evaluation.store import Measurements, Once
 from trol.evaluation.tasks import questions_of, task_of
 from trol.policies.planned import STATIC, Planned, kept_count, plan_keeping, static_plan
 
@@ -30,8 +30,9 @@ METHODS = (*MEASURED, *STATIC)
 """The methods of `chosen_plan`. On SmolLM2 greedy with long windows leaves least harm at a share of
 .73, influence less than greedy with short ones, and evenly spaced layers most (docs/studies.md)."""
 
-SPARED = 1
-"""First tokens of a sequence that plans are tried without: there the attention sink is."""
+KEEP_FIRST = 1
+"""First tokens of a sequence that plans leave at full depth, if that is better: there the attention
+sink is."""
 
 QUESTIONS = 64
 """Questions that a plan is chosen by, where nobody says."""
@@ -56,16 +57,16 @@ class ChosenPlan:
     """The first tokens of each sequence that visit every layer. Unit: tokens."""
     losses: dict[str, float] = field(default_factory=dict)
     """The answers' mean losses: `full` of the full model, and `keep_first=N` of the plan with N
-    first tokens spared; empty where nothing was measured. Unit: nats per token."""
+    first tokens at full depth; empty where nothing was measured. Unit: nats per token."""
 
     @property
     def loss(self) -> float | None:
         """The plan's own loss."""
-        return self.losses.get(spared(self.keep_first))
+        return self.losses.get(keep_first_text(self.keep_first))
 
 
-def spared(keep_first: int) -> str:
-    """What a loss is called with so many first tokens spared."""
+def keep_first_text(keep_first: int) -> str:
+    """What a loss is called with so many first tokens at full depth."""
     return f"keep_first={keep_first}"
 
 
@@ -76,9 +77,12 @@ def items_to_choose_by(
     count: int | None = None,
     *,
     seed: int = 0,
+    judged: str = "test",
     part: Part = WHOLE,
 ) -> list[Item]:
     """Items of a task's validation split, as many as a search takes in a few minutes if not said.
+
+    Where that is the split that the plan will be judged by, they are of the train split.
 
     Args:
         model: the model.
@@ -86,14 +90,16 @@ def items_to_choose_by(
         task: a task's name.
         count: questions, or windows of plain text, at most.
         seed: which of them.
+        judged: the split that the plan will be judged by.
         part: of the user's own file, from and to.
     """
     window = None
     if task_of(task).windows:
         window = min(WINDOW, positions_of(model) or WINDOW)
     count = count or (QUESTIONS if window is None else WINDOWS)
+    split = "train" if judged == "validation" else "validation"
     return questions_of(
-        model, processor, task, count, seed=seed, split="validation", window=window, part=part
+        model, processor, task, count, seed=seed, split=split, window=window, part=part
     )
 
 
@@ -111,8 +117,8 @@ def chosen_plan(
 ) -> ChosenPlan:
     """The plan of max(1, round(keep * L)) layers that `method` judges best on `items`.
 
-    Where first tokens are in the scope, it is tried with and without `SPARED` of them, and the
-    better one is taken; of equal ones the one without.
+    Where first tokens are in the scope, it is tried with `KEEP_FIRST` of them at full depth and
+    with none, and the better one is taken; of equal ones the one with none.
 
     Args:
         method: a static one, which measures nothing where scope is `answer`; `influence` (reads
@@ -143,13 +149,16 @@ def chosen_plan(
     if method == "draft":
         return ChosenPlan(draft_plan(*subject, keep, progress=progress, measured=measured).plan)
     steps = {"influence": 1, "greedy": measurements(layers, layers - kept)}.get(method, 0)
-    search = _Search(subject, scope, measured, progress, of=steps + 2 + (scope != "answer"))
+    of = steps + 2 + (scope != "answer")
+    search = _Search(subject, scope, measured.counted(progress, of))
     if method in STATIC:
         plan = static_plan(method, layers, keep, seed)
     else:
         find = search.by_influence if method == "influence" else search.greedily
         plan = plan_keeping(find(kept), layers)
-    return search.with_its_losses(plan)
+    chosen = search.with_its_losses(plan)
+    progress(of, of)
+    return chosen
 
 
 Subject = tuple[Any, Any, Sequence[Item]]
@@ -157,24 +166,14 @@ Subject = tuple[Any, Any, Sequence[Item]]
 
 
 class _Search:
-    """The measurements of one search, each made once."""
+    """The measurements of one search; `once` gives the value of a name, measured if it must be."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        scope: Scope,
-        measured: Measurements,
-        progress: StepsDone,
-        *,
-        of: int,
-    ) -> None:
-        self.subject, self.measured = subject, measured
+    def __init__(self, subject: Subject, scope: Scope, once: Once) -> None:
+        self.subject, self.once = subject, once
         self.scope: Scope = scope
-        self.progress, self.of = progress, of
         self.layers = layers_of(subject[0])
-        self.keep_first = 0 if scope == "answer" else SPARED
+        self.keep_first = 0 if scope == "answer" else KEEP_FIRST
         self._losses: dict[int, PlanLosses] = {}
-        progress(min(len(measured.values), of), of)
 
     def by_influence(self, kept: int) -> list[int]:
         """The layers of greatest block influence: the mean over tokens, times the worst token's.
@@ -184,7 +183,7 @@ class _Search:
         its perplexity on docstrings (1,024 tokens) by the mean, 148 by the worst token and 21 by
         both, and without 8 of them 2.64 by the mean and by both. Of equal layers the earlier stays.
         """
-        each = self._once(
+        each = self.once(
             "influences", lambda: influences(*self.subject, self.scope, keep_first=self.keep_first)
         )
         both = [one["mean"] * one["worst"] for one in each]
@@ -204,30 +203,23 @@ class _Search:
     def loss(self, plan: Plan, base: Plan, keep_first: int | None = None) -> float:
         """The loss under a plan that has its first layers in common with `base`."""
         first = self.keep_first if keep_first is None else keep_first
-        return self._once(f"{plan}, {spared(first)}", lambda: self._of(first).of(plan, base))
+        name = f"{plan}, {keep_first_text(first)}"
+        return self.once(name, lambda: self._of(first).of(plan, base))
 
     def with_its_losses(self, plan: Plan) -> ChosenPlan:
-        """The plan with its loss and the full model's, and the better number of tokens spared."""
+        """The plan with its loss and the full model's, and the better `keep_first`."""
         full = Plan([1] * self.layers)
         values = {"full": self.loss(full, full)}
         tried = sorted({0, self.keep_first})
-        values |= {spared(first): self.loss(plan, plan, first) for first in tried}
-        self.progress(self.of, self.of)
+        values |= {keep_first_text(first): self.loss(plan, plan, first) for first in tried}
         return ChosenPlan(
-            plan, min(tried, key=lambda first: (values[spared(first)], first)), values
+            plan, min(tried, key=lambda first: (values[keep_first_text(first)], first)), values
         )
 
     def _of(self, keep_first: int) -> PlanLosses:
         if keep_first not in self._losses:
             self._losses[keep_first] = PlanLosses(*self.subject, self.scope, keep_first)
         return self._losses[keep_first]
-
-    def _once(self, name: str, measure: Callable[[], Any]) -> Any:
-        before = len(self.measured.values)
-        value = self.measured.value(name, measure)
-        if len(self.measured.values) > before:
-            self.progress(min(len(self.measured.values), self.of), self.of)
-        return value
 
 
 def plan_loss(

@@ -26,7 +26,7 @@ def dealt(items: Sequence[Item]) -> list[Item]:
     return [item for at, item in enumerate(items) if at // BATCH % processes == number]
 
 
-def together(values: Sequence[Value], count: int) -> list[Value]:
+def gathered(values: Sequence[Value], count: int) -> list[Value]:
     """The values of all `count` items in their order; `values` are those of this process's items.
 
     Every process has to call it.

@@ -22,7 +22,7 @@ from typing import Any
 
 from trol.checkpoints.adapter import text_digest
 from trol.errors import DataError, UsageError, unwritable
-from trol.evaluation.answers import LOWER_IS_BETTER
+from trol.evaluation.answers import LOWER_IS_BETTER, StepsDone
 from trol.evaluation.items import Item
 from trol.evaluation.shards import WHOLE, Shard
 from trol.files import write_json
@@ -32,6 +32,9 @@ HEADER = "rows.json"
 
 RESULT = "oracle.json"
 """The file of a finished oracle's report."""
+
+Once = Callable[[str, Callable[[], Any]], Any]
+"""(name, measure) -> the value of that name, measured where it is not there yet."""
 
 RowKey = tuple[int, str, int]
 """Item, plan and sample, by which a row differs from all others of its folder."""
@@ -78,6 +81,22 @@ class Measurements:
             if self.path is not None:
                 _append_lines(self.path, [json.dumps({name: self.values[name]})])
         return self.values[name]
+
+    def counted(self, progress: StepsDone, of: int) -> Once:
+        """`value`, which calls `progress` after each measurement; it is called now as well."""
+
+        def show() -> None:
+            progress(min(len(self.values), of), of)
+
+        def value(name: str, measure: Callable[[], Any]) -> Any:
+            before = len(self.values)
+            there = self.value(name, measure)
+            if len(self.values) > before:
+                show()
+            return there
+
+        show()
+        return value
 
     def finish(self) -> None:
         """Removes the file, since its purpose is fulfilled."""

@@ -14,10 +14,9 @@ from transformers import ProcessorMixin
 from trol.data.boards import chance_by_type
 from trol.data.own_files import read_chats, read_text
 from trol.data.pairs import NAMES, check_set, is_pairs
-from trol.depth import trace
 from trol.errors import DataError, HostError, UsageError, unknown
 from trol.evaluation import sharing
-from trol.evaluation.answers import METRICS, Around, answer, answers, losses, scores
+from trol.evaluation.answers import METRICS, Around, answers, losses, scores
 from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import (
     WHOLE,
@@ -53,7 +52,7 @@ GUESSES, GUESSED = 24, 100
 """Training answers that a blind guesser tries, on so many validation questions of each type."""
 
 COSTED = 64
-"""Tokens of plain text whose cost is looked up: few, because no more is measured by it."""
+"""Tokens of plain text that depth columns are of: few, because nothing else is measured by it."""
 
 LARGEST_EXPONENT = 700.0
 """Nats per token whose perplexity still fits a float."""
@@ -247,12 +246,12 @@ def evaluate(
         progress: called as answers grow and references are read.
 
     Returns:
-        `{"tasks": {name: ...}, "cost"}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
+        `{"tasks": {name: ...}}`; of boards `{"accuracy", "n", "by_type", "n_by_type",
         "chance_by_type"}`, of text `{"metrics": {name: mean}, "metric", "n", "by_type",
         "n_by_type", "chance_by_type"}`, where types are scored by `metric`, the first one. Each
-        task has its `depth_columns` (`DepthColumns.json`). Plain text has `perplexity`,
-        `bits_per_byte`, `tokens` and `set`, a digest of what was read, as well, and its loss is
-        per token.
+        task has its `depth_columns` (`DepthColumns.json`), of plain text those of reading
+        `COSTED` tokens. Plain text has `perplexity`, `bits_per_byte`, `tokens` and `set`, a digest
+        of what was read, as well, and its loss is per token.
 
     Raises:
         UsageError: a task is unknown, or has no references for a metric.
@@ -262,13 +261,13 @@ def evaluate(
     for name in tasks:
         for metric in metrics:
             check_metric(name, metric)
-    results: dict[str, Any] = {"tasks": {}}
+    measured: dict[str, Any] = {}
     for name in tasks:
         task = task_of(name)
         task = task if new_tokens is None else replace(task, new_tokens=new_tokens)
         items = questions_of(model, processor, name, questions, seed=seed, window=window)
         columns = DepthColumns(model)
-        results["tasks"][name] = measure_task(
+        measured[name] = measure_task(
             model,
             processor,
             task,
@@ -281,15 +280,12 @@ def evaluate(
             shared=shared,
         )
         if task.windows:
-            with trace(model) as seen:
+            with columns.batch(1):
                 losses(model, processor, [replace(items[0], ids=items[0].ids[:COSTED])])
-            columns.add(seen, 1)
-            results["cost"] = {**seen.cost.json(), "tokens": int(seen.real.sum())}
         else:
             columns.time(fitted_prompts(model, processor, items[:1], task.new_tokens))
-            results["cost"] = _cost(model, processor, items[0], task.new_tokens)
-        results["tasks"][name]["depth_columns"] = columns.json()
-    return results
+        measured[name]["depth_columns"] = columns.json()
+    return {"tasks": measured}
 
 
 def validate(
@@ -383,7 +379,7 @@ def _values(
         else:
             values[metric] = scores(metric, texts, mine)
         if shared:
-            values[metric] = sharing.together(values[metric], len(items))
+            values[metric] = sharing.gathered(values[metric], len(items))
     return values
 
 
@@ -417,10 +413,3 @@ def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
         "by_type": {kind: sum(some) / len(some) for kind, some in by_type.items()},
         "n_by_type": dict(Counter(item.type for item in items)),
     }
-
-
-def _cost(model: Any, processor: Any, item: Item, new_tokens: int) -> dict[str, Any]:
-    """The cost of answering one question, and how many tokens it is."""
-    (one,) = answer(model, processor, [item], new_tokens=new_tokens, traced=True)
-    assert one.trace is not None  # it is traced
-    return {**one.trace.cost.json(), "tokens": int(one.trace.real.sum())}

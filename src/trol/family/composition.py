@@ -106,15 +106,16 @@ def _joined(preset: dict[str, Any], policy: dict[str, Any], _: Sequence[str]) ->
                 f"recipe.preset has no {part}; give a folder or hub name of a vision tower and of "
                 "a text decoder, or the name of a published size."
             )
-    source = str(preset["text"])
-    text, tokenizer = load_model(source, dtype="float32")
+    source = located(str(preset["vision"]))
+    text, tokenizer = load_model(str(preset["text"]), dtype="float32")
     if isinstance(tokenizer, ProcessorMixin):
-        raise HostError(f"{source} reads pictures already; name a text decoder, or it as host.")
+        raise HostError(
+            f"{preset['text']} reads pictures already; name a text decoder, or it as host."
+        )
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    source = located(str(preset["vision"]))
     tower = _opened_tower(source)
     pixels = _pixels(source, tower.config, preset.get("image_size"))
     config = TrolConfig(
@@ -154,8 +155,8 @@ def _pixels(source: str, config: Any, wanted: Any) -> int:
 
 def _side(size: Any) -> int | None:
     """The side of a square, which some configurations give twice."""
-    sides = {size} if isinstance(size, int) else set(size or ())
-    return sides.pop() if len(sides) == 1 else None
+    lengths = {size} if isinstance(size, int) else set(size or ())
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _at_size(config: Any, image_size: Any) -> Any:

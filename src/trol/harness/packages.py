@@ -99,13 +99,13 @@ def lacking(name: str) -> list[str]:
     for path, arguments in HARNESSES[name].assumed.items():
         module, _, rest = path.partition(":")
         try:
-            found: Any = import_module(module)
+            assumed: Any = import_module(module)
             for part in rest.split("."):
-                found = getattr(found, part)
+                assumed = getattr(assumed, part)
         except (ImportError, AttributeError) as error:
             faults.append(f"{path} is not there ({error})")
             continue
-        known = inspect.signature(found).parameters
+        known = inspect.signature(assumed).parameters
         absent = [argument for argument in arguments if argument not in known]
         if absent:
             faults.append(f"{path} takes no {', '.join(absent)}")

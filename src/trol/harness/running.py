@@ -18,7 +18,7 @@ from trol.host.chat_templates import own_template
 
 
 @dataclass(frozen=True)
-class _Asking:
+class _Evaluator:
     """A harness with its model and tasks, ready to be called."""
 
     model: Any
@@ -71,33 +71,33 @@ def run(
         places = [] if files is None else [files]
     begin = {"lm-eval": _lm_eval, "lmms-eval": _lmms_eval}[harness]
     enough = files is not None or set(tasks) <= set(LOCAL)
-    asking = begin(model, processor, [str(place) for place in places], enough=enough, out=out)
-    _check_known(tasks, asking.manager, harness)
-    measured, left_out = _measured(asking, tasks, questions)
+    evaluator = begin(model, processor, [str(place) for place in places], enough=enough, out=out)
+    _check_known(tasks, evaluator.manager, harness)
+    measured, left_out = _measured(evaluator, tasks, questions)
     if len(left_out) == len(tasks):
         raise DataError(f"there are no data for {', '.join(tasks)}: {left_out[tasks[0]]}")
     if not measured:
         return None
-    columns = asking.model.columns.json()
+    columns = evaluator.model.columns.json()
     return {"tasks": measured, "left_out": left_out, "depth_columns": columns}
 
 
 def _measured(
-    asking: _Asking, tasks: Sequence[str], questions: int | None
+    evaluator: _Evaluator, tasks: Sequence[str], questions: int | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The figures of each task, and why some are left out."""
     measured: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for task in tasks:
         try:
-            results = asking.call(
-                model=asking.model,
+            results = evaluator.call(
+                model=evaluator.model,
                 tasks=[task],
-                task_manager=asking.manager,
+                task_manager=evaluator.manager,
                 limit=questions,
                 bootstrap_iters=0,
                 log_samples=False,
-                **asking.settings,
+                **evaluator.settings,
             )
         except OSError as error:  # what the data sets' library raises where it finds nothing
             left_out[task] = " ".join(str(error).split())
@@ -108,7 +108,7 @@ def _measured(
 
 def _lm_eval(
     model: Any, processor: Any, paths: list[str], *, enough: bool, out: Path | None
-) -> _Asking:
+) -> _Evaluator:
     import lm_eval  # noqa: PLC0415 - heavy, and an extra
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
@@ -118,7 +118,7 @@ def _lm_eval(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=paths or None, include_defaults=not enough)
     chats = own_template(processor) is not None
-    return _Asking(
+    return _Evaluator(
         wrapped(model, processor),
         manager,
         lm_eval.simple_evaluate,
@@ -128,7 +128,7 @@ def _lm_eval(
 
 def _lmms_eval(
     model: Any, processor: Any, paths: list[str], *, enough: bool, out: Path | None
-) -> _Asking:
+) -> _Evaluator:
     from loguru import logger  # noqa: PLC0415 - comes with lmms-eval
 
     logger.remove()
@@ -145,7 +145,7 @@ def _lmms_eval(
         output_path=str(folder(out or cache_folder() / "harness" / "out")),
         process_with_media=False,
     )
-    return _Asking(TrolChat(model, processor), manager, simple_evaluate, {"cli_args": arguments})
+    return _Evaluator(TrolChat(model, processor), manager, simple_evaluate, {"cli_args": arguments})
 
 
 def _check_known(tasks: Sequence[str], manager: Any, harness: str) -> None:

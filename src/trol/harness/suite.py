@@ -57,8 +57,8 @@ class PublishedSet:
     def place(self) -> Path | None:
         """The folder of its files on disk, the newest of several; None where there is none."""
         kept = Path(constants.HF_HUB_CACHE) / f"datasets--{self.data.replace('/', '--')}"
-        found = [one for one in kept.glob("snapshots/*") if any(one.rglob("*.parquet"))]
-        return max(found, key=lambda one: one.stat().st_mtime, default=None)
+        snapshots = [one for one in kept.glob("snapshots/*") if any(one.rglob("*.parquet"))]
+        return max(snapshots, key=lambda one: one.stat().st_mtime, default=None)
 
     @property
     def had_by(self) -> str:

@@ -64,9 +64,9 @@ def packed_rows() -> str | None:
     model, ids = trial.tiny_model(), trial.ids(5)
     places = torch.tensor([[0, 1, 0, 1, 2]])
     with torch.no_grad():
-        together = model(ids, position_ids=places, use_cache=False).logits[:, 2:]
+        packed = model(ids, position_ids=places, use_cache=False).logits[:, 2:]
         alone = model(ids[:, 2:], use_cache=False).logits
-    if trial.difference(together, alone) > trial.tolerance(alone):
+    if trial.difference(packed, alone) > trial.tolerance(alone):
         return "a sequence that is packed behind another does not give what it gives alone"
     return None
 

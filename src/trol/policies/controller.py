@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from trol.depth import Answer, Bounds, Scope, Visit
+from trol.depth.policy import check_whole
 from trol.depth.roles import INPUT
 from trol.errors import HostError, UsageError, unknown
 from trol.host.flops import matrix_flops
@@ -150,7 +151,8 @@ class Controller(DataclassPolicy):
             raise UsageError(f"temperature is {self.temperature}, but must be above 0.")
         if self.initial is not None and not 0 < self.initial < 1:
             raise UsageError(f"initial is {self.initial}, but must lie in (0, 1).")
-        for name in ("hidden_layers", "alpha", "weight"):
+        check_whole("hidden_layers", self.hidden_layers)
+        for name in ("alpha", "weight"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; give 0 or more.")
         if self.target is not None and not 0 < self.target <= 1:

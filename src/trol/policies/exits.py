@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import Answer, Bounds, Scope, Visit
-from trol.depth.policy import check_share
+from trol.depth.policy import check_share, check_whole
 from trol.depth.roles import Context, Mask
 from trol.errors import UsageError, unknown
 from trol.host.flops import matrix_flops
@@ -154,10 +154,8 @@ class EarlyExit(DataclassPolicy):
         super().__post_init__()
         if self.measure not in MEASURES:
             raise unknown("measure", self.measure, MEASURES)
-        if self.first < 0:
-            raise UsageError(f"first is {self.first}; give the number of a layer, 0 or more.")
-        if self.every < 1:
-            raise UsageError(f"every is {self.every}; give 1 to look before each layer, or more.")
+        check_whole("first", self.first)
+        check_whole("every", self.every, 1)
         value = self.threshold
         self.thresholds = tuple(value) if isinstance(value, Sequence) else (value,)
         if not self.thresholds:

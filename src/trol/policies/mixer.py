@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import Answer, Bounds, Scope, Visit
-from trol.depth.policy import check_share, mixture
+from trol.depth.policy import check_share, check_whole, mixture
 from trol.errors import UsageError, unknown
 from trol.host.torch_internals import has_hooks, run_kernel
 from trol.policies.base import DataclassPolicy, PolicyLinear, linear, warn_if_untrained
@@ -100,11 +100,7 @@ class TrolMixer(DataclassPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.passes, int) or self.passes < 1:
-            raise UsageError(
-                f"passes is {self.passes!r}, but a layer must be visited at least once; give a "
-                "whole number from 1 on."
-            )
+        check_whole("passes", self.passes, 1)
         if self.sharing not in SHARING:
             raise unknown("sharing", self.sharing, SHARING)
         if self.initial_gate is not None and not 0 < self.initial_gate < 1:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from trol.depth import Answer, Bounds, Scope, Visit
+from trol.depth.policy import check_whole
 from trol.errors import UsageError
 from trol.policies.base import DataclassPolicy, SkippedKV
 
@@ -47,12 +48,12 @@ class RandomTokens(DataclassPolicy):
         super().__post_init__()
         if not (isinstance(self.share, int | float) and 0 <= self.share <= 1):
             raise UsageError(f"share is {self.share!r}, but must be a number in [0, 1].")
+        check_whole("seed", self.seed)
+        check_whole("visit", self.visit)
         if self.visit not in (1, 2):
             raise UsageError(
                 f"visit is {self.visit!r}; give 1 to skip layers, or 2 to repeat them."
             )
-        if not isinstance(self.seed, int):
-            raise UsageError(f"seed is {self.seed!r}, but must be a whole number.")
 
     def bounds(self, layer: int) -> Bounds:
         return Bounds(self.visit - 1, self.visit)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import Answer, Bounds, Plan, Scope, Visit
-from trol.depth.policy import check_share
+from trol.depth.policy import check_share, check_whole
 from trol.errors import UsageError
 from trol.policies.base import (
     DataclassPolicy,
@@ -116,10 +116,8 @@ class Router(DataclassPolicy):
                 f"the menu is {self.menu!r}; give a list of two plans or more, such as "
                 "['0-3', 'all']."
             )
-        if self.after < 0 or self.hidden < 1:
-            raise UsageError(
-                f"after is {self.after} and hidden is {self.hidden}; give 0 or more and 1 or more."
-            )
+        check_whole("after", self.after)
+        check_whole("hidden", self.hidden, 1)
         check_share("dial", self.dial, below=1.0 + 1e-9)
         self.menu = self.plans
 

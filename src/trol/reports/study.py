@@ -25,11 +25,11 @@ def write(results: Mapping[str, Any], out: str | Path) -> Path:
 def render(results: Mapping[str, Any]) -> str:
     """The page."""
     tables = [(t["title"], Table(t["heading"], t["rows"], [])) for t in results["tables"]]
-    values = {"verdicts": verdicts(results), "tables": tables, "run": results.get("run", {})}
+    values = {"claims": claims_table(results), "tables": tables, "run": results.get("run", {})}
     return pages.render("study.html", results=results, **values)
 
 
-def verdicts(results: Mapping[str, Any]) -> Table:
+def claims_table(results: Mapping[str, Any]) -> Table:
     """Each claim with its statistic, interval and verdict."""
     rows = [
         [claim["claim"], claim["source"], claim["statistic"], *figures(claim), claim["verdict"]]

@@ -11,7 +11,7 @@ same order as `seeds`; accuracies are shares, 0 to 1)::
      "chance": {type: float}, "counts": {type: int},
      "gates": [{"mean": [L], "low": [L], "high": [L]}],   over question tokens; 5th, 95th percentile
      "sparse": [{"points": [{"tau", "share", "accuracy", "random"}]}],
-     "cost": {arm: {name: number}},                one prompt each
+     "cost": {arm: {name: number | null}},         depth columns of `trol eval`
      "maps": [{"file": str, "caption": str}]}      beside results.json
 
 `accuracy` of arm x, seed s is a mean over types unless "all" is among its keys.

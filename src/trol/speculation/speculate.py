@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trol.depth import PolicyLike
 from trol.depth.attachment import decoding as decoding_with
-from trol.depth.policy import check_share, resolve
+from trol.depth.policy import check_share, check_whole, resolve
 from trol.errors import HostError, UsageError
 from trol.host.generation import STEPWISE, decoding, generate_output
 from trol.host.layers import find_decoder
@@ -53,10 +53,7 @@ def speculate(
             `generate`: beams, or something else that cannot be drafted.
         HostError: the model keeps a recurrent state; from `generate`: a cache that cannot be cut.
     """
-    if not isinstance(tokens, int) or tokens < 1:
-        raise UsageError(
-            f"tokens is {tokens!r}; draft a whole number, at least 1, before each verifying pass."
-        )
+    check_whole("tokens", tokens, 1)
     if confidence is not None:
         check_share("confidence", confidence)
     stats = Speculation(resolve(draft), tokens, confidence)

@@ -3,8 +3,8 @@
 Imports `evaluation`, `family` and every room below them.
 """
 
-from trol.training.opening import open_model, reopened
+from trol.training.opening import reopened
 from trol.training.recipe import Recipe, Stage, names, resolve
 from trol.training.run import run
 
-__all__ = ["Recipe", "Stage", "names", "open_model", "reopened", "resolve", "run"]
+__all__ = ["Recipe", "Stage", "names", "reopened", "resolve", "run"]

@@ -8,7 +8,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaForCausalLM
 
-import trol
 from trol.checkpoints.adapter import is_trained
 from trol.data.boards import NOTHING, WORDS
 from trol.data.conversations import read_template
@@ -73,46 +72,30 @@ def reopened(folder: str | Path) -> tuple[Any, Any]:
     return opened(resolve(folder / "recipe.yaml"), folder)
 
 
-def open_model(
-    name: str | Path,
-    *,
-    bits: int | None = None,
-    chat_template: str | None = None,
-    **settings: Any,
+def open_trained(
+    folder: str | Path, *, chat_template: str | None = None, **settings: Any
 ) -> tuple[Any, Any]:
-    """The model and its processor, in evaluation mode.
+    """As `reopened`, but in evaluation mode: what is named where a model could be.
 
     Args:
-        name: a shipped model, a folder, a hub name, or a folder of adapters that `trol train`
-            wrote, whose recipe names the host that they belong to.
-        bits: what the weights are quantised to, if given.
+        folder: adapters that `trol train` wrote.
         chat_template: a template, its text or its file, in place of the processor's own.
-        settings: further arguments of `trol.load_model`.
+        settings: none; those of `trol.load_model` stand in the recipe.
 
     Raises:
-        UsageError: `chat_template` is no template and no file of one, which is found out before
-            the model is opened; or the model has weights of its own bits or settings.
+        UsageError: settings are given, or `chat_template` is none, which is found out before the
+            model is opened.
     """
-    template = None if chat_template is None else read_template(chat_template)
-    if not is_trained(Path(name)):
-        settings |= {} if bits is None else {"bits": bits}
-        model, processor = trol.load_model(name, **settings)
-    elif bits is not None:
+    if settings:
         raise UsageError(
-            f"{name} holds adapters, which were trained on weights of the bits that its "
-            "recipe.yaml says; leave --bits out."
-        )
-    elif settings:
-        raise UsageError(
-            f"{name} holds adapters, whose recipe.yaml says how their model is opened; leave "
+            f"{folder} holds adapters, whose recipe.yaml says how their model is opened; leave "
             f"{', '.join(settings)} out."
         )
-    else:
-        model, processor = reopened(name)
-        model.eval()
+    template = None if chat_template is None else read_template(chat_template)
+    model, processor = reopened(folder)
     if template is not None:
         processor.chat_template = template
-    return model, processor
+    return model.eval(), processor
 
 
 def _first(recipe: Recipe) -> tuple[Any, Any]:
