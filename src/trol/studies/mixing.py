@@ -45,9 +45,9 @@ STUDY = Study(
     hypothesis="A gate that reads the token mixes two visits better than one that does not.",
     design=(
         "Questions of one to four look-ups (data `hops4`), decoders of two layers that learn "
-        "them from nothing. The weight of the second visit comes from a gate a layer (TroL), one gate for "
-        "all layers, a learned number a layer or for all, a number drawn for each token, or is "
-        "one half, one (second visit alone) or none (one visit)."
+        "them from nothing. The weight of the second visit comes from a gate a layer (TroL), one "
+        "gate for all layers, a learned number a layer or for all, a number drawn for each token, "
+        "or is one half, one (second visit alone) or none (one visit)."
     ),
     controls="The same steps, seeds and questions; only the weight differs.",
     amounts={"tiny": TINY_OF_TWO, "real": REAL},
