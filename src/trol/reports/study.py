@@ -36,7 +36,7 @@ def claims_table(results: Mapping[str, Any]) -> Table:
         for claim in results["claims"]
     ]
     heading = ["claim", "source", "statistic", "estimate", "95 % interval", "bound", "verdict"]
-    notes = [results["rule"], *([RANDOM] if results["size"] == "tiny" else [])]
+    notes = [results["rule"], *([RANDOM] if results["size"] == "tiny" and results["model"] else [])]
     return Table(heading, rows, notes)
 
 

@@ -109,7 +109,13 @@ def start_of(subject: Subject, seed: int) -> Path:
 
 
 def _sees(subject: Subject) -> bool:
-    return bool(subject.name) and isinstance(subject.processor, ProcessorMixin)
+    """Whether a model is named; the studies of boards make their own otherwise."""
+    if subject.name and not isinstance(subject.processor, ProcessorMixin):
+        raise HostError(
+            f"{subject.name} reads text alone, and boards are pictures; name a TroL model with "
+            "--model, or leave it out, and the study trains small ones."
+        )
+    return bool(subject.name)
 
 
 def step1(

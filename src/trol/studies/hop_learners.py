@@ -99,7 +99,7 @@ RANDOM = Learner(
 def trained(subject: Subject, learner: Learner, seed: int) -> Path:
     """The folder of the learner of this seed, which learns now if it never did."""
     amounts = subject.amounts
-    rates = HOST_RATES if subject.name else RATES
+    rates: dict[str, Any] = HOST_RATES if subject.name else RATES
     host = subject.name or str(_new_decoder(subject, learner, seed))
     has_mixers = learner.policy["policy"] != PLAIN["policy"]
     stage = Stage(
