@@ -14,8 +14,10 @@ EXAMPLES = (
     "trol study single-layers --size tiny",
     "trol study skip-or-exit --model HuggingFaceTB/SmolLM2-135M-Instruct --seeds 3",
 )
-SIZE_HELP = "real: minutes on one core; tiny: seconds, on a random model unless one is named."
-MODEL_HELP = "What is studied. Default: smollm2, of size tiny a random decoder."
+SIZE_HELP = "tiny: on a random model, or on small ones that it trains; real: takes longer."
+MODEL_HELP = (
+    "What is studied. Default: smollm2, of size tiny a random decoder; some train their own."
+)
 
 REAL_MODEL = "smollm2"
 TINY_MODEL = "random-decoder"
@@ -51,7 +53,10 @@ def study(
     part = shard_of(shard)
     check_writable(out)
     with terminal.quiet_libraries():
-        results = [_run(one, model, size, seeds=seeds, part=part, out=out) for one in chosen]
+        results = []
+        for one in chosen:
+            named = model if one.pretrained or len(chosen) == 1 else None
+            results.append(_run(one, named, size, seeds=seeds, part=part, out=out))
     texts = map(_text, results)
     terminal.report({"results": results}, as_json=as_json, text=lambda: "\n\n".join(texts))
 

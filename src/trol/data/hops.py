@@ -2,9 +2,10 @@
 
     ab bd ca de ec : 3 steps from a c        d b
 
-A word of two letters leads from the first to the second; every letter leads to exactly one other
-place and is led to once (a permutation, drawn anew for each question). A layer looks up one step,
-so a question of k steps takes about k visits of layers in a row: depth that no width replaces.
+A word of two letters leads from the first to the second; every letter leads to one letter and is
+led to by one (a permutation, drawn anew for each question). A layer's attention looks up one step,
+so k steps take k visits in a row. There is another way, which small tables allow: to gather all
+words in one state, and to have the MLP know what any table answers.
 """
 
 import random

@@ -48,14 +48,14 @@ TINY_OF_TWO = {**TINY, "most": 4, "layers": 2, "steps": 2400}
 REAL = {"most": 4, "layers": 2, "width": 384, "batch": 256, "steps": 6000, "questions": 1200}
 """Decoders of .05 and of 3.6 million parameters; the second wants a GPU.
 
-Two layers look up three steps in a row, not two: the table's own words look up the next step while
-the question takes its first. One layer looks up one.
+Two layers can look up three steps in a row, not two: the table's own words look up the next step
+while the question takes its first. One layer looks up one.
 """
 
 
 DESIGN = (
     "Questions of one to three look-ups that wait for each other (data `hops`), decoders of one "
-    "layer, which looks up one step, that learn them from nothing "
+    "layer, whose attention looks up one step, that learn them from nothing "
 )
 
 
