@@ -14,7 +14,7 @@ STUDIES = (
     "tuned-skip-or-exit",
     "influence-or-greedy",
     "untrained-traversal",
-    "gates-alone",
+    "real",
     "oracle",
     "confident-exits",
     "drafts",
