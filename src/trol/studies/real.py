@@ -63,12 +63,18 @@ def _width(subject: Subject) -> int:
     return subject.model.config.get_text_config().hidden_size
 
 
+def _of_rank_one(subject: Subject) -> dict[str, int]:
+    """The parameters of an update of rank 1 of each linear map."""
+    maps: dict[str, Any] = linear_maps(subject.model)
+    return {name: sum(one.weight.shape) for name, one in maps.items()}
+
+
 def _few_maps(subject: Subject) -> dict[str, int]:
     """Maps, and parameters of an update of rank 1 on each, which are about as many as the gates'.
 
     They are the smallest map of a layer (one such: values), in evenly spaced layers.
     """
-    sizes = {name: sum(one.weight.shape) for name, one in linear_maps(subject.model).items()}
+    sizes = _of_rank_one(subject)
     kinds = {name.partition(".")[2]: size for name, size in sizes.items()}
     kind = min(kinds, key=lambda name: (kinds[name], name.rpartition(".")[2] != "v_proj", name))
     count = min(subject.layers, round(subject.layers * (_width(subject) + 1) / kinds[kind]))
@@ -89,14 +95,12 @@ def _steps(subject: Subject, way: _Way) -> int:
 
 
 def _sizes(subject: Subject, _: object) -> dict[str, dict[str, float]]:
-    maps = linear_maps(subject.model).values()
     found = {}
     for name, way in WAYS.items():
         twice = _twice(subject, way.visits)
-        full = way.rank * sum(sum(one.weight.shape) for one in maps)
-        updates = sum(_few_maps(subject).values()) if way.few else full
+        maps = _few_maps(subject) if way.few else _of_rank_one(subject)
         found[name] = {
-            "parameters": len(twice) * (_width(subject) + 1) + updates,
+            "parameters": len(twice) * (_width(subject) + 1) + way.rank * sum(maps.values()),
             "steps": _steps(subject, way),
             "compute": round(_steps(subject, way) * _compute(subject, twice), 1),
         }
