@@ -76,7 +76,7 @@ STUDY = Study(
     ),
     amounts={
         "tiny": {"questions": 6, "steps": 2, "batch": 2, "rate": 1e-3},
-        "real": {"questions": 60, "steps": 24, "batch": 4, "rate": 1e-3},
+        "real": {"questions": 100, "steps": 40, "batch": 4, "rate": 3e-3},
     },
     arms=_arms,
     claims=(
