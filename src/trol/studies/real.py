@@ -116,7 +116,8 @@ def _learns(subject: Subject, way: _Way) -> tuple[dict[str, Any], dict[str, Any]
         tau = [0.0 if layer in twice else None for layer in range(subject.layers)]
         policy = {"policy": "trol_mixer", "scope": "all", "keep_first": 1, "tau": tau}
         stage["train"] += ("mixers",)
-        stage["mixer_learning_rate"] = subject.amounts["gate_rate"]
+        rate = "gate_rate_with_lora" if way.rank else "gate_rate"
+        stage["mixer_learning_rate"] = subject.amounts[rate]
     if way.rank:
         stage["train"] += ("decoder",)
         stage |= {"lora": way.rank, "learning_rate": subject.amounts["rate"]}
@@ -206,9 +207,9 @@ STUDY = Study(
         "layers and head, so 1.8 times the steps where all layers are visited twice. All arms of a "
         "seed learn from the same questions in the same order. Weights are rounded to bfloat16 in "
         "all arms, and losses measured in float32. Rates were chosen before, by 24 validation "
-        "answers after 12 steps: of gates alone among four, of few parameters and of LoRA of rank "
-        "8 among three each. One seed's interval is over answers alone: how much another training "
-        "run would differ is in it only where there are several."
+        "answers after 12 steps: of gates alone and with LoRA among four, of few parameters and of "
+        "LoRA of rank 8 among three each. One seed's interval is over answers alone: how much "
+        "another training run would differ is in it only where there are several."
     ),
     amounts={
         "tiny": {
@@ -218,6 +219,7 @@ STUDY = Study(
             "rate": 1e-3,
             "few_rate": 1e-3,
             "gate_rate": 3e-4,
+            "gate_rate_with_lora": 1e-4,
         },
         "real": {
             "questions": 100,
@@ -226,6 +228,7 @@ STUDY = Study(
             "rate": 3e-3,
             "few_rate": 3e-2,
             "gate_rate": 3e-3,
+            "gate_rate_with_lora": 1e-4,
         },
     },
     arms=_arms,
