@@ -240,7 +240,7 @@ STUDY = Study(
             BEFORE,
         ),
         _lower(
-            "They lower it more than LoRA of as many parameters does in as many steps",
+            "Gates alone lower it more than LoRA of as many parameters does in as many steps",
             WORTH,
             GATES,
             AS_MANY,
@@ -252,7 +252,7 @@ STUDY = Study(
             LORA,
         ),
         _lower(
-            "It does so beside LoRA alone with as much compute",
+            "With LoRA, traversing all layers lowers it more than LoRA alone with as much compute",
             WORTH,
             BOTH,
             AS_LONG,
@@ -265,7 +265,8 @@ STUDY = Study(
             LORA,
         ),
         _lower(
-            "The middle layers do so beside LoRA alone with as much compute",
+            "With LoRA, traversing the middle layers lowers it more than LoRA alone with as much "
+            "compute",
             WORTH,
             MIDDLE,
             AS_LONG_AS_MIDDLE,
