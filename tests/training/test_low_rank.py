@@ -8,7 +8,7 @@ import trol
 from hosts import HOSTS
 from trol.errors import HostError, UsageError
 from trol.host.trainer import checkpoint_activations
-from trol.training.adapters import finished, learner_of, low_rank, merged
+from trol.training.adapters import finished, learner_of, linear_maps, low_rank, merged
 from trol.training.recipe import Stage
 from trol.training.trainable import part_of
 
@@ -155,8 +155,42 @@ def test_updates_that_cannot_be_merged_stay() -> None:
 def test_a_later_stage_goes_on_with_the_same_updates_or_is_refused() -> None:
     learner = low_rank(trol.attach(HOSTS["llama"].build(), "trol_mixer"), 2)
     assert low_rank(learner, 2) is learner
-    with pytest.raises(UsageError, match="the stage wants"):
+    with pytest.raises(UsageError, match=r"with {'lora': 2, .*the stage wants {'lora': 4"):
         low_rank(learner, 4)
+    some = {"targets": ["q_proj"]}
+    with pytest.raises(UsageError, match=r"the stage wants {'maps': .*q_proj"):
+        low_rank(learner, 2, **some)
+    learner = low_rank(trol.attach(HOSTS["llama"].build(), "trol_mixer"), 2, **some)
+    assert low_rank(learner, 2, **some) is learner
+
+
+TARGETS = {
+    "llama": ["v_proj", "1.mlp.down_proj"],
+    "gpt2": ["c_attn", "0.mlp.c_proj"],
+    "llava": ["self_attn.o_proj", "1.self_attn.q_proj"],
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_updates_are_on_the_targets_and_on_nothing_else(name: str) -> None:
+    model = trol.attach(HOSTS[name].build(), "trol_mixer")
+    settings = {"lora": 1, "lora_targets": tuple(TARGETS[name])}
+    learner = learner_of(model, stage("decoder", **settings))
+    learning = [n for n, p in learner.named_parameters() if p.requires_grad]
+    updated = {n.partition(".layers.")[2] or n.partition(".h.")[2] for n in learning}
+    everywhere, one = TARGETS[name]
+    layers = {n.partition(".")[0] for n in linear_maps(learner.get_base_model())}
+    found = {n.partition(".lora_")[0] for n in updated}
+    assert one in found
+    assert {n.partition(".")[0] for n in found if n.endswith(f".{everywhere}")} == layers
+    assert len(found) == len(layers) + 1
+    assert len(learning) == 2 * len(found)
+
+
+def test_a_target_that_is_no_map_is_told_with_what_there_is() -> None:
+    model = trol.attach(HOSTS["llama"].build(), "trol_mixer")
+    with pytest.raises(UsageError, match=r"'v_prj'\. Did you mean 'v_proj'"):
+        low_rank(model, 2, targets=["q_proj", "v_prj"])
 
 
 def test_a_detached_model_counts_no_visits() -> None:

@@ -65,6 +65,7 @@ def test_overrides_reach_into_stages_and_policy() -> None:
         ("stages.step1.accumulate=5", "give a multiple"),
         ("stages.step1.lora_alpha=8", "lora is 0; give a rank"),
         ("stages.step1.per_visit=true", "lora is 0; give a rank"),
+        ("stages.step1.lora_targets=[q_proj]", "lora is 0; give a rank"),
         ("stages.step1.data=trol-2.27", "Did you mean 'trol-2.27m'"),
         ("stages.step1.data=chat.txt", "unknown stages.step1.data"),
         ("bits=4", "8 bits|4 bits and cannot learn"),

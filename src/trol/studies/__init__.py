@@ -20,7 +20,7 @@ STUDIES = (
     "tuned-skip-or-exit",
     "influence-or-greedy",
     "untrained-traversal",
-    "gates-alone",
+    "real",
     "oracle",
     "confident-exits",
     "drafts",

@@ -20,7 +20,7 @@ from trol.checkpoints import adapter
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import Plain
 from trol.depth.stack import LayerMixin
-from trol.errors import AdapterError, HostError, UsageError
+from trol.errors import AdapterError, HostError, UsageError, unknown
 from trol.host.classes import Specialised, lora_b_maps, restore, specialise
 from trol.host.layers import LINEAR, find_decoder, layer_list
 from trol.host.torch_internals import CompileableContextVar
@@ -91,8 +91,15 @@ def only_again(learner: nn.Module) -> None:
         specialise(update, UpdateAgain)
 
 
-def low_rank(model: Any, rank: int, alpha: int = 0, *, per_visit: bool = False) -> Any:
-    """The model with updates of rank `rank` on every linear map of its decoder's layers.
+def low_rank(
+    model: Any,
+    rank: int,
+    alpha: int = 0,
+    *,
+    per_visit: bool = False,
+    targets: Collection[str] = (),
+) -> Any:
+    """The model with updates of rank `rank` on linear maps of its decoder's layers.
 
         W x + (alpha / rank) B A x          and in visits r > 1, with `per_visit`,
         W x + (alpha / rank) (B A + B' A') x
@@ -101,15 +108,22 @@ def low_rank(model: Any, rank: int, alpha: int = 0, *, per_visit: bool = False) 
     parameters get no update: they learn whole, as the projector does. Updates that the model
     carries already go on learning.
 
+    Args:
+        model: the host, its policy attached.
+        rank: of each update.
+        alpha: scales updates by alpha / rank.
+        per_visit: whether second visits have an update of their own.
+        targets: which maps, by the end of their names (`v_proj`, `3.mlp.down_proj`); all if none.
+
     Raises:
         HostError: the decoder has no linear map that can be updated.
-        UsageError: the model carries updates of another form.
+        UsageError: it has none of a target's name, or carries updates of another form.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha or rank)
+    config.target_modules, config.fan_in_fan_out = _targets(model, targets)
     if isinstance(model, PeftModel):
         _check_same(model, config, per_visit=per_visit)
         return model
-    config.target_modules, config.fan_in_fan_out = _targets(model)
     try:
         learner: Any = get_peft_model(model, config)
     except ValueError as error:  # a kind of linear map that PEFT does not know
@@ -145,31 +159,59 @@ def merged(learner: Any) -> Any:
     return learner.merge_and_unload()
 
 
-def _targets(model: Any) -> tuple[str, bool]:
-    """A regular expression for the linear maps inside layers; whether they are transposed."""
-    layers = layer_list(find_decoder(model))
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    maps = {
-        name.partition(".")[2]: module
-        for name, module in (layers or nn.ModuleList()).named_modules()
-        if isinstance(module, LINEAR) and not set(name.split(".")) & set(WITHOUT_UPDATE)
+def linear_maps(model: Any) -> dict[str, nn.Module]:
+    """The linear maps that updates can be put on, by their names in the list of layers.
+
+    `3.self_attn.v_proj` is one of layer 3; it keeps its name when it carries an update.
+    """
+    layers = layer_list(find_decoder(model)) or nn.ModuleList()
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in layers.named_modules()
+        if isinstance(module, LINEAR)
+        and not set(name.split(".")) & set(WITHOUT_UPDATE)
+        and "lora_" not in name
     }
+
+
+def _targets(model: Any, only: Collection[str]) -> tuple[str, bool]:
+    """A regular expression for the linear maps inside layers; whether they are transposed."""
+    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = layer_list(find_decoder(host))
+    prefix = next(name for name, module in host.named_modules() if module is layers)
+    maps = linear_maps(host)
     if not maps:
         raise HostError(
-            f"the layers of {type(model).__name__} have no linear map that low-rank updates can "
+            f"the layers of {type(host).__name__} have no linear map that low-rank updates can "
             "be put on; train with lora=0."
         )
-    names = "|".join(re.escape(name) for name in sorted(maps))
+    kinds = sorted({name.partition(".")[2] for name in maps})
+    pattern = rf"\d+\.(?:{'|'.join(map(re.escape, kinds))})"
+    if only:
+        ends = {*kinds, *(kind.rpartition(".")[2] for kind in kinds)}
+        for end in only:
+            if not any(_ends(name, end) for name in maps):
+                raise unknown("target of low-rank updates", end, ends)
+        maps = {n: m for n, m in maps.items() if any(_ends(n, end) for end in only)}
+        pattern = rf"(?:{'|'.join(map(re.escape, maps))})"
     transposed = not any(isinstance(module, nn.Linear) for module in maps.values())
-    return rf"{re.escape(prefix)}\.\d+\.(?:{names})", transposed
+    return rf"{re.escape(prefix)}\.{pattern}", transposed
+
+
+def _ends(name: str, end: str) -> bool:
+    """Whether a dotted name is `end`, or ends in it behind a dot."""
+    return f".{name}".endswith(f".{end}")
 
 
 def _check_same(learner: PeftModel, wanted: LoraConfig, *, per_visit: bool) -> None:
     config: Any = learner.peft_config[ADAPTER]
     again = has_visit_updates(learner)
-    has = {"lora": config.r, "lora_alpha": config.lora_alpha, "per_visit": again}
-    wants = {"lora": wanted.r, "lora_alpha": wanted.lora_alpha, "per_visit": per_visit}
-    if has != wants:
+    has, wants = (
+        {"lora": one.r, "lora_alpha": one.lora_alpha, "per_visit": own, "maps": one.target_modules}
+        for one, own in ((config, again), (wanted, per_visit))
+    )
+    if differing := [key for key in has if has[key] != wants[key]]:
+        has, wants = ({key: one[key] for key in differing} for one in (has, wants))
         raise UsageError(
             f"the model carries low-rank updates with {has}, the stage wants {wants}; give the "
             "stage the same settings, or merge the updates first."
@@ -185,7 +227,8 @@ def learner_of(model: Any, stage: Stage) -> Any:
     """
     learner = model
     if stage.lora:
-        learner = low_rank(model, stage.lora, stage.lora_alpha, per_visit=stage.per_visit)
+        form = {"per_visit": stage.per_visit, "targets": stage.lora_targets}
+        learner = low_rank(model, stage.lora, stage.lora_alpha, **form)
     let_gradients_through(learner)
     set_trainable(learner, stage.train, low_rank=isinstance(learner, PeftModel))
     if stage.traverse:

@@ -91,6 +91,9 @@ class Stage:
     """Rank of low-rank updates that learn in place of the decoder's own matrices; 0 for none."""
     lora_alpha: int = setting(0, bounds=(0, 65536))
     """Updates are scaled by lora_alpha / lora; 0 for lora_alpha = lora."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear maps that get updates, by the end of their names: `[q_proj, v_proj]`, or
+    `[3.mlp.up_proj]` for that of layer 3 alone; none for all."""
     per_visit: bool = False
     """Whether second and later visits have a low-rank update of their own beside the first's."""
     merge: bool = True
@@ -271,7 +274,7 @@ def _check_parts(where: str, stage: Stage, recipe: Recipe) -> None:
             f"{where} trains mixers, but a router decides by 0 and 1 and gets no gradient; train "
             "it on an oracle's rows (trol.training.routing), and take mixers out of `train`."
         )
-    if (stage.per_visit or stage.lora_alpha) and not stage.lora:
+    if (stage.per_visit or stage.lora_alpha or stage.lora_targets) and not stage.lora:
         raise UsageError(f"{where} has settings of low-rank updates, but lora is 0; give a rank.")
     if recipe.bits and not stage.lora and "decoder" in stage.train:
         raise UsageError(
