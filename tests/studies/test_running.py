@@ -1,7 +1,6 @@
 """The runner keeps what it measured and refuses another recipe; the rule gives each verdict."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,16 @@ import numpy as np
 import pytest
 
 from cli.command import run as command
+from trol.checkpoints.adapter import text_digest
 from trol.errors import UsageError
 from trol.reports.study import figures
-from trol.studies import STUDIES, study_of
+from trol.studies import STUDIES, hop_learners, study_of
+from trol.studies.learning import kept
 from trol.studies.running import run
 from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
 from trol.studies.subject import Subject, make_tiny
+from trol.training import Recipe
+from trol.training import run as train
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ BOARDS = {
     "boards": 48,
     "questions": 9,
 }
-HOPS = {"steps": 2, "batch": 4, "questions": 9, "width": 16}
+HOPS = {"questions": 24, "width": 16}
 SHORT = dict.fromkeys(("steps", "alignment", "data"), BOARDS)
 """Studies that train for minutes at tiny size -> amounts that take seconds; of others `HOPS`."""
 
@@ -95,21 +98,21 @@ def test_a_shard_measures_what_it_needs(host: str, tmp_path: Path) -> None:
     assert asked == ["a", "c"]
 
 
-CHANGES: dict[str, Callable[[Subject], Subject]] = {
-    "amounts": lambda s: Subject(s.name, {**AMOUNTS, "windows": 3}, 1, s.folder),
-    "seeds": lambda s: Subject(s.name, AMOUNTS, 2, s.folder),
-}
+def test_more_seeds_go_on_from_fewer(host: str, tmp_path: Path) -> None:
+    asked: list[str] = []
+    run(counting(asked), Subject(host, AMOUNTS, 1, tmp_path))
+    assert run(counting(asked), Subject(host, AMOUNTS, 2, tmp_path)) is not None
+    assert asked == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("what", [*CHANGES, "weights"])
+@pytest.mark.parametrize("what", ["amounts", "weights"])
 def test_a_changed_recipe_is_refused(what: str, host: str, tmp_path: Path) -> None:
     subject = Subject(host, AMOUNTS, 1, tmp_path)
     run(counting([]), subject)
+    amounts = {**AMOUNTS, "windows": 3} if what == "amounts" else AMOUNTS
+    other = Subject(host, amounts, 1, tmp_path)
     if what == "weights":
-        other = Subject(host, AMOUNTS, 1, tmp_path)
         other.model.model.norm.weight.data += 1
-    else:
-        other = CHANGES[what](subject)
     with pytest.raises(UsageError, match=what):
         run(counting([]), other)
 
@@ -159,6 +162,12 @@ def test_pairing_takes_the_spread_of_units_away() -> None:
     assert (seeds.low, seeds.value, seeds.high) == pytest.approx((0.1, 0.2, 0.3))
 
 
+def unlearnt(subject: Subject, label: str, recipe: Recipe) -> Path:
+    """What `learnt` gives, but for the learning."""
+    name = f"{label}-{recipe.seed}-{text_digest(recipe.yaml())[:12]}"
+    return kept(subject, name, lambda into: train(recipe, into, only=()))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all studies, as the command has it: they share what they train."""
@@ -166,7 +175,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_each_study_runs_at_tiny_size(name: str, host: str, place: Path) -> None:
+def test_each_study_runs_at_tiny_size(
+    name: str, host: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hop_learners, "learnt", unlearnt)  # test_hops.py and test_boards.py train
     study = study_of(name)
     assert study.name == name
     amounts = study.amounts["tiny"]
