@@ -84,7 +84,8 @@ def _agreement(evidence: Evidence) -> Estimate:
 
     def statistic(seeds: np.ndarray) -> float:
         rows = gates[seeds].ravel(), changes[seeds].ravel()
-        return float(np.corrcoef(*rows)[0, 1])
+        varies = all(np.ptp(row) > 0 for row in rows)
+        return float(np.corrcoef(*rows)[0, 1]) if varies else float("nan")
 
     return resampled(statistic, evidence.seeds)
 
