@@ -7,6 +7,7 @@ from trol.depth import Scope
 from trol.policies.mixer import TrolMixer
 from trol.studies.hop_learners import (
     DESIGN,
+    ONE_VISIT,
     REAL,
     TINY,
     TROL,
@@ -33,11 +34,10 @@ LEARNERS = {
     for scope in SCOPES
 }
 OFF = "nothing"
-ALONE = Learner(WITHOUT, {**TROL, "passes": 1})
 
 
 def _arms(subject: Subject) -> list[Arm]:
-    arms = arms_of(subject, [ALONE, *LEARNERS.values()])
+    arms = arms_of(subject, [ONE_VISIT, *LEARNERS.values()])
     for learnt, learner in LEARNERS.items():
         others = {_name(learnt, s): TrolMixer(scope=s) for s in SCOPES if s != learnt}
         arms += asked_under(subject, learner, {**others, _name(learnt, OFF): "plain"})

@@ -9,11 +9,13 @@ import numpy as np
 from trol.studies.gate_controls import ConstantWeights, RandomWeights
 from trol.studies.hop_learners import (
     DESIGN,
+    ONE_VISIT,
     RANDOM,
     REAL,
     TINY,
     TRAVERSED,
     TROL,
+    TWO_VISITS,
     WITHOUT,
     Learner,
     answered,
@@ -31,12 +33,11 @@ FROZEN, ORACLE, BEST_OF_RANDOM = "frozen gate", "oracle gate", "best of four ran
 WEIGHTS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Gates that the oracle chooses among for each question, for all tokens and layers."""
 
-TROL_LEARNER = Learner(TRAVERSED)
 LEARNERS = (
-    TROL_LEARNER,
+    TWO_VISITS,
     RANDOM,
     Learner(FROZEN, {**TROL, "initial_gate": None}, train=("decoder",)),
-    Learner(WITHOUT, {**TROL, "passes": 1}),
+    ONE_VISIT,
 )
 
 
@@ -51,13 +52,13 @@ def _best(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _oracle(subject: Subject, seed: int, _: object) -> dict[str, Any]:
-    model, processor = opened(subject, TROL_LEARNER, seed)
+    model, processor = opened(subject, TWO_VISITS, seed)
     ways = [ConstantWeights(weight, scope="all") for weight in WEIGHTS]
     return _best([answered(subject, model, processor, way) for way in ways])
 
 
 def _best_of_random(subject: Subject, seed: int, _: object) -> dict[str, Any]:
-    model, processor = opened(subject, TROL_LEARNER, seed)
+    model, processor = opened(subject, TWO_VISITS, seed)
     way = RandomWeights(scope="all")
     draws = range(len(WEIGHTS))
     return _best([answered(subject, model, processor, way, draw=draw) for draw in draws])

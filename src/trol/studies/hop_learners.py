@@ -31,7 +31,7 @@ TROL = {"policy": "trol_mixer", "passes": 2, "scope": "all", "initial_gate": 0.5
 PLAIN = {"policy": "plain"}
 
 TRAVERSED, WITHOUT = "TroL", "one visit"
-"""Names of the two learners that studies share: `TROL`, and the same with one visit."""
+"""Names of learners that studies share."""
 
 RATES = {"learning_rate": 2e-3, "mixer_learning_rate": 1e-4, "muon": 0.012}
 """Of decoders that learn from nothing, chosen on seed 0 by how soon two hops are learnt; faster
@@ -80,6 +80,10 @@ class Learner:
     def is_twin(self) -> bool:
         """Whether it is a decoder of another form, which no named model can be made to have."""
         return (self.layers, self.width, self.experts) != (1, 1.0, 0)
+
+
+TWO_VISITS, ONE_VISIT = Learner(TRAVERSED), Learner(WITHOUT, {**TROL, "passes": 1})
+"""The two that studies share; the second has the same parameters, gates that nothing reads."""
 
 
 def constant(name: str, weight: float) -> Learner:

@@ -4,11 +4,13 @@ from functools import partial
 
 from trol.studies.gate_controls import LearnedWeights
 from trol.studies.hop_learners import (
+    ONE_VISIT,
     RANDOM,
     REAL,
     TINY_OF_TWO,
     TRAVERSED,
     TROL,
+    TWO_VISITS,
     WITHOUT,
     Learner,
     arms_of,
@@ -23,14 +25,14 @@ SHARED, BY_LAYER, LEARNED = "one gate for all layers", "a number a layer", "one 
 UNIFORM, SECOND = "one half", "second visit alone"
 
 LEARNERS = (
-    Learner(TRAVERSED),
+    TWO_VISITS,
     Learner(SHARED, {**TROL, "sharing": "shared"}),
     Learner(BY_LAYER, {"policy": LearnedWeights.name, "scope": "all"}),
     Learner(LEARNED, {"policy": LearnedWeights.name, "sharing": "shared", "scope": "all"}),
     RANDOM,
     constant(UNIFORM, 0.5),
     constant(SECOND, 1.0),
-    Learner(WITHOUT, {**TROL, "passes": 1}),
+    ONE_VISIT,
 )
 
 
