@@ -179,6 +179,11 @@ def test_a_short_text_is_one_short_window_and_few_windows_are_drawn(
         ("chat:FILE.jsonl", None, "there is no"),
         ("chat:FILE.jsonl", b'{"a": 1}\n', "give messages, or prompt and reference"),
         ("chat:FILE.jsonl", b'{"prompt": "a", "reference": ""}\n', "assistant says nothing"),
+        (
+            "chat:FILE.jsonl",
+            b"\n\nnone\n",
+            "line 3: broken JSON .*character 1 of the row",
+        ),
         ("alpaca:FILE", None, "there is no"),
         ("FILE", b"a", "Did you mean text:"),
         ("texts:FILE", b"a", "unknown task"),
@@ -214,8 +219,9 @@ def test_the_last_answer_of_a_chat_is_the_reference(reader: tuple[Any, Any], cha
 
 def test_damaged_rows_are_left_out_and_named(reader: tuple[Any, Any], chats: str) -> None:
     path = Path(chats.partition(":")[2])
-    path.write_text(path.read_text() + '{"prompt": "a"}\nnone\n')
-    with pytest.warns(UserWarning, match="1 wrong_format, 1 broken_row"):
+    path.write_text(path.read_text() + '{"prompt": "a"}\n\nnone\n')
+    told = r"1 wrong_format \(line 3\), 1 broken_row \(line 5\); 2 sound ones are used"
+    with pytest.warns(UserWarning, match=told):
         assert len(questions_of(*reader, chats, 9, seed=0)) == 2
 
 
