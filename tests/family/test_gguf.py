@@ -49,6 +49,24 @@ def test_it_opens_with_its_full_weights_by_each_of_its_names(file: Path, model: 
             assert opened.generation_config.eos_token_id == 2
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "F16", "F32"])
+def test_what_its_weights_were_is_said(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own name and by its folder's, and of a folder made of it no more."""
+    file = written(tmp_path / "file" / "x.gguf", kind=kind)
+    bits = int(kind[1:].partition("_")[0])
+    for name in (file, file.parent):
+        assert run("info", name, "--json") == 0
+        said = json.loads(capsys.readouterr().out)["weights"]
+        assert said.startswith(f"{bits}-bit ({kind} ")
+        assert ("widened to float32" in said) == (bits < 16)
+        assert said.endswith("; x.gguf")
+    assert run("export", file, tmp_path / "made", "--plan", "all", "--unmeasured") == 0
+    assert run("info", tmp_path / "made", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights"] == "as they lie there"
+
+
 def test_it_can_be_saved_with_a_policy(file: Path, tmp_path: Path) -> None:
     """transformers refuses to save one."""
     model = attach(load_host(file), TrolMixer(initial_gate=0.3))
