@@ -2,10 +2,12 @@
 
 import io
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
 import trol
@@ -140,6 +142,41 @@ def test_a_template_makes_it_a_chat(
     prompt = len(base[1]("<SEP>Sum")["input_ids"])
     assert json.loads(captured.out)["prompt_tokens"] == prompt
     assert "no chat template" not in captured.err
+
+
+@pytest.mark.parametrize("puts", [True, False])
+@pytest.mark.parametrize(
+    ("begins", "says_it"),
+    [
+        ("", False),
+        ("{{ bos_token }}", True),
+        ("{{- '<bos>' -}} ", True),
+        ("\n{{ bos_token }}", False),
+    ],
+)
+def test_a_template_without_the_begin_of_texts_is_warned_of(
+    begins: str, says_it: bool, puts: bool, base: tuple, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a tokenizer that puts one before each text; what ids the template makes is looked at."""
+    tokenizer = base[1]
+    assert tokenizer.bos_token == "<bos>"
+    if puts:
+        begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin[0]} $A", special_tokens=[begin]
+        )
+        tokenizer.save_pretrained("base")
+    template = begins + "{% for m in messages %}<SEP>{{ m.content }}{% endfor %}"
+    words = ("--question", "Sum", "--max-new-tokens", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run("chat", "base", "--chat-template", template, *words) == 0
+    told = capsys.readouterr().err
+    assert ("trol: the chat template does not begin with <bos>" in told) == (puts and not says_it)
+    assert run("chat", "base", *words) == 0
+    assert "does not begin with" not in capsys.readouterr().err
+    refusing = "{{ raise_exception('no conversations') }}"
+    trol.load_model("base", chat_template=refusing)  # warnings are errors here
 
 
 def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
-from trol.data.conversations import read_template
+from trol.data.conversations import give_template, read_template
 from trol.depth import attach, attached, attachment
 from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
@@ -121,7 +121,7 @@ def load_model(
         else:
             processor = _reader(source, model, settings)
     if template is not None:
-        processor.chat_template = template
+        give_template(processor, template)
     return model.eval(), processor
 
 
