@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_a_template_makes_it_a_chat(
     prompt = len(base[1]("<SEP>Sum")["input_ids"])
     assert json.loads(captured.out)["prompt_tokens"] == prompt
     assert "no chat template" not in captured.err
+
+
+@pytest.mark.parametrize("name", ["my,notes.txt", "a,b,c", ",", "a, b"])
+def test_a_comma_in_a_name(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said how to write one, and it is read then, beside other tasks too."""
+    folder = tmp_path / "set,s"
+    folder.mkdir()
+    for place in (name, str(folder / name)):
+        Path(place).write_text(TEXT)
+        for others in ("", f",text:{text}"):
+            assert run("eval", "base", "--tasks", f"text:{place}{others}", "--window", 32) == 2
+            told = capsys.readouterr().err
+            escaped = re.findall(r"as in '(.*)'", told)[0]
+            words = ("--tasks", f"{escaped}{others}", "--window", 32, "--json")
+            assert run("eval", "base", *words) == 0
+            tasks = json.loads(capsys.readouterr().out)["tasks"]
+            assert set(tasks) == {f"text:{place}", *([f"text:{text}"] if others else [])}
 
 
 @pytest.mark.parametrize("puts", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def test_a_file_that_is_cut_off_anywhere_says_so(file: Path, tmp_path: Path) -> 
         with pytest.raises(TrolError, match=r"no GGUF file|download it again") as raised:
             load_model(cut)
         assert "\n" not in str(raised.value), length
+        said = str(raised.value)  # the cure first, and behind it what its reader says
+        assert re.search(r"download it again.* Its reader says: |no GGUF file", said), length
 
 
 @pytest.mark.parametrize(
