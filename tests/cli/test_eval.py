@@ -2,10 +2,13 @@
 
 import io
 import json
+import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
 import trol
@@ -13,6 +16,7 @@ from cli.command import run
 from trol import progress
 from trol.data.conversations import read_template
 from trol.data.own_files import Pair
+from trol.data.pairs import BUILT_IN
 from trol.errors import UsageError
 from trol.family import loading
 from trol.family.presets import byte_level_tokenizer, text_decoder
@@ -59,7 +63,7 @@ def test_a_loss_alone_has_no_chance(
 ) -> None:
     """And a model that reads is asked docstrings by default, in plain text."""
     pairs = [Pair(f"What is {n}?", "The sum.", "function") for n in range(3)]
-    monkeypatch.setattr("trol.data.pairs.docstring_pairs", lambda split, **_: pairs)
+    monkeypatch.setitem(BUILT_IN, "docstrings", lambda split, **_: pairs)
     assert run("eval", "base", "--metrics", "loss", "--questions", 3) == 0
     heading = capsys.readouterr().out.splitlines()[0]
     assert heading.split() == ["docstrings", "loss"]
@@ -139,6 +143,60 @@ def test_a_template_makes_it_a_chat(
     prompt = len(base[1]("<SEP>Sum")["input_ids"])
     assert json.loads(captured.out)["prompt_tokens"] == prompt
     assert "no chat template" not in captured.err
+
+
+@pytest.mark.parametrize("name", ["my,notes.txt", "a,b,c", ",", "a, b"])
+def test_a_comma_in_a_name(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said how to write one, and it is read then, beside other tasks too."""
+    folder = tmp_path / "set,s"
+    folder.mkdir()
+    for place in (name, str(folder / name)):
+        Path(place).write_text(TEXT)
+        for others in ("", f",text:{text}"):
+            assert run("eval", "base", "--tasks", f"text:{place}{others}", "--window", 32) == 2
+            told = capsys.readouterr().err
+            escaped = re.findall(r"as in '(.*)'", told)[0]
+            words = ("--tasks", f"{escaped}{others}", "--window", 32, "--json")
+            assert run("eval", "base", *words) == 0
+            tasks = json.loads(capsys.readouterr().out)["tasks"]
+            assert set(tasks) == {f"text:{place}", *([f"text:{text}"] if others else [])}
+
+
+@pytest.mark.parametrize("puts", [True, False])
+@pytest.mark.parametrize(
+    ("begins", "says_it"),
+    [
+        ("", False),
+        ("{{ bos_token }}", True),
+        ("{{- '<bos>' -}} ", True),
+        ("\n{{ bos_token }}", False),
+    ],
+)
+def test_a_template_without_the_begin_of_texts_is_warned_of(
+    begins: str, says_it: bool, puts: bool, base: tuple, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a tokenizer that puts one before each text; what ids the template makes is looked at."""
+    tokenizer = base[1]
+    assert tokenizer.bos_token == "<bos>"
+    if puts:
+        begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin[0]} $A", special_tokens=[begin]
+        )
+        tokenizer.save_pretrained("base")
+    template = begins + "{% for m in messages %}<SEP>{{ m.content }}{% endfor %}"
+    words = ("--question", "Sum", "--max-new-tokens", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run("chat", "base", "--chat-template", template, *words) == 0
+    told = capsys.readouterr().err
+    assert ("trol: the chat template does not begin with <bos>" in told) == (puts and not says_it)
+    assert run("chat", "base", *words) == 0
+    assert "does not begin with" not in capsys.readouterr().err
+    refusing = "{{ raise_exception('no conversations') }}"
+    trol.load_model("base", chat_template=refusing)  # warnings are errors here
 
 
 def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:

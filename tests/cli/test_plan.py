@@ -14,12 +14,13 @@ from training import standins
 from trol.checkpoints import export as exporting
 from trol.cli.models import GivenPlan, given_plan, policy_of, read_plan, write_plan
 from trol.data.own_files import Pair
+from trol.data.pairs import BUILT_IN
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
 from trol.evaluation import draft_search as draft_plans
 from trol.evaluation.answers import losses
 from trol.evaluation.draft_search import MOST_TOKENS, Costs
-from trol.evaluation.plan_search import plan_loss
+from trol.evaluation.plan_search import METHODS, plan_loss
 from trol.evaluation.store import Measurements
 from trol.evaluation.tasks import task_of
 from trol.policies.planned import Planned
@@ -44,7 +45,7 @@ def few_docstrings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             for question, answer in zip(standins.ASKED, standins.ANSWERED, strict=True)
         ]
 
-    monkeypatch.setattr("trol.data.pairs.docstring_pairs", pairs)
+    monkeypatch.setitem(BUILT_IN, "docstrings", pairs)
     return splits
 
 
@@ -54,7 +55,9 @@ def test_a_plan_is_printed_and_written(
     out = tmp_path / "made" / "plan.json"
     assert run("plan", llama, "--method", "exit", "--keep", 0.5, "--out", out) == 0
     text = capsys.readouterr().out
-    assert text == f"0-1\n2 of {LAYERS} layers, written to {out}\n"
+    assert text.startswith(
+        f"0-1\n2 of {LAYERS} layers, written to {out}\nchosen for scope=answer: "
+    )
     written = json.loads(out.read_text())
     assert written["plan"] == "0-1"
     assert written["visits"] == [1, 1, 0, 0]
@@ -189,6 +192,7 @@ def test_an_export_is_never_silent_about_what_a_plan_costs(
     assert run("export", llama, tmp_path / "a", "--plan", path) == 0
     output, notes = capsys.readouterr()
     assert "the first tokens visit every layer), and the checkpoint" in notes
+    assert "--scope all" not in notes  # which is what it was
     assert "of docstrings, nats per token: " in output
     assert "the plan for keep_first=1" in output
     assert "this checkpoint" in output
@@ -383,6 +387,57 @@ def test_no_file_of_measurements(tmp_path: Path) -> None:
         Measurements(tmp_path / "absent" / "kept.jsonl", {})
 
 
+@pytest.mark.parametrize("rise", [-0.5, 0.006, 0.5, float("inf"), None])
+@pytest.mark.parametrize(("scope", "first"), [("answer", 0), ("question", 1), ("all", 1)])
+def test_an_export_warns_of_the_harm_that_it_measured(
+    scope: str,
+    first: int,
+    rise: float | None,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, source = tmp_path / "plan.json", tmp_path / "notes.txt"
+    source.write_text("What does it do? It does what it does. " * 40)
+    write_plan(path, Plan("0 3"), LAYERS, {"scope": scope, "keep_first": first})
+
+    def loss(*given: Any, keep_first: int = 0) -> float:
+        """That of the plan for all tokens is above all others."""
+        everywhere = given[3:] == (Plan("0 3"), "all") and not keep_first
+        return 3.0 + rise if rise and everywhere else 3.0
+
+    monkeypatch.setattr("trol.evaluation.plan_search.plan_loss", loss)
+    measured = ("--task", f"text:{source}") if rise is not None else ("--unmeasured",)
+    assert run("export", llama, tmp_path / "made", "--plan", path, *measured) == 0
+    output, notes = capsys.readouterr()
+    assert f"{path} was chosen for " in notes
+    assert ("may be far worse" in notes) == (rise is None or rise > 0.1)
+    assert (f"its loss changes by {rise or 0:+.3f} nats" in notes) == (
+        rise is not None and rise < 0.1
+    )
+    assert ("--scope all" in notes) == (rise is not None and rise > 0.1 and scope != "all")
+    assert ("Leave --unmeasured out" in notes) == (rise is None)
+    assert (" windows of text:" in output) == (rise is not None)
+    assert "answers" not in output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_plan_file_says_for_which_tokens_it_is(
+    method: str, llama: str, tmp_path: Path, few_docstrings: list[str]
+) -> None:
+    """As the docs have it: content["scope"], content["keep_first"]."""
+    for scope in ("answer", "all")[: 1 if method == "draft" else 2]:
+        out = tmp_path / f"{scope}.json"
+        words = ("--method", method, "--scope", scope, "--keep", 0.5, "--questions", 2)
+        assert run("plan", llama, *words, "--out", out) == 0
+        content = json.loads(out.read_text())
+        assert content["scope"] == scope
+        assert content["keep_first"] in ((0,) if scope == "answer" else (0, 1))
+        made = Planned(content["plan"], scope=content["scope"], keep_first=content["keep_first"])
+        assert policy_of(str(out)) == made
+
+
 @pytest.mark.parametrize("scope", ["answer", "question", "all", None])
 def test_a_plan_says_for_whom_and_an_export_warns(
     scope: str | None,
@@ -395,8 +450,9 @@ def test_a_plan_says_for_whom_and_an_export_warns(
     chosen = ("--method", "influence", "--scope", scope) if scope else ("--method", "middle")
     assert run("plan", llama, *chosen, "--keep", 0.5, "--questions", 4, "--out", out) == 0
     output = capsys.readouterr().out
-    assert json.loads(out.read_text()).get("scope") == scope
-    assert (f"chosen for scope={scope}: " in output) == (scope is not None)
+    scope = scope or "answer"  # the command's own
+    assert json.loads(out.read_text())["scope"] == scope
+    assert f"chosen for scope={scope}: " in output
     words = ("export", llama, tmp_path / "short", "--plan", out, "--task", "docstrings")
     assert run(*words, "--questions", 3, "--json") == 0
     output, notes = capsys.readouterr()
@@ -417,7 +473,7 @@ def test_a_plan_says_for_whom_and_an_export_warns(
         assert loss[name] == pytest.approx(sum(each) / len(each), abs=1e-6)
     assert set(loss) == {"task", "questions", "full", "chosen", "all"}
     first = json.loads(out.read_text())["keep_first"]
-    assert (loss["chosen"] is None) == (scope in (None, "all") and not first)
+    assert (loss["chosen"] is None) == (scope == "all" and not first)
     assert few_docstrings[-1] == "test"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,43 @@ def test_damaged_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     path = lines(tmp_path / "alpaca.jsonl", [*good, *bad, good[0]])
     with path.open("a", encoding="utf-8") as file:
         file.write("{broken\n")
-    told = "1 empty_answer, 1 empty_question, 2 wrong_format, 1 broken_row"
-    with pytest.warns(UserWarning, match=told):
+    told = (
+        "1 empty_answer (line 11), 1 empty_question (line 12), 2 wrong_format (line 13, line 14), "
+        "1 broken_row (line 16); 11 sound ones are used (the first damaged one is line 11: "
+    )
+    with pytest.warns(UserWarning, match=re.escape(told)):
         train = pairs_of(f"alpaca:{path}", "train")
     assert len(train) == 7  # of ten: the row that is there twice counts once
     answers = {p.answer for s in SPLITS for p in _quietly(f"alpaca:{path}", s)}
     assert answers == {str(n) for n in range(10)}
+
+
+DAMAGED = {
+    "jsonl": ('\n{"instruction": "a", "output": "b"}\n\n', '{"instruction": "a"}\n', [4, 5, 6, 7]),
+    "json": ('[{"instruction": "a",\n"output": "b"}', ',\n{"instruction":\n"a"}', [3, 5, 7, 9]),
+    "csv": ('instruction,output\n"a\n",b\n', '"a",\n', [4, 5, 6, 7]),
+}
+"""Ending -> how a file begins, a damaged row, and the lines where such rows lie."""
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("ending", DAMAGED)
+def test_the_first_damaged_rows_of_a_kind_are_placed(
+    ending: str, within: bool, tmp_path: Path
+) -> None:
+    """Lines are counted as an editor counts them, whatever lies between the rows."""
+    begins, damaged, places = DAMAGED[ending]
+    path = tmp_path / f"test.{ending}"
+    path.write_text(begins + damaged * 4 + "]" * (ending == "json"))
+    of = f" of {path.name}"  # a set in several files
+    lines_of = [f"line {at}{of}" for at in places[:3]]
+    name = tmp_path if within else path
+    told = (
+        f"4 [a-z_]+ \\({', '.join(lines_of)}, \\.\\.\\.\\); 1 sound ones are used "
+        f"\\(the first damaged one is {lines_of[0]}: "
+    )
+    with pytest.warns(UserWarning, match=told):
+        assert len(pairs_of(f"alpaca:{name}", "test")) == 1
 
 
 def _quietly(name: str, split: str) -> list[Pair]:

@@ -123,7 +123,8 @@ def test_a_choice_is_the_same_again_and_tells_how_far_it_is(
 
 def test_no_number_is_no_choice(model: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan under which the model overflows is the worst, not the best."""
-    monkeypatch.setattr("trol.evaluation.plan_search.losses", lambda *_: [1.0, float("nan")])
+    values = [float("nan"), *[1.0] * (len(ITEMS) - 1)]
+    monkeypatch.setattr("trol.evaluation.plan_search.losses", lambda *_: values)
     assert plan_loss(*model, ITEMS, plan_keeping((0,), LAYERS), "all") == float("inf")
 
 

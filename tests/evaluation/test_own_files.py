@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,19 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
-from trol.depth import trace
+from trol.depth import Plan, depth, trace
 from trol.errors import DataError, UsageError
 from trol.evaluation import check_tasks, evaluate
 from trol.evaluation import curve as points
-from trol.evaluation.answers import answers
+from trol.evaluation.answers import answers, losses
 from trol.evaluation.curve import curve
 from trol.evaluation.curve_methods import Request
 from trol.evaluation.exit_calibration import calibrate_exits
 from trol.evaluation.items import WHOLE, fitted, labelled, messages, prompts
 from trol.evaluation.oracle import Batch
-from trol.evaluation.plan_search import CHOOSING, JUDGING, chosen_plan
-from trol.evaluation.tasks import FORMS, default_task, questions_of
+from trol.evaluation.plan_search import CHOOSING, JUDGING, chosen_plan, plan_loss
+from trol.evaluation.shared_layers import PlanLosses
+from trol.evaluation.tasks import FORMS, default_task, questions_of, task_of
 from trol.family import tiny_processor
 from trol.family.presets import byte_level_tokenizer, text_decoder
 from trol.policies.exits import EarlyExit
@@ -95,6 +97,32 @@ def test_perplexity_is_that_of_a_plain_loop(
     assert result["metrics"]["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
+@pytest.mark.parametrize("window", [64, POSITIONS])
+def test_all_that_names_a_loss_per_token_takes_the_mean_over_tokens(
+    reader: tuple[Any, Any], text: str, window: int
+) -> None:
+    """The last window is shorter; `eval`, `plan`, `export` and `curve` say one number of all."""
+    items = questions_of(*reader, text, 10_000, seed=0, window=window)
+    assert len({len(item.ids) for item in items}) > 1
+    nats, tokens = by_hand(*reader, window)
+    plan, task = Plan("0 2"), task_of(text)
+    result = evaluate(*reader, [text], questions=10_000, window=window)["tasks"][text]
+    sample = points.Sample(*reader, task, items)
+    for policy in (Plan("all"), plan):
+        with depth(reader[0], Planned(policy, scope="all")):
+            each = losses(*reader, items)
+            curved = points.window_losses_and_visits(sample, reader[0])[0]
+        counts = [len(item.ids) - 1 for item in items]
+        expected = sum(map(operator.mul, each, counts)) / tokens
+        assert abs(sum(each) / len(each) - expected) > 1e-4  # the mean of windows is another
+        assert plan_loss(*reader, items, policy, "all") == pytest.approx(expected, rel=1e-5)
+        searched = PlanLosses(*reader, items, "all").of(policy, Plan("all"))
+        assert [searched, curved] == pytest.approx([expected] * 2, rel=1e-5)
+        if policy != plan:
+            assert expected == pytest.approx(nats / tokens, rel=1e-5)
+            assert result["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_bits_per_byte_count_the_bytes_that_are_predicted(
     reader: tuple[Any, Any], text: str
 ) -> None:
@@ -151,6 +179,11 @@ def test_a_short_text_is_one_short_window_and_few_windows_are_drawn(
         ("chat:FILE.jsonl", None, "there is no"),
         ("chat:FILE.jsonl", b'{"a": 1}\n', "give messages, or prompt and reference"),
         ("chat:FILE.jsonl", b'{"prompt": "a", "reference": ""}\n', "assistant says nothing"),
+        (
+            "chat:FILE.jsonl",
+            b"\n\nnone\n",
+            "line 3: broken JSON .*character 1 of the row",
+        ),
         ("alpaca:FILE", None, "there is no"),
         ("FILE", b"a", "Did you mean text:"),
         ("texts:FILE", b"a", "unknown task"),
@@ -186,8 +219,9 @@ def test_the_last_answer_of_a_chat_is_the_reference(reader: tuple[Any, Any], cha
 
 def test_damaged_rows_are_left_out_and_named(reader: tuple[Any, Any], chats: str) -> None:
     path = Path(chats.partition(":")[2])
-    path.write_text(path.read_text() + '{"prompt": "a"}\nnone\n')
-    with pytest.warns(UserWarning, match="1 wrong_format, 1 broken_row"):
+    path.write_text(path.read_text() + '{"prompt": "a"}\n\nnone\n')
+    told = r"1 wrong_format \(line 3\), 1 broken_row \(line 5\); 2 sound ones are used"
+    with pytest.warns(UserWarning, match=told):
         assert len(questions_of(*reader, chats, 9, seed=0)) == 2
 
 

@@ -10,12 +10,15 @@ from hosts import HOSTS
 from trol.depth import Plan, is_attached
 from trol.evaluation import shared_layers
 from trol.evaluation.hidden_states import layers_of
+from trol.evaluation.items import Item
 from trol.evaluation.shared_layers import PlanLosses
 from trol.host.layers import find_decoder, layer_list
 from trol.policies.planned import plan_keeping
 
 FAMILIES = ("llama", "gemma3", "gpt2", "falcon_h1", "qwen3_vl", "llava")
 FULL = Plan("all")
+ROWS = [Item(None, "", "", "")] * 2
+"""What the two rows of a batch stand for: questions, which count alike."""
 
 
 def batch_of(host: Any) -> dict[str, torch.Tensor]:
@@ -33,7 +36,7 @@ def batch_of(host: Any) -> dict[str, torch.Tensor]:
 def losses_of(model: Any, host: Any, monkeypatch: Any, scope: Any, first: int) -> PlanLosses:
     monkeypatch.setattr(shared_layers, "batches", lambda *_: [()])
     monkeypatch.setattr(shared_layers, "labelled", lambda *_: batch_of(host))
-    return PlanLosses(model, None, [], scope, first)
+    return PlanLosses(model, None, ROWS, scope, first)
 
 
 def plans(layers: int) -> list[tuple[Plan, Plan]]:
@@ -96,10 +99,10 @@ def test_recorded_states_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_layers, "batches", lambda *_: [(), (), ()])
     monkeypatch.setattr(shared_layers, "labelled", lambda *_: batch_of(host))
     plan, base = plan_keeping({0, 1, 3}, 4), plan_keeping({0, 1, 2, 3}, 4)
-    expected = PlanLosses(model, None, [], "all").of(plan, base)
+    expected = PlanLosses(model, None, 3 * ROWS, "all").of(plan, base)
     one = batch_of(host)["input_ids"].numel() * model.config.hidden_size * 4
     monkeypatch.setattr(shared_layers, "RECORDED", 2 * one)
-    losses = PlanLosses(model, None, [], "all")
+    losses = PlanLosses(model, None, 3 * ROWS, "all")
     assert losses.of(plan, base) == expected
     held = [sum(states.numel() for states in run.entered) for run in losses.runs.runs]
     assert held == [one, one, 0]

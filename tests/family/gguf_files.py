@@ -9,9 +9,11 @@ from tokenizers import pre_tokenizers
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
-def written(path: Path, *, family: str = "llama", layers: int = 2) -> Path:
+def written(path: Path, *, family: str = "llama", layers: int = 2, kind: str = "Q8_0") -> Path:
     """A chat model of a few layers with random weights and a vocabulary of bytes."""
     wide, vocabulary = 32, 300
+    path.parent.mkdir(exist_ok=True)
+    packing = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(256)
     writer.add_embedding_length(wide)
@@ -48,9 +50,8 @@ def written(path: Path, *, family: str = "llama", layers: int = 2) -> Path:
         if len(shape) == 1:
             writer.add_tensor(f"{name}.weight", values)
         else:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            packed = gguf.quants.quantize(values, kind)
-            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+            packed = gguf.quants.quantize(values, packing)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=packing)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,24 @@ def test_it_opens_with_its_full_weights_by_each_of_its_names(file: Path, model: 
             assert tokenizer.decode(tokenizer("hello")["input_ids"]) == "hello"
             assert tokenizer.chat_template == TEMPLATE
             assert opened.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "F16", "F32"])
+def test_what_its_weights_were_is_said(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own name and by its folder's, and of a folder made of it no more."""
+    file = written(tmp_path / "file" / "x.gguf", kind=kind)
+    bits = int(kind[1:].partition("_")[0])
+    for name in (file, file.parent):
+        assert run("info", name, "--json") == 0
+        said = json.loads(capsys.readouterr().out)["weights"]
+        assert said.startswith(f"{bits}-bit ({kind} ")
+        assert ("widened to float32" in said) == (bits < 16)
+        assert said.endswith("; x.gguf")
+    assert run("export", file, tmp_path / "made", "--plan", "all", "--unmeasured") == 0
+    assert run("info", tmp_path / "made", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights"] == "as they lie there"
 
 
 def test_it_can_be_saved_with_a_policy(file: Path, tmp_path: Path) -> None:
@@ -108,6 +127,8 @@ def test_a_file_that_is_cut_off_anywhere_says_so(file: Path, tmp_path: Path) -> 
         with pytest.raises(TrolError, match=r"no GGUF file|download it again") as raised:
             load_model(cut)
         assert "\n" not in str(raised.value), length
+        said = str(raised.value)  # the cure first, and behind it what its reader says
+        assert re.search(r"download it again.* Its reader says: |no GGUF file", said), length
 
 
 @pytest.mark.parametrize(

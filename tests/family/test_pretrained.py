@@ -96,9 +96,7 @@ def test_a_model_is_fetched_once_and_is_a_plain_folder(
     again, _ = load_model(NAME)
     assert Path(again.name_or_path) == place_of(NAME)
     assert capfd.readouterr().err.count("trol:") == 0
-    assert pretrained.origin(again.name_or_path) == (
-        "random; made.gguf of made-two==1.0, made-one==1.0"
-    )
+    assert pretrained.origin(NAME, again) == ("random; made.gguf of made-two==1.0, made-one==1.0")
 
 
 def _empty(index: Path) -> None:
@@ -170,8 +168,11 @@ def test_offline_nothing_is_fetched(index: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pretrained, "_downloaded", None)
     monkeypatch.setattr(pretrained, "_of_hub", None)
     for name in (NAME, "made-hub"):
-        with pytest.raises(HostError, match=r"has not been fetched yet.*without --offline"):
+        with pytest.raises(HostError, match=r"has not been fetched yet.*without --offline") as one:
             located(name)
+        assert str(one.value).startswith(f"{name} ")  # what was typed, and all that it may be
+        assert (HUB in str(one.value)) == (name != NAME)
+        assert str(place_of(NAME)) in str(one.value)
 
 
 def test_without_pip_the_error_says_how_to_get_it(
@@ -256,10 +257,13 @@ def test_the_order_of_places(
     assert asked == [HUB]
     assert "does not give owner/made (the network is down); from" in capsys.readouterr().err
     assert located("made-hub") == str(place_of(NAME))  # kept: the hub is asked no more
+    said = capsys.readouterr().err
+    assert said == "trol: made-hub is made here, with other weights than the hub's: random\n"
     assert asked == [HUB]
     monkeypatch.setattr(pretrained, "_kept_of_hub", lambda hub: "of the hub")
     assert located("made-hub") == "of the hub"
     assert located(NAME) == str(place_of(NAME))
+    assert not capsys.readouterr().err  # they are what was asked for
     Path("made-hub").mkdir()
     assert located("made-hub") == "made-hub"
     assert located("owner/other") == "owner/other"

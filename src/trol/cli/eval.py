@@ -54,6 +54,7 @@ def evaluate(
     torchrun the processes share the questions.
     """
     from trol.cli.conversation import open_conversation
+    from trol.family.pretrained import origin
     from trol.harness.opening import on_accelerator
     from trol.training.run_folder import is_first_process, join_processes, leave_processes
 
@@ -98,7 +99,8 @@ def evaluate(
         leave_processes()
     if scores is None or not is_first_process():
         return
-    result = {"model": model, "depth": conversation.plan, **scores, "run": run_record(seed)}
+    result = {"model": model, "weights": origin(model, conversation.model)}
+    result |= {"depth": conversation.plan, **scores, "run": run_record(seed)}
     terminal.report(result, as_json=as_json, text=lambda: _text(result))
 
 

@@ -19,6 +19,9 @@ EXAMPLES = (
     "trol export models/llama models/llama-short --plan runs/plan.json --task docstrings --json",
 )
 
+MUCH = 0.1
+"""A rise of the loss from which answers may be far worse. Unit: nats per token."""
+
 
 def export(
     model: terminal.Model,
@@ -49,12 +52,6 @@ def export(
         raise UsageError("--unmeasured measures nothing, so there is no --task; leave one out.")
     if task is not None:
         task_of(task)
-    if not holds_for_all(given):
-        terminal.note(
-            f"trol: {plan} was chosen for {_tokens(given)}, and the checkpoint applies it to every "
-            "token, for which it was not chosen: its answers may be far worse. Choose a plan with "
-            "`trol plan --scope all`, and see what the checkpoint itself costs."
-        )
     loss = None
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
@@ -62,6 +59,8 @@ def export(
         if not unmeasured:
             task = task or default_task(processor)
             loss = _losses(host, processor, given, task, questions=questions, seed=seed)
+        if not holds_for_all(given):
+            terminal.note(f"trol: {plan} was chosen for {_tokens(given)}, {_harm(given, loss)}")
         exported = baking.export(host, processor, given.plan, destination, seed=seed)
     result = {"model": model, "plan": str(given.plan), "scope": given.scope}
     result |= {"keep_first": given.keep_first, **asdict(exported)}
@@ -80,6 +79,21 @@ def _tokens(given: GivenPlan) -> str:
     if given.keep_first:
         parts.append(f"keep_first={given.keep_first} (the first tokens visit every layer)")
     return " and ".join(parts)
+
+
+def _harm(given: GivenPlan, loss: dict[str, Any] | None) -> str:
+    """What a plan does that every token follows, but that was not chosen for every token."""
+    text = "and the checkpoint applies it to every token"
+    if loss is None:
+        return f"{text}: its answers may be far worse. Leave --unmeasured out to see what it costs."
+    chosen, here = loss["chosen"], loss["all"]
+    if here - chosen < MUCH:
+        return f"{text}: its loss changes by {here - chosen:+.3f} nats per token."
+    worse = (
+        f"{text}: its loss goes from {chosen:.3f} to {here:.3f}, and its answers may be far worse."
+    )
+    cure = " Choose a plan with `trol plan --scope all`."
+    return worse if given.scope in (None, "all") else worse + cure
 
 
 def _host(model: Any) -> Any:
@@ -129,11 +143,14 @@ def _text(exported: Exported, given: GivenPlan, loss: dict[str, Any] | None) -> 
     )
     if loss is None:
         return text
+    from trol.evaluation.tasks import task_of
+
     costs = [f"{loss['full']:.3f} the full model"]
     if loss["chosen"] is not None:
         costs.append(f"{loss['chosen']:.3f} the plan for {_tokens(given)}")
     costs.append(f"{loss['all']:.3f} this checkpoint")
+    unit = "windows" if task_of(loss["task"]).windows else "answers"
     return (
-        f"{text}\nLoss of {loss['questions']} answers of {loss['task']}, nats per token: "
+        f"{text}\nLoss of {loss['questions']} {unit} of {loss['task']}, nats per token: "
         f"{', '.join(costs)}."
     )

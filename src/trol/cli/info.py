@@ -73,7 +73,7 @@ def _described(name: str) -> dict[str, Any]:
 
     model = models.open_model(name)[0] if is_trained(Path(name)) else load_host(name)
     dtype = str(model.dtype).removeprefix("torch.")
-    where = {"model": name, "folder": model.name_or_path, "weights": origin(model.name_or_path)}
+    where = {"model": name, "folder": model.name_or_path, "weights": origin(name, model)}
     return {**where, "dtype": dtype, **describe(model)}
 
 

@@ -42,8 +42,7 @@ class GivenPlan:
 
     plan: Plan
     scope: str | None = None
-    """The scope that its file says it was chosen for; None of plan text, and of a plan that was
-    chosen without looking at tokens."""
+    """The scope that its file says it was chosen for; None of plan text, and of old files."""
     keep_first: int = 0
     """The first tokens that visit every layer, as its file says; 0 where none is named."""
 

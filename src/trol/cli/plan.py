@@ -67,7 +67,7 @@ def plan(
     from trol.evaluation.tasks import default_task
     from trol.policies.planned import STATIC
 
-    about: dict[str, Any] = {"model": model, "method": method, "keep": keep}
+    about: dict[str, Any] = {"model": model, "method": method, "keep": keep, "scope": scope}
     measurements, items = None, []
     with terminal.quiet_libraries():
         opened, processor = models.open_model(model, chat_template=chat_template)
@@ -75,7 +75,7 @@ def plan(
             task = task or default_task(processor)
             # Of the validation split, so that a test sees none of them.
             items = items_to_choose_by(opened, processor, task, questions, seed=seed)
-            about |= {"task": task, "questions": len(items), "scope": scope}
+            about |= {"task": task, "questions": len(items)}
             measurements = _measurements(opened, items, out, about, seed)
         subject = (opened, processor, items)
         unit = "windows" if items and items[0].ids else "questions"
@@ -186,8 +186,7 @@ def _measuring(
 
 def _text(content: dict[str, Any], layers: int, out: Path, unit: str) -> str:
     lines = [content["plan"], f"{sum(content['visits'])} of {layers} layers, written to {out}"]
-    if scope := content.get("scope"):
-        lines.append(f"chosen for scope={scope}: {SCOPES[scope]}")
+    lines.append(f"chosen for scope={content['scope']}: {SCOPES[content['scope']]}")
     if losses := content["losses"]:
         lines.append(
             f"loss of {content['questions']} {unit} of {content['task']}, nats per token: "

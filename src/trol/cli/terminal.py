@@ -12,17 +12,20 @@ import inspect
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from trol.errors import UsageError
 
 if TYPE_CHECKING:
     from trol.progress import Shown
@@ -118,8 +121,20 @@ def root(
 
 
 def listed(names: str) -> list[str]:
-    """The names of a text with commas between them, each once."""
-    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    r"""The names of a text with commas between them, each once; `\,` is a comma in a name.
+
+    Raises:
+        UsageError: names with a comma between them are the name of one file.
+    """
+    parts = re.split(r"(?<!\\),", names)
+    runs = combinations(range(len(parts) + 1), 2)
+    for first, last in sorted(runs, key=lambda run: run[0] - run[1]):  # the longest first
+        name = ",".join(parts[first:last]).strip()
+        if last > first + 1 and os.path.exists(name.partition(":")[2] or name):
+            written = name.replace(",", "\\,")
+            raise UsageError(f"commas divide names; write one in a name as in '{written}'.")
+    bare = (part.strip().replace("\\,", ",") for part in parts)
+    return list(dict.fromkeys(name for name in bare if name))
 
 
 @contextlib.contextmanager

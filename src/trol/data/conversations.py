@@ -18,7 +18,7 @@ from trol.data.formats import RowError, row_errors
 from trol.data.mixture import Mixture
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError, UsageError, unknown
-from trol.host.chat_templates import template_fault
+from trol.host.chat_templates import start_of, template_fault
 
 
 class ConversationCollator:
@@ -188,3 +188,25 @@ def read_template(template: str, known: Sequence[str] = ()) -> str:
     if fault is not None:
         raise UsageError(f"the chat template {template!r} is not well formed: {fault}.")
     return text
+
+
+def give_template(processor: Any, template: str) -> None:
+    """Puts a template in the place of a processor's own; warns where texts then lack their begin.
+
+    Models that were trained with a token before each text write nonsense without it. What the
+    template makes of one question is looked at; one that refuses it is left to be met later.
+    """
+    processor.chat_template = template
+    tokenizer = getattr(processor, "tokenizer", processor)
+    question = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+    start = start_of(tokenizer)
+    try:
+        (ids,) = Answers(processor).encoded([[question]], prompt=True)["input_ids"]
+    except DataError:
+        return
+    if list(ids[: len(start)]) != start:
+        warnings.warn(
+            f"the chat template does not begin with {tokenizer.bos_token}, which this tokenizer "
+            "puts before each text: answers may be nonsense. Begin it with {{ bos_token }}.",
+            stacklevel=3,
+        )

@@ -6,7 +6,7 @@ bytes of a file: nothing is opened here.
 """
 
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,34 +58,53 @@ def row_errors(what: str = "it cannot be read") -> Generator[None]:
         raise RowError("wrong_format", f"{what}: {reason}") from error
 
 
+LOCATED = 3
+"""Damaged rows of each kind whose places a warning says."""
+
+
 def read_sound(
     path: object,
-    rows: Iterable[Mapping[str, Any] | RowError],
+    rows: Iterable[tuple[Callable[[], str], Mapping[str, Any] | RowError]],
     read: Callable[[Mapping[str, Any]], Read],
     what: str,
 ) -> list[Read]:
-    """The results of `read` for all rows without damage; a warning counts the others.
+    """The results of `read` for all rows without damage; a warning counts and places the others.
+
+    Args:
+        path: what holds the rows, for messages.
+        rows: what says where a row lies, and the row there or what is wrong with it.
+        read: makes of a row what is wanted.
+        what: what the rows should be.
 
     Raises:
-        DataError: every row is damaged; `what` says what they should have been.
+        DataError: every row is damaged.
     """
     results: list[Read] = []
-    damaged: Counter[str] = Counter()
+    damaged: dict[str, list[Callable[[], str]]] = defaultdict(list)
     first = None
-    for row in rows:
+    for place, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
             results.append(read(row))
         except RowError as error:
-            damaged[error.kind] += 1
-            first = first or error
+            damaged[error.kind].append(place)
+            first = first or f"{place()}: {error}"
     if not results:
         raise DataError(f"{path} has no sound row of {what}: {first or 'it is empty.'}")
     if damaged:
-        counts = ", ".join(f"{count} {kind}" for kind, count in damaged.items())
-        warnings.warn(f"rows of {path} left out: {counts} (the first: {first})", stacklevel=4)
+        parts = (f"{len(found)} {kind} ({_places(found)})" for kind, found in damaged.items())
+        warnings.warn(
+            f"rows of {path} left out: {', '.join(parts)}; {len(results)} sound ones are used "
+            f"(the first damaged one is {first})",
+            stacklevel=4,
+        )
     return results
+
+
+def _places(places: Sequence[Callable[[], str]]) -> str:
+    more = ["..."] if len(places) > LOCATED else []
+    return ", ".join([*(place() for place in places[:LOCATED]), *more])
 
 
 Messages = list[dict[str, Any]]

@@ -19,7 +19,7 @@ import numpy as np
 
 from trol.data.formats import Messages, RowError, read_row, read_sound, text_of
 from trol.data.images import open_picture
-from trol.data.row_files import JSON_FILES, Table
+from trol.data.row_files import JSON_FILES, LocatedRow, Table, located_rows
 from trol.errors import DataError, UsageError, unknown
 
 PROMPT, REFERENCE = "prompt", "reference"
@@ -86,7 +86,7 @@ def read_chats(path: Path) -> tuple[Chat, ...]:
 @lru_cache(maxsize=4)
 def _chats(path: Path, changed: int) -> tuple[Chat, ...]:
     del changed  # part of the cache's key: a file that has changed is read again
-    rows = (row for _, _, row in JSON_FILES[path.suffix](path).rows())
+    rows = located_rows(JSON_FILES[path.suffix](path))
     return tuple(read_sound(path, rows, _chat, "chats"))
 
 
@@ -263,15 +263,15 @@ def check_there(form: str, path: Path) -> None:
         raise DataError(f"there is no {path}; download the {form} set and name its file.")
 
 
-def _sound(form: str, path: Path, rows: Iterator[Row | RowError]) -> list[Pair]:
+def _sound(form: str, path: Path, rows: Iterator[LocatedRow]) -> list[Pair]:
     """The distinct pairs of the rows without damage."""
     return list(dict.fromkeys(read_sound(path, rows, PAIR_FORMATS[form], form)))
 
 
-def _own_split(path: Path, split: str) -> Iterator[Row | RowError]:
+def _own_split(path: Path, split: str) -> Iterator[LocatedRow]:
     """Rows of a split that has files, or a table in a saved folder, of its own."""
     if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
-        return (row for _, _, row in Table(str(path), split).rows())
+        return located_rows(Table(str(path), split))
     folder = path if path.is_dir() else path.parent
     files = sorted(p for p in folder.iterdir() if p.suffix in PAIR_FILES and _named_for(p) == split)
     files = files if path.is_dir() else [p for p in files if p.suffix == path.suffix]
@@ -280,7 +280,12 @@ def _own_split(path: Path, split: str) -> Iterator[Row | RowError]:
             f"{folder} has no file of the {split} split; put {split}.jsonl (.json, .csv, .parquet) "
             "there, or name one file whose name says no split, which is cut into all three."
         )
-    return (row for file in files for row in _rows(file))
+    rows = ((file, where, row) for file in files for where, row in _rows(file))
+    return ((partial(_within, file, where), row) for file, where, row in rows)
+
+
+def _within(file: Path, where: Callable[[], str]) -> str:
+    return f"{where()} of {file.name}"
 
 
 def _named_for(path: Path) -> str | None:
@@ -293,7 +298,7 @@ PAIR_FILES = (*JSON_FILES, ".parquet", ".csv")
 """Endings of files of pairs."""
 
 
-def _rows(path: Path) -> Iterator[Row | RowError]:
+def _rows(path: Path) -> Iterator[LocatedRow]:
     if path.suffix not in PAIR_FILES:
         raise DataError(
             f"{path} is none of {', '.join(PAIR_FILES)}; convert it, or name another file."
@@ -301,14 +306,16 @@ def _rows(path: Path) -> Iterator[Row | RowError]:
     if path.suffix == ".csv":
         return _csv_rows(path)
     table = Table(str(path)) if path.suffix == ".parquet" else JSON_FILES[path.suffix](path)
-    return (row for _, _, row in table.rows())
+    return located_rows(table)
 
 
-def _csv_rows(path: Path) -> Iterator[Row | RowError]:
+def _csv_rows(path: Path) -> Iterator[LocatedRow]:
     with path.open(encoding="utf-8", newline="") as file:
         try:
-            for row in csv.DictReader(file):
-                yield row if None not in row else RowError("wrong_format", "a row is too long.")
+            for row in (reader := csv.DictReader(file)):
+                sound = None not in row
+                damage = RowError("wrong_format", "a row is too long.")
+                yield partial("line {}".format, reader.line_num), row if sound else damage
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path} is no CSV in UTF-8: {error}; save it again.") from error
 

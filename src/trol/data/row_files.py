@@ -9,7 +9,8 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +51,12 @@ class JsonLines:
                 if not line.isspace():
                     yield start, end, _row_or_error(line)
                 start = end
+
+    def place(self, start: int) -> str:
+        """Where the row lies that begins at this byte, as an editor counts."""
+        with self.path.open("rb") as file:
+            blocks = iter(lambda: file.read(min(WINDOW, start - file.tell())), b"")
+            return f"line {1 + sum(block.count(10) for block in blocks)}"  # 10: a line break
 
     def read(self, start: int, end: int) -> dict[str, Any]:
         """The row between two bytes; `RowError` where it is broken."""
@@ -128,7 +135,10 @@ def _parsed(text: bytes) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except ValueError as broken:
-        raise RowError("broken_row", f"broken JSON ({broken}); mend or delete the row.") from broken
+        why: object = broken
+        if isinstance(broken, json.JSONDecodeError):  # which counts lines within the row
+            why = f"{broken.msg} at character {broken.pos + 1} of the row"
+        raise RowError("broken_row", f"broken JSON ({why}); mend or delete the row.") from broken
     except RecursionError as deep:
         raise RowError("broken_row", "the JSON is nested too deeply; flatten the row.") from deep
     if not isinstance(row, dict):
@@ -174,6 +184,10 @@ class Table:
             for row in zip(*columns.values(), strict=True):
                 yield start, start + 1, dict(zip(columns, row, strict=True))
                 start += 1
+
+    def place(self, start: int) -> str:
+        """Where the row with this number lies, as people count."""
+        return f"row {start + 1}"
 
     def read(self, start: int, end: int) -> dict[str, Any]:
         """The row with this number; `end` is the next number."""
@@ -247,3 +261,11 @@ def _holds_bytes(kind: Any, pyarrow: Any) -> bool:
 
 Container = JsonLines | Table
 """A file or table that holds rows."""
+
+LocatedRow = tuple[Callable[[], str], "dict[str, Any] | RowError"]
+"""What says where a row lies, and the row there or what is wrong with it."""
+
+
+def located_rows(container: Container) -> Iterator[LocatedRow]:
+    """All rows in order, each with what says where it lies."""
+    return ((partial(container.place, start), row) for start, _, row in container.rows())

@@ -215,6 +215,15 @@ def losses(
     return values
 
 
+def mean_loss(items: Sequence[Item], values: Sequence[float]) -> float:
+    """The loss of all items, of which each has its own: the mean over answers, however long.
+
+    Of windows of plain text, it is the mean over all tokens that they predict.
+    """
+    weights = [item.weight for item in items]
+    return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+
+
 @torch.inference_mode()
 def mean_losses(model: Any, inputs: dict[str, Tensor]) -> list[float]:
     """Mean loss of the labelled tokens of each row: [B]."""

