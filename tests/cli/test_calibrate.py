@@ -12,6 +12,7 @@ import trol
 from cli.command import run
 from training import standins
 from trol.data.own_files import Pair
+from trol.data.pairs import BUILT_IN
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.policies.exits import EarlyExit
@@ -40,7 +41,7 @@ def few_docstrings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         said = [" ".join(source.choices(standins.ANSWERED, k=3)) for _ in range(40)]
         return [Pair(standins.ASKED[i % 4], text, "words") for i, text in enumerate(said)][:limit]
 
-    monkeypatch.setattr("trol.data.pairs.docstring_pairs", pairs)
+    monkeypatch.setitem(BUILT_IN, "docstrings", pairs)
     return splits
 
 

@@ -13,6 +13,7 @@ from cli.command import run
 from trol import progress
 from trol.data.conversations import read_template
 from trol.data.own_files import Pair
+from trol.data.pairs import BUILT_IN
 from trol.errors import UsageError
 from trol.family import loading
 from trol.family.presets import byte_level_tokenizer, text_decoder
@@ -59,7 +60,7 @@ def test_a_loss_alone_has_no_chance(
 ) -> None:
     """And a model that reads is asked docstrings by default, in plain text."""
     pairs = [Pair(f"What is {n}?", "The sum.", "function") for n in range(3)]
-    monkeypatch.setattr("trol.data.pairs.docstring_pairs", lambda split, **_: pairs)
+    monkeypatch.setitem(BUILT_IN, "docstrings", lambda split, **_: pairs)
     assert run("eval", "base", "--metrics", "loss", "--questions", 3) == 0
     heading = capsys.readouterr().out.splitlines()[0]
     assert heading.split() == ["docstrings", "loss"]

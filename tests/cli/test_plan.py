@@ -14,6 +14,7 @@ from training import standins
 from trol.checkpoints import export as exporting
 from trol.cli.models import GivenPlan, given_plan, policy_of, read_plan, write_plan
 from trol.data.own_files import Pair
+from trol.data.pairs import BUILT_IN
 from trol.depth import Plan
 from trol.errors import DataError, UsageError
 from trol.evaluation import draft_search as draft_plans
@@ -44,7 +45,7 @@ def few_docstrings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             for question, answer in zip(standins.ASKED, standins.ANSWERED, strict=True)
         ]
 
-    monkeypatch.setattr("trol.data.pairs.docstring_pairs", pairs)
+    monkeypatch.setitem(BUILT_IN, "docstrings", pairs)
     return splits
 
 
