@@ -22,6 +22,8 @@ from cli.command import run
 from trol.cli.chat import commands
 from trol.cli.conversation import Conversation, visits_in_words
 from trol.data.images import open_image
+from trol.depth import attached
+from trol.depth.attachment import gates_of
 from trol.errors import UsageError
 from trol.family.presets import byte_level_tokenizer, text_decoder
 
@@ -208,6 +210,31 @@ def test_an_answer_ends_where_the_positions_do() -> None:
     assert (answer.ended, len(answer.input_ids) + answer.new_tokens) == ("longest", 64)
     with pytest.raises(trol.errors.DataError, match="64 positions, so there is no room"):
         conversation.ask("Why is the sky blue? " * 20)
+
+
+@pytest.mark.parametrize(
+    ("depth", "says"),
+    [(None, "gates were never trained"), ("early_exit", "was not calibrated on this model")],
+)
+@pytest.mark.parametrize("way", ["--question", "stdin", "--json"])
+@pytest.mark.filterwarnings("always::trol.errors.UntrainedWarning")
+def test_a_warning_is_one_line_of_the_conversation(
+    tiny_model: Any,
+    depth: str | None,
+    says: str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for gate in gates_of(attached(tiny_model)[1]):
+        gate.mark_untrained()
+    monkeypatch.setattr("sys.stdin", io.StringIO("is there a 7?"))
+    words = [] if way == "stdin" else ["--question", "is there a 7?"]
+    words += ["--json"] if way == "--json" else []
+    assert chat(*words, *([] if depth is None else ["--depth", depth])) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if says in line]
+    assert said
+    assert all(line.startswith("trol: ") for line in said)
 
 
 PATIENCE, PRESSES, LEAVE = 15, 5, b"\x04"

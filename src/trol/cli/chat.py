@@ -62,14 +62,15 @@ def chat(
         terminal.note(COMPLETES)
     for picture in pictures:
         conversation.show(picture)
-    if question is None:
-        if sys.stdin.isatty():
-            _greet(conversation, model)
-        _converse(conversation, is_person=sys.stdin.isatty())
-    elif as_json:
-        _answer_once(conversation, model, question)
-    elif conversation.ask(question, stream=True).ended == "interrupted":
-        raise KeyboardInterrupt
+    with terminal.short_warnings():
+        if question is None:
+            if sys.stdin.isatty():
+                _greet(conversation, model)
+            _converse(conversation, is_person=sys.stdin.isatty())
+        elif as_json:
+            _answer_once(conversation, model, question)
+        elif conversation.ask(question, stream=True).ended == "interrupted":
+            raise KeyboardInterrupt
 
 
 def _answer_once(conversation: Conversation, model: str, question: str) -> None:

@@ -44,8 +44,8 @@ def open_conversation(
         models.policy_of(plan)  # refused before the model is opened
     with terminal.quiet_libraries():
         model, processor = models.open_model(name, bits=bits, chat_template=chat_template)
-    conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
-    conversation.use_plan(plan)
+        conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
+        conversation.use_plan(plan)
     return conversation
 
 

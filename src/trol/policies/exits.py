@@ -88,6 +88,13 @@ UNTRAINED = (
 )
 
 
+UNCALIBRATED = (
+    "early_exit by its name alone has a threshold that was not calibrated on this model and means "
+    "nothing: answers may be nonsense. `trol calibrate MODEL --exit margin` finds one and writes "
+    "exits that trol.load attaches."
+)
+
+
 class ExitHead(PolicyLinear):
     """x + W x + b: what a state would be after the layers behind it; the identity before training.
 
@@ -137,6 +144,7 @@ class EarlyExit(DataclassPolicy):
     """
 
     name = "early_exit"
+    by_name_alone = UNCALIBRATED
     decides = True
     reads_predictions = True
 
