@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -247,8 +248,15 @@ class AbstractPolicy(ABC):
     __hash__ = None  # type: ignore[assignment]  # settings are JSON values, lists among them
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises `UsageError` unless `value` is a number (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{name} is {value!r}; give a number.")
+
+
 def check_share(name: str, value: float, *, below: float = 1.0) -> None:
     """Raises `UsageError` unless 0 <= value < below."""
+    check_number(name, value)
     if not 0 <= value < below:
         raise UsageError(f"{name} is {value}, but must lie in [0, {below:g}).")
 

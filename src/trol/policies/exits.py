@@ -273,7 +273,7 @@ def _measured(
 
 def _check_threshold(measure: str, threshold: float) -> None:
     """Raises `UsageError` where no confidence of this measure is on both sides of `threshold`."""
-    if not isinstance(threshold, Real):
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
         raise UsageError(f"threshold is {threshold!r}; give a number, or one for each look.")
     if measure == "patience":
         if threshold < 1 or threshold % 1:
