@@ -31,7 +31,8 @@ from trol.studies import STUDIES, study_of
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 DOCUMENTS = [path for path in DOCUMENTS if path.name not in ("CHANGELOG.md", "LAB.md")]
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TEXT = re.DOTALL | re.MULTILINE
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", TEXT)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -52,6 +53,14 @@ def tiny_host() -> tuple[Any, Any]:
     torch.manual_seed(0)
     config = text_decoder(tokenizer, hidden_size=32, layers=30, heads=2, positions=256)
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def test_the_readme_has_as_many_commands_as_its_heading_says() -> None:
+    counted = re.findall(r"^## (\w+) commands$(.*?)^## ", (ROOT / "README.md").read_text(), TEXT)
+    for number, text in counted:
+        lines = re.findall(r"^    (\S.*)$", FENCED.sub("", text), re.MULTILINE)
+        assert len(lines) == ["Zero", "One", "Two", "Three", "Four", "Five"].index(number)
+    assert counted
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """The errors trol raises: each says what is wrong, what was got, and what to do."""
 
+import inspect
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -29,7 +32,24 @@ class AdapterError(TrolError):
 
 
 class UntrainedWarning(UserWarning):
-    """A policy runs with untrained parameters; the message says what they do."""
+    """A policy runs with untrained parameters, or exits with a threshold that was not calibrated.
+
+    The message says what they do.
+    """
+
+
+CALLED_THROUGH = ("trol", "torch", "transformers", "peft", "contextlib")
+"""Packages and modules between a line of the user's and a policy."""
+
+
+def warn_untrained(message: str) -> None:
+    """Gives an `UntrainedWarning` that points at the line which called trol or its host."""
+    homes = [sys.modules[name].__file__ for name in CALLED_THROUGH if name in sys.modules]
+    inside = tuple(home.removesuffix("__init__.py") for home in homes if home)
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_back and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UntrainedWarning, stacklevel=level)
 
 
 def unwritable(folder: object, error: OSError) -> UsageError:

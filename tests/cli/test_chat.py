@@ -20,12 +20,15 @@ from transformers import LlamaForCausalLM
 import trol
 from cli.command import run
 from trol.cli.chat import commands
-from trol.cli.conversation import Conversation, visits_in_words
+from trol.cli.conversation import Conversation, _Streamed, visits_in_words
 from trol.data.images import open_image
+from trol.depth import attached
+from trol.depth.attachment import gates_of
 from trol.errors import UsageError
 from trol.family.presets import byte_level_tokenizer, text_decoder
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 QUESTION = "which digit is on the yellow tile?"
 
 
@@ -44,7 +47,39 @@ def test_the_stream_says_what_json_says(board: str, capsys: pytest.CaptureFixtur
     chat("--image", board, "--question", QUESTION, "--json")
     answer = json.loads(capsys.readouterr().out)["answer"]
     assert chat("--image", board, "--question", QUESTION) == 0
-    assert capsys.readouterr().out.strip() == answer
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+@pytest.mark.parametrize("text", ["a b", " a\n\nb \n\n", "\n a", "a   ", " \n ", ""])
+def test_a_stream_has_no_blanks_around_it(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those inside stay, however the text is cut."""
+    for cut in range(len(text) + 1):
+        stream = _Streamed(None)
+        for part in (text[:cut], text[cut:]):
+            stream.on_finalized_text(part)
+        stream.on_finalized_text("", stream_end=True)
+        assert capsys.readouterr().out == f"{text.strip()}\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "most"),
+    [(None, [], 64), (None, ["--max-new-tokens", 3], 3), (CHAT, [], 256)],
+)
+def test_completions_are_short_unless_asked_for(
+    template: str | None,
+    given: list[Any],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    conversation = reader(template, positions=512)
+    conversation.model.generation_config.eos_token_id = None  # it never ends by itself
+    opened = (conversation.model, conversation.tokenizer)
+    monkeypatch.setitem(vars(trol), "load_model", lambda name: opened)
+    assert run("chat", "--question", "Why?", "--json", *given) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["new_tokens"] == most
+    assert (f"for {most} tokens at most" in captured.err) == (template is None)
 
 
 def test_turns_from_a_pipe(
@@ -136,9 +171,6 @@ def reader(template: str | None, *, positions: int = 256) -> Conversation:
     return Conversation(LlamaForCausalLM(config).eval(), tokenizer, max_new_tokens=4)
 
 
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-
-
 def test_what_the_model_cannot_do_is_not_offered() -> None:
     seeing = Conversation(*trol.load_model("tiny"), max_new_tokens=2)
     reading = reader(CHAT)
@@ -155,6 +187,12 @@ def test_what_the_model_cannot_do_is_not_offered() -> None:
         ("all", "6 for each token"),
         ("0-2 4:3", "6 for each token"),
         ("0-2 4", "4 for each token"),
+        (trol.Planned("0-2 4", keep_first=1), "4 for each token after the first, 6 for others"),
+        (trol.Planned("0-2 4", keep_first=3), "4 for each token after the first 3, 6 for others"),
+        (
+            trol.TrolMixer(keep_first=1),
+            "12 for each token of the question after the first, 6 for others",
+        ),
         (trol.TrolMixer(), "12 for a token of the question, 6 for others"),
         (trol.EarlyExit(first=2), "2 to 6 for a token of the answer, 6 for others"),
     ],
@@ -208,6 +246,31 @@ def test_an_answer_ends_where_the_positions_do() -> None:
     assert (answer.ended, len(answer.input_ids) + answer.new_tokens) == ("longest", 64)
     with pytest.raises(trol.errors.DataError, match="64 positions, so there is no room"):
         conversation.ask("Why is the sky blue? " * 20)
+
+
+@pytest.mark.parametrize(
+    ("depth", "says"),
+    [(None, "gates were never trained"), ("early_exit", "was not calibrated on this model")],
+)
+@pytest.mark.parametrize("way", ["--question", "stdin", "--json"])
+@pytest.mark.filterwarnings("always::trol.errors.UntrainedWarning")
+def test_a_warning_is_one_line_of_the_conversation(
+    tiny_model: Any,
+    depth: str | None,
+    says: str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for gate in gates_of(attached(tiny_model)[1]):
+        gate.mark_untrained()
+    monkeypatch.setattr("sys.stdin", io.StringIO("is there a 7?"))
+    words = [] if way == "stdin" else ["--question", "is there a 7?"]
+    words += ["--json"] if way == "--json" else []
+    assert chat(*words, *([] if depth is None else ["--depth", depth])) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if says in line]
+    assert said
+    assert all(line.startswith("trol: ") for line in said)
 
 
 PATIENCE, PRESSES, LEAVE = 15, 5, b"\x04"

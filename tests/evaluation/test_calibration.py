@@ -16,6 +16,7 @@ from trol.evaluation.exit_calibration import (
     EXIT_THRESHOLDS,
     calibrate_exits,
     flops_share,
+    sweeps,
     with_threshold,
 )
 from trol.evaluation.hidden_states import ExitOutcome, predicting_tokens, record_exits, run_exits
@@ -184,25 +185,36 @@ def test_calls_are_counted(llama: tuple) -> None:
         cost=1.0,
         progress=lambda done, of: seen.append((done, of)),
     )
-    assert seen == [(done, 6) for done in range(1, 7)]  # a record and both ways, 2 batches each
+    # A record and both ways, 2 batches each; at most 121 thresholds could be halved 7 times.
+    assert seen == [(done, 2 * (3 + 7)) for done in range(1, 7)]
 
 
-def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where running keeps less than the record promised, a stricter threshold is run."""
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0])
+def test_what_ran_decides(llama: tuple, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Where running keeps less than the record promised, the next that keeps it is taken.
+
+    It is the one that trying one after the other finds, in fewer runs than are announced.
+    """
     items, policy, calls = _items(20, words=1), EarlyExit("margin", 1.0), []
+    record = record_exits(*llama, items, policy)
+    executed = {t: record.outcome(t).executed for t in EXIT_THRESHOLDS}
+    levels = sorted(set(executed.values()))
+    limit = levels[round(share * (len(levels) - 1))]
 
-    def worse(*given: Any, **more: Any) -> ExitOutcome:
+    def outcome(*given: Any, **_: Any) -> ExitOutcome:
         calls.append(given[3].thresholds[0])
-        ran = run_exits(*given, **more)
-        return ran if len(calls) > 3 else ExitOutcome(torch.zeros_like(ran.qualities), ran.shares)
+        kept = torch.full((20,), float(executed[calls[-1]] >= limit), dtype=torch.double)
+        return ExitOutcome(kept, kept)
 
-    monkeypatch.setattr("trol.evaluation.exit_calibration.run_exits", worse)
+    monkeypatch.setattr("trol.evaluation.exit_calibration.run_exits", outcome)
     calibrated = calibrate_exits(*llama, items, policy, quality=0.5, confidence=0.6)
-    assert len(calls) == 4  # both ways at the first threshold, the chosen way at others
-    assert calls == sorted(calls)
-    assert len(set(calls)) == 3
-    assert calibrated.policy.thresholds[0] == calls[-1]
-    calls.clear()
+    walk = [one for one in reversed(EXIT_THRESHOLDS) if one >= calls[0]]
+    assert calibrated.policy.thresholds[0] == next(t for t in walk if executed[t] >= limit)
+    assert 1 + len(calls) <= sweeps(llama[0], policy)[1]
+
+
+def test_what_no_run_keeps_is_refused(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, policy = _items(20, words=1), EarlyExit("margin", 1.0)
     monkeypatch.setattr(
         "trol.evaluation.exit_calibration.run_exits",
         lambda *given, words: ExitOutcome(0.0 * words[:20].double(), run_exits(*given).shares),

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from trol import load_model
 from trol.errors import DataError, HostError, TrolError, UsageError
 from trol.family import pretrained
 from trol.family.gguf import unpack_model
+from trol.family.loading import load_host
 from trol.family.pretrained import ON_HUB, Packaged, fetched, located, place_of
 from trol.files import cache_folder
 
@@ -283,3 +285,17 @@ def test_every_row_has_a_name_of_its_own() -> None:
         assert "/" in hub
         assert row in pretrained.PACKAGED
     assert not set(ON_HUB) & set(pretrained.PACKAGED)
+
+
+@pytest.mark.parametrize("opener", [load_model, load_host])
+@pytest.mark.parametrize("tower", pretrained.TOWERS)
+def test_a_tower_is_no_model(tower: str, opener: Callable[[str], Any]) -> None:
+    """It is not fetched to be chatted with, and not named where a model is wanted."""
+    with pytest.raises(UsageError, match=f"{tower} is a vision tower.*preset.vision") as refused:
+        opener(tower)
+    with pytest.raises(UsageError, match="no such folder") as unknown:
+        opener("absent/model/folder")
+    for error in (refused, unknown):
+        known = str(error.value).split("vision tower")[-1]
+        assert all(name in known for name in pretrained.MODELS)
+        assert not any(f"{one}," in known for one in pretrained.TOWERS)

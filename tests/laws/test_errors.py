@@ -1,6 +1,7 @@
 """What trol cannot do rightly it refuses by name, with the reason and the cure."""
 
 import re
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,9 @@ import trol
 from hosts import HOSTS
 from trol.depth import AbstractPolicy, Answer, Bounds, Visit, attach, detach, is_attached, trace
 from trol.depth.planes import install_planes
-from trol.depth.policy import from_settings, names, to_settings
+from trol.depth.policy import from_settings, names, policy_class, to_settings
 from trol.errors import HostError, UsageError
+from trol.evaluation.calibration import check_exit_wishes
 from trol.host.names import CACHE
 from trol.policies.controller import Controller
 from trol.policies.exits import EarlyExit
@@ -113,6 +115,37 @@ def test_counts_are_whole_numbers_and_no_bools(name: str, make, least: int, valu
     said = f"{name} is {value!r}; give a whole number, {least} or more"
     with pytest.raises(UsageError, match=re.escape(said)):
         make(**{name: value})
+
+
+NUMBERS = {
+    **{
+        name: [one.name for one in fields(cls) if "float" in str(one.type)]
+        for name in trol.POLICIES
+        if is_dataclass(cls := policy_class(name))
+    },
+    "wishes": ["quality", "cost", "confidence"],
+}
+"""The policies and what is wished of exits, and those of their settings that are numbers."""
+
+GIVEN: dict[str, dict[str, Any]] = {"router": {"menu": ["0", "all"]}}
+
+
+def with_setting(owner: str, settings: dict[str, Any]) -> None:
+    if owner == "wishes":
+        quality = None if "cost" in settings else 0.9
+        given = {"quality": quality, "cost": None, "confidence": 0.9, **settings}
+        check_exit_wishes(**given, answers=100)
+    else:
+        policy_class(owner)(**GIVEN.get(owner, {}), **settings)
+
+
+@pytest.mark.parametrize("value", ["x", "0.5", True, (), {}, 1j])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in NUMBERS.items() for name in names]
+)
+def test_numbers_are_numbers(owner: str, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^(no )?{name}.*give (a number|one)"):
+        with_setting(owner, {name: value})
 
 
 def test_calls_that_cannot_be_right(llama) -> None:

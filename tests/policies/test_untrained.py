@@ -75,6 +75,35 @@ def test_generating_warns_as_well(model: Any, policy: AbstractPolicy) -> None:
 
 
 @every
+def test_the_warning_points_at_the_line_that_called_the_model(
+    model: Any, policy: AbstractPolicy
+) -> None:
+    attach(model, policy)
+    with pytest.warns(trol.UntrainedWarning) as caught:
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, do_sample=False)
+    assert [one.filename for one in caught] == [__file__]
+
+
+PLACES: dict[str, Callable[[Any, str], Any]] = {
+    "attach": attach,
+    "depth": lambda model, name: depth(model, name).__enter__(),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_exits_by_name_alone_are_not_calibrated(model: Any, place: str) -> None:
+    with pytest.warns(trol.UntrainedWarning, match="not calibrated on this model") as caught:
+        PLACES[place](model, "early_exit")
+    assert [one.filename for one in caught] == [__file__]
+
+
+@pytest.mark.parametrize("spec", ["plain", "0-1", EarlyExit("margin", 0.9), "layer_dropout"])
+@pytest.mark.filterwarnings("error::trol.errors.UntrainedWarning")
+def test_what_needs_no_calibration_gives_no_warning(model: Any, spec: Any) -> None:
+    attach(model, spec)
+
+
+@every
 def test_no_warning_in_training_or_under_another_policy(model: Any, policy: AbstractPolicy) -> None:
     attach(model, policy)
     assert not warnings_of(model, training=True)

@@ -57,7 +57,7 @@ def write_trained(write: Callable[[Path], Path]) -> Callable[[Path], Path]:
 
 STUDIED = json.loads(
     (Path(__file__).parents[2] / "benchmarks/results/studies/single-layers.json").read_text("utf-8")
-)
+) | {"random": False}
 
 WRITERS: dict[str, tuple[Any, Callable[[Path], Path], str]] = {
     "curve.render": (curve, lambda place: curve.write(curves(), place), "curve.json"),

@@ -219,3 +219,45 @@ def test_the_command_lists_runs_and_refuses(
     for claim in result["claims"]:
         assert claim["verdict"] in page
     assert "verdicts mean nothing" in page
+    assert ">None<" not in page  # nothing is said of what a run has not, such as one seed
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "model", "size", "said"),
+    [
+        (True, None, "tiny", "on a random model, size tiny\n  A random model knows nothing"),
+        (True, "HOST", "tiny", "on HOST, size tiny\n  "),
+        (False, None, "tiny", "on small models that it trains, size tiny\n  "),
+        (False, "HOST", "real", "on HOST, size real\n  "),
+    ],
+)
+def test_what_verdicts_were_found_on(
+    pretrained: bool,
+    model: str | None,
+    size: str,
+    said: str,
+    host: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the terminal and the page; a random model is said to be one, and no other."""
+    claim = Claim("It is so", "somebody", "ones", "above", 0.5, lambda e: e.difference("a", "b"))
+    arms = [Arm("a", lambda _: [1.0, 1.0]), Arm("b", lambda _: [0.0, 0.0])]
+    small = replace(
+        study_of("single-layers"),
+        amounts={"tiny": {"layers": 2}, "real": {"layers": 2}},
+        arms=lambda subject: arms,
+        claims=(claim,),
+        tables=lambda evidence: [],
+        pretrained=pretrained,
+    )
+    monkeypatch.setattr("trol.studies.study_of", lambda name: small)
+    named = [] if model is None else ["--model", host]
+    assert command("study", "single-layers", "--size", size, *named, "--out", tmp_path) == 0
+    shown = capsys.readouterr().out.replace(host, "HOST")
+    page = (tmp_path / "single-layers" / "study.html").read_text().replace(host, "HOST")
+    assert said in shown
+    assert said.partition(", size")[0].removeprefix("on ") in page
+    is_random = pretrained and model is None
+    assert [("knows nothing" in text) for text in (shown, page)] == [is_random] * 2

@@ -135,7 +135,10 @@ def calibrate(
     out: Annotated[Path, option("--out", "DIR", "The adapter's folder.")] = Path("runs/calibrated"),
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Find which second visits MODEL can spare, or early exits."""
+    """Find which second visits MODEL can spare, or early exits.
+
+    It says beforehand how much it measures. Nothing is kept on the way: stopped, it begins anew.
+    """
     from trol.checkpoints.adapter import check_adapter_folder
     from trol.depth import is_attached
     from trol.evaluation.tasks import default_task, task_of
@@ -219,6 +222,7 @@ def _calibrated(
 
 def _beforehand(model: Any, processor: Any, items: list[Item], policy: EarlyExit) -> str:
     """How much is measured: answers, their tokens, looks, and how dear a look is."""
+    from trol.evaluation.exit_calibration import sweeps
     from trol.evaluation.items import tokenizer_of
     from trol.host.layers import find_decoder, layer_list
 
@@ -226,10 +230,11 @@ def _beforehand(model: Any, processor: Any, items: list[Item], policy: EarlyExit
     tokens = sum(len(one.ids or encode(one.answer)["input_ids"]) for one in items)
     layers: Any = layer_list(find_decoder(model))
     looks = sum(map(policy.looks, range(len(layers))))
+    least, most = sweeps(model, policy)
     dear = f"A look costs {_dear(model):.1f} layers"
     return (
-        f"Measuring {len(items)} answers, about {tokens:,} tokens, three times or more: at {looks} "
-        f"looks in {len(layers)} layers, then as tokens really leave. {dear}; "
+        f"Measuring {len(items)} answers, about {tokens:,} tokens, {least} to {most} times: at "
+        f"{looks} looks in {len(layers)} layers, then as tokens really leave. {dear}; "
         "--first and --every look less often, --questions reads less."
     )
 

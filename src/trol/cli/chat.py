@@ -18,9 +18,12 @@ EXAMPLES = (
     'trol chat --image docs/board.png --question "which digit is on the yellow tile?" --json',
 )
 COMPLETES = (
-    "This model has no chat template: it goes on from what you type, each line for itself; "
-    "--chat-template gives it one."
+    "This model has no chat template: it goes on from what you type, each line for itself, for {} "
+    "tokens at most; --max-new-tokens says how many, --chat-template gives it a template."
 )
+ANSWER, COMPLETION = 256, 64
+"""Tokens of an answer at most, where nothing is said, and of a model without a chat template."""
+TOKENS_HELP = f"Longest answer. Default: {ANSWER} tokens, without a chat template {COMPLETION}."
 
 
 def chat(
@@ -33,7 +36,9 @@ def chat(
     named: Annotated[str | None, option("--model", "MODEL", "The same as MODEL.")] = None,
     depth: terminal.Depth = None,
     bits: Annotated[int | None, option("--bits", "4|8", "Quantise the decoder's weights.")] = None,
-    max_new_tokens: terminal.MaxNewTokens = 256,
+    max_new_tokens: Annotated[
+        int | None, option("--max-new-tokens", "N", TOKENS_HELP, min=1)
+    ] = None,
     chat_template: terminal.ChatTemplate = None,
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -56,20 +61,26 @@ def chat(
 
     pictures = [open_image(path) for path in image or []]  # a bad one before the model is opened
     conversation = open_conversation(
-        model, max_new_tokens=max_new_tokens, plan=depth, bits=bits, chat_template=chat_template
+        model,
+        max_new_tokens=max_new_tokens or ANSWER,
+        plan=depth,
+        bits=bits,
+        chat_template=chat_template,
     )
     if conversation.completes:
-        terminal.note(COMPLETES)
+        conversation.max_new_tokens = max_new_tokens or COMPLETION
+        terminal.note(COMPLETES.format(conversation.max_new_tokens))
     for picture in pictures:
         conversation.show(picture)
-    if question is None:
-        if sys.stdin.isatty():
-            _greet(conversation, model)
-        _converse(conversation, is_person=sys.stdin.isatty())
-    elif as_json:
-        _answer_once(conversation, model, question)
-    elif conversation.ask(question, stream=True).ended == "interrupted":
-        raise KeyboardInterrupt
+    with terminal.short_warnings():
+        if question is None:
+            if sys.stdin.isatty():
+                _greet(conversation, model)
+            _converse(conversation, is_person=sys.stdin.isatty())
+        elif as_json:
+            _answer_once(conversation, model, question)
+        elif conversation.ask(question, stream=True).ended == "interrupted":
+            raise KeyboardInterrupt
 
 
 def _answer_once(conversation: Conversation, model: str, question: str) -> None:

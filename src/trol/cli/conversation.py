@@ -44,8 +44,8 @@ def open_conversation(
         models.policy_of(plan)  # refused before the model is opened
     with terminal.quiet_libraries():
         model, processor = models.open_model(name, bits=bits, chat_template=chat_template)
-    conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
-    conversation.use_plan(plan)
+        conversation = Conversation(model, processor, max_new_tokens=max_new_tokens)
+        conversation.use_plan(plan)
     return conversation
 
 
@@ -214,11 +214,18 @@ class Conversation:
 
 
 class _Streamed(TextStreamer):
-    """Prints an answer as it grows, and keeps its ids for when it is interrupted."""
+    """Prints an answer as it grows, without blanks around it; keeps its ids for an interrupt."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.ids: list[int] = []
+        self._said, self._blanks = False, ""  # blanks wait for what comes after them
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = self._blanks + text if self._said else text.lstrip()
+        kept = text.rstrip()
+        self._said, self._blanks = self._said or bool(kept), text[len(kept) :]
+        super().on_finalized_text(kept, stream_end)
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
@@ -232,7 +239,9 @@ def visits_in_words(policy: AbstractPolicy, layers: int) -> str:
     least, most = sum(one.least for one in bounds), sum(one.most for one in bounds)
     count = f"{most}" if least == most else f"{least} to {most}"
     if policy.keep_first and policy.scope != "answer" and count != str(layers):
-        return f"{count} for a token behind the first {policy.keep_first}, {layers} for others"
+        which = "each token" if policy.scope == "all" else f"each token of the {policy.scope}"
+        first = "the first" if policy.keep_first == 1 else f"the first {policy.keep_first}"
+        return f"{count} for {which} after {first}, {layers} for others"
     if policy.scope == "all" or count == str(layers):
         return f"{count} for each token"
     return f"{count} for a token of the {policy.scope}, {layers} for others"

@@ -69,16 +69,17 @@ def _run(
     from trol.studies.subject import Subject, make_tiny
 
     place = out / study.name
-    if model is None:
+    is_random = model is None and study.pretrained and size == "tiny"
+    if is_random:
+        random = out / TINY_MODEL
+        model = str(random if random.exists() else make_tiny(random))
+    elif model is None:
         model = REAL_MODEL if study.pretrained else ""
-        if study.pretrained and size == "tiny":
-            random = out / TINY_MODEL
-            model = str(random if random.exists() else make_tiny(random))
     subject = Subject(model, study.amounts[size], seeds, place)
     hint = f"Stopped. {place} keeps what was measured; the same command goes on from there."
     with terminal.on_interrupt(lambda: hint), terminal.progress(study.name, "arm") as bar:
         result = run(study, subject, shard=part, progress=bar)
-    about = {"model": model, "size": size, "complete": result is not None}
+    about = {"model": model, "random": is_random, "size": size, "complete": result is not None}
     if result is None:
         return {"study": study.name, **about}
     result = {**result, **about, "run": run_record()}
@@ -86,12 +87,13 @@ def _run(
 
 
 def _text(result: dict[str, Any]) -> str:
-    """The claims with their verdicts, and where the page is."""
-    from trol.reports.study import figures
+    """The claims with their verdicts, what they were found on, and where the page is."""
+    from trol.reports.study import RANDOM, figures, measured_on
 
     if not result["complete"]:
         return f"{result['study']}: this part is finished, others are missing (--shard)."
-    lines = [result["study"]]
+    lines = [f"{result['study']}, on {measured_on(result)}, size {result['size']}"]
+    lines += [f"  {RANDOM}"] if result["random"] else []
     for claim in result["claims"]:
         value, interval, bound = figures(claim)
         lines.append(f"  {claim['verdict'].upper()}: {claim['claim']} ({claim['source']})")

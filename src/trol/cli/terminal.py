@@ -138,11 +138,8 @@ def listed(names: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def noise_to_stderr() -> Generator[None]:
-    """While open, what libraries print goes to stderr: stdout is for results.
-
-    A warning is one line, without the place in the source that it comes from.
-    """
+def short_warnings() -> Generator[None]:
+    """While open, a warning is one line, without the place in the source that it comes from."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if not issubclass(category, (FutureWarning, DeprecationWarning)):  # for developers
@@ -151,10 +148,19 @@ def noise_to_stderr() -> Generator[None]:
     before = warnings.showwarning
     warnings.showwarning = show
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         warnings.showwarning = before
+
+
+@contextlib.contextmanager
+def noise_to_stderr() -> Generator[None]:
+    """While open, what libraries print goes to stderr: stdout is for results.
+
+    Warnings are short.
+    """
+    with short_warnings(), contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from trol.axes import States
 from trol.depth.plan import Plan
 from trol.depth.planes import append_token_state
 from trol.depth.roles import Context, Scope, check_scope
-from trol.errors import UsageError, unknown
+from trol.errors import UsageError, unknown, warn_untrained
 from trol.host.flops import matrix_flops
 
 Answer = float | Float[Tensor, "B T"]
@@ -112,6 +113,7 @@ class AbstractPolicy(ABC):
     - `reads_input`, what entered layer 0: controller
     - `reads_predictions`, the logits of states between layers: early_exit
     - `observes`, tokens outside the scope: router
+    - `by_name_alone`, a warning where nothing else is said: early_exit
     - `decides`, answers of 0 and 1 alone: all but trol_mixer, replay
     """
 
@@ -129,6 +131,9 @@ class AbstractPolicy(ABC):
     """Whether `enter` changes states."""
     decides: ClassVar[bool] = False
     """Whether every answer is 0 or 1, so that no states are mixed."""
+
+    by_name_alone: ClassVar[str | None] = None
+    """Why the policy that its bare name makes is no good, as a warning; None where it is good."""
 
     scope: Scope
     training_scope: Scope
@@ -243,8 +248,15 @@ class AbstractPolicy(ABC):
     __hash__ = None  # type: ignore[assignment]  # settings are JSON values, lists among them
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises `UsageError` unless `value` is a number (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{name} is {value!r}; give a number.")
+
+
 def check_share(name: str, value: float, *, below: float = 1.0) -> None:
     """Raises `UsageError` unless 0 <= value < below."""
+    check_number(name, value)
     if not 0 <= value < below:
         raise UsageError(f"{name} is {value}, but must lie in [0, {below:g}).")
 
@@ -389,7 +401,10 @@ def resolve(spec: PolicyLike | object) -> AbstractPolicy:
             "plan text."
         )
     if spec in names():
-        return from_settings({"policy": spec})
+        named = from_settings({"policy": spec})
+        if named.by_name_alone is not None:
+            warn_untrained(named.by_name_alone)
+        return named
     if not spec.strip() or spec.lstrip()[:1].isdigit() or spec.startswith(("all", "exit@")):
         return from_settings({"policy": "plan", "plan": spec})
     raise UsageError(

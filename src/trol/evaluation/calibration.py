@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from trol.depth import attached, is_attached
+from trol.depth.policy import check_number
 from trol.errors import DataError, UsageError
 from trol.evaluation import gates
 from trol.evaluation.answers import StepsDone
@@ -82,6 +83,7 @@ def at_least(changed: int, n: int, confidence: float) -> float:
 
 def check_share(name: str, value: float) -> None:
     """Raises `UsageError` unless 0 < value < 1."""
+    check_number(name, value)
     if math.isnan(value):
         raise UsageError(f"{name} is no number; give one in (0, 1), such as 0.95.")
     if not 0 < value < 1:
@@ -99,8 +101,10 @@ def check_exit_wishes(
     for name, value in (("quality", quality), ("confidence", confidence)):
         if value is not None:
             check_share(name, value)
-    if cost is not None and not 0 < cost <= 1:
-        raise UsageError(f"cost is {cost}, but is a share of the layers, in (0, 1].")
+    if cost is not None:
+        check_number("cost", cost)
+        if not 0 < cost <= 1:
+            raise UsageError(f"cost is {cost}, but is a share of the layers, in (0, 1].")
     if quality is not None:
         check_count(answers, quality, confidence)
 

@@ -6,7 +6,7 @@ because tokens that left change later ones.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -16,7 +16,14 @@ from trol.depth.policy import SKIPPED_KV, from_settings
 from trol.errors import HostError, UsageError
 from trol.evaluation.answers import StepsDone
 from trol.evaluation.calibration import check_count, check_exit_wishes, counter, p_value
-from trol.evaluation.hidden_states import BATCH, ExitOutcome, ExitRecord, record_exits, run_exits
+from trol.evaluation.hidden_states import (
+    BATCH,
+    ExitOutcome,
+    ExitRecord,
+    layers_of,
+    record_exits,
+    run_exits,
+)
 from trol.evaluation.items import Item, fitted_prompts
 from trol.evaluation.timing import forced_traces
 from trol.policies.base import SkippedKV
@@ -79,7 +86,9 @@ def calibrate_exits(
 
     With `quality`, thresholds are tested from strict to lenient until one fails; of those that
     passed, the last is cheapest (fixed-sequence testing, CALM, https://arxiv.org/abs/2207.07061,
-    section 3.6). If running it shows less than the record promised, the next stricter one is run.
+    section 3.6). If running it shows less than the record promised, stricter ones are run, halving
+    those that are left: the one that is taken was run and keeps what is wanted, and the next more
+    lenient one that was run does not.
     What later tokens see of one that left (`skipped_kv`) is tried both ways at the first threshold
     that is run, where the host can hide tokens; the way that keeps more is taken.
 
@@ -92,7 +101,8 @@ def calibrate_exits(
         quality: wanted mean share of tokens that agree with the full model, in (0, 1).
         cost: in its place, the wanted mean share of layers, in (0, 1].
         confidence: that the quality holds on answers like these, in (0, 1).
-        progress: called after each pass over a batch.
+        progress: called after each pass over a batch, with the most that there can be
+            (`sweeps`); a threshold found early ends it early.
 
     Raises:
         UsageError: a setting is outside its range, or too few items for the wanted confidence.
@@ -105,8 +115,8 @@ def calibrate_exits(
             f"scope is {policy.scope!r}, but answers are what exits are calibrated on; take "
             "scope='answer'."
         )
-    sweep = -(-len(items) // BATCH)  # three sweeps are expected; a fourth is rare
-    after_batch = counter(progress, lambda done: sweep * max(3, -(-done // sweep)))
+    most = sweeps(model, policy)[1] * -(-len(items) // BATCH)
+    after_batch = counter(progress, lambda done: most)
     record = record_exits(model, processor, items, policy, after_batch)
 
     def run(exits: EarlyExit) -> ExitOutcome:
@@ -115,6 +125,23 @@ def calibrate_exits(
     wish = _Wish(quality, cost, confidence)
     chosen = _first_that_keeps(record, policy, _ways(model, policy), wish, run)
     return replace(chosen, flops_share=flops_share(model, processor, items, chosen.policy))
+
+
+def sweeps(model: Any, policy: EarlyExit) -> tuple[int, int]:
+    """How often `calibrate_exits` reads all answers: at least, and at most.
+
+    Once for the record, once for each way of `skipped_kv`, and then once for each time that the
+    other thresholds can be halved.
+    """
+    least = 1 + len(_ways(model, policy))
+    return least, least + (len(_order(policy, layers_of(model))) - 1).bit_length()
+
+
+def _order(policy: EarlyExit, layers: int) -> Sequence[float]:
+    """The candidate thresholds, strict to lenient."""
+    if policy.measure != "patience":
+        return EXIT_THRESHOLDS
+    return range(sum(map(policy.looks, range(layers))) - 1, 0, -1)
 
 
 @dataclass(frozen=True)
@@ -154,26 +181,31 @@ def _first_that_keeps(
 
     The first is run in all `ways` of `skipped_kv`, the others in the one that kept more.
     """
-    looks = len(record.layers) - 1
-    order = range(looks - 1, 0, -1) if policy.measure == "patience" else EXIT_THRESHOLDS
+    order = _order(policy, int(record.layers[-1]))
     outcomes = [record.outcome(threshold) for threshold in order]
-    place: int | None = wish.promised(outcomes)
+    places = _onwards(outcomes, wish.promised(outcomes), 1 if wish.quality is None else -1)
     tried, other = len(ways), None
-    while place is not None:
-        exits = [with_threshold(policy, order[place], skipped_kv=way) for way in ways]
+    found: ExitCalibration | None = None
+    failed, kept_at, at = -1, len(places), 0  # bounds of the first place that keeps; the one to run
+    while failed < at < kept_at:
+        exits = [with_threshold(policy, order[places[at]], skipped_kv=way) for way in ways]
         ran = [(run(one), one) for one in exits]
         kept, chosen = max(ran, key=lambda one: one[0].quality)  # project where they are equal
         other = other or next((one for one, _ in ran if one is not kept), None)
         ways = [chosen.skipped_kv]
         p = wish.p_value(kept, tried)
         if wish.is_kept(kept, p):
-            tokens = record.answer.numel()
-            return ExitCalibration(chosen, outcomes[place], kept, other, p, tokens)
-        place = _next(outcomes, place, 1 if p is None else -1)
+            tokens, kept_at = record.answer.numel(), at
+            found = ExitCalibration(chosen, outcomes[places[at]], kept, other, p, tokens)
+        else:
+            failed = at
+        at = (failed + kept_at) // 2
+    if found is not None:
+        return found
     wished = f"cost of {wish.cost}" if wish.quality is None else f"quality of {wish.quality}"
     raise HostError(
-        f"no threshold keeps a {wished} when tokens really leave, since later ones then see other "
-        "keys and values; ask for less, or look at later layers (first)."
+        f"no threshold that was run keeps a {wished} when tokens really leave, since later ones "
+        "then see other keys and values; ask for less, or look at later layers (first)."
     )
 
 
@@ -249,8 +281,7 @@ def _best_within(outcomes: Sequence[ExitOutcome], cost: float) -> int:
     return max(within, key=lambda place: (outcomes[place].quality, -place))
 
 
-def _next(outcomes: Sequence[ExitOutcome], place: int, step: int) -> int | None:
-    """The next threshold in this direction at which another share of the layers runs."""
-    here = outcomes[place].executed
-    places = range(place + step, len(outcomes) if step > 0 else -1, step)
-    return next((other for other in places if outcomes[other].executed != here), None)
+def _onwards(outcomes: Sequence[ExitOutcome], place: int, step: int) -> list[int]:
+    """The places from this one on, each at which another share of the layers runs."""
+    places = range(place, len(outcomes) if step > 0 else -1, step)
+    return [next(same) for _, same in groupby(places, key=lambda one: outcomes[one].executed)]

@@ -44,7 +44,7 @@ from trol.errors import HostError, TrolError, UsageError
 from trol.family import gguf
 from trol.family.memory import check_blocks, check_opening, quantised
 from trol.family.modeling import TrolForConditionalGeneration
-from trol.family.pretrained import NAMES, located
+from trol.family.pretrained import MODELS, TOWERS, located
 from trol.family.processing import TrolProcessor
 from trol.family.published.files import CONFIG, check_source
 from trol.family.published.opening import HUB_SETTINGS, Published, find_published_model
@@ -143,12 +143,17 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
                 f"{setting} is no setting for opening a model with its processor; leave it out, or "
                 "call from_pretrained of the model's own class."
             )
+    if str(name) in TOWERS and not Path(name).exists():
+        raise UsageError(
+            f"{name} is a vision tower, which answers nothing by itself; name it in a recipe "
+            f"(preset.vision), or give a model: {', '.join((*SHIPPED, *MODELS))}."
+        )
     source = shipped_folder(str(name)) if str(name) in SHIPPED else located(str(name))
     file = gguf.file_of(Path(source), settings)
     if file is not None:
         settings["gguf_file"], source = file.name, str(file.parent)
         settings.pop("subfolder", None)
-    check_source(source, (*SHIPPED, *NAMES))
+    check_source(source, (*SHIPPED, *MODELS))
     faults = FAULTS if file is None else (*FAULTS, *gguf.FAULTS)
     try:
         yield source
@@ -165,7 +170,7 @@ def _opening(name: str | Path, settings: dict[str, Any]) -> Generator[str]:
         why = " ".join(str(error).split()).rstrip(".")
         text = f"no model can be opened from {str(name)!r}: "
         if file is None:
-            names = ", ".join((*SHIPPED, *NAMES))
+            names = ", ".join((*SHIPPED, *MODELS))
             text += f"{why:.400}. Give a name ({names}), the folder of a saved model, a GGUF file, "
             raise HostError(f"{text}or a hub name.") from error
         raise HostError(

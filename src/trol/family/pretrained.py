@@ -60,6 +60,8 @@ class Packaged:
     """Turns the file (first) into files of a model in an empty folder (second)."""
     weights: str
     """Where the weights come from and how exact they are, as `trol info` says it."""
+    is_tower: bool = False
+    """Whether it is a vision tower, which a recipe may name and a MODEL may not be."""
 
 
 PACKAGED = {
@@ -95,6 +97,7 @@ PACKAGED = {
         sizes=(90, 88),
         unpack=convert_dinov2,
         weights="the tower of a saliency model, float32, perhaps changed by its training",
+        is_tower=True,
     ),
 }
 """Short name -> where its file lies."""
@@ -103,6 +106,12 @@ ON_HUB = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-q4")}
 """Short name -> the model of the hub that it means, and the row in its place without the hub."""
 
 NAMES = (*ON_HUB, *PACKAGED)
+"""All short names."""
+
+TOWERS = tuple(name for name, row in PACKAGED.items() if row.is_tower)
+"""The short names of vision towers."""
+
+MODELS = tuple(name for name in NAMES if name not in TOWERS)
 """The short names that a MODEL may be."""
 
 HUB_FILES = ("*config.json", "model.safetensors", "token*", "special_tokens_map.json")

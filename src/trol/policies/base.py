@@ -4,7 +4,6 @@ Parameters know whether they were trained or loaded, and a policy warns when it 
 """
 
 import math
-import warnings
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Literal, cast
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from trol.depth import AbstractPolicy, Visit
-from trol.errors import UntrainedWarning
+from trol.errors import warn_untrained
 from trol.host.classes import trained_copy
 from trol.host.weights import is_at_hand
 from trol.strict import plain
@@ -99,10 +98,8 @@ def warn_if_untrained(visit: Visit, what: str) -> None:
     module.mark_trained()  # compared only once
     if untrained and WARNED not in visit.context.notes:
         visit.context.notes[WARNED] = True
-        warnings.warn(
-            f"{what} Train them (`trol train`), or load them (trol.load, trol.load_model).",
-            UntrainedWarning,
-            stacklevel=3,
+        warn_untrained(
+            f"{what} Train them (`trol train`), or load them (trol.load, trol.load_model)."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from trol.depth import Answer, Bounds, Scope, Visit
-from trol.depth.policy import check_whole
+from trol.depth.policy import check_number, check_whole
 from trol.depth.roles import INPUT
 from trol.errors import HostError, UsageError, unknown
 from trol.host.flops import matrix_flops
@@ -147,6 +147,9 @@ class Controller(DataclassPolicy):
         super().__post_init__()
         if self.input not in get_args(Input):
             raise unknown("input", self.input, get_args(Input))
+        for name in ("temperature", "alpha", "target", "weight", "initial"):
+            if (value := getattr(self, name)) is not None or name not in ("target", "initial"):
+                check_number(name, value)
         if not self.temperature > 0:
             raise UsageError(f"temperature is {self.temperature}, but must be above 0.")
         if self.initial is not None and not 0 < self.initial < 1:

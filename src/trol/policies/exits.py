@@ -88,6 +88,13 @@ UNTRAINED = (
 )
 
 
+UNCALIBRATED = (
+    "early_exit by its name alone has a threshold that was not calibrated on this model and means "
+    "nothing: answers may be nonsense. `trol calibrate MODEL --exit margin` finds one and writes "
+    "exits that trol.load attaches."
+)
+
+
 class ExitHead(PolicyLinear):
     """x + W x + b: what a state would be after the layers behind it; the identity before training.
 
@@ -137,6 +144,7 @@ class EarlyExit(DataclassPolicy):
     """
 
     name = "early_exit"
+    by_name_alone = UNCALIBRATED
     decides = True
     reads_predictions = True
 
@@ -265,7 +273,7 @@ def _measured(
 
 def _check_threshold(measure: str, threshold: float) -> None:
     """Raises `UsageError` where no confidence of this measure is on both sides of `threshold`."""
-    if not isinstance(threshold, Real):
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
         raise UsageError(f"threshold is {threshold!r}; give a number, or one for each look.")
     if measure == "patience":
         if threshold < 1 or threshold % 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trol.depth import Answer, Bounds, Scope, Visit
-from trol.depth.policy import check_share, check_whole, mixture
+from trol.depth.policy import check_number, check_share, check_whole, mixture
 from trol.errors import UsageError, unknown
 from trol.host.torch_internals import has_hooks, run_kernel
 from trol.policies.base import DataclassPolicy, PolicyLinear, linear, warn_if_untrained
@@ -24,7 +24,7 @@ UNTRAINED = (
 
 UNTRAINED_CONSTANT = (
     "TrolMixer's gates were never trained: a second visit costs as much as the first and counts "
-    "for {:g} everywhere."
+    "for {:g} at each token in scope."
 )
 
 ATTACHED_GATE = 0.01
@@ -72,7 +72,8 @@ class TrolMixer(DataclassPolicy):
             model with unused gates.
         sharing: one gate for each layer (the paper's L * D parameters) or one for all (the
             released checkpoints).
-        scope: which tokens are traversed in inference.
+        scope: which tokens are traversed in inference. A pass with labels has answers alone, so
+            measure a loss with `all`.
         training_scope: which tokens are traversed in training (published: all).
         tau: the gate threshold: tokens whose gate is <= tau leave without another visit; 0 is
             exact, and a layer's output then moves by at most tau * |x_2 - x_1|. One for all layers,
@@ -103,10 +104,12 @@ class TrolMixer(DataclassPolicy):
         check_whole("passes", self.passes, 1)
         if self.sharing not in SHARING:
             raise unknown("sharing", self.sharing, SHARING)
-        if self.initial_gate is not None and not 0 < self.initial_gate < 1:
-            raise UsageError(f"initial_gate is {self.initial_gate}, but must lie in (0, 1).")
-        self.tau = _checked(self.tau)
         start = self.initial_gate
+        if start is not None:
+            check_number("initial_gate", start)
+            if not 0 < start < 1:
+                raise UsageError(f"initial_gate is {start}, but must lie in (0, 1).")
+        self.tau = _checked(self.tau)
         self._untrained = UNTRAINED if start is None else UNTRAINED_CONSTANT.format(start)
 
     @property
@@ -170,7 +173,7 @@ def from_nothing(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(tau: Any) -> float | tuple[float | None, ...]:
     """One threshold, or one for each layer; raises `UsageError` where one is outside [0, 1)."""
-    if isinstance(tau, (int, float)):
+    if isinstance(tau, (int, float)) and not isinstance(tau, bool):
         check_share("tau", tau)
         return tau
     if isinstance(tau, str) or not isinstance(tau, Sequence) or not tau:
@@ -180,7 +183,7 @@ def _checked(tau: Any) -> float | tuple[float | None, ...]:
     for layer, one in enumerate(tau):
         if one is None:
             continue
-        if not isinstance(one, (int, float)):
+        if not isinstance(one, (int, float)) or isinstance(one, bool):
             raise UsageError(f"tau of layer {layer} is {one!r}; give a number in [0, 1), or None.")
         check_share(f"tau of layer {layer}", one)
     return tuple(tau)

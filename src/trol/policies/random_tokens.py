@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from trol.depth import Answer, Bounds, Scope, Visit
-from trol.depth.policy import check_whole
+from trol.depth.policy import check_number, check_whole
 from trol.errors import UsageError
 from trol.policies.base import DataclassPolicy, SkippedKV
 
@@ -46,8 +46,9 @@ class RandomTokens(DataclassPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.share, int | float) and 0 <= self.share <= 1):
-            raise UsageError(f"share is {self.share!r}, but must be a number in [0, 1].")
+        check_number("share", self.share)
+        if not 0 <= self.share <= 1:
+            raise UsageError(f"share is {self.share}, but must be a number in [0, 1].")
         check_whole("seed", self.seed)
         check_whole("visit", self.visit)
         if self.visit not in (1, 2):

@@ -11,7 +11,7 @@ STUDY = Results(
     "study.json",
     "study.html",
     "trol study",
-    ("study", "model", "size", "seeds", "layers", "rule", "claims", "tables"),
+    ("study", "model", "random", "size", "seeds", "layers", "rule", "claims", "tables"),
 )
 
 RANDOM = "A random model knows nothing, so its verdicts mean nothing: they show that it runs."
@@ -25,7 +25,13 @@ def write(results: Mapping[str, Any], out: str | Path) -> Path:
 def render(results: Mapping[str, Any]) -> str:
     """The page."""
     tables = [(t["title"], Table(t["heading"], t["rows"], [])) for t in results["tables"]]
-    values = {"claims": claims_table(results), "tables": tables, "run": results.get("run", {})}
+    values = {
+        "claims": claims_table(results),
+        "tables": tables,
+        "run": results.get("run", {}),
+        "measured_on": measured_on(results),
+        "warning": RANDOM if results["random"] else "",
+    }
     return pages.render("study.html", results=results, **values)
 
 
@@ -36,8 +42,14 @@ def claims_table(results: Mapping[str, Any]) -> Table:
         for claim in results["claims"]
     ]
     heading = ["claim", "source", "statistic", "estimate", "95 % interval", "bound", "verdict"]
-    notes = [results["rule"], *([RANDOM] if results["size"] == "tiny" and results["model"] else [])]
-    return Table(heading, rows, notes)
+    return Table(heading, rows, [results["rule"]])
+
+
+def measured_on(results: Mapping[str, Any]) -> str:
+    """What a study measured, in words."""
+    if results["random"]:
+        return "a random model"
+    return results["model"] or "small models that it trains"
 
 
 def figures(claim: Mapping[str, Any]) -> list[str]:
