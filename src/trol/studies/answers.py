@@ -57,8 +57,12 @@ def _tables(evidence: Evidence) -> list[Table]:
     return [Table("Share of right letters, by steps asked for", heading(evidence, "scope"), rows)]
 
 
-def _claim(text: str, more: str, less: str, bound: float = 0.0) -> Claim:
-    source = "TroL, Tables 9 and 10 (arXiv 2406.12246)"
+PUBLISHED = "TroL, Tables 9 and 10 (arXiv 2406.12246)"
+
+
+def _claim(
+    text: str, more: str, less: str, bound: float = 0.0, *, source: str = PUBLISHED
+) -> Claim:
     return Claim(
         text,
         source,
@@ -109,11 +113,13 @@ STUDY = Study(
             _name("question", "question"),
             _name("all", "question"),
             -0.02,
+            source="trol's open question",
         ),
         _claim(
             "Answers alone gain, too",
             _name("answer", "answer"),
             WITHOUT,
+            source="trol's open question",
         ),
     ),
     tables=_tables,
