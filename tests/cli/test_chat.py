@@ -280,22 +280,28 @@ Step = tuple[bytes, bytes | Callable[[int], None]]
 def at_a_terminal(steps: list[Step]) -> tuple[str, int]:
     """All that `trol chat` writes on a terminal, and its exit code; each step waits for a text.
 
-    After `PATIENCE` seconds of silence Ctrl-D is pressed again, and in the end it is killed.
+    After `PATIENCE` seconds of silence what was called last is called again, then Ctrl-D is
+    pressed, and in the end it is killed: keys are lost that a terminal gets while it changes its mode.
     """
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-m", "trol", "chat", "trol-tiny"])
     seen, place, pressed = b"", 0, list[int]()
+    again: Callable[[int], None] | None = None
     try:
         for text, keys in [*steps, (b"\0", b"")]:
             while text not in seen[place:]:
                 if not select.select([terminal], [], [], PATIENCE)[0]:
-                    # Pressed while the terminal changes its mode, Ctrl-D is lost.
+                    if again is not None:
+                        again(child)
+                        again = None
+                        continue
                     pressed.append(os.write(terminal, LEAVE))
                     if len(pressed) > PRESSES:
                         os.kill(child, signal.SIGKILL)
                 seen += os.read(terminal, 4096)
             place = seen.index(text, place) + len(text)
+            again = keys if callable(keys) else None
             keys(child) if callable(keys) else os.write(terminal, keys)
     except OSError:  # the program has left
         pass
