@@ -281,7 +281,7 @@ def at_a_terminal(steps: list[Step]) -> tuple[str, int]:
     """All that `trol chat` writes on a terminal, and its exit code; each step waits for a text.
 
     After `PATIENCE` seconds of silence what was called last is called again, then Ctrl-D is
-    pressed, and in the end it is killed: keys are lost that a terminal gets while it changes its mode.
+    pressed, since both are lost while a terminal changes its mode; in the end it is killed.
     """
     child, terminal = pty.fork()
     if child == 0:
