@@ -66,7 +66,7 @@ CASES: dict[str, tuple[Callable[[Subject], list[float]], Any]] = {
         lambda n, x, f: x if n == LAYER else f(x),
     ),
     "skip, first token spared": (
-        lambda s: s.losses(planned(leaving_out({LAYER, 5}, 8), spared=True)),
+        lambda s: s.losses(planned(leaving_out({LAYER, 5}, 8), keep_first=1)),
         lambda n, x, f: spared(x, f(x)) if n in (LAYER, 5) else f(x),
     ),
     "second visit": (
@@ -100,7 +100,7 @@ def test_an_arm_is_what_a_loop_by_hand_gives(name: str, subject: Subject) -> Non
 
 def test_a_second_visit_with_the_first_token_spared(subject: Subject) -> None:
     """Keys and values of the first token are those of its only visit, in the second one too."""
-    found = subject.losses(planned(twice(LAYER, 8), spared=True))
+    found = subject.losses(planned(twice(LAYER, 8), keep_first=1))
     everywhere = subject.losses(planned(twice(LAYER, 8)))
     assert found != pytest.approx(everywhere, abs=1e-4)
     assert found != pytest.approx(subject.losses("plain"), abs=1e-4)

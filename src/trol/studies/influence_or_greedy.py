@@ -15,11 +15,11 @@ FULL = "full"
 MEASURED = ("influence", "greedy")
 BLOCK = "middle"
 RULES = (BLOCK, "uniform", "exit")
-SPARED = ("", ", first token spared")
+KEPT = ("", ", first token spared")
 PARTS = (8, 4)
 """One layer in so many is left out."""
 QUARTER = PARTS[-1]
-SPARES = SPARED[-1]
+FIRST_KEPT = KEPT[-1]
 
 
 def gone(layers: int, part: int) -> int:
@@ -32,10 +32,10 @@ def keep(layers: int, part: int) -> float:
     return 1 - gone(layers, part) / layers
 
 
-def arm_of(method: str, part: int, spared: str = "", seed: int | None = None) -> str:
+def arm_of(method: str, part: int, kept: str = "", seed: int | None = None) -> str:
     """What the arm of a method is called."""
     drawn = "" if seed is None else f" {seed}"
-    return f"{method}{drawn}, 1 in {part}{spared}"
+    return f"{method}{drawn}, 1 in {part}{kept}"
 
 
 def plans_of(method: str) -> str:
@@ -57,34 +57,34 @@ def choose(subject: Subject, method: str, _: object = None) -> dict[str, str]:
 
 
 def under_chosen(
-    subject: Subject, method: str, part: int, spared: bool, values: Mapping[str, Any]
+    subject: Subject, method: str, part: int, keep_first: int, values: Mapping[str, Any]
 ) -> list[float]:
     """Losses under the plan that a method chose."""
-    return subject.losses(planned(values[plans_of(method)][str(part)], spared=spared))
+    return subject.losses(planned(values[plans_of(method)][str(part)], keep_first=keep_first))
 
 
 def under_rule(
-    subject: Subject, method: str, part: int, spared: bool, seed: int, _: object
+    subject: Subject, method: str, part: int, keep_first: int, seed: int, _: object
 ) -> list[float]:
     """Losses under the plan that a rule gives."""
     plan = static_plan(method, subject.layers, keep(subject.layers, part), seed)
-    return subject.losses(planned(plan, spared=spared))
+    return subject.losses(planned(plan, keep_first=keep_first))
 
 
 def _arms(subject: Subject) -> list[Arm]:
     arms = [Arm(FULL, lambda _: subject.losses("plain"))]
     arms += [Arm(plans_of(method), partial(choose, subject, method)) for method in MEASURED]
-    for spared in SPARED:
+    for kept in KEPT:
         for part in PARTS:
             for method in MEASURED:
-                chosen = partial(under_chosen, subject, method, part, bool(spared))
-                arms.append(Arm(arm_of(method, part, spared), chosen, needs=(plans_of(method),)))
-            for method in RULES if not spared else (BLOCK,):
-                ruled = partial(under_rule, subject, method, part, bool(spared), 0)
-                arms.append(Arm(arm_of(method, part, spared), ruled))
+                chosen = partial(under_chosen, subject, method, part, int(bool(kept)))
+                arms.append(Arm(arm_of(method, part, kept), chosen, needs=(plans_of(method),)))
+            for method in RULES if not kept else (BLOCK,):
+                ruled = partial(under_rule, subject, method, part, int(bool(kept)), 0)
+                arms.append(Arm(arm_of(method, part, kept), ruled))
     for part in PARTS:
         for seed in range(subject.seeds):
-            ruled = partial(under_rule, subject, "random", part, False, seed)
+            ruled = partial(under_rule, subject, "random", part, 0, seed)
             arms.append(Arm(arm_of("random", part, seed=seed), ruled))
     return arms
 
@@ -98,14 +98,14 @@ def _tables(evidence: Evidence) -> Sequence[Table]:
     for method in (*MEASURED, *RULES, "random"):
         row = [method if method != "random" else f"random, mean of {evidence.seeds}"]
         for part in PARTS:
-            for spared in SPARED:
-                random = _random(evidence, part) if method == "random" and not spared else []
-                arms = random or [arm_of(method, part, spared)]
+            for kept in KEPT:
+                random = _random(evidence, part) if method == "random" and not kept else []
+                arms = random or [arm_of(method, part, kept)]
                 known = all(arm in evidence.values for arm in arms)
                 row.append(f"{evidence.difference(arms, FULL).value:.3f}" if known else "")
         rows.append(row)
     counts = [gone(evidence.layers, part) for part in PARTS]
-    heading = ["plan", *(f"{count} layers out{spared}" for count in counts for spared in SPARED)]
+    heading = ["plan", *(f"{count} layers out{kept}" for count in counts for kept in KEPT)]
     plans = [
         [method, plan] for method in MEASURED for plan in evidence.values[plans_of(method)].values()
     ]
@@ -114,8 +114,8 @@ def _tables(evidence: Evidence) -> Sequence[Table]:
 
 
 def _undone(evidence: Evidence) -> Estimate:
-    block, spared = arm_of(BLOCK, QUARTER), arm_of(BLOCK, QUARTER, SPARES)
-    harm, left = evidence.units(block, spared) - evidence.units(FULL)
+    block, kept = arm_of(BLOCK, QUARTER), arm_of(BLOCK, QUARTER, FIRST_KEPT)
+    harm, left = evidence.units(block, kept) - evidence.units(FULL)
     return resampled(lambda units: float(1 - left[units].mean() / harm[units].mean()), len(harm))
 
 
@@ -171,7 +171,7 @@ STUDY = Study(
             "below",
             0.0,
             lambda e: e.difference(
-                arm_of(BLOCK, QUARTER, SPARES), arm_of("greedy", QUARTER, SPARES)
+                arm_of(BLOCK, QUARTER, FIRST_KEPT), arm_of("greedy", QUARTER, FIRST_KEPT)
             ),
         ),
         Claim(

@@ -19,7 +19,7 @@ def _arms(subject: Subject) -> list[Arm]:
     for layer in range(layers):
         policies = (
             planned(leaving_out(layer, layers)),
-            planned(leaving_out(layer, layers), spared=True),
+            planned(leaving_out(layer, layers), keep_first=1),
             planned(twice(layer, layers)),
         )
         for kind, policy in zip(KINDS, policies, strict=False):
@@ -61,12 +61,12 @@ def _kinder(evidence: Evidence) -> Estimate:
 
 def _at_first_token(evidence: Evidence) -> Estimate:
     inner = _inner(evidence)
-    skip, spared = (_all(evidence, kind, inner) for kind in KINDS[:2])
+    skip, kept = (_all(evidence, kind, inner) for kind in KINDS[:2])
 
     def share(choose: np.ndarray, judge: np.ndarray) -> float:
-        undone = (skip - spared)[:, 0::2][:, choose].mean(1)
+        undone = (skip - kept)[:, 0::2][:, choose].mean(1)
         best = int(undone.argmax())
-        harm, left = (part[best, 1::2][judge].mean() for part in (skip, spared))
+        harm, left = (part[best, 1::2][judge].mean() for part in (skip, kept))
         return float(1 - left / harm)
 
     units = skip.shape[1]

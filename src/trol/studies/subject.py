@@ -120,9 +120,9 @@ def rounded(values: list[float]) -> list[float]:
     return [round(value, 5) for value in values]
 
 
-def planned(plan: Plan | str, *, spared: bool = False) -> Planned:
-    """A plan for all tokens, or for all but the first of each window if that is `spared`."""
-    return Planned(plan, scope="all", keep_first=int(spared))
+def planned(plan: Plan | str, *, keep_first: int = 0) -> Planned:
+    """A plan for all tokens but the first `keep_first` of each window."""
+    return Planned(plan, scope="all", keep_first=keep_first)
 
 
 def leaving_out(gone: Any, layers: int) -> Plan:
