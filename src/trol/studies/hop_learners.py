@@ -34,8 +34,8 @@ TRAVERSED, WITHOUT = "TroL", "one visit"
 """Names of learners that studies share."""
 
 RATES = {"learning_rate": 2e-3, "mixer_learning_rate": 1e-4, "muon": 0.012}
-"""Of decoders that learn from nothing, chosen on seed 0 by how soon two hops are learnt; faster
-mixers close the gates before (LAB.md)."""
+"""Of decoders that learn from nothing, chosen on seed 0 by how soon two hops are learnt, before the
+studies ran; faster mixers close the gates before that (LAB.md)."""
 
 HOST_RATES = {"learning_rate": 3e-4, "mixer_learning_rate": 1e-4, "lora": 8}
 """Of a model that is named in their place."""
