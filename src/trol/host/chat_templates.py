@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateSyntaxError
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -183,7 +184,8 @@ def _tokens(tokenizer: Any, texts: Sequence[Sequence[str]], settings: dict[str, 
 def _answer_mask(offsets: Any, pieces: Sequence[str]) -> list[int]:
     """1 for each token that has a character of an odd piece, else 0; padding has none."""
     odd = [character for at, piece in enumerate(pieces) for character in [at % 2] * len(piece)]
-    return [int(any(odd[start:end])) for start, end in offsets]
+    # As numbers: to go through a tensor's elements costs more than all else here.
+    return [int(any(odd[start:end])) for start, end in np.asarray(offsets).tolist()]
 
 
 def _has_pictures(messages: Sequence[Mapping[str, Any]]) -> bool:
