@@ -68,25 +68,27 @@ def shard(folder: Path) -> None:
 
 def runs(folder: Path) -> None:
     """The runs of FOLDER/runs.json, one after another; some are stopped again and again."""
-    from trol.training import resolve, run, run_folder
+    from trol.host import processes
+    from trol.training import resolve, run
 
     for one in json.loads((folder / "runs.json").read_text(encoding="utf-8")):
         recipe, out = resolve("demo", one["settings"]), folder / one["out"]
         if not one["stopped"]:
             run(recipe, out)
             continue
-        steps, joined = itertools.count(1), run_folder.any_process
-        run_folder.any_process = lambda _, steps=steps: next(steps) % 3 == 0
+        steps, joined = itertools.count(1), processes.any_of
+        processes.any_of = lambda _, steps=steps: next(steps) % 3 == 0
         while "stopped" in run(recipe, out, resume=True, max_hours=1.0):
             pass
-        run_folder.any_process = joined
-    run_folder.leave_processes()
+        processes.any_of = joined
+    processes.leave()
     os._exit(0)
 
 
 def memory(folder: Path, recipe: str) -> None:
     """What a run adds to the resident memory of a process that has made a small one before."""
-    from trol.training import resolve, run, run_folder
+    from trol.host import processes
+    from trol.training import resolve, run
 
     small = ["preset.hidden_size=32", "preset.layers=2", "preset.heads=2"]
     run(resolve(recipe, small), folder / "small")
@@ -95,7 +97,7 @@ def memory(folder: Path, recipe: str) -> None:
     result = run(resolve(recipe), folder / "large")
     peak = {"peak": _resident("VmHWM") - before, "parameters": result["parameters"]}
     (folder / f"memory-{RANK}.json").write_text(json.dumps(peak), encoding="utf-8")
-    run_folder.leave_processes()
+    processes.leave()
     os._exit(0)
 
 

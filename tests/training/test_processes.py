@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch.distributed.run import __file__ as torchrun
 
 from trol.errors import TrainingError, UsageError
-from trol.training import resolve, run, run_folder
+from trol.host import processes
+from trol.training import resolve, run
 
 from .ranks import attached_model, measured
 from .short import SHORT, weights
@@ -79,11 +80,11 @@ def test_a_sharded_model_computes_the_same(tmp_path: Path) -> None:
 def test_processes_that_cannot_share_a_batch_or_are_not_joined_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "join_processes", lambda: None)
+    monkeypatch.setattr(processes, "join", lambda: None)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(UsageError, match="batch of 3 cannot be divided among 2 processes"):
             run(resolve("demo", [*SHORT, "stages.vision.batch=3"]), tmp_path / "out")
-    monkeypatch.setattr(run_folder, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(TrainingError, match="each would train alone"):
         run(resolve("demo", SHORT), tmp_path / "out")

@@ -23,6 +23,7 @@ from torch import nn
 from trol import files
 from trol.cli import main
 from trol.errors import TrainingError, UsageError
+from trol.host import processes
 from trol.training import resolve, run, run_folder, trainer
 from trol.training.run_folder import newest_checkpoint, whole_folder
 from trol.training.stage_data import Reader
@@ -69,7 +70,7 @@ def test_a_run_stopped_again_and_again_ends_the_same(
 ) -> None:
     """The time is over at every third step that is not the last of its stage."""
     recipe, steps, stops = resolve("demo", SHORT), itertools.count(1), 0
-    monkeypatch.setattr(run_folder, "any_process", lambda _: next(steps) % 3 == 0)
+    monkeypatch.setattr(processes, "any_of", lambda _: next(steps) % 3 == 0)
     while "stopped" in (results := run(recipe, tmp_path / "out", resume=True, max_hours=1.0)):
         assert not (tmp_path / "out").exists()
         stops += 1

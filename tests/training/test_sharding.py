@@ -14,8 +14,8 @@ from torch import nn
 
 import trol
 from trol.errors import UsageError
-from trol.host import sharding
-from trol.training import resolve, run, run_folder
+from trol.host import processes, sharding
+from trol.training import resolve, run
 
 from .short import SHORT, weights
 from .test_processes import HERE, close
@@ -144,7 +144,7 @@ def test_settings_under_which_a_policy_would_be_wrong_are_refused(
     monkeypatch.setenv(sharding.FSDP, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(run_folder, "_are_joined", lambda: True)
+    monkeypatch.setattr(processes, "_are_joined", lambda: True)
     with pytest.raises(UsageError, match=advice):
         run(resolve("demo", SHORT), tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -156,11 +156,11 @@ def test_a_run_is_resumed_as_it_was_begun_and_a_launcher_does_not_choose_the_pre
     settings = [*SHORT, "save_every=2"]
     run(resolve("demo", settings), tmp_path / "out", max_hours=1e-9)
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "shards", lambda: True)
+        patch.setattr(processes, "shards", lambda: True)
         with pytest.raises(UsageError, match="sharded was False and is True"):
             run(resolve("demo", settings), tmp_path / "out", resume=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(run_folder, "join_processes", lambda: None)
+    monkeypatch.setattr(processes, "join", lambda: None)
     with pytest.raises(UsageError, match="processes was 1 and is 2"):
         run(resolve("demo", settings), tmp_path / "out", resume=True)
     monkeypatch.delenv("WORLD_SIZE")

@@ -56,7 +56,7 @@ def evaluate(
     from trol.cli.conversation import open_conversation
     from trol.family.pretrained import origin
     from trol.harness.opening import on_accelerator
-    from trol.training.run_folder import is_first_process, join_processes, leave_processes
+    from trol.host import processes
 
     names = None if tasks is None else listed(tasks)
     own = {"--metrics": metrics or None, "--new-tokens": new_tokens, "--window": window}
@@ -67,7 +67,7 @@ def evaluate(
             _check_elsewhere(names, harness, suite, published)
         else:
             _check(names, chosen, window)
-    join_processes()
+    processes.join()
     try:
         conversation = open_conversation(
             model, max_new_tokens=1, plan=depth, chat_template=chat_template
@@ -96,8 +96,8 @@ def evaluate(
                     window=window,
                 )
     finally:
-        leave_processes()
-    if scores is None or not is_first_process():
+        processes.leave()
+    if scores is None or not processes.is_first():
         return
     result = {"model": model, "weights": origin(model, conversation.model)}
     result |= {"depth": conversation.plan, **scores, "run": run_record(seed)}
@@ -165,7 +165,7 @@ def _check_elsewhere(
     from trol.harness import check_harness
     from trol.harness.packages import check_place
     from trol.harness.suite import SUITES, compared
-    from trol.training.run_folder import process_count
+    from trol.host import processes
 
     if suite is None:
         check_place(names or [])
@@ -174,7 +174,7 @@ def _check_elsewhere(
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
     compared("", published)
-    if process_count() > 1:
+    if processes.count() > 1:
         raise UsageError("a suite runs in one process; leave torchrun out.")
 
 

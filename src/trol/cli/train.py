@@ -34,7 +34,7 @@ def train(  # noqa: PLR0917 - a command's options
 ) -> None:
     """Train a model as RECIPE says, stage by stage."""
     from trol import training
-    from trol.training.run_folder import is_first_process, leave_processes
+    from trol.host import processes
 
     resolved = training.resolve(recipe, overrides or [])
     if show:
@@ -55,8 +55,8 @@ def train(  # noqa: PLR0917 - a command's options
             max_hours=max_hours,
             report_to=report_to or [],
         )
-        leave_processes()
-        if not is_first_process():
+        processes.leave()
+        if not processes.is_first():
             return
         result = {"run": run_record(summary.get("seed")), **summary}
         if "model" in summary and "run" not in summary:  # else a finished run was given again

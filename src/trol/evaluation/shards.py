@@ -4,9 +4,8 @@ No process waits for another: each writes what it has finished into a file of it
 that finishes last finds all parts there.
 """
 
-import os
-
 from trol.errors import UsageError
+from trol.host import processes
 
 Shard = tuple[int, int]
 """Which part, from 0, of how many: (0, 2) is the first of two."""
@@ -21,7 +20,7 @@ def shard_of(text: str | None) -> Shard:
         UsageError: the text is no part.
     """
     if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return processes.rank(), processes.count()
     first, slash, second = text.partition("/")
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise UsageError(

@@ -1,6 +1,5 @@
 """What a harness's model arguments name, opened; and the processes that share the questions."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 from trol.checkpoints.adapter import is_trained
 from trol.depth.attachment import depth as depth_of
 from trol.family.loading import load_model
+from trol.host import processes
 from trol.host.weights import is_quantised
 from trol.training.opening import open_trained
 
@@ -45,12 +45,12 @@ def on_accelerator(model: Any) -> Any:
     """The model, moved to this process's accelerator if there is one and its weights may move."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None and not is_quantised(model):
-        model.to(torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0"))))
+        model.to(torch.device(kind.type, processes.local_rank()))
     return model
 
 
 def joined() -> Accelerator | None:
     """What connects this process with the others that `torchrun` started; None without any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes.count() == 1:
         return None
     return Accelerator(cpu=not torch.accelerator.is_available())

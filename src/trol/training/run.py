@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from trol.data.conversations import NAMED
 from trol.depth import depth
 from trol.errors import TrainingError, UsageError, unknown
-from trol.host import sharding
+from trol.host import processes, sharding
 from trol.host.trainer import tensorboard
 from trol.host.weights import is_quantised
 from trol.training import run_folder
@@ -118,12 +118,12 @@ def run(
         if name not in recipe.stages:
             raise UsageError(f"the recipe has no stage {name!r}, but {', '.join(recipe.stages)}.")
     _check(out, max_hours, report_to)
-    run_folder.join_processes()
-    shards = run_folder.shards()
+    processes.join()
+    shards = processes.shards()
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
     folder = run_folder.WorkingFolder(out)
     begun: dict[str, Any] = {"start": None if start is None else str(start)}
-    begun |= {"only": names, "processes": run_folder.process_count(), "sharded": shards}
+    begun |= {"only": names, "processes": processes.count(), "sharded": shards}
     if not resume:
         folder.refuse_to_forget()
     elif folder.is_begun:
@@ -219,15 +219,15 @@ def _save(
     """Writes everything into a folder beside `out`, then moves it into place."""
     with run_folder.writing("the trained model", folder.path):
         with run_folder.whole_folder(folder.path / "result") as draft:
-            if run_folder.is_first_process():
+            if processes.is_first():
                 save_trained(model, recipe, draft)
                 processor.save_pretrained(draft)
                 (draft / run_folder.RECIPE).write_text(recipe.yaml(), encoding="utf-8")
                 text = json.dumps(results, indent=2) + "\n"
                 (draft / FINDINGS).write_text(text, encoding="utf-8")
-        if run_folder.is_first_process():
+        if processes.is_first():
             folder.deliver()
-    run_folder.wait_for_processes()
+    processes.wait()
 
 
 def train_stage(
@@ -249,7 +249,7 @@ def train_stage(
     stage = _sized(recipe.stages[name], data.rows, f"{context.label}{name}")
     trainer = _trainer(worker, data, stage, which, recipe=recipe, context=context)
     checkpoint = None if trainer.place is None else run_folder.newest_checkpoint(trainer.place)
-    progress = Progress(f"{context.label}{name}") if run_folder.is_first_process() else None
+    progress = Progress(f"{context.label}{name}") if processes.is_first() else None
     if progress is not None:
         trainer.add_callback(progress)
     try:
@@ -294,7 +294,7 @@ def _trainer(
     if loss := exit_loss(worker, stage):
         data.reader.loss = loss
         callbacks.append(loss)
-    if "tensorboard" in context.report_to and run_folder.is_first_process():
+    if "tensorboard" in context.report_to and processes.is_first():
         callbacks.append(tensorboard(context.logs / name))
     data.reader.train()
     sharded = context.shards and sharding.is_asked_for(sharding.FSDP)
@@ -318,7 +318,7 @@ def _trainer(
 def _sized(stage: Stage, rows: Any, label: str) -> Stage:
     """The stage with its length; a warm-up that is cut to fit is said on stderr."""
     resolved = sized(stage, rows)
-    if resolved.warmup_steps < stage.warmup_steps and run_folder.is_first_process():
+    if resolved.warmup_steps < stage.warmup_steps and processes.is_first():
         print(
             f"{label}: {resolved.steps} steps, so the warm-up is {resolved.warmup_steps} of them, "
             f"not {stage.warmup_steps}",
@@ -334,11 +334,11 @@ def device_batch(stage: Stage) -> int:
     Raises:
         UsageError: the batch cannot be divided so.
     """
-    processes = run_folder.process_count()
-    parts = stage.accumulate * processes
+    many = processes.count()
+    parts = stage.accumulate * many
     if stage.batch % parts:
         raise UsageError(
-            f"a batch of {stage.batch} cannot be divided among {processes} processes in "
+            f"a batch of {stage.batch} cannot be divided among {many} processes in "
             f"{stage.accumulate} parts each; give a batch that is a multiple of {parts}."
         )
     return stage.batch // parts
@@ -381,9 +381,9 @@ def _arguments(recipe: Recipe, stage: Stage, name: str, context: RunContext) -> 
             f"the launcher's mixed_precision is {arguments.mixed_precision}, the recipe's "
             f"precision {recipe.precision}; set mixed_precision to 'no', the recipe decides."
         )
-    if arguments.world_size != run_folder.process_count():
+    if arguments.world_size != processes.count():
         raise TrainingError(
-            f"{run_folder.process_count()} processes were started, but each would train alone "
+            f"{processes.count()} processes were started, but each would train alone "
             f"({arguments.parallel_mode}); start them with torchrun or accelerate launch."
         )
     if arguments.deepspeed_plugin is not None and stage.muon:

@@ -1,4 +1,4 @@
-"""The working folder of a run, and the processes that share it.
+"""The working folder of a run, which its processes share.
 
 OUT.partial/
 run.json  recipe.yaml       what the run was begun with
@@ -9,7 +9,6 @@ result/                     on its way to OUT
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Generator, Mapping
@@ -20,15 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from trol import files
 from trol.checkpoints.adapter import numbers_digest, text_digest, weights_digest
 from trol.errors import TrainingError, UsageError
-from trol.host import sharding
+from trol.host import processes, sharding
 from trol.host.trainer import newest_checkpoint_in
 from trol.training.recipe import Recipe
 
@@ -47,63 +45,6 @@ DRAFTS = ".writing"
 RECIPE, RUN, WEIGHTS = "recipe.yaml", "run.json", "model.safetensors"
 RESULTS, RANDOM = "found.json", "random.pt"
 """Names of the files."""
-
-
-def process_count() -> int:
-    """How many processes train together, as `torchrun` and `accelerate launch` start them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and talks."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def join_processes() -> None:
-    """Connects the processes, where there are several, or one that was started to shard."""
-    if process_count() > 1 or _sharding_is_asked_for():
-        PartialState(**sharding.device_settings())
-
-
-def shards() -> bool:
-    """Whether each process is to keep a share of the model or its optimiser only.
-
-    Raises:
-        UsageError: with settings of FSDP under which a policy would be wrong or lost.
-    """
-    if not (_sharding_is_asked_for() and _are_joined()):
-        return False
-    sharding.check()
-    return True
-
-
-def _sharding_is_asked_for() -> bool:
-    return sharding.is_asked_for(sharding.FSDP) or sharding.is_asked_for(sharding.DEEPSPEED)
-
-
-def wait_for_processes() -> None:
-    """Waits until every process is here."""
-    if _are_joined():
-        distributed.barrier()
-
-
-def any_process(answer: bool) -> bool:
-    """Whether any process answers yes; all of them get the same answer."""
-    if not _are_joined():
-        return answer
-    most = torch.tensor(float(answer), device=PartialState().device)
-    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-    return bool(most.item())
-
-
-def leave_processes() -> None:
-    """Ends the connection of the processes, where there are several."""
-    if _are_joined():
-        distributed.destroy_process_group()
-
-
-def _are_joined() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
 
 
 def data_fingerprint(rows: Any, collate: Callable[..., Mapping[str, Any]]) -> str:
@@ -188,10 +129,10 @@ def writing(what: str, place: Path) -> Generator[None]:
 @contextmanager
 def whole_folder(place: Path) -> Generator[Path]:
     """`trol.files.whole_folder`, filled in `DRAFTS`; all processes take part."""
-    drafts, first = place.parent / DRAFTS, is_first_process()
+    drafts, first = place.parent / DRAFTS, processes.is_first()
     try:
         with files.whole_folder(
-            place, draft=drafts / place.name, first=first, wait=wait_for_processes
+            place, draft=drafts / place.name, first=first, wait=processes.wait
         ) as draft:
             yield draft
     finally:
@@ -233,19 +174,19 @@ class WorkingFolder:
     def begin(self, recipe: Recipe, begun: dict[str, Any], model: nn.Module) -> None:
         """Notes what the run begins with, or checks that the model is still the same."""
         mark = weights_digest(model)
-        wait_for_processes()  # until all have looked whether there is a run
+        processes.wait()  # until all have looked whether there is a run
         if self.is_begun:
             if self._begun()["model"] != mark:
                 raise UsageError(
                     f"the model that the run in {self.path} began with has changed; give the "
                     "same one, or another --out."
                 )
-        elif is_first_process():
+        elif processes.is_first():
             shutil.rmtree(self.path, ignore_errors=True)
             noted = {**begun, "model": mark, "data": {}}
             self._note(RECIPE, recipe.yaml())
             self._note(RUN, json.dumps(noted, indent=2))
-        wait_for_processes()
+        processes.wait()
 
     def check_data(self, stage: str, mark: str) -> None:
         """Notes a stage's data, or raises `UsageError` where they are not what they were."""
@@ -256,11 +197,11 @@ class WorkingFolder:
                 f"the data of stage {stage} have changed since the run in {self.path} saw them "
                 f"(fingerprint {known}, now {mark}); put them back, or give another --out."
             )
-        wait_for_processes()  # until all have read
-        if known is None and is_first_process():
+        processes.wait()  # until all have read
+        if known is None and processes.is_first():
             begun["data"][stage] = mark
             self._note(RUN, json.dumps(begun, indent=2))
-        wait_for_processes()
+        processes.wait()
 
     def stage(self, number: int) -> Path:
         """Where checkpoints of the stage go; stages count from 1."""
@@ -270,16 +211,16 @@ class WorkingFolder:
         """Keeps the model as it is after stage `number`; older states and checkpoints go."""
         place = self.path / "finished" / f"stage-{number}"
         with writing(f"the model after stage {number}", self.path), whole_folder(place) as draft:
-            if is_first_process():
+            if processes.is_first():
                 save_file(state_of(model, _is_full), draft / WEIGHTS)
                 torch.save(random_state(), draft / RANDOM)
                 (draft / RESULTS).write_text(json.dumps(results), encoding="utf-8")
-        if is_first_process():
+        if processes.is_first():
             shutil.rmtree(self.stage(number), ignore_errors=True)
             for old in place.parent.glob("stage-*"):
                 if old != place:
                     shutil.rmtree(old, ignore_errors=True)
-        wait_for_processes()
+        processes.wait()
 
     def finished(self) -> int:
         """How many stages are over."""

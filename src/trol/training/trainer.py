@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trol.depth import attached
 from trol.depth.attachment import gates_of
 from trol.errors import TrainingError
-from trol.host import sharding
+from trol.host import processes, sharding
 from trol.host.trainer import StepwiseTrainer, keep_newest
 from trol.training import run_folder
 from trol.training.optimisers import optimiser, schedule, shard_states
@@ -110,7 +110,7 @@ class CheckpointSchedule(TrainerCallback):
             return
         if self.save_every and state.global_step % self.save_every == 0:
             control.should_save = True
-        if self.deadline is not None and run_folder.any_process(time.monotonic() > self.deadline):
+        if self.deadline is not None and processes.any_of(time.monotonic() > self.deadline):
             control.should_save = control.should_training_stop = True
 
 
@@ -176,7 +176,7 @@ class StageTrainer(StepwiseTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:  # type: ignore[override]
         """The step of Trainer; counts its tokens and checks its loss."""
         if self.by_tokens:
-            self.speed.count(inputs["input_ids"].numel() * run_folder.process_count())
+            self.speed.count(inputs["input_ids"].numel() * processes.count())
         loss = super().training_step(model, inputs, *rest)
         if not torch.isfinite(loss):
             raise self.diverged(f"the loss is {loss.item()}")
@@ -216,7 +216,7 @@ class StageTrainer(StepwiseTrainer):
             between_logs = {**self.since_last_log, "seconds": self.seconds}
             file = draft / BETWEEN_LOGS.format(rank=self.args.process_index)
             file.write_text(json.dumps(between_logs), encoding="utf-8")
-        if run_folder.is_first_process():
+        if processes.is_first():
             keep_newest(self.place, self.keep)
 
     def write_weights(self, folder: Path) -> None:
