@@ -1,6 +1,7 @@
 """Questions of several look-ups, who learns them, and weights that no token decides."""
 
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from trol.data.own_files import SPLITS
 from trol.data.pairs import pairs_of
 from trol.depth import attach, detach, trace
 from trol.evaluation import evaluate
+from trol.studies import learning
 from trol.studies.gate_controls import ConstantWeights, LearnedWeights, RandomWeights
 from trol.studies.hop_learners import (
     PLAIN,
@@ -81,6 +83,16 @@ def test_what_learns_in_another_way_is_another_model(subject: Subject) -> None:
     assert trained(subject, Learner("TroL"), 0) == first
     assert trained(subject, Learner("TroL", {**TROL, "passes": 3}), 0) != first
     assert trained(subject, Learner("TroL", length=2.0), 0) != first
+
+
+def test_what_has_learnt_is_found_again_where_the_folder_lies_now(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained(subject, Learner("TroL"), 0)
+    copytree(first.parent, tmp_path / first.parent.name)
+    monkeypatch.setattr(learning, "run", lambda *a, **k: pytest.fail("trained again"))
+    moved = Subject("", AMOUNTS, 1, tmp_path / "study")
+    assert trained(moved, Learner("TroL"), 0).name == first.name
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ def learnt(subject: Subject, label: str, recipe: Recipe, start: Path | None = No
     It lies under a digest of the recipe and of what it begins with: other amounts make another.
     """
     begun = "" if start is None else start.name
-    name = f"{label}-{recipe.seed}-{text_digest(recipe.yaml() + begun)[:12]}"
+    text = recipe.yaml().replace(str(subject.folder.parent), "")  # found again if the folder moves
+    name = f"{label}-{recipe.seed}-{text_digest(text + begun)[:12]}"
 
     def train(into: Path) -> None:
         run(recipe, into, start=start, label=f"{label}, seed {recipe.seed}, ")
