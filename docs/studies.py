@@ -32,8 +32,9 @@ def results() -> list[dict[str, Any]]:
 
 
 def measured_on(result: dict[str, Any]) -> str:
-    """What a study measured; a tiny one makes its own model."""
-    return "a tiny model" if result["size"] == "tiny" else result["model"]
+    """What a study measured, which may be models that it trained."""
+    own = f"a {result['size']} model"
+    return own if result["size"] == "tiny" else result["model"] or own
 
 
 def figure(claim: dict[str, Any]) -> str:
