@@ -20,6 +20,8 @@ from trol.studies.subject import Subject, make_tiny
 from trol.training import Recipe
 from trol.training import run as train
 
+from .test_boards import AMOUNTS as BOARDS
+
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -28,15 +30,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 AMOUNTS = {"windows": 2, "window": 16, "chosen_by": 2}
 
-BOARDS = {
-    "hidden_size": 16,
-    "layers": 2,
-    "vision_steps": 1,
-    "reason_steps": 1,
-    "step1_steps": 1,
-    "boards": 48,
-    "questions": 9,
-}
 HOPS = {"questions": 24, "width": 16}
 SHORT = dict.fromkeys(("steps", "alignment", "data"), BOARDS)
 """Studies that train for minutes at tiny size -> amounts that take seconds; of others `HOPS`."""

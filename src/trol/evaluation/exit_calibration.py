@@ -185,7 +185,7 @@ def _first_that_keeps(
     outcomes = [record.outcome(threshold) for threshold in order]
     places = _onwards(outcomes, wish.promised(outcomes), 1 if wish.quality is None else -1)
     tried, other = len(ways), None
-    found: ExitCalibration | None = None
+    calibrated: ExitCalibration | None = None
     failed, kept_at, at = -1, len(places), 0  # bounds of the first place that keeps; the one to run
     while failed < at < kept_at:
         exits = [with_threshold(policy, order[places[at]], skipped_kv=way) for way in ways]
@@ -196,12 +196,12 @@ def _first_that_keeps(
         p = wish.p_value(kept, tried)
         if wish.is_kept(kept, p):
             tokens, kept_at = record.answer.numel(), at
-            found = ExitCalibration(chosen, outcomes[places[at]], kept, other, p, tokens)
+            calibrated = ExitCalibration(chosen, outcomes[places[at]], kept, other, p, tokens)
         else:
             failed = at
         at = (failed + kept_at) // 2
-    if found is not None:
-        return found
+    if calibrated is not None:
+        return calibrated
     wished = f"cost of {wish.cost}" if wish.quality is None else f"quality of {wish.quality}"
     raise HostError(
         f"no threshold that was run keeps a {wished} when tokens really leave, since later ones "

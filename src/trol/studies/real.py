@@ -95,16 +95,16 @@ def _steps(subject: Subject, way: _Way) -> int:
 
 
 def _sizes(subject: Subject, _: object) -> dict[str, dict[str, float]]:
-    found = {}
+    sizes = {}
     for name, way in WAYS.items():
         twice = _twice(subject, way.visits)
         maps = _few_maps(subject) if way.few else _of_rank_one(subject)
-        found[name] = {
+        sizes[name] = {
             "parameters": len(twice) * (_width(subject) + 1) + way.rank * sum(maps.values()),
             "steps": _steps(subject, way),
             "compute": round(_steps(subject, way) * _compute(subject, twice), 1),
         }
-    return found
+    return sizes
 
 
 def _learns(subject: Subject, way: _Way) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -43,13 +43,13 @@ LOOKED_AT = 64
 
 def _learners(layers: int) -> dict[str, Learner]:
     """A learner for each place."""
-    found = {}
+    learners = {}
     for name, thirds in PLACES.items():
         chosen = [bool(thirds[3 * layer // layers]) for layer in range(layers)]
         tau = [0.0 if traversed else None for traversed in chosen]
         policy = {**TROL, "tau": tau} if any(chosen) else {**TROL, "passes": 1}
-        found[name] = Learner(name, policy)
-    return found
+        learners[name] = Learner(name, policy)
+    return learners
 
 
 def _gates(subject: Subject, seed: int, _: Mapping[str, Any]) -> dict[str, list[float]]:
