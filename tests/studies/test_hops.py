@@ -36,17 +36,19 @@ def table_of(question: str) -> dict[str, str]:
     return dict(word for word in question.partition(" :")[0].split())
 
 
-@pytest.mark.parametrize("most", [3, 4])
+@pytest.mark.parametrize("most", [2, 4])
 def test_answers_follow_the_table_step_by_step(most: int) -> None:
     pairs = hop_pairs("test", most=most, limit=200)
     for pair in pairs:
         leads = table_of(pair.question)
         assert sorted(leads) == sorted(leads.values()) == list(LETTERS)
-        steps, _, starts = pair.question.partition(" : ")[2].partition(" steps from ")
-        ends = starts.split()
+        steps, _, start = pair.question.partition(" : ")[2].partition(" steps from ")
+        letters = [start, *pair.answer.split()]
+        assert "".join(letters[::2]) in 2 * LETTERS  # one after the other, the first after the last
+        ends = letters[::2]
         for _ in range(int(steps)):
             ends = [leads[end] for end in ends]
-        assert pair.answer.split() == ends
+        assert letters[1::2] == ends
         assert pair.type == kinds(int(steps))[-1]
     assert {pair.type for pair in pairs} == set(kinds(most))
 
@@ -67,14 +69,14 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def test_what_is_asked_is_what_evaluate_measures(subject: Subject) -> None:
-    """Whole answers that are right are those whose letters all are."""
+    """All letters of a right answer are right; between those that count, one may be wrong."""
     learner = Learner("TroL")
     found = asked(subject, learner, 0)
-    assert sum(len(found["right"][kind]) for kind in kinds(3)) == 12
+    assert sum(len(found["right"][kind]) for kind in kinds(2)) == 12
     model, processor = opened(subject, learner, 0)
     scores = evaluate(model, processor, tasks=["hops"], questions=12, seed=0)
-    wholly = [share == 1 for kind in kinds(3) for share in found["right"][kind]]
-    assert scores["tasks"]["hops"]["accuracy"] == sum(wholly) / 12
+    wholly = [share == 1 for kind in kinds(2) for share in found["right"][kind]]
+    assert scores["tasks"]["hops"]["accuracy"] <= sum(wholly) / 12
     assert found["visits"] > answered(subject, model, processor, "plain")["visits"] == 1
 
 

@@ -14,9 +14,7 @@ EXAMPLES = (
     "trol study single-layers --size tiny",
     "trol study skip-or-exit --model HuggingFaceTB/SmolLM2-135M-Instruct --seeds 3",
 )
-SIZE_HELP = (
-    "tiny: on a random model, or on small ones that it trains; real: takes longer. Some have more."
-)
+SIZE_HELP = "tiny: on a random model, or on small ones that it trains; real: takes longer."
 MODEL_HELP = (
     "What is studied. Default: smollm2, of size tiny a random decoder; some train their own."
 )
@@ -50,9 +48,8 @@ def study(
         terminal.report({"studies": described}, as_json=as_json, text=lambda: "\n".join(lines))
         return
     chosen = [study_of(one) for one in (STUDIES if name == "all" else [name])]
-    for one in chosen:
-        if size not in one.amounts:
-            raise unknown(f"size of {one.name}", size, one.amounts)
+    if size not in chosen[0].amounts:
+        raise unknown("size", size, chosen[0].amounts)
     part = shard_of(shard)
     check_writable(out)
     with terminal.quiet_libraries():

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from transformers import ProcessorMixin
 
 from trol.data.boards import chance_by_type
-from trol.data.hops import STARTS
+from trol.data.hops import ANSWER
 from trol.data.own_files import read_chats, read_text
 from trol.data.pairs import BUILT_IN, NAMES, check_set, is_pairs
 from trol.errors import DataError, HostError, UsageError, unknown
@@ -105,7 +105,7 @@ TASKS: dict[str, Task] = {
     "docstrings": Task(partial(pair_items, "docstrings"), lambda: dict(blind_docstrings())),
     # The letters and the end.
     **{
-        name: Task(partial(pair_items, name), metrics=("exact", "loss"), new_tokens=STARTS + 1)
+        name: Task(partial(pair_items, name), metrics=("exact", "loss"), new_tokens=ANSWER + 1)
         for name in ("hops", "hops4")
     },
     "pydoc": Task(topic_items, metrics=("loss",), windows=True),

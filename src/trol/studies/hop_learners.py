@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from trol.data.hops import STARTS, WORDS, kinds
-from trol.data.own_files import SEPARATOR
+from trol.data.hops import ANSWER, WORDS, kinds
 from trol.depth import PolicyLike, depth
 from trol.evaluation.answers import answers
 from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import Item, pair_items
-from trol.family.presets import SEPARATED, text_decoder, word_tokenizer
+from trol.family.presets import text_decoder, word_tokenizer
 from trol.studies.gate_controls import ConstantWeights, RandomWeights
 from trol.studies.learning import kept, learnt
 from trol.studies.study import Arm, Estimate, Evidence, of_seed, of_seeds
@@ -43,18 +42,27 @@ HOST_RATES = {"learning_rate": 3e-4, "mixer_learning_rate": 1e-4, "lora": 8}
 EXPERTS = 4
 """Of a mixture-of-experts twin, three of which each token takes, as in TroL's Table 5."""
 
-TINY = {"most": 3, "layers": 1, "width": 64, "batch": 64, "steps": 1600, "questions": 600}
-TINY_OF_TWO = {**TINY, "most": 4, "layers": 2, "steps": 2400}
+TINY = {"most": 2, "layers": 1, "width": 64, "batch": 64, "steps": 2000, "questions": 600}
 REAL = {"most": 4, "layers": 2, "width": 384, "batch": 256, "steps": 6000, "questions": 1200}
-"""Decoders of .05 and of 3.6 million parameters; the second wants a GPU.
+"""Decoders of .03 and of 2.5 million parameters; the second wants a GPU."""
 
-Two layers can look up three steps in a row, not two: the table's own words look up the next step
-while the question takes its first. One layer looks up one.
+NARROW = 4
+"""What part of the state's width an MLP is wide: too narrow to know what tables answer, so that
+look-ups are left to attention. Else one layer learns two look-ups without a second visit."""
+
+JOINED = """\
+{%- for message in messages -%}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{- ' ' + message.content + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message.content -}}
+    {%- endif -%}
+{%- endfor -%}
 """
-
+"""A chat template without words of its own: the first look-up begins where the question ends."""
 
 DESIGN = (
-    "Questions of one to three look-ups that wait for each other (data `hops`), decoders of one "
+    "Questions of one or two look-ups that wait for each other (data `hops`), decoders of one "
     "layer, whose attention looks up one step, that learn them from nothing "
 )
 
@@ -119,7 +127,7 @@ def trained(subject: Subject, learner: Learner, seed: int) -> Path:
 
 
 def _data(amounts: Mapping[str, Any]) -> str:
-    return {3: "hops", 4: "hops4"}[amounts["most"]]
+    return {2: "hops", 4: "hops4"}[amounts["most"]]
 
 
 def _new_decoder(subject: Subject, learner: Learner, seed: int) -> Path:
@@ -129,9 +137,10 @@ def _new_decoder(subject: Subject, learner: Learner, seed: int) -> Path:
 
     def save(into: Path) -> None:
         tokenizer = word_tokenizer(WORDS)
-        tokenizer.add_special_tokens({"sep_token": SEPARATOR})
-        tokenizer.chat_template = SEPARATED
+        tokenizer.chat_template = JOINED
         config = text_decoder(tokenizer, hidden_size=width, layers=layers, positions=64)
+        config.intermediate_size = width // NARROW
+        config.tie_word_embeddings, config.initializer_range = False, 0.02
         make: Any = LlamaForCausalLM
         if learner.experts:
             config, make = _with_experts(config, learner.experts), MixtralForCausalLM
@@ -188,7 +197,7 @@ def answered(
     columns = DepthColumns(model)
     torch.manual_seed(draw)
     with nullcontext() if policy is None else depth(model, policy):
-        texts = answers(model, processor, items, new_tokens=STARTS + 1, around=columns.batch)
+        texts = answers(model, processor, items, new_tokens=ANSWER + 1, around=columns.batch)
     right: dict[str, list[float]] = {kind: [] for kind in kinds(subject.amounts["most"])}
     for item, text in zip(items, texts, strict=True):
         right[item.type].append(round(_share_right(text.split(), item.answer.split()), 3))
@@ -201,7 +210,8 @@ def answered(
 
 
 def _share_right(given: Sequence[str], wanted: Sequence[str]) -> float:
-    return sum(a == b for a, b in zip(given, wanted, strict=False)) / len(wanted)
+    """Of the letters that look-ups lead to; those between, where they begin, do not count."""
+    return sum(a == b for a, b in zip(given[::2], wanted[::2], strict=False)) / len(wanted[::2])
 
 
 def arms_of(subject: Subject, learners: Sequence[Learner]) -> list[Arm]:
@@ -253,7 +263,7 @@ def gain(more: str, less: str, evidence: Evidence, *, deeper: bool = False) -> E
 
     Of all questions, or of those of one step more than there are layers.
 
-    NaN where there is none of a name: a named model has no twins.
+    NaN where there is none of a name: a named model has no twins, and one layer shares no gate.
     """
     arms = [of_seeds(name, evidence) for name in (more, less)]
     if not all(seeds[0] in evidence.values for seeds in arms):

@@ -10,7 +10,6 @@ from trol.studies.hop_learners import (
     PLAIN,
     REAL,
     TINY,
-    TINY_OF_TWO,
     TRAVERSED,
     TROL,
     TWO_VISITS,
@@ -58,9 +57,10 @@ STUDY = Study(
         "The second visit itself is what gains, where an answer needs more depth than there is."
     ),
     design=(
-        DESIGN + "and traverse from the first step on; of size small, one to four look-ups and "
-        "two layers, so that two layers of two visits face two layers and four. Share of right "
-        "letters of questions whose tables nobody learnt from; the same questions for all arms."
+        DESIGN
+        + "and traverse from the first step on: one layer of two visits faces one layer and two "
+        "(of size real: two of two visits face two and four). Share of right letters of questions "
+        "whose tables nobody learnt from; the same questions for all arms."
     ),
     controls=(
         "The same model with the same gates but one visit, for as many steps and for twice as "
@@ -68,7 +68,7 @@ STUDY = Study(
         "FLOPs of a token), twice the layers (twice the FLOPs and parameters), four experts of "
         "which each token takes three."
     ),
-    amounts={"tiny": TINY, "small": TINY_OF_TWO, "real": REAL},
+    amounts={"tiny": TINY, "real": REAL},
     arms=lambda subject: arms_of(subject, LEARNERS),
     claims=(
         _claim(

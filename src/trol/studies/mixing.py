@@ -4,10 +4,11 @@ from functools import partial
 
 from trol.studies.gate_controls import LearnedWeights
 from trol.studies.hop_learners import (
+    DESIGN,
     ONE_VISIT,
     RANDOM,
     REAL,
-    TINY_OF_TWO,
+    TINY,
     TRAVERSED,
     TROL,
     TWO_VISITS,
@@ -19,21 +20,31 @@ from trol.studies.hop_learners import (
     heading,
     table_rows,
 )
-from trol.studies.study import Claim, Study, Table
+from trol.studies.study import Arm, Claim, Study, Table
+from trol.studies.subject import Subject
 
 SHARED, BY_LAYER, LEARNED = "one gate for all layers", "a number a layer", "one number"
 UNIFORM, SECOND = "one half", "second visit alone"
 
-LEARNERS = (
-    TWO_VISITS,
+OF_SEVERAL_LAYERS = (
     Learner(SHARED, {**TROL, "sharing": "shared"}),
     Learner(BY_LAYER, {"policy": LearnedWeights.name, "scope": "all"}),
+)
+"""With one layer they are a gate and one number."""
+
+LEARNERS = (
+    TWO_VISITS,
     Learner(LEARNED, {"policy": LearnedWeights.name, "sharing": "shared", "scope": "all"}),
     RANDOM,
     constant(UNIFORM, 0.5),
     constant(SECOND, 1.0),
     ONE_VISIT,
 )
+
+
+def _arms(subject: Subject) -> list[Arm]:
+    several = OF_SEVERAL_LAYERS if subject.amounts["layers"] > 1 else ()
+    return arms_of(subject, [*LEARNERS, *several])
 
 
 def _claim(text: str, less: str, bound: float = 0.0) -> Claim:
@@ -46,14 +57,14 @@ STUDY = Study(
     name="mixing",
     hypothesis="A gate that reads the token mixes two visits better than one that does not.",
     design=(
-        "Questions of one to four look-ups (data `hops4`), decoders of two layers that learn "
-        "them from nothing. The weight of the second visit comes from a gate a layer (TroL), one "
-        "gate for all layers, a learned number a layer or for all, a number drawn for each token, "
-        "or is one half, one (second visit alone) or none (one visit)."
+        DESIGN + "and traverse from the first step on. The weight of the second visit comes from a "
+        "gate (TroL), is a learned number, a number drawn for each token, one half, one (second "
+        "visit alone) or none (one visit); of size real, with two layers, also from one gate for "
+        "all layers, or from a learned number a layer."
     ),
     controls="The same steps, seeds and questions; only the weight differs.",
-    amounts={"tiny": TINY_OF_TWO, "real": REAL},
-    arms=lambda subject: arms_of(subject, LEARNERS),
+    amounts={"tiny": TINY, "real": REAL},
+    arms=_arms,
     claims=(
         _claim("The gate is better than the second visit alone", SECOND),
         _claim("It is better than the first visit alone", WITHOUT),
@@ -74,7 +85,7 @@ STUDY = Study(
         Table(
             "Share of right letters, by steps asked for",
             heading(evidence, "weight"),
-            table_rows(evidence, [learner.name for learner in LEARNERS]),
+            table_rows(evidence, [one.name for one in (*LEARNERS, *OF_SEVERAL_LAYERS)]),
         )
     ],
     pretrained=False,

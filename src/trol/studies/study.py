@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from trol.studies.subject import Subject
 
-Size = Literal["tiny", "small", "real"]
-"""How much is measured: on a random or a very small model, on small ones, for real."""
+Size = Literal["tiny", "real"]
+"""How much is measured: on a random or a very small model, or for real."""
 
 RESAMPLES = 2000
 """How often the units of a statistic are drawn anew for its interval."""
