@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from trol.cli.demo import learn_look_ups
 from trol.errors import DataError
 from trol.files import write_json, write_whole
-from trol.reports.training import differences_table, readable, render_demo, write_demo
+from trol.reports.training import (
+    differences_table,
+    look_ups_table,
+    readable,
+    render_demo,
+    write_demo,
+)
 
 TYPES = ("digit", "hop1")
 
@@ -30,6 +37,10 @@ def results(place: Path, *, seeds: int = 3, gain: float = 0.0) -> dict[str, Any]
         "model": "trol-tiny",
         "seeds": list(range(seeds)),
         "run": {"command": "trol demo <&>", "commit": None, "versions": {"trol": "0"}, "seed": 0},
+        "look_ups": {
+            "one visit": [{"1 hop": 1.0, "2 hops": 0.3 + x, "visits": 1.0} for x in noise],
+            "TroL": [{"1 hop": 1.0, "2 hops": 1.0, "visits": 2.0} for x in noise],
+        },
         "parameters": {"on": 1000, "twin": 1000},
         "steps": {"on": 20, "twin": 20},
         "losses": {"step 1": {"on": curve, "twin": curve}},
@@ -56,6 +67,14 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "&lt;7&gt;" in page
     assert "3 seeds (0, 1, 2)" in page
     assert json.loads((tmp_path / "results.json").read_text())["model"] == "trol-tiny"
+
+
+def test_look_ups_are_learnt_measured_and_shown(tmp_path: Path) -> None:
+    learnt = learn_look_ups(1, 0, tmp_path)
+    table = look_ups_table({"look_ups": {name: [value] for name, value in learnt.items()}})
+    assert table.heading[1:] == ["1 hop", "2 hops", "layer visits a token"]
+    assert [row[-1] for row in table.rows] == ["1.00", "2.00", "2.00"]
+    assert all(float(cell) < 50 for row in table.rows for cell in row[1:3])  # after one step
 
 
 def test_svg_ids_are_not_shared(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""`trol demo`: train trol-tiny and its twin here, compare them, and write the report.
+"""`trol demo`: train decoders of one layer, and trol-tiny with its twin, and write the report.
 
-One seed of the demo: train the stages that both arms share, then each arm, then measure.
+One seed of the demo: decoders that learn look-ups with one visit, with two, and with two layers;
+then trol-tiny: the stages that both arms share, each arm, and what they answer.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +22,7 @@ EXAMPLES = (
     "trol demo stages.reason.steps=200 stages.step2.steps=100",
 )
 SEEDS_HELP = "Runs of each; the spread is theirs."
+LOOK_UPS_HELP = "Optimiser steps of the decoders that learn look-ups. Default: those of the study."
 
 ARMS = {"on": [], "twin": ["policy.passes=1"]}
 """Arm -> what differs in the recipe. The twin has the same gates, and never a second visit."""
@@ -31,35 +34,41 @@ SPARSE_QUESTIONS = 540
 
 def demo(
     overrides: terminal.Overrides = None,
+    *,
     out: terminal.Out = Path("runs/demo"),
     seeds: Annotated[int, option("--seeds", "N", SEEDS_HELP, min=1)] = 2,
     recipe: Annotated[str, option("--recipe", "RECIPE", "What to run.")] = "demo",
+    look_ups: Annotated[int | None, option("--look-ups", "STEPS", LOOK_UPS_HELP, min=1)] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Train a small model here and report what traversal did to it."""
     from trol import training
-    from trol.reports.training import differences_table, write_demo
+    from trol.reports.training import differences_table, look_ups_table, write_demo
 
     started = time.perf_counter()
     training.resolve(recipe, overrides or [])  # refuses a wrong key before anything starts
-    terminal.note(f"== {seeds} seeds, each: eyes, reason, then step 1 and step 2 with and without")
+    terminal.note(
+        f"== {seeds} seeds, each: look-ups; then eyes, reason, step 1 and step 2 of boards"
+    )
     with terminal.quiet_libraries():
-        results = _gather(_run_seeds(recipe, overrides or [], seeds, out))
+        results = _gather(_run_seeds(recipe, overrides or [], look_ups, seeds, out))
         results["run"] = run_record(0) | {"seconds": round(time.perf_counter() - started, 1)}
         page = write_demo(results, out)
-    table = differences_table(results)
-    lines = [terminal.table([table.heading, *table.rows]), *table.notes, f"Report: {page}"]
-    lines.append("Ask it: trol chat --image docs/board.png")
+    lines = []
+    for table in (look_ups_table(results), differences_table(results)):
+        lines += [terminal.table([table.heading, *table.rows]), *table.notes, ""]
+    lines += [f"Report: {page}", "Ask it: trol chat --image docs/board.png"]
     terminal.report(results, as_json=as_json, text=lambda: "\n".join(lines))
 
 
 def _run_seeds(
-    recipe: str, overrides: Sequence[str], seeds: int, out: Path
+    recipe: str, overrides: Sequence[str], look_ups: int | None, seeds: int, out: Path
 ) -> list[dict[str, Any]]:
     """All seeds, as many side by side as there are cores."""
     workers = min(seeds, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_seed, recipe, overrides, seed, out) for seed in range(seeds)]
+        given = recipe, overrides, look_ups
+        futures = [pool.submit(run_seed, *given, seed, out) for seed in range(seeds)]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -69,25 +78,45 @@ def _run_seeds(
             raise
 
 
-def run_seed(recipe: str, overrides: Sequence[str], seed: int, out: Path) -> dict[str, Any]:
-    """Trains and measures both arms with one seed.
+def run_seed(
+    recipe: str, overrides: Sequence[str], look_ups: int | None, seed: int, out: Path
+) -> dict[str, Any]:
+    """Trains and measures everything with one seed.
 
     Returns:
-        `{"losses": {stage: {arm: curve}}, "accuracy": {arm: {type: share}}, "chance", "counts",
-        "cost", "gates", "sparse", "maps", "parameters", "steps", "seconds"}`, arms on, off, twin.
+        `{"look_ups": {decoder: {type: share, "visits"}}, "losses": {stage: {arm: curve}},
+        "accuracy": {arm: {type: share}}, "chance", "counts", "cost", "gates", "sparse", "maps",
+        "parameters", "steps", "seconds"}`, arms on, off, twin.
     """
     import torch
 
     torch.set_num_threads(1)  # seeds run side by side, one core each
     with terminal.quiet_libraries():
+        learnt = learn_look_ups(look_ups, seed, out / "look-ups")
         runs = _train_arms(recipe, [*overrides, f"seed={seed}"], seed, out)
-        result: dict[str, Any] = {"losses": _losses(runs), "accuracy": {}, "cost": {}}
+        result: dict[str, Any] = {"look_ups": learnt, "losses": _losses(runs)}
+        result |= {"accuracy": {}, "cost": {}}
         result["parameters"] = {arm: runs[arm]["parameters"] for arm in ARMS}
         result["steps"] = {arm: runs["shared"]["steps"] + runs[arm]["steps"] for arm in ARMS}
         result["seconds"] = {name: run["seconds"] for name, run in runs.items()}
         for arm in ARMS:
             _measure(result, arm, runs[arm]["model"], seed, out)
     return result
+
+
+def learn_look_ups(steps: int | None, seed: int, out: Path) -> dict[str, dict[str, float]]:
+    """Share of right letters by number of look-ups, and layer visits of a token, by decoder."""
+    from trol.studies.hop_learners import ONE_VISIT, TINY, TWICE_THE_LAYERS, TWO_VISITS, asked
+    from trol.studies.subject import Subject
+
+    amounts = {**TINY, "steps": steps or TINY["steps"]}
+    subject = Subject("", amounts, 1, out / "study")
+    found = {}
+    for learner in (ONE_VISIT, TWO_VISITS, TWICE_THE_LAYERS):
+        value = asked(subject, learner, seed)
+        shares = {kind: statistics.fmean(each) for kind, each in value["right"].items()}
+        found[learner.name] = {**shares, "visits": value["visits"]}
+    return found
 
 
 def _train_arms(recipe: str, settings: list[str], seed: int, out: Path) -> dict[str, Any]:
@@ -180,6 +209,9 @@ def _gather(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "model": "trol-tiny",
         "seeds": list(range(len(results))),
+        "look_ups": {
+            name: [one["look_ups"][name] for one in results] for name in first["look_ups"]
+        },
         "losses": losses,
         "accuracy": accuracy,
         "gates": [one["gates"] for one in results],

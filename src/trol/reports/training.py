@@ -4,6 +4,7 @@ A run's page is made of its `training.json`. The results of the demo (every list
 same order as `seeds`; accuracies are shares, 0 to 1)::
 
     {"model": str, "seeds": [int], "run": {"command", "commit", "versions", "seed", ...},
+     "look_ups": {decoder: [{type: float, "visits": float}]},   a seed each; visits of a token
      "questions": int,                             test questions behind each accuracy
      "parameters": {arm: int}, "steps": {arm: int},
      "losses": {stage: {arm: [{"steps": [int], "losses": [float]}]}},
@@ -40,7 +41,18 @@ DEMO = Results(
     "results.json",
     "report.html",
     "trol demo",
-    ("model", "seeds", "run", "losses", "accuracy", "chance", "counts", "gates", "sparse"),
+    (
+        "model",
+        "seeds",
+        "run",
+        "look_ups",
+        "losses",
+        "accuracy",
+        "chance",
+        "counts",
+        "gates",
+        "sparse",
+    ),
 )
 
 ARMS = {
@@ -106,6 +118,7 @@ def render_demo(results: Mapping[str, Any], place: Path) -> str:
         run=results["run"],
         names={arm: arm_name(arm) for arm in {**accuracy, **cost}},
         totals={arm: [total(seed) for seed in seeds] for arm, seeds in accuracy.items()},
+        look_ups=look_ups_table(results),
         differences=differences_table(results),
         accuracies=accuracy_chart(types, accuracy, results["chance"]),
         losses={stage: loss_chart(stage, arms) for stage, arms in results["losses"].items()},
@@ -120,6 +133,22 @@ def render_demo(results: Mapping[str, Any], place: Path) -> str:
 def total(accuracy: Mapping[str, float]) -> float:
     """The accuracy of one seed over all types: as measured, else the mean over types."""
     return accuracy["all"] if "all" in accuracy else statistics.fmean(accuracy.values())
+
+
+def look_ups_table(results: Mapping[str, Any]) -> Table:
+    """What decoders of one layer, or two, answer to questions of one look-up and of several."""
+    learnt = results["look_ups"]
+    kinds = [kind for kind in next(iter(learnt.values()))[0] if kind != "visits"]
+    rows = [
+        [
+            f"look-ups: {name}",
+            *(pages.points([seed[kind] for seed in seeds]) for kind in kinds),
+            f"{statistics.fmean(seed['visits'] for seed in seeds):.2f}",
+        ]
+        for name, seeds in learnt.items()
+    ]
+    notes = ["Right letters in percent. Look-ups wait for each other, and a visit makes one."]
+    return Table(["one layer, learnt here", *kinds, "layer visits a token"], rows, notes)
 
 
 def differences_table(results: Mapping[str, Any]) -> Table:

@@ -93,6 +93,9 @@ class Learner:
 TWO_VISITS, ONE_VISIT = Learner(TRAVERSED), Learner(WITHOUT, {**TROL, "passes": 1})
 """The two that studies share; the second has the same parameters, gates that nothing reads."""
 
+TWICE_THE_LAYERS = Learner("twice the layers", PLAIN, layers=2)
+"""As deep as two visits make it, with the parameters of both layers."""
+
 
 def constant(name: str, weight: float) -> Learner:
     """A learner whose second visits have one given weight."""
@@ -156,7 +159,7 @@ def _new_decoder(subject: Subject, learner: Learner, seed: int) -> Path:
 def _with_experts(config: LlamaConfig, experts: int) -> MixtralConfig:
     """A mixture of experts of the same form, of which each token takes all but one."""
     same = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    same["intermediate_size"] = 8 * round(config.intermediate_size / 8)  # torch: whole 16 bytes
+    same["intermediate_size"] = 8 * max(1, round(config.intermediate_size / 8))  # 16 bytes
     return MixtralConfig(**same, num_local_experts=experts, num_experts_per_tok=experts - 1)
 
 

@@ -12,6 +12,7 @@ from trol.studies.hop_learners import (
     TINY,
     TRAVERSED,
     TROL,
+    TWICE_THE_LAYERS,
     TWO_VISITS,
     WITHOUT,
     Learner,
@@ -23,18 +24,14 @@ from trol.studies.hop_learners import (
 )
 from trol.studies.study import Claim, Evidence, Study, Table, of_seeds
 
-LONGER, WIDER, DEEPER, EXPERT = (
-    "one visit, twice the steps",
-    "half as wide again",
-    "twice the layers",
-    "four experts",
-)
+LONGER, WIDER = "one visit, twice the steps", "half as wide again"
+EXPERT = "four experts"
 LEARNERS = (
     TWO_VISITS,
     ONE_VISIT,
     Learner(LONGER, {**TROL, "passes": 1}, length=2.0),
     Learner(WIDER, PLAIN, width=1.5),
-    Learner(DEEPER, PLAIN, layers=2),
+    TWICE_THE_LAYERS,
     Learner(EXPERT, PLAIN, experts=EXPERTS),
 )
 
@@ -81,7 +78,7 @@ STUDY = Study(
         _claim(
             "It is no worse than a model of twice the layers",
             "trol's open question",
-            DEEPER,
+            TWICE_THE_LAYERS.name,
             -0.05,
         ),
         _claim("It gains against a mixture of experts", "TroL, Table 5 (arXiv 2406.12246)", EXPERT),
