@@ -12,7 +12,7 @@ from trol.data.own_files import SPLITS
 from trol.data.pairs import pairs_of
 from trol.depth import attach, detach, trace
 from trol.evaluation import evaluate
-from trol.studies import learning
+from trol.studies import learning, study_of
 from trol.studies.gate_controls import ConstantWeights, LearnedWeights, RandomWeights
 from trol.studies.hop_learners import (
     PLAIN,
@@ -23,6 +23,7 @@ from trol.studies.hop_learners import (
     asked,
     opened,
     questions,
+    share_right,
     trained,
 )
 from trol.studies.subject import Subject
@@ -141,3 +142,19 @@ def test_weights_that_no_token_decides(policy: Any, spread: bool, subject: Subje
     assert (weights.std() > 0.1) == spread
     if not spread:
         assert (weights == 0.5).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_one_layer_cannot_differ_in_has_no_arm(layers: int, subject: Subject) -> None:
+    mixing = study_of("mixing")
+    arms = mixing.arms(Subject("", {**AMOUNTS, "layers": layers}, 1, subject.folder))
+    names = {arm.name.partition(",")[0] for arm in arms}
+    assert names >= {"TroL", "one number", "one visit"}
+    assert (layers > 1) == (names >= {"one gate for all layers", "a number a layer"})
+
+
+def test_only_letters_that_look_ups_lead_to_count() -> None:
+    wanted = ["d", "b", "c", "c", "a"]
+    assert share_right(["d", "x", "c", "y", "a"], wanted) == 1
+    assert share_right(["d", "b"], wanted) == pytest.approx(1 / 3)
+    assert share_right([], wanted) == 0

@@ -203,7 +203,7 @@ def answered(
         texts = answers(model, processor, items, new_tokens=ANSWER + 1, around=columns.batch)
     right: dict[str, list[float]] = {kind: [] for kind in kinds(subject.amounts["most"])}
     for item, text in zip(items, texts, strict=True):
-        right[item.type].append(round(_share_right(text.split(), item.answer.split()), 3))
+        right[item.type].append(round(share_right(text.split(), item.answer.split()), 3))
     seen = columns.json()
     return {
         "right": right,
@@ -212,7 +212,7 @@ def answered(
     }
 
 
-def _share_right(given: Sequence[str], wanted: Sequence[str]) -> float:
+def share_right(given: Sequence[str], wanted: Sequence[str]) -> float:
     """Of the letters that look-ups lead to; those between, where they begin, do not count."""
     return sum(a == b for a, b in zip(given[::2], wanted[::2], strict=False)) / len(wanted[::2])
 
