@@ -111,12 +111,12 @@ def learn_look_ups(steps: int | None, seed: int, out: Path) -> dict[str, dict[st
 
     amounts = {**TINY, "steps": steps or TINY["steps"]}
     subject = Subject("", amounts, 1, out / "study")
-    found = {}
+    measured = {}
     for learner in (ONE_VISIT, TWO_VISITS, TWICE_THE_LAYERS):
         value = asked(subject, learner, seed)
         shares = {kind: statistics.fmean(each) for kind, each in value["right"].items()}
-        found[learner.name] = {**shares, "visits": value["visits"]}
-    return found
+        measured[learner.name] = {**shares, "visits": value["visits"]}
+    return measured
 
 
 def _train_arms(recipe: str, settings: list[str], seed: int, out: Path) -> dict[str, Any]:
