@@ -73,7 +73,7 @@ def test_look_ups_are_learnt_measured_and_shown(tmp_path: Path) -> None:
     learnt = learn_look_ups(1, 0, tmp_path)
     table = look_ups_table({"look_ups": {name: [value] for name, value in learnt.items()}})
     assert table.heading[1:] == ["1 hop", "2 hops", "layer visits a token"]
-    assert [row[-1] for row in table.rows] == ["1.00", "2.00", "2.00"]
+    assert [row[-1] for row in table.rows] == ["1.00", "2.00", "2.00", "2.00"]
     assert all(float(cell) < 50 for row in table.rows for cell in row[1:3])  # after one step
 
 

@@ -106,13 +106,20 @@ def run_seed(
 
 def learn_look_ups(steps: int | None, seed: int, out: Path) -> dict[str, dict[str, float]]:
     """Share of right letters by number of look-ups, and layer visits of a token, by decoder."""
-    from trol.studies.hop_learners import ONE_VISIT, TINY, TWICE_THE_LAYERS, TWO_VISITS, asked
+    from trol.studies.hop_learners import (
+        ONE_VISIT,
+        SECOND_ALONE,
+        TINY,
+        TWICE_THE_LAYERS,
+        TWO_VISITS,
+        asked,
+    )
     from trol.studies.subject import Subject
 
     amounts = {**TINY, "steps": steps or TINY["steps"]}
     subject = Subject("", amounts, 1, out / "study")
     measured = {}
-    for learner in (ONE_VISIT, TWO_VISITS, TWICE_THE_LAYERS):
+    for learner in (ONE_VISIT, TWO_VISITS, SECOND_ALONE, TWICE_THE_LAYERS):
         value = asked(subject, learner, seed)
         shares = {kind: statistics.fmean(each) for kind, each in value["right"].items()}
         measured[learner.name] = {**shares, "visits": value["visits"]}

@@ -103,6 +103,9 @@ def constant(name: str, weight: float) -> Learner:
     return Learner(name, policy, train=("decoder",))
 
 
+SECOND_ALONE = constant("second visit alone", 1.0)
+"""As a loop of two: nothing of the first visit is left."""
+
 RANDOM = Learner(
     "random weights",
     {"policy": RandomWeights.name, "scope": "all"},

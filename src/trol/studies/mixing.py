@@ -8,6 +8,7 @@ from trol.studies.hop_learners import (
     ONE_VISIT,
     RANDOM,
     REAL,
+    SECOND_ALONE,
     TINY,
     TRAVERSED,
     TROL,
@@ -24,7 +25,7 @@ from trol.studies.study import Arm, Claim, Study, Table
 from trol.studies.subject import Subject
 
 SHARED, BY_LAYER, LEARNED = "one gate for all layers", "a number a layer", "one number"
-UNIFORM, SECOND = "one half", "second visit alone"
+UNIFORM = "one half"
 
 OF_SEVERAL_LAYERS = (
     Learner(SHARED, {**TROL, "sharing": "shared"}),
@@ -37,7 +38,7 @@ LEARNERS = (
     Learner(LEARNED, {"policy": LearnedWeights.name, "sharing": "shared", "scope": "all"}),
     RANDOM,
     constant(UNIFORM, 0.5),
-    constant(SECOND, 1.0),
+    SECOND_ALONE,
     ONE_VISIT,
 )
 
@@ -66,7 +67,7 @@ STUDY = Study(
     amounts={"tiny": TINY, "real": REAL},
     arms=_arms,
     claims=(
-        _claim("The gate is better than the second visit alone", SECOND),
+        _claim("The gate is better than the second visit alone", SECOND_ALONE.name),
         _claim("It is better than the first visit alone", WITHOUT),
         _claim("It is better than random weights", RANDOM.name),
         _claim("It is better than a weight of one half", UNIFORM),
