@@ -15,6 +15,7 @@ from trol.reports.study import figures
 from trol.studies import STUDIES, hop_learners, study_of
 from trol.studies.learning import kept
 from trol.studies.running import run
+from trol.studies.single_layers import KINDS
 from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
 from trol.studies.subject import Subject, make_tiny
 from trol.training import Recipe
@@ -188,6 +189,15 @@ def test_each_study_runs_at_tiny_size(
     assert all(len(row) == len(t["heading"]) for t in result["tables"] for row in t["rows"])
     assert set(study.amounts) == {"tiny", "real"}
     assert set(study.amounts["tiny"]) == set(study.amounts["real"]) == set(amounts)
+
+
+def test_what_a_stack_has_no_layers_for_is_not_decided() -> None:
+    """Of four layers none is inner; the claim says so, in the place of an error."""
+    study = study_of("single-layers")
+    names = ["full", *(f"{kind} {layer}" for kind in KINDS for layer in range(4))]
+    values = {name: [3.0, 3.5, 2.5] for name in names}
+    claims = [claim.json(Evidence(values, 4, 1, {})) for claim in study.claims]
+    assert any(claim["value"] is None for claim in claims)
 
 
 def test_the_command_lists_runs_and_refuses(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from trol import depth
+from trol.cli.train import _validation
 from trol.depth import attached
-from trol.errors import UsageError
+from trol.errors import TrainingError, UsageError
 from trol.family.loading import load_model
 from trol.training import resolve, run
 from trol.training.trainable import part_of
@@ -69,6 +70,21 @@ def test_low_rank_updates_train_the_decoder_and_are_merged(shared: Path, tmp_pat
     assert inside
     assert all("proj" in name for name in inside)  # neither norms nor the token table
     assert {part_of(name) for name in moved} == {"projector", "mixers", "decoder"}
+
+
+def test_parts_that_the_data_never_use_are_refused(shared: Path, tmp_path: Path) -> None:
+    recipe = resolve("demo", [*SHORT, "stages.reason.train=[vision]"])  # words without pictures
+    with pytest.raises(TrainingError, match=r"trains vision, of which its data \(symbols\) use"):
+        run(recipe, tmp_path / "blind", only=["reason"])
+
+
+def test_a_model_is_judged_by_what_it_learnt_last(shared: Path, tmp_path: Path) -> None:
+    assert _validation(shared, 0) is None
+    (shared / "recipe.yaml").write_text(resolve("demo", SHORT).yaml())
+    assert "digit" in _validation(shared, 9)["by_type"]
+    last = resolve("demo", [*SHORT, "stages.step2.data=hops"])
+    (shared / "recipe.yaml").write_text(last.yaml())
+    assert set(_validation(shared, 24)["by_type"]) == {"1 hop", "2 hops"}
 
 
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`trol demo`: train decoders of one layer, and trol-tiny with its twin, and write the report.
 
-One seed of the demo: decoders that learn look-ups with one visit, with two, and with two layers;
-then trol-tiny: the stages that both arms share, each arm, and what they answer.
+One seed of the demo: trol-tiny, the stages that both arms share, then each arm, and what they
+answer; and decoders that learn look-ups with one visit, with two, and with two layers.
 """
 
 import os
@@ -22,7 +22,7 @@ EXAMPLES = (
     "trol demo stages.reason.steps=200 stages.step2.steps=100",
 )
 SEEDS_HELP = "Runs of each; the spread is theirs."
-LOOK_UPS_HELP = "Optimiser steps of the decoders that learn look-ups. Default: those of the study."
+LOOK_UPS_HELP = "Optimiser steps of the decoders that learn look-ups. Default: 2000."
 
 ARMS = {"on": [], "twin": ["policy.passes=1"]}
 """Arm -> what differs in the recipe. The twin has the same gates, and never a second visit."""
@@ -41,14 +41,15 @@ def demo(
     look_ups: Annotated[int | None, option("--look-ups", "STEPS", LOOK_UPS_HELP, min=1)] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Train a small model here and report what traversal did to it."""
+    """Train small models here, with second visits and without, and report what these did."""
     from trol import training
     from trol.reports.training import differences_table, look_ups_table, write_demo
 
     started = time.perf_counter()
     training.resolve(recipe, overrides or [])  # refuses a wrong key before anything starts
     terminal.note(
-        f"== {seeds} seeds, each: look-ups; then eyes, reason, step 1 and step 2 of boards"
+        f"== {seeds} seed{'s' * (seeds > 1)}, each: eyes, reason, step 1 and step 2 with second "
+        "visits and without; then look-ups"
     )
     with terminal.quiet_libraries():
         results = _gather(_run_seeds(recipe, overrides or [], look_ups, seeds, out))
@@ -92,8 +93,8 @@ def run_seed(
 
     torch.set_num_threads(1)  # seeds run side by side, one core each
     with terminal.quiet_libraries():
-        learnt = learn_look_ups(look_ups, seed, out / "look-ups")
         runs = _train_arms(recipe, [*overrides, f"seed={seed}"], seed, out)
+        learnt = learn_look_ups(look_ups, seed, out / "look-ups")
         result: dict[str, Any] = {"look_ups": learnt, "losses": _losses(runs)}
         result |= {"accuracy": {}, "cost": {}}
         result["parameters"] = {arm: runs[arm]["parameters"] for arm in ARMS}

@@ -86,7 +86,8 @@ def _describe(folder: Path, result: dict[str, Any], questions: int) -> None:
 def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
     """Scores per question type on a validation split; None where no built-in set fits.
 
-    A TroL model is asked about boards, a new text decoder what the last of its pairs ask.
+    A TroL model is asked about boards, a new text decoder what the last of its pairs ask, and so is
+    a TroL model whose last stage learnt from pairs.
     """
     from trol.data.pairs import is_pairs
     from trol.evaluation.tasks import validate
@@ -96,8 +97,9 @@ def _validation(folder: Path, questions: int) -> dict[str, Any] | None:
     if not questions:
         return None
     recipe = resolve(folder / "recipe.yaml")
-    pairs = [stage.data for stage in recipe.stages.values() if is_pairs(stage.data)]
-    if recipe.decoder and pairs:
+    data = [stage.data for stage in recipe.stages.values()]
+    pairs = [one for one in data if is_pairs(one)]
+    if (recipe.decoder and pairs) or (recipe.preset and pairs[-1:] == data[-1:]):
         return validate(*models.open_model(folder), questions=questions, task=pairs[-1])
     if not (folder / "processor_config.json").is_file():
         return None

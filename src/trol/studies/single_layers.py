@@ -1,5 +1,6 @@
 """One layer at a time: left out, visited twice, with and without the first token spared."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -46,7 +47,7 @@ def _all(evidence: Evidence, kind: str, layers: Sequence[int] | None = None) -> 
 
 
 def _inner(evidence: Evidence) -> range:
-    """All layers but the two first and the two last."""
+    """All layers but the two first and the two last; none of a stack of four."""
     return range(2, evidence.layers - 2)
 
 
@@ -61,6 +62,8 @@ def _kinder(evidence: Evidence) -> Estimate:
 
 def _at_first_token(evidence: Evidence) -> Estimate:
     inner = _inner(evidence)
+    if not inner:
+        return Estimate(math.nan, math.nan, math.nan)
     skip, kept = (_all(evidence, kind, inner) for kind in KINDS[:2])
 
     def share(choose: np.ndarray, judge: np.ndarray) -> float:

@@ -182,6 +182,17 @@ class StageTrainer(StepwiseTrainer):
             raise self.diverged(f"the loss is {loss.item()}")
         return loss
 
+    def compute_loss(self, *args: Any, **settings: Any) -> Any:
+        """The loss of Trainer, which something that learns must have had a part in."""
+        loss = super().compute_loss(*args, **settings)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise TrainingError(
+                f"stage {self.name} trains {', '.join(self.stage.train)}, of which its data "
+                f"({self.stage.data}) use nothing; name other parts in stages.{self.name}.train."
+            )
+        return loss
+
     def diverged(self, what: str) -> TrainingError:
         """The error for a training that has become numerically meaningless."""
         newest = None if self.place is None else run_folder.newest_checkpoint(self.place)
