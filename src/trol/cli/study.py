@@ -43,8 +43,15 @@ def study(
     from trol.studies import STUDIES, study_of
 
     if name is None:
-        described = [{"study": one, "hypothesis": study_of(one).hypothesis} for one in STUDIES]
-        lines = (f"{one['study']}\n    {one['hypothesis']}" for one in described)
+        described = [
+            {"study": one.name, "trains": not one.pretrained, "hypothesis": one.hypothesis}
+            for one in map(study_of, STUDIES)
+        ]
+        lines = [
+            f"{one['study']}{' (trains small models)' * one['trains']}\n    {one['hypothesis']}"
+            for one in described
+        ]
+        lines.append("Each line is a hypothesis; docs/studies.md has what was found.")
         terminal.report({"studies": described}, as_json=as_json, text=lambda: "\n".join(lines))
         return
     chosen = [study_of(one) for one in (STUDIES if name == "all" else [name])]
@@ -76,7 +83,7 @@ def _run(
     elif model is None:
         model = REAL_MODEL if study.pretrained else ""
     subject = Subject(model, study.amounts[size], seeds, place)
-    hint = f"Stopped. {place} keeps what was measured; the same command goes on from there."
+    hint = f"Stopped. {place} keeps every arm that was finished; the same command does the others."
     with terminal.on_interrupt(lambda: hint), terminal.progress(study.name, "arm") as bar:
         result = run(study, subject, shard=part, progress=bar)
     about = {"model": model, "random": is_random, "size": size, "complete": result is not None}
