@@ -58,7 +58,7 @@ def demo(
     lines = []
     for table in (look_ups_table(results), differences_table(results)):
         lines += [terminal.table([table.heading, *table.rows]), *table.notes, ""]
-    lines += [f"Report: {page}", "Ask it: trol chat --image docs/board.png"]
+    lines += [f"Report: {page}", f"Ask it: trol chat {out / 'on-0'} --image docs/board.png"]
     terminal.report(results, as_json=as_json, text=lambda: "\n".join(lines))
 
 
