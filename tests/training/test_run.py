@@ -1,6 +1,7 @@
 """A recipe runs: who is frozen stays, both arms start alike, what is saved opens again."""
 
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -79,12 +80,13 @@ def test_parts_that_the_data_never_use_are_refused(shared: Path, tmp_path: Path)
 
 
 def test_a_model_is_judged_by_what_it_learnt_last(shared: Path, tmp_path: Path) -> None:
-    assert _validation(shared, 0) is None
-    (shared / "recipe.yaml").write_text(resolve("demo", SHORT).yaml())
-    assert "digit" in _validation(shared, 9)["by_type"]
+    model = copytree(shared, tmp_path / "model")
+    (model / "recipe.yaml").write_text(resolve("demo", SHORT).yaml())
+    assert _validation(model, 0) is None
+    assert "digit" in _validation(model, 9)["by_type"]
     last = resolve("demo", [*SHORT, "stages.step2.data=hops"])
-    (shared / "recipe.yaml").write_text(last.yaml())
-    assert set(_validation(shared, 24)["by_type"]) == {"1 hop", "2 hops"}
+    (model / "recipe.yaml").write_text(last.yaml())
+    assert set(_validation(model, 24)["by_type"]) == {"1 hop", "2 hops"}
 
 
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:

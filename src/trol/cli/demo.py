@@ -41,7 +41,7 @@ def demo(
     look_ups: Annotated[int | None, option("--look-ups", "STEPS", LOOK_UPS_HELP, min=1)] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Train small models here, with second visits and without, and report what these did."""
+    """Train small models here and report what second visits did."""
     from trol import training
     from trol.reports.training import differences_table, look_ups_table, write_demo
 
