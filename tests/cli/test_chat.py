@@ -285,7 +285,8 @@ def at_a_terminal(steps: list[Step]) -> tuple[str, int]:
     """
     child, terminal = pty.fork()
     if child == 0:
-        # A process that starts others blocks Ctrl-C meanwhile (multiprocessing), and hands that on.
+        # A shell hands on to what it starts in the background that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         os.execv(sys.executable, [sys.executable, "-m", "trol", "chat", "trol-tiny"])
     seen, place, pressed = b"", 0, list[int]()
