@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trol.cli.demo import learn_look_ups
+from trol.cli.demo import LOOK_UPS_HELP, learn_look_ups
 from trol.errors import DataError
 from trol.files import write_json, write_whole
 from trol.reports.training import (
+    LOOK_UPS,
     differences_table,
     look_ups_table,
     readable,
     render_demo,
     write_demo,
 )
+from trol.studies.hop_learners import TINY
 
 TYPES = ("digit", "hop1")
 
@@ -71,6 +73,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_look_ups_are_learnt_measured_and_shown(tmp_path: Path) -> None:
     learnt = learn_look_ups(1, 0, tmp_path)
+    assert list(learnt) == list(LOOK_UPS)
+    assert str(TINY["steps"]) in LOOK_UPS_HELP
     table = look_ups_table({"look_ups": {name: [value] for name, value in learnt.items()}})
     assert table.heading[1:] == ["1 hop", "2 hops", "layer visits a token"]
     assert [row[-1] for row in table.rows] == ["1.00", "2.00", "2.00", "2.00"]

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from trol.data.hops import LETTERS, hop_pairs, kinds
+from trol.data.hops import ANSWER, LETTERS, hop_pairs, kinds
 from trol.data.own_files import SPLITS
 from trol.data.pairs import pairs_of
 from trol.depth import attach, detach, trace
 from trol.evaluation import evaluate
+from trol.evaluation.answers import answers
 from trol.studies import learning, study_of
 from trol.studies.gate_controls import ConstantWeights, LearnedWeights, RandomWeights
 from trol.studies.hop_learners import (
@@ -70,14 +71,20 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def test_what_is_asked_is_what_evaluate_measures(subject: Subject) -> None:
-    """All letters of a right answer are right; between those that count, one may be wrong."""
+    """Of the same texts: whole answers there, here the letters that look-ups lead to."""
     learner = Learner("TroL")
     found = asked(subject, learner, 0)
     assert sum(len(found["right"][kind]) for kind in kinds(2)) == 12
     model, processor = opened(subject, learner, 0)
     scores = evaluate(model, processor, tasks=["hops"], questions=12, seed=0)
-    wholly = [share == 1 for kind in kinds(2) for share in found["right"][kind]]
-    assert scores["tasks"]["hops"]["accuracy"] <= sum(wholly) / 12
+    items = questions(2, 12)
+    texts = answers(model, processor, items, new_tokens=ANSWER + 1)
+    exact = [text.split() == item.answer.split() for text, item in zip(texts, items, strict=True)]
+    assert scores["tasks"]["hops"]["accuracy"] == sum(exact) / 12
+    for kind in kinds(2):
+        pairs = [(t, i) for t, i in zip(texts, items, strict=True) if i.type == kind]
+        shares = [share_right(text.split(), item.answer.split()) for text, item in pairs]
+        assert found["right"][kind] == pytest.approx(shares, abs=1e-3)
     assert found["visits"] > answered(subject, model, processor, "plain")["visits"] == 1
 
 

@@ -1,7 +1,7 @@
 """`trol demo`: train decoders of one layer, and trol-tiny with its twin, and write the report.
 
 One seed of the demo: trol-tiny, the stages that both arms share, then each arm, and what they
-answer; and decoders that learn look-ups with one visit, with two, and with two layers.
+answer; and decoders that learn look-ups: one visit, two mixed, the second alone, two layers.
 """
 
 import os
