@@ -155,9 +155,7 @@ def look_ups_table(results: Mapping[str, Any]) -> Table:
         ]
         for name, seeds in learnt.items()
     ]
-    notes = [
-        "Right letters in percent. Before the second look-up is learnt it has about 25."
-    ]
+    notes = ["Right letters in percent. Before the second look-up is learnt it has about 25."]
     return Table(["a decoder that learns look-ups", *kinds, "layer visits a token"], rows, notes)
 
 
