@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
@@ -44,6 +45,16 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple:
 def text(tmp_path: Path) -> str:
     (tmp_path / "notes.txt").write_text(TEXT)
     return str(tmp_path / "notes.txt")
+
+
+def test_a_suite_of_which_nothing_is_on_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run("eval", "base", "--suite", "trol") == 0
+    first, _, rest = capsys.readouterr().out.partition("\n")
+    assert first == "base: no set of the suite could be measured."
+    assert "POPE: not on disk; bring it with: hf download" in rest
 
 
 def test_a_text_is_measured(text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import trol
+from trol.checkpoints.adapter import text_digest
 from trol.data.boards import make_board, questions
 from trol.depth import attached, depth, is_attached
 from trol.errors import DataError, UsageError
@@ -178,6 +179,15 @@ def test_parts_of_a_curve_are_the_whole(decoder: tuple[Any, Any], tmp_path: Path
             assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     sizes = [len(path.read_text().splitlines()) - 1 for path in sorted(tmp_path.iterdir())]
     assert max(sizes) - min(sizes) <= 1  # nothing is measured twice, nor all by one
+
+
+def test_a_refused_run_is_told_in_words_what_differs(tmp_path: Path) -> None:
+    amounts = {"windows": 8, "window": 128}
+    header = {"weights": text_digest("a"), "text": {"test": text_digest("b")}, "amounts": amounts}
+    other = {**header, "weights": text_digest("c"), "amounts": {**amounts, "windows": 2}}
+    SharedMeasurements(tmp_path, header, (0, 2))
+    with pytest.raises(UsageError, match=r"\(other weights; windows 8 there, 2 here\)"):
+        SharedMeasurements(tmp_path, other, (1, 2))
 
 
 def test_a_part_that_was_killed_goes_on(

@@ -10,10 +10,10 @@ import torch
 from trol.data.hops import ANSWER, LETTERS, hop_pairs, kinds
 from trol.data.own_files import SPLITS
 from trol.data.pairs import pairs_of
-from trol.depth import attach, detach, trace
+from trol.depth import attach, attached, detach, trace
 from trol.evaluation import evaluate
 from trol.evaluation.answers import answers
-from trol.studies import learning, study_of
+from trol.studies import learning
 from trol.studies.gate_controls import ConstantWeights, LearnedWeights, RandomWeights
 from trol.studies.hop_learners import (
     PLAIN,
@@ -122,11 +122,16 @@ def test_twins_have_the_form_that_they_say(
     assert learner.is_twin
 
 
-def test_a_named_model_learns_in_place_of_a_new_one(subject: Subject, tmp_path: Path) -> None:
-    host = trained(subject, Learner("plain", PLAIN), 0)
+@pytest.mark.parametrize("policy", [PLAIN, TROL])
+def test_a_named_model_learns_in_place_of_a_new_one(
+    policy: dict[str, Any], subject: Subject, tmp_path: Path
+) -> None:
+    """Under each learner's policy, whatever the one that it came with."""
+    host = trained(subject, Learner("before", policy), 0)
     named = Subject(str(host), AMOUNTS, 1, tmp_path / "study")
     model, _ = opened(named, Learner("all twice", TWICE, train=("decoder",)), 0)
     assert model.config.hidden_size == 16
+    assert attached(model)[1].depth_policy.name == "plan"
 
 
 @pytest.mark.parametrize(
@@ -149,15 +154,6 @@ def test_weights_that_no_token_decides(policy: Any, spread: bool, subject: Subje
     assert (weights.std() > 0.1) == spread
     if not spread:
         assert (weights == 0.5).all()
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_what_one_layer_cannot_differ_in_has_no_arm(layers: int, subject: Subject) -> None:
-    mixing = study_of("mixing")
-    arms = mixing.arms(Subject("", {**AMOUNTS, "layers": layers}, 1, subject.folder))
-    names = {arm.name.partition(",")[0] for arm in arms}
-    assert names >= {"TroL", "one number", "one visit"}
-    assert (layers > 1) == (names >= {"one gate for all layers", "a number a layer"})
 
 
 def test_only_letters_that_look_ups_lead_to_count() -> None:

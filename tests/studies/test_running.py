@@ -99,11 +99,11 @@ def test_more_seeds_go_on_from_fewer(host: str, tmp_path: Path) -> None:
     assert asked == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("what", ["amounts", "weights"])
+@pytest.mark.parametrize("what", ["windows", "weights"])
 def test_a_changed_recipe_is_refused(what: str, host: str, tmp_path: Path) -> None:
     subject = Subject(host, AMOUNTS, 1, tmp_path)
     run(counting([]), subject)
-    amounts = {**AMOUNTS, "windows": 3} if what == "amounts" else AMOUNTS
+    amounts = {**AMOUNTS, "windows": 3} if what == "windows" else AMOUNTS
     other = Subject(host, amounts, 1, tmp_path)
     if what == "weights":
         other.model.model.norm.weight.data += 1

@@ -200,7 +200,9 @@ def _text(result: dict[str, Any]) -> str:
         from trol.harness.suite import suite_rows
 
         rows, lines = suite_rows(result["suite"])
-        return "\n".join([terminal.table(rows), *([""] if lines else []), *lines])
+        nothing = f"{result['model']}: no set of the suite could be measured."
+        table = terminal.table(rows) if len(rows) > 1 else nothing
+        return "\n".join([table, *([""] if lines else []), *lines])
     if "harness" in result:
         columns = {result["harness"]: result["depth_columns"]}
         return "\n\n".join([_harness_table(result), _columns_table(columns)])

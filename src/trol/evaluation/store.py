@@ -15,6 +15,7 @@ of rows per shard; its report and the training of routers read them::
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -384,11 +385,16 @@ def _cut_torn_end(path: Path) -> None:
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """In what two headers differ, in words; nothing where they agree."""
-    return "; ".join(
-        f"{key} {_short(there.get(key))} there, {_short(here.get(key))} here"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    )
+    keys = (key for key in {**there, **here} if there.get(key) != here.get(key))
+    return "; ".join(_difference(key, there.get(key), here.get(key)) for key in keys)
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return _differences(there, here)
+    if re.fullmatch("[0-9a-f]{32}", str(here)):  # a digest says nothing to people
+        return f"other {key}"
+    return f"{key} {_short(there)} there, {_short(here)} here"
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Tasks: sets of questions by name, and what a model scores on them."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -409,11 +409,11 @@ def _window_scores(items: Sequence[Item], values: Sequence[float]) -> dict[str, 
 def _by_type(items: Sequence[Item], values: Sequence[float]) -> dict[str, Any]:
     """Mean score in all and by type, with the number of questions."""
     by_type: dict[str, list[float]] = defaultdict(list)
-    for item, value in zip(items, values, strict=True):
+    for item, value in sorted(zip(items, values, strict=True), key=lambda one: one[0].type):
         by_type[item.type].append(value)
     return {
         "accuracy": sum(values) / len(items),
         "n": len(items),
         "by_type": {kind: sum(some) / len(some) for kind, some in by_type.items()},
-        "n_by_type": dict(Counter(item.type for item in items)),
+        "n_by_type": {kind: len(some) for kind, some in by_type.items()},
     }

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from trol.checkpoints.adapter import weights_digest
 from trol.depth import depth
 from trol.errors import HostError, UntrainedWarning
 from trol.evaluation.answers import answers, scores
@@ -23,7 +22,7 @@ from trol.evaluation.tasks import TASKS
 from trol.family import TrolProcessor
 from trol.family.loading import load_model
 from trol.policies.mixer import ATTACHED_GATE
-from trol.studies.learning import kept, learnt
+from trol.studies.learning import host_of, learnt
 from trol.studies.study import Estimate, Evidence, of_seeds, resampled
 from trol.studies.subject import Subject
 from trol.training import Recipe, Stage, resolve
@@ -101,11 +100,7 @@ def start_of(subject: Subject, seed: int) -> Path:
             "preset.text, or leave --model out."
         )
 
-    def save(into: Path) -> None:
-        subject.model.save_pretrained(into)
-        subject.processor.save_pretrained(into)
-
-    return kept(subject, f"host-{weights_digest(subject.model)[:12]}", save)
+    return host_of(subject)
 
 
 def _sees(subject: Subject) -> bool:

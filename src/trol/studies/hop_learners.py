@@ -19,7 +19,7 @@ from trol.evaluation.depth_columns import DepthColumns
 from trol.evaluation.items import Item, pair_items
 from trol.family.presets import text_decoder, word_tokenizer
 from trol.studies.gate_controls import ConstantWeights, RandomWeights
-from trol.studies.learning import kept, learnt
+from trol.studies.learning import host_of, kept, learnt
 from trol.studies.study import Arm, Estimate, Evidence, of_seed, of_seeds
 from trol.studies.subject import Subject
 from trol.training import Recipe, Stage, reopened
@@ -118,7 +118,7 @@ def trained(subject: Subject, learner: Learner, seed: int) -> Path:
     """The folder of the learner of this seed, which learns now if it never did."""
     amounts = subject.amounts
     rates: dict[str, Any] = HOST_RATES if subject.name else RATES
-    host = subject.name or str(_new_decoder(subject, learner, seed))
+    host = host_of(subject) if subject.name else _new_decoder(subject, learner, seed)
     has_mixers = learner.policy["policy"] != PLAIN["policy"]
     stage = Stage(
         train=tuple(part for part in learner.train if has_mixers or part != "mixers"),
@@ -128,7 +128,7 @@ def trained(subject: Subject, learner: Learner, seed: int) -> Path:
         warmup_steps=50,
         **rates,
     )
-    recipe = Recipe(host=host, policy=dict(learner.policy), seed=seed, stages={"learn": stage})
+    recipe = Recipe(host=str(host), policy=dict(learner.policy), seed=seed, stages={"learn": stage})
     return learnt(subject, learner.name, recipe)
 
 
@@ -269,7 +269,7 @@ def gain(more: str, less: str, evidence: Evidence, *, deeper: bool = False) -> E
 
     Of all questions, or of those of one step more than there are layers.
 
-    NaN where there is none of a name: a named model has no twins, and one layer shares no gate.
+    NaN where there is none of a name, as a named model has no twins.
     """
     arms = [of_seeds(name, evidence) for name in (more, less)]
     if not all(seeds[0] in evidence.values for seeds in arms):

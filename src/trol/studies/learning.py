@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from trol.checkpoints.adapter import text_digest
+from trol.checkpoints.adapter import text_digest, weights_digest
 from trol.files import folder
 from trol.studies.subject import Subject
 from trol.training import Recipe, run
@@ -26,6 +26,16 @@ def learnt(subject: Subject, label: str, recipe: Recipe, start: Path | None = No
         run(recipe, into, start=start, label=f"{label}, seed {recipe.seed}, ")
 
     return kept(subject, name, train)
+
+
+def host_of(subject: Subject) -> Path:
+    """The folder of the subject's model without the policy that it may have come with."""
+
+    def save(into: Path) -> None:
+        subject.model.save_pretrained(into)
+        subject.processor.save_pretrained(into)
+
+    return kept(subject, f"host-{weights_digest(subject.model)[:12]}", save)
 
 
 def kept(subject: Subject, name: str, fill: Callable[[Path], None]) -> Path:

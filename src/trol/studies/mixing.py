@@ -11,7 +11,6 @@ from trol.studies.hop_learners import (
     SECOND_ALONE,
     TINY,
     TRAVERSED,
-    TROL,
     TWO_VISITS,
     WITHOUT,
     Learner,
@@ -24,14 +23,7 @@ from trol.studies.hop_learners import (
 from trol.studies.study import Arm, Claim, Study, Table
 from trol.studies.subject import Subject
 
-SHARED, BY_LAYER, LEARNED = "one gate for all layers", "a number a layer", "one number"
-UNIFORM = "one half"
-
-OF_SEVERAL_LAYERS = (
-    Learner(SHARED, {**TROL, "sharing": "shared"}),
-    Learner(BY_LAYER, {"policy": LearnedWeights.name, "scope": "all"}),
-)
-"""With one layer they are a gate and one number."""
+LEARNED, UNIFORM = "one number", "one half"
 
 LEARNERS = (
     TWO_VISITS,
@@ -44,8 +36,7 @@ LEARNERS = (
 
 
 def _arms(subject: Subject) -> list[Arm]:
-    several = OF_SEVERAL_LAYERS if subject.amounts["layers"] > 1 else ()
-    return arms_of(subject, [*LEARNERS, *several])
+    return arms_of(subject, LEARNERS)
 
 
 def _claim(text: str, less: str, bound: float = 0.0) -> Claim:
@@ -60,8 +51,7 @@ STUDY = Study(
     design=(
         DESIGN + "and traverse from the first step on. The weight of the second visit comes from a "
         "gate (TroL), is a learned number, a number drawn for each token, one half, one (second "
-        "visit alone) or none (one visit); of size real, with two layers, also from one gate for "
-        "all layers, or from a learned number a layer."
+        "visit alone) or none (one visit). What layers may share is in *where*, which has several."
     ),
     controls="The same steps, seeds and questions; only the weight differs.",
     amounts={"tiny": TINY, "real": REAL},
@@ -72,21 +62,12 @@ STUDY = Study(
         _claim("It is better than random weights", RANDOM.name),
         _claim("It is better than a weight of one half", UNIFORM),
         _claim("It is better than one learned number", LEARNED),
-        _claim("It is better than a learned number a layer", BY_LAYER),
-        Claim(
-            "One gate for all layers does as well as one a layer",
-            "TroL's released checkpoints, which share one gate",
-            f"share of right letters, {SHARED} above a gate a layer",
-            "above",
-            -0.05,
-            partial(gain, SHARED, TRAVERSED),
-        ),
     ),
     tables=lambda evidence: [
         Table(
             "Share of right letters, by steps asked for",
             heading(evidence, "weight"),
-            table_rows(evidence, [one.name for one in (*LEARNERS, *OF_SEVERAL_LAYERS)]),
+            table_rows(evidence, [one.name for one in LEARNERS]),
         )
     ],
     pretrained=False,

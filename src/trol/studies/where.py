@@ -8,8 +8,8 @@ import numpy as np
 
 from trol.evaluation.gates import gate_spread
 from trol.evaluation.hidden_states import influences
+from trol.studies.gate_controls import LearnedWeights
 from trol.studies.hop_learners import (
-    DEEP,
     REAL,
     TINY,
     TROL,
@@ -26,16 +26,26 @@ from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, res
 from trol.studies.subject import Subject
 
 NONE, ALL = "no layer", "all layers"
+FIRST, LAST = "first layer", "last layer"
+SHALLOW, DEEP = "first two layers", "last two layers"
 PLACES = {
     NONE: (0, 0, 0),
-    "first layer": (1, 0, 0),
+    FIRST: (1, 0, 0),
     "middle layer": (0, 1, 0),
-    "last layer": (0, 0, 1),
-    "first two layers": (1, 1, 0),
-    "last two layers": (0, 1, 1),
+    LAST: (0, 0, 1),
+    SHALLOW: (1, 1, 0),
+    DEEP: (0, 1, 1),
     ALL: (1, 1, 1),
 }
 """Name -> which thirds of the layers are traversed."""
+
+SHARED, BY_LAYER = "all layers, one gate", "all layers, a number each"
+
+TOGETHER = (
+    Learner(SHARED, {**TROL, "sharing": "shared"}),
+    Learner(BY_LAYER, {"policy": LearnedWeights.name, "scope": "all"}),
+)
+"""What all layers share, and what tells layers apart and no tokens."""
 
 LOOKED_AT = 64
 """Questions whose gates and states are read."""
@@ -68,7 +78,7 @@ def _gates_of(seed: int) -> str:
 
 
 def _arms(subject: Subject) -> list[Arm]:
-    arms = arms_of(subject, list(_learners(subject.layers).values()))
+    arms = arms_of(subject, [*_learners(subject.layers).values(), *TOGETHER])
     looks = (Arm(_gates_of(s), partial(_gates, subject, s)) for s in range(subject.seeds))
     return [*arms, *looks]
 
@@ -97,7 +107,7 @@ def _shallower(evidence: Evidence) -> Estimate:
 
 
 def _tables(evidence: Evidence) -> list[Table]:
-    places = table_rows(evidence, list(PLACES))
+    places = table_rows(evidence, [*PLACES, *(one.name for one in TOGETHER)])
     gates, changes = _both(evidence, "gates"), _both(evidence, "influences")
     layers = [
         [str(layer), *(f"{part[:, layer].mean():.3f}" for part in (gates, changes))]
@@ -109,43 +119,31 @@ def _tables(evidence: Evidence) -> list[Table]:
     ]
 
 
+def _gain(text: str, source: str, more: str, less: str, bound: float = 0.0) -> Claim:
+    statistic = f"share of right letters, {more} above {less}"
+    return Claim(text, source, statistic, "above", bound, partial(gain, more, less))
+
+
 STUDY = Study(
     name="where",
     hypothesis="Second visits gain where layers change their input most: in shallow layers.",
     design=(
         "Questions of 1 to 4 look-ups (data `hops4`), decoders of three layers that learn them "
         "from nothing and traverse the first, the middle, the last, the first two, the last two "
-        "or all. After training, with all traversed: the mean gate of each layer over question "
-        "tokens beside its influence, 1 - cosine of its input and output."
+        "or all; all also with one gate for all layers, and with a learned number for each. After "
+        "training, with all traversed: the mean gate of each layer over question tokens beside its "
+        "influence, 1 - cosine of its input and output."
     ),
     controls="No layer traversed; the same steps, seeds and questions.",
     amounts={"tiny": {**TINY, "most": 4, "layers": 3}, "real": {**REAL, "most": 4, "layers": 3}},
     arms=_arms,
     claims=(
-        Claim(
-            "Traversing all layers gains on questions of more steps than there are layers",
-            "TroL, Table 4(b) (arXiv 2406.12246)",
-            f"share of right {DEEP}, above no layer",
-            "above",
-            0.0,
-            partial(gain, ALL, NONE, deeper=True),
-        ),
-        Claim(
-            "The first layer gains more than the last",
-            "TroL, figure 6 (arXiv 2406.12246)",
-            f"share of right {DEEP}, first layer above last layer",
-            "above",
-            0.0,
-            partial(gain, "first layer", "last layer", deeper=True),
-        ),
-        Claim(
-            "The last two layers are enough",
-            "trol's open question",
-            f"share of right {DEEP}, last two layers above all layers",
-            "above",
-            -0.05,
-            partial(gain, "last two layers", ALL, deeper=True),
-        ),
+        _gain("Traversing all layers gains", "TroL, Table 4(b)", ALL, NONE),
+        _gain("The first layer gains more than the last", "TroL, figure 6", FIRST, LAST),
+        _gain("The first two layers gain more than the last two", "TroL, figure 6", SHALLOW, DEEP),
+        _gain("The last two layers are enough", "trol's open question", DEEP, ALL, -0.02),
+        _gain("One gate for all layers is enough", "TroL's released weights", SHARED, ALL, -0.02),
+        _gain("A gate is better than a number a layer", "TroL, Table 4(d)", ALL, BY_LAYER),
         Claim(
             "Gates are wider in shallow layers",
             "TroL, figure 6 (arXiv 2406.12246)",
