@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,16 @@ def line(*cells: str) -> str:
 
 
 def first_claims() -> str:
-    """The first claim of each study."""
+    """The first claim of each study, pretrained models before those that studies train."""
     lines = [line("what is said", "measured on", "found (95 % interval)", "verdict")]
     lines.append("|---|---|---|---|")
-    for result in results():
-        claim = result["claims"][0]
-        lines.append(line(claim["claim"], measured_on(result), figure(claim), claim["verdict"]))
+    ordered = sorted(results(), key=lambda one: one["size"] == "tiny")
+    for _, group in groupby(ordered, key=lambda one: one["study"]):
+        of_models = list(group)
+        claims = [result["claims"][0] for result in of_models]
+        found = [figure(claims[0]), *("{} ({})".format(*figures(one)[:2]) for one in claims[1:])]
+        models, verdicts = map(measured_on, of_models), (one["verdict"] for one in claims)
+        lines.append(line(claims[0]["claim"], *map("<br>".join, (models, found, verdicts))))
     return "\n".join(lines)
 
 
