@@ -41,7 +41,7 @@ PLACES = {
 
 SHARED, BY_LAYER = "all layers, one gate", "all layers, a number each"
 
-TOGETHER = (
+SHARING = (
     Learner(SHARED, {**TROL, "sharing": "shared"}),
     Learner(BY_LAYER, {"policy": LearnedWeights.name, "scope": "all"}),
 )
@@ -78,7 +78,7 @@ def _gates_of(seed: int) -> str:
 
 
 def _arms(subject: Subject) -> list[Arm]:
-    arms = arms_of(subject, [*_learners(subject.layers).values(), *TOGETHER])
+    arms = arms_of(subject, [*_learners(subject.layers).values(), *SHARING])
     looks = (Arm(_gates_of(s), partial(_gates, subject, s)) for s in range(subject.seeds))
     return [*arms, *looks]
 
@@ -107,7 +107,7 @@ def _shallower(evidence: Evidence) -> Estimate:
 
 
 def _tables(evidence: Evidence) -> list[Table]:
-    places = table_rows(evidence, [*PLACES, *(one.name for one in TOGETHER)])
+    places = table_rows(evidence, [*PLACES, *(one.name for one in SHARING)])
     gates, changes = _both(evidence, "gates"), _both(evidence, "influences")
     layers = [
         [str(layer), *(f"{part[:, layer].mean():.3f}" for part in (gates, changes))]
