@@ -28,6 +28,8 @@ from trol.studies.hop_learners import (
     trained,
 )
 from trol.studies.subject import Subject
+from trol.training import resolve
+from trol.training.run_folder import RECIPE
 
 AMOUNTS = {**TINY, "steps": 2, "batch": 4, "questions": 12, "width": 16}
 
@@ -93,6 +95,13 @@ def test_what_learns_in_another_way_is_another_model(subject: Subject) -> None:
     assert trained(subject, Learner("TroL"), 0) == first
     assert trained(subject, Learner("TroL", {**TROL, "passes": 3}), 0) != first
     assert trained(subject, Learner("TroL", length=2.0), 0) != first
+
+
+def test_easy_questions_come_first_where_the_amounts_say_so(tmp_path: Path) -> None:
+    amounts = {**AMOUNTS, "most": 4, "easy_steps": 3}
+    learnt = trained(Subject("", amounts, 1, tmp_path / "study"), Learner("long", length=2.0), 0)
+    stages = resolve(learnt / RECIPE).stages
+    assert [(one.data, one.steps) for one in stages.values()] == [("hops", 6), ("hops4", 4)]
 
 
 def test_what_has_learnt_is_found_again_where_the_folder_lies_now(

@@ -10,6 +10,7 @@ from trol.studies.study import Study
 
 STUDIES = (
     "isolate",
+    "half-the-layers",
     "passes",
     "where",
     "answers",

@@ -128,7 +128,11 @@ def trained(subject: Subject, learner: Learner, seed: int) -> Path:
         warmup_steps=50,
         **rates,
     )
-    recipe = Recipe(host=str(host), policy=dict(learner.policy), seed=seed, stages={"learn": stage})
+    stages = {"learn": stage}
+    if "easy_steps" in amounts:
+        steps = round(learner.length * amounts["easy_steps"])
+        stages = {"easy": replace(stage, data=_data({"most": 2}), steps=steps), **stages}
+    recipe = Recipe(host=str(host), policy=dict(learner.policy), seed=seed, stages=stages)
     return learnt(subject, learner.name, recipe)
 
 
