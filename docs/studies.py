@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -34,8 +35,12 @@ def results() -> list[dict[str, Any]]:
 
 def measured_on(result: dict[str, Any]) -> str:
     """What a study measured, which may be models that it trained."""
-    own = f"a {result['size']} model"
-    return own if result["size"] == "tiny" else result["model"] or own
+    if not result["model"]:
+        return f"a {result['size']} model"
+    bits = re.match(r"\d+-bit", result["weights"])
+    seeds = ["one seed"] if result["seeds"] == 1 else []
+    of_weights = ", ".join([*([bits[0]] if bits else []), *seeds])
+    return f"{result['model']} ({of_weights})" if of_weights else result["model"]
 
 
 def figure(claim: dict[str, Any]) -> str:
@@ -51,16 +56,24 @@ def line(*cells: str) -> str:
 
 def first_claims() -> str:
     """The first claim of each study, pretrained models before those that studies train."""
-    lines = [line("what is said", "measured on", "found (95 % interval)", "verdict")]
-    lines.append("|---|---|---|---|")
+    heading = ("what is said", "measured on", "found (95 % interval; claimed)", "verdict")
+    lines = [line(*heading, "all claims of the study"), "|---|---|---|---|---|"]
     ordered = sorted(results(), key=lambda one: one["size"] == "tiny")
     for _, group in groupby(ordered, key=lambda one: one["study"]):
         of_models = list(group)
         claims = [result["claims"][0] for result in of_models]
-        found = [figure(claims[0]), *("{} ({})".format(*figures(one)[:2]) for one in claims[1:])]
+        found = ["{} ({}; {})".format(*figures(one)) for one in claims]
+        found[0] = f"{claims[0]['statistic']}: {found[0]}"
         models, verdicts = map(measured_on, of_models), (one["verdict"] for one in claims)
-        lines.append(line(claims[0]["claim"], *map("<br>".join, (models, found, verdicts))))
+        cells = (models, found, verdicts, map(counted, of_models))
+        lines.append(line(claims[0]["claim"], *map("<br>".join, cells)))
     return "\n".join(lines)
+
+
+def counted(result: dict[str, Any]) -> str:
+    """How many claims of a study have which verdict."""
+    verdicts = Counter(claim["verdict"].split(" at ")[0] for claim in result["claims"])
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
 
 
 def all_claims() -> str:
@@ -68,9 +81,11 @@ def all_claims() -> str:
     parts = []
     for result in results():
         amounts = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in result["amounts"].items())
+        seeds = "" if result["seeds"] is None else f"; seeds {result['seeds']}"
+        weights = f" Weights: {result['weights']}." if result["weights"] else ""
         parts += [
             f"### {result['study']}: {measured_on(result)}\n",
-            f"`{result['run']['command']}`; {amounts}; seeds {result['seeds']}.\n",
+            f"`{result['run']['command']}`; {amounts}{seeds}.{weights}\n",
             "| claim | who says so | statistic | verdict |",
             "|---|---|---|---|",
             *(

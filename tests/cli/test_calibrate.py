@@ -62,6 +62,13 @@ def test_an_adapter_is_written(
     assert policy.settings() == result["policy"]
     assert (policy.measure, policy.first) == ("entropy", 2)
     assert result["run"]["command"]
+    told = json.loads(ask(capsys, llama, "--depth", out))["tasks"]["docstrings"]
+    assert told["depth_columns"]["layer_visits_per_token"] < 4  # tokens leave
+
+
+def ask(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    assert run("eval", *words, "--tasks", "docstrings", "--questions", 8, "--json") == 0
+    return capsys.readouterr().out
 
 
 def flops_share(out: Path) -> float:

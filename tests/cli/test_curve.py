@@ -10,8 +10,12 @@ import torch
 import trol
 from cli import command
 from trol.depth import attached
+from trol.depth.policy import Plain
 from trol.evaluation import curve as points
 from trol.evaluation import plan_search, timing
+from trol.evaluation.curve_methods import Candidate
+from trol.evaluation.items import Item
+from trol.evaluation.tasks import task_of
 from trol.family import TrolForConditionalGeneration, tiny, tiny_processor
 from trol.policies.controller import Controller
 
@@ -116,12 +120,34 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert not out.exists()
 
 
-def test_an_interruption_leaves_nothing(
+def test_an_interrupted_curve_goes_on_where_it_was_stopped(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    out, measure = tmp_path / "out", points.measure
+    words = ("--methods", "skip,exit", "--keep", "0.5", "--seeds", "1")
+    measured: list[Any] = []
 
-    monkeypatch.setattr("trol.evaluation.curve.measure", interrupted)
-    assert run(tmp_path / "out", "--methods", "skip", "--keep", "0.5") == 130
-    assert not (tmp_path / "out").exists()
+    def interrupted(*what: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(what)
+        return measure(*what)
+
+    monkeypatch.setattr(points, "measure", interrupted)
+    assert run(out, *words) == 130
+    assert [path.name for path in out.iterdir()] == ["points-0-of-1.jsonl"]
+    monkeypatch.setattr(points, "measure", lambda *what: (measured.append(what), measure(*what))[1])
+    assert run(out, *words) == 0
+    assert len(measured) == 3  # the full model, skip, exit
+    assert not list(out.glob("points-*"))
+    assert run(out, "--methods", "skip", "--keep", "0.5") == 0  # another curve may take its place
+
+
+def test_points_of_questions_that_were_edited_are_measured_anew(model: Any) -> None:
+    names: list[str] = []
+    for question in ("is it red?", "is it blue?"):
+        item = Item(None, question, "yes", "colour")
+        sample = points.Sample(model, None, task_of("boards"), [item])
+        candidate = Candidate(None, {}, model, (Plain(),))
+        names += points.Drawing("boards", [sample], candidate, {}, {}).names(candidate)
+    assert len(set(names)) == 2

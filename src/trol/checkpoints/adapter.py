@@ -156,6 +156,21 @@ def load(model: Model, folder: str | Path) -> Model:
     return model
 
 
+def policy_in(folder: Path) -> AbstractPolicy:
+    """The policy of an adapter directory that has no weights, as a calibrated exit has none.
+
+    Raises:
+        AdapterError: files are missing or damaged, or there are weights, which belong to a model.
+    """
+    config, weights = _read(folder)
+    if weights:
+        raise AdapterError(
+            f"{folder} holds gates or heads with weights, which no plan has; attach them with "
+            f"trol.load(model, {str(folder)!r}), or give the folder to `trol curve --adapters`."
+        )
+    return _policy({k: v for k, v in config.items() if k not in ABOUT}, folder)
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():

@@ -55,7 +55,8 @@ def curve(
 ) -> None:
     """Draw MODEL's quality against layer visits, FLOPs and time.
 
-    Parts keep their points in DIR, so each may be interrupted; the last one draws.
+    Points are kept in DIR: the same command goes on where it was stopped. Of several parts the last
+    one draws.
     """
     from trol.checkpoints.adapter import check_writable
     from trol.evaluation import curve_methods
@@ -81,8 +82,9 @@ def curve(
         opened, processor = models.open_model(model, chat_template=chat_template)
         request = replace(request, adapters=_adapters(opened, folders))
         names = names or [default_task(processor)]
-        kept = None if part[1] == 1 else _kept(opened, names, request, out, part)
-        with terminal.progress("curve", "point") as bar:
+        kept = _kept(opened, names, request, out, part)
+        hint = f"Stopped. {out} keeps every point that was measured; the same command goes on."
+        with terminal.on_interrupt(lambda: hint), terminal.progress("curve", "point") as bar:
             curves = measure_curve(
                 opened,
                 processor,
@@ -95,6 +97,8 @@ def curve(
         result = {"model": model, **curves, "run": run_record()}
         whole = "missing" not in result
         page = write(result, out) if whole else out
+        if part[1] == 1:
+            kept.finish()
     terminal.report(
         result,
         as_json=as_json,

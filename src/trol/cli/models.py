@@ -79,9 +79,16 @@ def given_plan(text_or_path: str) -> GivenPlan:
 
 
 def policy_of(text_or_path: str) -> PolicyLike:
-    """What `trol.depth` takes for `--depth`: of a plan file, the plan for the tokens it is for."""
+    """What `trol.depth` takes for `--depth`.
+
+    Of a plan file it is the plan, for the tokens that the file says; of a folder that `trol
+    calibrate` wrote for an exit, that exit.
+    """
+    from trol.checkpoints.adapter import CONFIG_NAME, policy_in
     from trol.policies.planned import Planned
 
+    if os.path.isfile(os.path.join(text_or_path, CONFIG_NAME)):
+        return policy_in(Path(text_or_path))
     if not _names_file(text_or_path):
         return text_or_path
     given = given_plan(text_or_path)

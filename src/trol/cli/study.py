@@ -71,6 +71,7 @@ def study(
 def _run(
     study: Any, model: str | None, size: Any, *, seeds: int, part: tuple[int, int], out: Path
 ) -> dict[str, Any]:
+    from trol.family.pretrained import origin
     from trol.reports.study import write
     from trol.studies.running import run
     from trol.studies.subject import Subject, make_tiny
@@ -86,7 +87,9 @@ def _run(
     hint = f"Stopped. {place} keeps every arm that was finished; the same command does the others."
     with terminal.on_interrupt(lambda: hint), terminal.progress(study.name, "arm") as bar:
         result = run(study, subject, shard=part, progress=bar)
-    about = {"model": model, "random": is_random, "size": size, "complete": result is not None}
+    weights = origin(model, subject.model) if model and not is_random else None
+    about = {"model": model, "weights": weights, "random": is_random, "size": size}
+    about["complete"] = result is not None
     if result is None:
         return {"study": study.name, **about}
     result = {**result, **about, "run": run_record()}
@@ -100,6 +103,7 @@ def _text(result: dict[str, Any]) -> str:
     if not result["complete"]:
         return f"{result['study']}: this part is finished, others are missing (--shard)."
     lines = [f"{result['study']}, on {measured_on(result)}, size {result['size']}"]
+    lines += [f"  Weights: {result['weights']}"] if result["weights"] else []
     lines += [f"  {RANDOM}"] if result["random"] else []
     for claim in result["claims"]:
         value, interval, bound = figures(claim)

@@ -63,7 +63,7 @@ ChatTemplate = Annotated[
 ]
 Depth = Annotated[
     str | None,
-    option("--depth", "PLAN", 'A plan ("0-3:2 4-7"), a plan file, or a policy by name.'),
+    option("--depth", "PLAN", 'A plan ("0-3:2 4-7"), its file, a calibrated exit, a policy.'),
 ]
 MaxNewTokens = Annotated[int, option("--max-new-tokens", "N", "Longest answer, in tokens.", min=1)]
 Out = Annotated[Path, option("--out", "DIR", "Folder for the results.")]

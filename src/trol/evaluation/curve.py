@@ -35,7 +35,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle
 from typing import Any
 
@@ -50,7 +50,7 @@ from trol.evaluation.hidden_states import layers_of, state_cosines
 from trol.evaluation.items import Item, batches, fitted_prompts, labelled, positions_of
 from trol.evaluation.plan_search import JUDGING
 from trol.evaluation.shards import WHOLE, Shard
-from trol.evaluation.store import Measurements
+from trol.evaluation.store import Measurements, items_digest
 from trol.evaluation.tasks import Task, check_tasks, questions_of, task_of
 from trol.evaluation.timing import (
     Timing,
@@ -142,9 +142,14 @@ class Drawing:
         """The names of a candidate's points, seed by seed: the same for the same measurement."""
         adapter = self.adapters.get(id(candidate.model), "")
         return [
-            json.dumps([self.name, adapter, to_settings(policy), seed], sort_keys=True)
-            for seed, policy in enumerate(candidate.policies)
+            json.dumps([self.name, asked, adapter, to_settings(policy), seed], sort_keys=True)
+            for seed, (asked, policy) in enumerate(zip(self.asked, candidate.policies, strict=True))
         ]
+
+    @cached_property
+    def asked(self) -> list[str]:
+        """A digest of each seed's questions: those of a file that was edited are others."""
+        return [items_digest(sample.items) for sample in self.samples]
 
 
 def measure(sample: Sample, model: Any, policy: AbstractPolicy) -> Point:

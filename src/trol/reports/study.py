@@ -11,7 +11,7 @@ STUDY = Results(
     "study.json",
     "study.html",
     "trol study",
-    ("study", "model", "random", "size", "seeds", "layers", "rule", "claims", "tables"),
+    ("study", "model", "weights", "random", "size", "seeds", "layers", "rule", "claims", "tables"),
 )
 
 RANDOM = "A random model knows nothing, so its verdicts mean nothing: they show that it runs."
@@ -53,10 +53,12 @@ def measured_on(results: Mapping[str, Any]) -> str:
 
 
 def figures(claim: Mapping[str, Any]) -> list[str]:
-    """Estimate, interval and bound as text."""
+    """Estimate, interval and bound as text, with digits enough to tell an end from the bound."""
     bound = f"{claim['side']} {claim['bound']:g}"
     if claim["value"] is None:
-        return ["–", "no unit has it", bound]
-    value, low, high = (f"{claim[key]:.3f}" for key in ("value", "low", "high"))
+        return ["–", "nothing to compare", bound]
+    ends = [abs(claim[key] - claim["bound"]) for key in ("low", "high")]
+    digits = next((n for n in (3, 4, 5) if all(end == 0 or round(end, n) for end in ends)), 6)
+    value, low, high = (f"{claim[key]:.{digits}f}" for key in ("value", "low", "high"))
     figures = [value, f"{low} to {high}", bound]
     return [text.replace("-", "−") for text in figures]

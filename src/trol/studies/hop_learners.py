@@ -1,6 +1,5 @@
 """Decoders that learn hops from nothing, or hosts that learn them, and what they then answer."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from trol.evaluation.items import Item, pair_items
 from trol.family.presets import text_decoder, word_tokenizer
 from trol.studies.gate_controls import ConstantWeights, RandomWeights
 from trol.studies.learning import host_of, kept, learnt
-from trol.studies.study import Arm, Estimate, Evidence, of_seed, of_seeds
+from trol.studies.study import NOTHING, Arm, Estimate, Evidence, of_seed, of_seeds
 from trol.studies.subject import Subject
 from trol.training import Recipe, Stage, reopened
 
@@ -273,11 +272,11 @@ def gain(more: str, less: str, evidence: Evidence, *, deeper: bool = False) -> E
 
     Of all questions, or of those of one step more than there are layers.
 
-    NaN where there is none of a name, as a named model has no twins.
+    Nothing where there is none of a name, as a named model has no twins.
     """
     arms = [of_seeds(name, evidence) for name in (more, less)]
     if not all(seeds[0] in evidence.values for seeds in arms):
-        return Estimate(math.nan, math.nan, math.nan)
+        return NOTHING
     return right(evidence, deep(evidence) if deeper else None).difference(*arms)
 
 

@@ -141,7 +141,8 @@ STUDY = Study(
     arms=_arms,
     claims=(
         Claim(
-            "Influence, read in one pass, chooses a quarter of the layers as well as greedy search",
+            "Influence, read in one pass, chooses a quarter of the layers as well as greedy search "
+            "on as little text",
             "ShortGPT, arXiv 2403.03853; first runs of trol",
             "nats by influence above those by greedy",
             "below",

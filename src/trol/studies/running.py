@@ -1,6 +1,7 @@
 """Runs a study: measures what is not there yet, keeps it, and draws the verdicts."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -48,7 +49,16 @@ def run(
     if any(name not in kept.values for name in arms):
         return None
     values = {name: kept.values[name] for name in arms}
-    return result(study, Evidence(values, subject.layers, subject.seeds, subject.amounts))
+    evidence = Evidence(values, subject.layers, subject.seeds, subject.amounts)
+    return {**result(study, evidence), "seeds": _seeds(study, subject)}
+
+
+def _seeds(study: Study, subject: Subject) -> int | None:
+    """How many seeds were drawn; None where another seed measures nothing else."""
+    more = copy(subject)
+    more.seeds += 1
+    same = {arm.name for arm in study.arms(more)} == {arm.name for arm in study.arms(subject)}
+    return None if same else subject.seeds
 
 
 def _measured(arm: Arm, arms: Mapping[str, Arm], kept: Measurements) -> Any:
@@ -68,7 +78,6 @@ def result(study: Study, evidence: Evidence) -> dict[str, Any]:
         "controls": study.controls,
         "rule": RULE,
         "layers": evidence.layers,
-        "seeds": evidence.seeds,
         "amounts": dict(evidence.amounts),
         "claims": [claim.json(evidence) for claim in study.claims],
         "tables": [asdict(table) for table in study.tables(evidence)],

@@ -4,7 +4,7 @@ from functools import partial
 
 from trol.depth import Plan
 from trol.policies.planned import static_plan
-from trol.studies.study import Arm, Claim, Evidence, Study, Table
+from trol.studies.study import NOTHING, Arm, Claim, Estimate, Evidence, Study, Table
 from trol.studies.subject import Subject, planned
 
 FULL = "full"
@@ -40,6 +40,13 @@ def _arms(subject: Subject) -> list[Arm]:
     return arms
 
 
+def _above(more: str, less: str, part: int, evidence: Evidence) -> Estimate:
+    """Nats of one way above those of another, where one layer in `part` is a layer at least."""
+    if evidence.layers < part:
+        return NOTHING
+    return evidence.difference(_name(more, part), _name(less, part))
+
+
 def _tables(evidence: Evidence) -> list[Table]:
     full = evidence.mean(FULL)
     rows = [
@@ -71,7 +78,7 @@ STUDY = Study(
                 "nats of exit above evenly spaced skip",
                 "above",
                 0.0,
-                lambda e, part=part: e.difference(_name("exit", part), _name("skip", part)),
+                partial(_above, "exit", "skip", part),
             )
             for part in PARTS
         ),
@@ -81,7 +88,7 @@ STUDY = Study(
             "nats of evenly spaced skip above the block",
             "above",
             0.0,
-            lambda e: e.difference(_name("skip", PARTS[0]), _name("middle block", PARTS[0])),
+            partial(_above, "skip", "middle block", PARTS[0]),
         ),
     ),
     tables=_tables,

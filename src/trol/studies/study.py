@@ -4,15 +4,21 @@ A study is a short file. Its arms are measured one by one and kept; all else (cl
 worked out from what they gave, without a model.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from trol.errors import unknown
 
 if TYPE_CHECKING:
     from trol.studies.subject import Subject
+
+Side = Literal["above", "below"]
 
 Size = Literal["tiny", "real"]
 """How much is measured: on a random or a very small model, or for real."""
@@ -22,21 +28,33 @@ RESAMPLES = 2000
 
 RULE = (
     "Reproduced: the whole 95 % interval of the statistic lies on the claim's side of its bound. "
-    "Refuted: the whole interval lies on the other side. Otherwise: not decided at this size."
+    "Refuted: the whole interval lies on the other side. Otherwise: not decided at this size; not "
+    "measured where the model has nothing that the claim compares."
 )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95 % interval; NaN where no unit has it."""
+    """A statistic with its 95 % interval; NaN where there is nothing to compare."""
 
     value: float
     low: float
     high: float
 
 
+NOTHING = Estimate(math.nan, math.nan, math.nan)
+"""What there is to say where a model has nothing that a claim compares."""
+
+
 def resampled(statistic: Callable[..., float], *sizes: int) -> Estimate:
-    """A statistic of all units, and where it lies in 95 % of resamples of them (bootstrap).
+    """A statistic of all units with its 95 % interval, from resamples of them (bootstrap).
+
+        value +- t sqrt(n / (n - 1)) s
+
+    s is the standard deviation of the statistic over resamples, n how many units there are of the
+    rarest kind of which there are several, t the 97.5 % quantile of Student's t with n - 1 degrees
+    of freedom. The mean of one kind of unit has the textbook's interval; plain percentiles of
+    resamples would hold the mean of five seeds in 84 of 100 cases.
 
     Args:
         statistic: takes, for each kind of unit, which units are drawn: an array of their numbers.
@@ -46,13 +64,14 @@ def resampled(statistic: Callable[..., float], *sizes: int) -> Estimate:
     generator = np.random.default_rng(0)
     value = float(statistic(*map(np.arange, sizes)))
     if np.isnan(value):
-        return Estimate(value, value, value)
+        return NOTHING
     drawn = [
         statistic(*(generator.integers(size, size=size) for size in sizes))
         for _ in range(RESAMPLES)
     ]
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
+    fewest = min((size for size in sizes if size > 1), default=2)
+    margin = stdtrit(fewest - 1, 0.975) * math.sqrt(fewest / (fewest - 1)) * np.nanstd(drawn)
+    return Estimate(value, float(value - margin), float(value + margin))
 
 
 @dataclass(frozen=True)
@@ -111,13 +130,19 @@ class Claim:
     """Who says it, and where."""
     statistic: str
     """What is estimated, and its unit."""
-    side: Literal["above", "below"]
+    side: Side
     """Where the statistic lies if the claim is right: above `bound`, or below."""
     bound: float
     estimate: Callable[[Evidence], Estimate]
 
+    def __post_init__(self) -> None:
+        if self.side not in get_args(Side):
+            raise unknown("side of a claim", self.side, get_args(Side))
+
     def verdict(self, estimate: Estimate) -> str:
         """What the interval says of the claim, by `RULE`."""
+        if np.isnan(estimate.value):
+            return "not measured"
         if estimate.low > self.bound:
             return "reproduced" if self.side == "above" else "refuted"
         if estimate.high < self.bound:

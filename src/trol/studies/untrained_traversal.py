@@ -125,7 +125,7 @@ STUDY = Study(
     arms=_arms,
     claims=(
         Claim(
-            "Traversal without training harms a pretrained model",
+            "Traversal without training, gates as TroL begins them, harms a pretrained model",
             "TroL's Table 7 (arXiv 2406.12246)",
             "nats above the full model with gates as initialised",
             "above",
