@@ -87,7 +87,14 @@ class Evidence:
     """What the size says, by name."""
 
     def units(self, *arms: str) -> NDArray[np.float64]:
-        """Arms that gave one number for each unit. Shape: [arms, units]."""
+        """Arms that gave one number for each unit. Shape: [arms, units].
+
+        Raises:
+            UsageError: a claim or a table names an arm that the study has not.
+        """
+        for arm in arms:
+            if arm not in self.values:
+                raise unknown("arm", arm, self.values)
         return np.array([self.values[arm] for arm in arms], dtype=float)
 
     def mean(self, arm: str) -> float:
