@@ -14,7 +14,7 @@ from trol.evaluation.oracle import Menu, Questions, answer_all, read_menu
 from trol.evaluation.oracle_report import RIGHT
 from trol.evaluation.plan_search import ChosenPlan, chosen_plan
 from trol.evaluation.store import Measurements, OracleRow, Store, unique
-from trol.studies.study import Arm, Claim, Estimate, Evidence, Study, Table, resampled
+from trol.studies.study import NOTHING, Arm, Claim, Estimate, Evidence, Study, Table, resampled
 from trol.studies.subject import Subject
 
 MENUS = {"evenly spaced": "uniform", "by influence": "influence"}
@@ -69,6 +69,10 @@ def _answers(subject: Subject, method: str, _: object) -> dict[str, Any]:
     }
 
 
+ENOUGH = 10
+"""Questions that the full model must have right for their mean to be judged."""
+
+
 def _table(
     rows: Sequence[OracleRow], count: int, columns: Sequence[tuple[str, int]]
 ) -> list[list[float]]:
@@ -100,11 +104,10 @@ class Answers:
         total = float(self.greedy[units].sum())
         return solved.cheapest(total) / len(units) / self.layers
 
-    def share_where_right(self, units: np.ndarray) -> float:
-        """The cheapest level as good, in the mean over questions that the full model has right."""
-        right = self.greedy[units] >= RIGHT
-        own = self.cheapest[units][right]
-        return float(own.mean()) / self.layers if right.any() else float("nan")
+    @property
+    def shares_where_right(self) -> np.ndarray:
+        """The cheapest level as good, for each question that the full model has right."""
+        return self.cheapest[self.greedy >= RIGHT] / self.layers
 
     def gain(self, units: np.ndarray) -> float:
         """Best of all levels, less the best of as many outputs of the full model."""
@@ -117,20 +120,28 @@ def _over(statistic: str, menu: str, evidence: Evidence) -> Estimate:
     return resampled(getattr(answers, statistic), answers.n)
 
 
+def _where_right(menu: str, evidence: Evidence) -> Estimate:
+    """Over the questions that the full model has right, if there are enough to say something."""
+    shares = Answers(evidence, menu).shares_where_right
+    if len(shares) < ENOUGH:
+        return NOTHING
+    return resampled(lambda units: float(shares[units].mean()), len(shares))
+
+
 def _tables(evidence: Evidence) -> list[Table]:
     rows, levels = [], []
     for name in MENUS:
         answers, value = Answers(evidence, name), evidence.values[name]
         all_of_them = np.arange(answers.n)
-        right = int((answers.greedy >= RIGHT).sum())
+        right = answers.shares_where_right
         outputs = np.column_stack([answers.greedy, answers.drawn]).max(axis=1).mean()
         rows.append(
             [
                 name,
-                f"{right} of {answers.n}",
+                f"{len(right)} of {answers.n}",
                 f"{100 * answers.equal_share(all_of_them):.1f} %",
                 f"{100 * answers.cheapest.mean() / answers.layers:.1f} %",
-                f"{100 * answers.share_where_right(all_of_them):.1f} %",
+                f"{100 * right.mean():.1f} %" if len(right) else "",
                 f"{answers.scores.max(axis=1).mean():.3f}",
                 f"{outputs:.3f}",
             ]
@@ -193,7 +204,7 @@ STUDY = Study(
             "share of the layers, each question that the full model has right, evenly spaced",
             "below",
             0.5,
-            partial(_over, "share_where_right", EVEN),
+            partial(_where_right, EVEN),
         ),
         Claim(
             "The same with levels that were chosen for the model",
@@ -201,7 +212,7 @@ STUDY = Study(
             "share of the layers, each question that the full model has right, by influence",
             "below",
             0.6,
-            partial(_over, "share_where_right", CHOSEN),
+            partial(_where_right, CHOSEN),
         ),
         Claim(
             "Choosing among depths gains more than choosing among as many outputs at full depth",
