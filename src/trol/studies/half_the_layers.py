@@ -37,7 +37,7 @@ STUDY = Study(
         "Decoders of two layers, each visited twice from the first step on, mixed by a gate "
         "(TroL) or the second visit alone. They learn questions of one and two look-ups (data "
         "`hops`) and then of one to four (`hops4`), from nothing: without the easy questions "
-        "first, no decoder of this size learns three. Share of right letters of questions whose "
+        "first, none of this size had learnt three. Share of right letters of questions whose "
         "tables nobody learnt from; the same questions for all arms."
     ),
     controls=(
