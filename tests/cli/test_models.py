@@ -56,8 +56,9 @@ def test_a_chat_file_is_checked_as_a_mixture_of_itself(
 
 @pytest.mark.filterwarnings("always:rows of chat left out")
 def test_rows_that_training_leaves_out_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     host, data = standins.llm(tmp_path / "host"), standins.chats(tmp_path / "data", pictures=False)
     with Path(data).open("a", encoding="utf-8") as file:
         file.write("{broken\n")
